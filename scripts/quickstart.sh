@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# The main job on the embedded real model: install, fetch, train, merge, and show what was learned.
+# About 8 minutes on two CPU cores. Can be run again: a finished part is not done twice.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+[ -d .venv ] || "$PYTHON" -m venv .venv
+.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[quickstart]'
+
+run=runs/quickstart
+.venv/bin/python scripts/fetch_model.py
+.venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml --quiet -m lora_accel.train --config recipes/quickstart.yaml
+.venv/bin/lora-accel merge "$run/adapter" "$run/merged" --overwrite
+.venv/bin/lora-accel generate --adapter "$run/adapter" --merged "$run/merged" --compare \
+    --system 'Turn the order into JSON.' \
+    "hi its Priya Raman again, could u send 2 dozen blue mugs by fri? no rush"
+.venv/bin/lora-accel evaluate --config recipes/quickstart.yaml --adapter "$run/adapter" --merged "$run/merged"

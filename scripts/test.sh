@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# All that CI runs: install, lint, types, import rules, tests. Further words go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+[ -d .venv ] || "$PYTHON" -m venv .venv
+.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+
+export PATH="$PWD/.venv/bin:$PATH"
+ruff format --check .
+ruff check .
+codespell src tests scripts docs recipes ./*.md
+mypy
+lint-imports
+python scripts/fetch_model.py
+# One thread for each of the two workers: more only wait for each other.
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --cov --cov-report=term "$@"

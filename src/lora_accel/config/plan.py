@@ -1,0 +1,124 @@
+"""The arithmetic of one run: how many steps, of how many examples, and what happens after each. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from lora_accel.config.schema import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What this run will do with these examples on this many ranks."""
+
+    num_ranks: int
+    num_examples: int
+    """Examples in an epoch (source weights counted)."""
+    num_eval_examples: int
+    num_tokens: int
+    """Real tokens in an epoch."""
+    num_supervised_tokens: int
+    batch_size: int
+    """Examples per step, over all ranks."""
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    log_every: int
+    save_every: int
+    evaluate_every: int | None
+    """None = after the last step only."""
+    evaluates: bool
+    """Whether there is anything to evaluate."""
+
+    def place(self, step: int) -> tuple[int, int]:
+        """Return (epoch, step within the epoch) of the 0-based step."""
+        return divmod(step, self.steps_per_epoch)
+
+    def examples_after(self, step: int) -> int:
+        """Return how many examples the first `step` steps consume: an epoch's last step may be short."""
+        epochs, steps = self.place(step)
+        return epochs * self.num_examples + min(steps * self.batch_size, self.num_examples)
+
+    def logs_after(self, step: int) -> bool:
+        """Whether a line is logged after `step` steps."""
+        return step % self.log_every == 0 or step == self.total_steps
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint is saved after `step` steps."""
+        return step % self.save_every == 0 or step == self.total_steps
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the model is evaluated after `step` steps."""
+        due = self.evaluate_every is not None and step % self.evaluate_every == 0
+        return self.evaluates and (due or step == self.total_steps)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return dataclasses.asdict(self)
+
+    def table(self) -> list[tuple[str, str]]:
+        """Return the rows that a person reads."""
+        share = self.num_supervised_tokens / max(1, self.num_tokens)
+        when = f"every {self.evaluate_every} steps and" if self.evaluate_every else "only"
+        return [
+            (
+                "examples",
+                f"{self.num_examples:,} an epoch, {self.num_eval_examples:,} for evaluation",
+            ),
+            ("tokens", f"{self.num_tokens:,} an epoch, {share:.1%} supervised"),
+            ("step", f"{self.batch_size} examples over {self.num_ranks} rank(s)"),
+            (
+                "steps",
+                f"{self.total_steps:,} = {self.total_steps / self.steps_per_epoch:.4g} epoch(s) of "
+                f"{self.steps_per_epoch:,}; {self.warmup_steps} of warm-up",
+            ),
+            ("checkpoints", f"every {self.save_every} steps and after the last"),
+            ("evaluation", f"{when} after the last step" if self.evaluates else "none"),
+        ]
+
+
+def make_plan(
+    config: RunConfig,
+    *,
+    num_ranks: int,
+    num_examples: int,
+    num_tokens: int,
+    num_supervised_tokens: int,
+    num_eval_examples: int = 0,
+) -> Plan:
+    """Work out the run.
+
+    Args:
+        num_examples, num_tokens, num_supervised_tokens: of one epoch.
+
+    The warm-up is rounded up, as transformers does, so that a ratio above 0 warms up at least one step.
+    """
+    training = config.training
+    if training.micro_batch_size is not None:
+        accumulation = training.gradient_accumulation_steps or 1
+        batch_size = training.micro_batch_size * accumulation * num_ranks
+    else:
+        assert training.batch_size is not None  # the schema holds one of the two habits
+        batch_size = training.batch_size
+    steps_per_epoch = math.ceil(num_examples / batch_size)
+    total_steps = training.max_steps or math.ceil(training.epochs * steps_per_epoch)
+    warmup_steps = training.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = math.ceil(training.warmup_ratio * total_steps)
+    return Plan(
+        num_ranks=num_ranks,
+        num_examples=num_examples,
+        num_eval_examples=num_eval_examples,
+        num_tokens=num_tokens,
+        num_supervised_tokens=num_supervised_tokens,
+        batch_size=batch_size,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+        log_every=config.logging.every_steps,
+        save_every=config.checkpoint.every_steps,
+        evaluate_every=config.evaluation.every_steps,
+        evaluates=num_eval_examples > 0 or bool(config.evaluation.prompts),
+    )

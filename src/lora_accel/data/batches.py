@@ -1,0 +1,188 @@
+"""(seed, epoch, step) to examples, and a step's examples to micro-batches. Nothing here has a state.
+
+Which examples a step takes depends on the seed and the step alone. How they are cut into micro-batches depends on the
+examples and the limits alone, and rank r takes every W-th of them; so resuming, or another number of ranks, changes
+neither the order nor the mathematics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lora_accel.config.plan import Plan
+from lora_accel.config.schema import TrainingSection
+from lora_accel.data.chat import IGNORED, Example
+from lora_accel.data.dataset import Dataset
+
+Order = npt.NDArray[np.intp]
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """What one forward takes. B examples, T tokens, C columns."""
+
+    input_ids: torch.Tensor
+    """[B, T], padded on the right."""
+    attention_mask: torch.Tensor
+    """[B, T]: 1 = real token."""
+    columns: torch.Tensor
+    """[C]: the positions from which some row predicts a supervised token. Logits are needed there only."""
+    targets: torch.Tensor
+    """[B, C]: the token after each of these positions, -100 where it is not supervised."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Return the same on a device."""
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return MicroBatch(**{name: x.to(device, non_blocking=True) for name, x in tensors.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBatch:
+    """One rank's share of a step, and the size of the whole step."""
+
+    micro_batches: list[MicroBatch]
+    num_examples: int
+    """Over all ranks, as are the counts below."""
+    num_tokens: int
+    num_supervised_tokens: int
+
+
+def permutation(count: int, *key: int) -> Order:
+    """Return a permutation of range(count) that is a function of the key.
+
+    It sorts raw Philox output, the one part of numpy's generators whose values are promised never to change.
+    """
+    return np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(count), kind="stable")
+
+
+def epoch_order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> Order:
+    """Return the examples of an epoch, in the order they are seen.
+
+    A source of weight 2 is seen twice; of weight 0.25, another quarter of it each epoch, all of it in four.
+
+    Args:
+        sizes, weights: number of examples and weight of each source; an example's index counts through all.
+    """
+    chosen, first = [], 0
+    for number, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+        count = source_count(size, weight)
+        # One endless tape of permutations for each source; the epoch takes the next `count` of it.
+        rounds = range(epoch * count // size, -(-(epoch + 1) * count // size))
+        tape = np.concatenate([permutation(size, seed, number, round_) for round_ in rounds])
+        start = epoch * count - rounds.start * size
+        chosen.append(first + tape[start : start + count])
+        first += size
+    order = np.concatenate(chosen)
+    return order[permutation(len(order), seed, len(sizes), epoch)]
+
+
+def source_count(size: int, weight: float) -> int:
+    """Return how many examples a source gives to an epoch: at least one."""
+    return max(1, round(size * weight))
+
+
+class Batches:
+    """The training examples, step by step."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        training: TrainingSection,
+        plan: Plan,
+        *,
+        seed: int,
+        rank: int,
+        pad_id: int,
+    ) -> None:
+        self._examples = dataset.examples
+        self._sizes = [len(source.examples) for source in dataset.sources]
+        self._weights = [source.weight for source in dataset.sources]
+        self._training = training
+        self._plan = plan
+        self._seed = seed
+        self._rank = rank
+        self._pad_id = pad_id
+        self._epoch, self._order = -1, np.empty(0, dtype=np.intp)
+
+    def step(self, step: int) -> StepBatch:
+        """Return this rank's micro-batches of the 0-based step."""
+        epoch, step_in_epoch = self._plan.place(step)
+        if epoch != self._epoch:
+            self._epoch, self._order = (
+                epoch,
+                epoch_order(self._sizes, self._weights, self._seed, epoch),
+            )
+        start = step_in_epoch * self._plan.batch_size
+        return step_batch(
+            [self._examples[i] for i in self._order[start : start + self._plan.batch_size]],
+            self._training,
+            rank=self._rank,
+            num_ranks=self._plan.num_ranks,
+            pad_id=self._pad_id,
+        )
+
+
+def step_batch(
+    examples: Sequence[Example],
+    training: TrainingSection,
+    *,
+    rank: int,
+    num_ranks: int,
+    pad_id: int,
+) -> StepBatch:
+    """Cut examples into micro-batches and keep this rank's; every rank gets the same number of them."""
+    groups = cut(examples, training.micro_batch_tokens, training.micro_batch_size)
+    groups += [[]] * (-len(groups) % num_ranks)
+    return StepBatch(
+        [collate(group, pad_id) for group in groups[rank::num_ranks]],
+        num_examples=len(examples),
+        num_tokens=sum(len(example.input_ids) for example in examples),
+        num_supervised_tokens=sum(example.num_supervised for example in examples),
+    )
+
+
+def cut(examples: Sequence[Example], most_tokens: int, most_examples: int | None) -> list[list[Example]]:
+    """Group examples of like length, each group within a limit: so many examples, or so many padded tokens.
+
+    A single example longer than `most_tokens` is a group of its own.
+    """
+    groups: list[list[Example]] = []
+    width = 0
+    for example in sorted(examples, key=lambda example: -len(example.input_ids)):
+        size = len(groups[-1]) + 1 if groups else 0
+        fits = size <= most_examples if most_examples is not None else size * width <= most_tokens
+        if groups and fits:
+            groups[-1].append(example)
+        else:
+            groups.append([example])
+            width = len(example.input_ids)
+    return groups
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> MicroBatch:
+    """Lay examples side by side. No example gives one token without a target, which adds exactly nothing."""
+    if not examples:
+        examples = [Example([pad_id], [IGNORED])]
+    shape = (len(examples), max(len(example.input_ids) for example in examples))
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=np.int64)
+    targets = np.full(shape, IGNORED, dtype=np.int64)
+    for i, example in enumerate(examples):
+        length = len(example.input_ids)
+        input_ids[i, :length] = example.input_ids
+        attention_mask[i, :length] = 1
+        targets[i, : length - 1] = example.labels[1:]
+    columns = np.flatnonzero((targets != IGNORED).any(axis=0))
+    if not len(columns):
+        columns = np.zeros(1, dtype=np.int64)
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        columns=torch.from_numpy(columns),
+        targets=torch.from_numpy(targets[:, columns]),
+    )

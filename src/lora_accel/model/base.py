@@ -1,0 +1,112 @@
+"""The frozen base model and its tokenizer. The only place that knows bitsandbytes."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from lora_accel.config.schema import ModelSection, QuantizationSection
+from lora_accel.errors import ArtifactError, ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_tokenizer(section: ModelSection) -> Any:
+    """Load the tokenizer, with a pad token.
+
+    Where it has none, the end token pads: the vocabulary keeps its size, and since labels are masked by position the
+    end token is still learned where it belongs. The unknown token never pads, since it may stand in real text.
+
+    Raises:
+        ArtifactError: there is no such model, or its tokenizer has neither a pad nor an end token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            section.name_or_path,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise ArtifactError(_not_loaded(section, "tokenizer", error)) from None
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.unk_token_id:
+        if tokenizer.eos_token is None:
+            raise ArtifactError(
+                f"{section.name_or_path}: the tokenizer has neither a pad nor an end token; add an eos_token to it"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def choose_dtype(section: ModelSection, mixed_precision: str) -> torch.dtype | str:
+    """Return what the base is held in: `auto` follows mixed precision, since autocast would cast a frozen fp32
+    base again at every forward."""
+    if section.dtype != "auto":
+        return DTYPES[section.dtype]
+    return AUTOCAST_DTYPES.get(mixed_precision, "auto")
+
+
+def load_base_model(
+    section: ModelSection,
+    quantization: QuantizationSection,
+    *,
+    mixed_precision: str = "no",
+    device: torch.device | None = None,
+) -> PreTrainedModel:
+    """Load the base model, frozen, without a key-value cache.
+
+    Args:
+        mixed_precision: of the Accelerator: no, bf16 or fp16.
+        device: where a quantised model is put; one that is not quantised stays on the CPU for `prepare`.
+
+    Raises:
+        ArtifactError: there is no such model, or its files cannot be read.
+        ConfigError: the attention implementation or the quantisation is not to be had here.
+    """
+    dtype = choose_dtype(section, mixed_precision)
+    options: dict[str, Any] = {"dtype": dtype}
+    if section.attention != "auto":
+        options["attn_implementation"] = section.attention
+    if quantization.bits is not None:
+        options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
+        options["device_map"] = {"": device or torch.device("cpu")}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            section.name_or_path,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            **options,
+        )
+    except (ImportError, ValueError) as error:
+        raise ConfigError(_not_loaded(section, "model", error)) from None
+    except OSError as error:
+        raise ArtifactError(_not_loaded(section, "model", error)) from None
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    return model
+
+
+def _bitsandbytes_config(quantization: QuantizationSection, dtype: torch.dtype | str) -> BitsAndBytesConfig:
+    # Without the optional `kernels` package it warns once per layer on CPU and takes the ordinary road.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if quantization.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = DTYPES.get(quantization.compute_dtype, dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=compute if isinstance(compute, torch.dtype) else torch.bfloat16,
+    )
+
+
+def _not_loaded(section: ModelSection, what: str, error: Exception) -> str:
+    reason = str(error).strip().split("\n")[0]
+    return (
+        f"model.name_or_path: the {what} of {section.name_or_path!r} cannot be loaded: {reason} "
+        "(give a Hub id or a folder with config.json, *.safetensors and tokenizer.json)"
+    )

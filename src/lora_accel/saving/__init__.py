@@ -1,0 +1,1 @@
+"""What outlives the process: adapters, checkpoints, merged models, and where each came from."""

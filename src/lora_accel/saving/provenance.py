@@ -1,0 +1,184 @@
+"""What a result was made from, and whether two results were made from the same."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+
+from lora_accel.config.plan import Plan
+from lora_accel.config.schema import RunConfig
+from lora_accel.data.audit import SourceLedger
+from lora_accel.errors import ArtifactError
+from lora_accel.saving.commit import sha256_of
+
+PACKAGES = (
+    "lora-accel",
+    "torch",
+    "accelerate",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "deepspeed",
+    "safetensors",
+)
+
+# Keys that may change between a checkpoint and its resumption: they say where and how it runs, not what is learned.
+HARMLESS = re.compile(
+    r"output_dir|model\.(name_or_path|revision|attention|chat_template|trust_remote_code)"
+    r"|data\.(train|eval|max_dropped|packing)|training\.(micro_batch|gradient_accumulation|activation|epochs|max_steps"
+    r"|batch_size|warmup|mixed_precision)|checkpoint|evaluation|logging"
+)
+
+
+def describe_run(
+    config: RunConfig,
+    plan: Plan,
+    *,
+    precision: str,
+    tokenizer: Any,
+    template: str,
+    ledgers: list[SourceLedger],
+    base: dict[str, str],
+) -> dict[str, Any]:
+    """Return the provenance of a run.
+
+    Args:
+        precision: the mixed precision in force.
+        template: the source of the chat template.
+        base: hash of each weight file of the base, by name.
+    """
+    return {
+        "packages": versions(),
+        "num_threads": torch.get_num_threads(),
+        "base": {
+            "name_or_path": config.model.name_or_path,
+            "revision": config.model.revision,
+            "sha256": base,
+        },
+        "tokenizer_sha256": sha256_of_text(tokenizer.backend_tokenizer.to_str()),
+        "chat_template_sha256": sha256_of_text(template),
+        "data": [{"path": ledger.path, "sha256": ledger.sha256} for ledger in ledgers],
+        "seed": config.seed,
+        "mixed_precision": precision,
+        "config": config.model_dump(),
+        "plan": plan.as_dict(),
+    }
+
+
+def model_card(provenance: Mapping[str, Any]) -> str:
+    """Return the README.md of an adapter: what it is, how to load it, what it was made from."""
+    config, plan = provenance["config"], provenance["plan"]
+    base = provenance["base"]["name_or_path"]
+    adapter = config["adapter"]
+    data = "\n".join(f"- {entry['path']}" for entry in provenance["data"])
+    return f"""---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-generation
+---
+
+# LoRA adapter for {base}
+
+Rank {adapter["r"]}, alpha {adapter["alpha"]}, on {adapter["target_modules"]}; biases: {adapter["bias"]}.
+Trained for {plan["total_steps"]} steps of {plan["batch_size"]} examples with lora_accel
+{provenance["packages"]["lora-accel"]} on:
+
+{data}
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")  # with the chat template of training
+```
+
+`lora-accel merge . OUT` makes an ordinary model of it. `provenance.json` holds the config, the versions, and the
+hashes of base, tokenizer, template and data.
+"""
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return what differs between two provenances in a way that changes the mathematics: (key, then, now)."""
+    before, after = _identity(then), _identity(now)
+    return [
+        (key, before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def changes_table(differences: list[tuple[str, Any, Any]]) -> str:
+    """Return the differences as lines `key: checkpoint -> now`."""
+    return "\n".join(f"  {key}: {_short(then)} -> {_short(now)}" for key, then, now in differences)
+
+
+def base_hashes(name_or_path: str, revision: str | None) -> dict[str, str]:
+    """Return the SHA-256 of each weight file of a base model that has been loaded once.
+
+    Files in the Hub's cache are named by their hash already and are not read again.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(name_or_path, revision=revision, local_files_only=True))
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+    if not files:
+        raise ArtifactError(f"{name_or_path}: no *.safetensors or *.bin file in it")
+    return {file.name: _hash_of_weights(file) for file in files}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that results depend on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def sha256_of_text(text: str) -> str:
+    """Return the SHA-256 of a text's UTF-8 bytes."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _hash_of_weights(file: Path) -> str:
+    blob = file.resolve().name
+    return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else sha256_of(file)
+
+
+def _identity(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return, flat, what the result is a function of."""
+    flat = {key: value for key, value in _flat(provenance["config"]) if not HARMLESS.match(key)}
+    plan, sources = provenance["plan"], provenance["config"]["data"]["train"]
+    flat |= {f"plan.{key}": plan[key] for key in ("batch_size", "total_steps", "warmup_steps", "num_examples")}
+    flat |= {"mixed precision": provenance["mixed_precision"]}
+    flat |= {"base weights": sorted(provenance["base"]["sha256"].values())}
+    flat |= {
+        "tokenizer": provenance["tokenizer_sha256"],
+        "chat template": provenance["chat_template_sha256"],
+    }
+    for number, (source, data) in enumerate(zip(sources, provenance["data"], strict=False)):
+        flat |= {f"data.train[{number}].{k}": v for k, v in source.items() if k != "path"}
+        flat[f"data.train[{number}] bytes"] = list(data["sha256"].values())
+    return flat
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, item in value.items():
+        pairs += _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else [(f"{prefix}{key}", item)]
+    return pairs
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

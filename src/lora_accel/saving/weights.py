@@ -1,0 +1,209 @@
+"""What of a model is saved (names), how it is collected (gather), written, and compared with what was meant."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lora_accel.errors import ArtifactError
+from lora_accel.saving.commit import committed_folder
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+State = dict[str, torch.Tensor]
+
+
+def save_adapter(
+    accelerator: Accelerator, model: torch.nn.Module, folder: str | Path, *, bias: str | None = None
+) -> None:
+    """Save the adapter of a model into a folder that `PeftModel.from_pretrained` loads. Every process calls this.
+
+    Works in any Accelerate script. The folder appears whole or not at all, and what was written has been read back.
+
+    Args:
+        model: a PeftModel, or what `accelerator.prepare` made of it.
+        bias: none, all or lora_only; None = as the adapter's config says.
+
+    Raises:
+        ArtifactError: a tensor is empty or missing, or was not written as it is.
+    """
+    state = gather_adapter(accelerator, model, bias=bias)
+    if accelerator.is_main_process:
+        with committed_folder(Path(folder)) as temporary:
+            write_adapter(unwrapped(accelerator, model), state, temporary, bias=bias)
+    accelerator.wait_for_everyone()
+
+
+def load_adapter(base: torch.nn.Module, folder: str | Path, *, trainable: bool = False) -> PeftModel:
+    """Put a saved adapter on a base model, every tensor accounted for.
+
+    Raises:
+        ArtifactError: the folder holds no adapter, or its tensors are not those that this base expects.
+    """
+    read_adapter(Path(folder))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = not trainable
+        model: PeftModel = get_peft_model(base, config, autocast_adapter_dtype=True)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder}: does not fit this base: {_first_line(error)}") from None
+    # PEFT's own from_pretrained would load base tensors that stand in the file over the base, and tell afterwards.
+    restore_adapter(model, Path(folder))
+    return model if trainable else model.eval()
+
+
+def adapter_names(model: PeftModel, bias: str) -> list[str]:
+    """Return the names of the parameters that an adapter consists of, in the model's order.
+
+    LoRA's own tensors and `modules_to_save` always; biases by the rule, chosen by their exact names: `all` = every
+    parameter called bias; `lora_only` = those of the layers that carry LoRA, which PEFT calls `….base_layer.bias`;
+    `none` = not one.
+    """
+    own = _own_names(model)
+    biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")} - own
+    if bias == "none":
+        biases = set()
+    elif bias == "lora_only":
+        biases = {name for name in biases if name.endswith(".base_layer.bias")}
+    chosen = own | biases
+    return [name for name, _ in model.named_parameters() if name in chosen]
+
+
+def gather_adapter(accelerator: Accelerator, model: torch.nn.Module, *, bias: str | None = None) -> State:
+    """Collect an adapter's tensors, whole and on the CPU, by parameter name. Every process calls this."""
+    peft_model = unwrapped(accelerator, model)
+    names = adapter_names(peft_model, bias or peft_model.active_peft_config.bias)
+    full = accelerator.get_state_dict(model)
+    # A wrapper may have added its own prefix to every name.
+    return {name: full[name].detach().to("cpu", copy=True).contiguous() for name in names}
+
+
+def write_adapter(model: PeftModel, state: State, folder: Path, *, bias: str | None = None) -> None:
+    """Write a gathered adapter into an existing folder, read it back and compare.
+
+    Raises:
+        ArtifactError: a tensor is empty, PEFT would leave one out, or the file does not hold what was written.
+    """
+    empty = [name for name, tensor in state.items() if tensor.numel() == 0]
+    if empty:
+        raise ArtifactError(f"{folder}: {len(empty)} tensors are empty, {empty[0]} among them; they were not gathered")
+    saved = _peft_state(model, state)
+    if len(saved) != len(state):
+        raise ArtifactError(f"{folder}: PEFT saves {len(saved)} of {len(state)} tensors of this adapter")
+    save_file(saved, folder / WEIGHTS, metadata={"format": "pt"})
+
+    config = model.active_peft_config.to_dict()
+    config |= {"inference_mode": True, "bias": bias or config["bias"]}
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    written = read_adapter(folder)
+    if written.keys() != saved.keys() or any(not torch.equal(written[name], saved[name]) for name in saved):
+        raise ArtifactError(f"{folder}: {WEIGHTS} does not hold what was written; is the disk sound?")
+
+
+def read_adapter(folder: Path) -> State:
+    """Read an adapter's tensors by their names in the file.
+
+    Raises:
+        ArtifactError: the folder has no adapter, or its file cannot be read.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder}: no {name} in it, so it is no adapter")
+    return read_tensors(folder / WEIGHTS)
+
+
+def read_tensors(path: Path) -> State:
+    """Read a safetensors file.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
+    try:
+        state: State = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path}: cannot be read: {_first_line(error)}") from None
+    return state
+
+
+def restore_adapter(model: PeftModel, folder: Path) -> None:
+    """Put saved weights into the adapter that a model already has.
+
+    Raises:
+        ArtifactError: the file's tensors are not those of this adapter.
+    """
+    state = read_adapter(folder)
+    _same_keys(adapter_state(model), state, str(folder))
+    set_peft_model_state_dict(model, state)
+
+
+def adapter_state(model: PeftModel) -> State:
+    """Return an adapter's tensors by their names in the file, without copying them. One process, nothing sharded."""
+    parameters = dict(model.named_parameters())
+    names = adapter_names(model, model.active_peft_config.bias)
+    return _peft_state(model, {name: parameters[name].detach() for name in names})
+
+
+def unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> PeftModel:
+    """Return the PeftModel within the wrappers of DDP or DeepSpeed."""
+    inner = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+    if not isinstance(inner, PeftModel):
+        raise ArtifactError(f"a {type(inner).__name__} has no adapter; make one with peft.get_peft_model")
+    return inner
+
+
+def _own_names(model: PeftModel) -> set[str]:
+    """Return the names of the parameters that PEFT added for the active adapter, found in PEFT's own layers."""
+    return {
+        f"{layer}.{name}"
+        for layer, module in model.named_modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        for name, _ in module.named_parameters()
+        if model.active_adapter in name.split(".") and "base_layer" not in name.split(".")
+    }
+
+
+def _peft_state(model: PeftModel, state: Mapping[str, torch.Tensor]) -> State:
+    """Return tensors under the names that PEFT gives them in a file."""
+    # save_embedding_layers decides for itself when asked to, and asks the Hub; what is saved is decided above.
+    named: State = get_peft_model_state_dict(model, state_dict=dict(state), save_embedding_layers=False)
+    return named
+
+
+def _same_keys(expected: Mapping[str, Any], found: Mapping[str, torch.Tensor], where: str) -> None:
+    missing, unexpected = (
+        sorted(expected.keys() - found.keys()),
+        sorted(found.keys() - expected.keys()),
+    )
+    if missing or unexpected:
+        raise ArtifactError(
+            f"{where}: {len(missing)} tensors are missing{_example(missing)}, "
+            f"{len(unexpected)} do not belong to this adapter{_example(unexpected)}"
+        )
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            raise ArtifactError(
+                f"{where}: {name} has shape {tuple(tensor.shape)}, the model expects {tuple(expected[name].shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ArtifactError(f"{where}: {name} holds values that are not finite")
+
+
+def _example(names: list[str]) -> str:
+    return f" (such as {names[0]})" if names else ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

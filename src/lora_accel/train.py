@@ -1,0 +1,344 @@
+"""`accelerate launch -m lora_accel.train --config FILE [section.key=value …]`: where all parts of training meet.
+
+Read it from `run_training` on. One direction, cheap things first, so that a mistake costs seconds:
+
+    config -> Accelerator -> examples -> Plan -> model -> adapter -> resume -> train -> adapter/
+
+Heavy libraries are imported once the config has been read and found good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lora_accel.config.files import config_to_yaml, read_config
+from lora_accel.config.plan import Plan, make_plan
+from lora_accel.config.schema import RunConfig
+from lora_accel.console import hush_libraries, print_table, run_command
+from lora_accel.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from lora_accel.data.audit import SourceLedger
+    from lora_accel.data.chat import ChatTemplate, Example
+    from lora_accel.data.dataset import Dataset
+    from lora_accel.training.loop import Run
+
+EVAL_SPLIT = 0x5EED
+"""Keeps the permutation that chooses held-out examples apart from those that order epochs."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as the command line says; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lora_accel.train", description="Train a LoRA adapter as a run config says."
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="run config, YAML")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what differs from the file")
+    asked = parser.parse_args(arguments)
+    return run_command(lambda: run_training(read_config(asked.config, asked.overrides)))
+
+
+def run_training(config: RunConfig) -> Path:
+    """Train an adapter and return the folder that holds it.
+
+    Raises:
+        UserError: the config, the data or what is to be resumed is wrong; nothing has been written.
+        TrainingError: training cannot go on; the last good checkpoint is kept.
+    """
+    refuse_output(Path(config.output_dir))
+    hush_libraries()
+
+    from lora_accel.saving.status import running
+    from lora_accel.training.loop import train
+
+    accelerator = make_accelerator(config)
+    data = prepare_data(config, accelerator.num_processes)
+    if accelerator.is_main_process:
+        show_data(data)
+    model, optimizer = prepare_model(config, accelerator)
+    provenance = describe(config, data, accelerator)
+    start = go_on(config, accelerator, model, optimizer, provenance)
+
+    folder = Path(config.output_dir)
+    if accelerator.is_main_process:
+        write_run_folder(folder, config, data, provenance)
+    with running(folder, start, enabled=accelerator.is_main_process) as status:
+        run = make_run(config, data, accelerator, model, optimizer, provenance, status, start)
+        # Accelerate puts the trackers' files into a folder of the project's name: OUTPUT_DIR/tensorboard.
+        accelerator.init_trackers("tensorboard")
+        run.metrics.log_event(start, "resume" if start else "start")
+        train(run, start)
+        export_adapter(folder / "adapter", data.template, accelerator, model, provenance)
+        run.metrics.log_event(data.plan.total_steps, "done")
+        run.metrics.close()
+    if accelerator.is_main_process:
+        print(f"adapter: {folder / 'adapter'}")
+    return folder / "adapter"
+
+
+def refuse_output(folder: Path) -> None:
+    """Refuse a run folder that cannot become one."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir: {folder} is a file; name a folder")
+    known = {"checkpoints", "adapter", "metrics.jsonl", "config.yaml", "status.json"}
+    if folder.is_dir() and any(folder.iterdir()) and not known & {path.name for path in folder.iterdir()}:
+        raise ConfigError(f"output_dir: {folder} holds other things and no run; name a new or empty folder")
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """Build the Accelerator: how it runs comes from `accelerate launch`, what it learns from the run config."""
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+
+    accelerator = Accelerator(
+        mixed_precision=config.training.mixed_precision,
+        # The loop sets the number of micro-batches of each step itself.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        log_with=config.logging.trackers or None,
+        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ConfigError(
+            f"the launcher started {launched} processes, but this one sees {accelerator.num_processes}; each would "
+            "train alone and write the same folder. Use a config from accelerate_configs/"
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise ConfigError(
+            "training.mixed_precision=fp16 needs a loss scale that is not a function of the step, so a resumed run "
+            "would differ; use bf16, or no"
+        )
+    return accelerator
+
+
+class Data(NamedTuple):
+    """Examples and what was planned with them."""
+
+    template: ChatTemplate
+    dataset: Dataset
+    eval_examples: list[Example]
+    eval_ledgers: list[SourceLedger]
+    plan: Plan
+
+
+def prepare_data(config: RunConfig, num_ranks: int) -> Data:
+    """Read and tokenise the data, and work out the run."""
+    from lora_accel.data.batches import permutation, source_count
+    from lora_accel.data.chat import ChatTemplate
+    from lora_accel.data.dataset import hold_out, load_dataset
+    from lora_accel.model.base import load_tokenizer
+
+    template = ChatTemplate(load_tokenizer(config.model), config.model.chat_template)
+    dataset = load_dataset(config.data.train, template, config.data)
+    evaluation = load_dataset(config.data.eval, template, config.data)
+    eval_examples = evaluation.examples
+    if config.data.eval_fraction:
+        order = permutation(len(dataset.examples), config.seed, EVAL_SPLIT).tolist()
+        dataset, eval_examples = hold_out(dataset, config.data.eval_fraction, order)
+
+    def per_epoch(count: Callable[[Example], int]) -> int:
+        return sum(round(source.weight * sum(map(count, source.examples))) for source in dataset.sources)
+
+    plan = make_plan(
+        config,
+        num_ranks=num_ranks,
+        num_examples=sum(source_count(len(source.examples), source.weight) for source in dataset.sources),
+        num_tokens=per_epoch(lambda example: len(example.input_ids)),
+        num_supervised_tokens=per_epoch(lambda example: example.num_supervised),
+        num_eval_examples=len(eval_examples),
+    )
+    return Data(template, dataset, eval_examples, evaluation.ledgers, plan)
+
+
+def show_data(data: Data) -> None:
+    """Print the ledger and the plan."""
+    from lora_accel.data.audit import ledger_lines
+
+    ledgers = [*data.dataset.ledgers, *data.eval_ledgers]
+    print_table("data", ledger_lines(ledgers))
+    print_table("plan", data.plan.table())
+    if not data.template.end_of_turn and any(ledger.format not in ("text", "prompt_completion") for ledger in ledgers):
+        print("note: the chat template closes a turn with no special token, so the adapter will not learn to stop")
+
+
+def prepare_model(config: RunConfig, accelerator: Accelerator) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Load the base, put the adapter on it, and prepare both for this machine."""
+    from lora_accel.model.adapter import add_adapter, count_parameters, trainable_parameters
+    from lora_accel.model.base import load_base_model
+    from lora_accel.training.optimizer import make_optimizer
+
+    base = load_base_model(
+        config.model,
+        config.quantization,
+        mixed_precision=accelerator.mixed_precision,
+        device=accelerator.device,
+    )
+    model = add_adapter(
+        base,
+        config.adapter,
+        seed=config.seed,
+        activation_checkpointing=config.training.activation_checkpointing,
+        autocast=accelerator.mixed_precision != "no",
+    )
+    trained, total = count_parameters(model)
+    accelerator.print(f"trainable: {trained:,} of {total:,} parameters ({trained / total:.3%})")
+    optimizer = make_optimizer(trainable_parameters(model).values(), config.training)
+    prepared: tuple[torch.nn.Module, torch.optim.Optimizer] = accelerator.prepare(model, optimizer)
+    return prepared
+
+
+def describe(config: RunConfig, data: Data, accelerator: Accelerator) -> dict[str, Any]:
+    """Return what this run is made from."""
+    from lora_accel.saving.provenance import base_hashes, describe_run
+
+    return describe_run(
+        config,
+        data.plan,
+        precision=accelerator.mixed_precision,
+        tokenizer=data.template.tokenizer,
+        template=data.template.source,
+        ledgers=data.dataset.ledgers,
+        base=base_hashes(config.model.name_or_path, config.model.revision),
+    )
+
+
+def go_on(
+    config: RunConfig,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    provenance: dict[str, Any],
+) -> int:
+    """Load the checkpoint to go on from, if there is one, and return the number of steps that are done."""
+    from lora_accel.saving.checkpoint import find_checkpoint, load_checkpoint, refuse_changes
+
+    checkpoint, damaged = find_checkpoint(Path(config.output_dir) / "checkpoints", config.checkpoint.resume)
+    for line in damaged:
+        accelerator.print(f"passed over a damaged checkpoint: {line}")
+    if checkpoint is None:
+        return 0
+    refuse_changes(checkpoint, provenance)
+    accelerator.print(f"resuming after step {checkpoint.step} from {checkpoint.folder}")
+    return load_checkpoint(accelerator, model, optimizer, checkpoint)
+
+
+def write_run_folder(folder: Path, config: RunConfig, data: Data, provenance: dict[str, Any]) -> None:
+    """Write what was asked, planned and used."""
+    from lora_accel.saving.commit import write_json, write_text
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", config_to_yaml(config))
+    write_json(folder / "plan.json", data.plan.as_dict())
+    write_json(folder / "provenance.json", provenance)
+    ledgers = {"train": data.dataset.ledgers, "eval": data.eval_ledgers}
+    write_json(
+        folder / "data_ledger.json",
+        {name: [ledger.as_dict() for ledger in of_split] for name, of_split in ledgers.items()},
+    )
+
+
+def make_run(
+    config: RunConfig,
+    data: Data,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    provenance: dict[str, Any],
+    status: Callable[[int, Path | None], None],
+    start: int,
+) -> Run:
+    """Bind everything that the loop is handed."""
+    from lora_accel.data.batches import Batches, step_batch
+    from lora_accel.data.formats import Message
+    from lora_accel.model.adapter import trainable_parameters
+    from lora_accel.saving.checkpoint import save_checkpoint
+    from lora_accel.training.evaluate import evaluate, replies_to
+    from lora_accel.training.loop import Run
+    from lora_accel.training.metrics import Metrics
+
+    folder, tokenizer = Path(config.output_dir), data.template.tokenizer
+    rank, pad_id = accelerator.process_index, tokenizer.pad_token_id
+    batches = Batches(data.dataset, config.training, data.plan, seed=config.seed, rank=rank, pad_id=pad_id)
+    eval_batch = step_batch(
+        data.eval_examples, config.training, rank=rank, num_ranks=data.plan.num_ranks, pad_id=pad_id
+    )
+
+    def evaluation() -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        if data.eval_examples:
+            values["eval_loss"] = evaluate(
+                accelerator, model, eval_batch.micro_batches, eval_batch.num_supervised_tokens
+            )
+            values["eval_tokens"] = eval_batch.num_supervised_tokens
+        if config.evaluation.prompts:
+            prompts, most = config.evaluation.prompts, config.evaluation.max_new_tokens
+            texts = [data.template.prompt((Message("user", prompt),)) for prompt in prompts]
+            replies = replies_to(accelerator.unwrap_model(model), tokenizer, texts, max_new_tokens=most)
+            values["replies"] = list(zip(prompts, replies, strict=True))
+        return values
+
+    def save(step: int) -> None:
+        state: dict[str, Any] = {
+            "step": step,
+            "epoch": data.plan.place(step)[0],
+            "examples": data.plan.examples_after(step),
+        }
+        state |= {"seed": config.seed, "provenance": provenance}
+        saved = save_checkpoint(
+            accelerator,
+            model,
+            optimizer,
+            folder / "checkpoints",
+            state,
+            keep_last=config.checkpoint.keep_last,
+        )
+        status(step, saved)
+
+    return Run(
+        accelerator=accelerator,
+        model=model,
+        trainable=list(trainable_parameters(model).values()),
+        optimizer=optimizer,
+        training=config.training,
+        plan=data.plan,
+        seed=config.seed,
+        batch_of=batches.step,
+        evaluate=evaluation,
+        save=save,
+        metrics=Metrics(accelerator, folder, data.plan, start),
+    )
+
+
+def export_adapter(
+    folder: Path,
+    template: ChatTemplate,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    provenance: dict[str, Any],
+) -> None:
+    """Save the final adapter with all that is needed to use it: tokenizer, chat template, provenance, card."""
+    from lora_accel.saving.commit import committed_folder, write_json, write_text
+    from lora_accel.saving.provenance import model_card
+    from lora_accel.saving.weights import gather_adapter, unwrapped, write_adapter
+
+    state = gather_adapter(accelerator, model)
+    if accelerator.is_main_process:
+        with committed_folder(folder) as temporary:
+            write_adapter(unwrapped(accelerator, model), state, temporary)
+            template.tokenizer.chat_template = template.source or None
+            template.tokenizer.save_pretrained(temporary)
+            write_json(temporary / "provenance.json", provenance)
+            write_text(temporary / "README.md", model_card(provenance))
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

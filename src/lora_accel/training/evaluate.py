@@ -1,0 +1,64 @@
+"""Exact evaluation: one token-weighted mean over all examples and all ranks; and replies to prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from lora_accel.training.loss import summed_token_loss
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    micro_batches: Sequence[Any],
+    num_supervised_tokens: int,
+) -> float:
+    """Return the mean loss per supervised token.
+
+    Args:
+        micro_batches: this rank's share; every rank has as many.
+        num_supervised_tokens: over all ranks.
+    """
+    model.eval()
+    # Summed in float64, so that the sum does not depend on how many ranks shared it.
+    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for micro_batch in micro_batches:
+        loss_sum += summed_token_loss(model, micro_batch.to(accelerator.device))
+    total: torch.Tensor = accelerator.reduce(loss_sum)
+    return total.item() / num_supervised_tokens
+
+
+@torch.no_grad()
+def replies_to(model: torch.nn.Module, tokenizer: Any, texts: Sequence[str], **options: Any) -> list[str]:
+    """Return for each rendered prompt the text that the model writes after it, up to and without the end token.
+
+    Args:
+        options: of transformers' `generate`; greedy unless it says otherwise.
+    """
+    model.eval()
+    prompts: list[list[int]] = tokenizer(list(texts), add_special_tokens=False).input_ids
+    width, pad, device = (
+        max(map(len, prompts)),
+        tokenizer.pad_token_id,
+        next(model.parameters()).device,
+    )
+    output = model.generate(  # type: ignore[operator]
+        input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device),
+        attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device),
+        pad_token_id=pad,
+        use_cache=True,
+        **({"do_sample": False} | options),
+    )
+    return [
+        tokenizer.decode(_until_end(ids, tokenizer), skip_special_tokens=True) for ids in output[:, width:].tolist()
+    ]
+
+
+def _until_end(ids: list[int], tokenizer: Any) -> list[int]:
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]

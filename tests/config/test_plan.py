@@ -1,0 +1,145 @@
+"""The arithmetic of a run, as tables."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from lora_accel.config.plan import Plan, make_plan
+from lora_accel.config.schema import RunConfig
+
+
+def plan_of(num_examples: int = 21, num_ranks: int = 1, num_eval_examples: int = 0, **sections: Any) -> Plan:
+    config = RunConfig.model_validate(
+        {
+            "output_dir": "run",
+            "model": {"name_or_path": "model"},
+            "data": {"train": [{"path": "rows.jsonl"}], "eval": [{"path": "held.jsonl"}]},
+            **sections,
+        }
+    )
+    return make_plan(
+        config,
+        num_ranks=num_ranks,
+        num_examples=num_examples,
+        num_tokens=1000,
+        num_supervised_tokens=250,
+        num_eval_examples=num_eval_examples,
+    )
+
+
+@pytest.mark.parametrize(
+    ("training", "num_ranks", "batch_size", "per_epoch", "total"),
+    [
+        ({"batch_size": 4, "epochs": 1}, 1, 4, 6, 6),
+        ({"batch_size": 4, "epochs": 1}, 8, 4, 6, 6),  # the number of ranks changes nothing
+        ({"batch_size": 7, "epochs": 2}, 1, 7, 3, 6),
+        ({"batch_size": 21, "epochs": 2}, 1, 21, 1, 2),
+        ({"batch_size": 100, "epochs": 3}, 1, 100, 1, 3),
+        ({"batch_size": 4, "epochs": 0.5}, 1, 4, 6, 3),
+        ({"batch_size": 4, "epochs": 0.01}, 1, 4, 6, 1),
+        ({"batch_size": 4, "epochs": 1.5}, 1, 4, 6, 9),
+        ({"batch_size": 4, "epochs": 3, "max_steps": 5}, 1, 4, 6, 5),  # max_steps wins
+        ({"batch_size": 4, "epochs": 1, "max_steps": 100}, 1, 4, 6, 100),
+        ({"micro_batch_size": 2, "epochs": 1}, 1, 2, 11, 11),
+        ({"micro_batch_size": 2, "epochs": 1}, 3, 6, 4, 4),
+        ({"micro_batch_size": 2, "gradient_accumulation_steps": 4, "epochs": 1}, 1, 8, 3, 3),
+        ({"micro_batch_size": 2, "gradient_accumulation_steps": 4, "epochs": 1}, 2, 16, 2, 2),
+    ],
+)
+def test_steps(training: dict[str, Any], num_ranks: int, batch_size: int, per_epoch: int, total: int) -> None:
+    plan = plan_of(num_ranks=num_ranks, training=training)
+    assert (plan.batch_size, plan.steps_per_epoch, plan.total_steps) == (batch_size, per_epoch, total)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "steps"),
+    [
+        ({"warmup_ratio": 0.0}, 100, 0),
+        ({"warmup_ratio": 0.03}, 100, 3),
+        ({"warmup_ratio": 0.03}, 101, 4),  # rounded up
+        ({"warmup_ratio": 0.03}, 1, 1),
+        ({"warmup_ratio": 1.0}, 10, 10),
+        ({"warmup_steps": 0}, 100, 0),
+        ({"warmup_steps": 7, "warmup_ratio": 0.5}, 100, 7),  # steps win
+    ],
+)
+def test_warm_up(warmup: dict[str, Any], total: int, steps: int) -> None:
+    assert plan_of(training={"max_steps": total, **warmup}).warmup_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("step", "place", "examples"),
+    [
+        (0, (0, 0), 0),
+        (1, (0, 1), 4),
+        (5, (0, 5), 20),
+        (6, (1, 0), 21),  # the last step of an epoch is short: one example
+        (7, (1, 1), 25),
+        (11, (1, 5), 41),
+        (12, (2, 0), 42),
+        (13, (2, 1), 46),
+    ],
+)
+def test_where_a_step_is(step: int, place: tuple[int, int], examples: int) -> None:
+    plan = plan_of(training={"batch_size": 4, "epochs": 3})
+    assert plan.place(step) == place
+    assert plan.examples_after(step) == examples
+
+
+@pytest.mark.parametrize("num_examples", [1, 7, 8, 9, 64])
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
+def test_examples_grow_by_a_batch_or_by_what_is_left_of_the_epoch(num_examples: int, batch_size: int) -> None:
+    plan = plan_of(num_examples, training={"batch_size": batch_size, "epochs": 4})
+    counts = [plan.examples_after(step) for step in range(plan.total_steps + 1)]
+    grown = [later - earlier for earlier, later in itertools.pairwise(counts)]
+    one_epoch = [min(batch_size, num_examples - start) for start in range(0, num_examples, batch_size)]
+    assert grown == one_epoch * 4
+    assert counts[-1] == 4 * num_examples
+
+
+def happens(what: Any, total: int) -> list[int]:
+    return [step for step in range(1, total + 1) if what(step)]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (5, [5]), (9, [5])])
+def test_logs_and_saves_at_its_steps_and_at_the_last(every: int, steps: list[int]) -> None:
+    plan = plan_of(training={"max_steps": 5}, logging={"every_steps": every}, checkpoint={"every_steps": 1})
+    assert happens(plan.logs_after, 5) == steps
+    assert happens(plan.saves_after, 5) == [1, 2, 3, 4, 5]
+    plan = plan_of(training={"max_steps": 5}, logging={"every_steps": 1}, checkpoint={"every_steps": every})
+    assert happens(plan.saves_after, 5) == steps
+    assert happens(plan.logs_after, 5) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "num_eval_examples", "steps"),
+    [
+        ({}, 3, [5]),
+        ({"every_steps": 2}, 3, [2, 4, 5]),
+        ({"every_steps": 9}, 3, [5]),
+        ({}, 0, []),
+        ({"prompts": ["hello"]}, 0, [5]),
+        ({"prompts": ["hello"], "every_steps": 3}, 0, [3, 5]),
+    ],
+)
+def test_evaluates_where_there_is_something_to_evaluate(
+    evaluation: dict[str, Any], num_eval_examples: int, steps: list[int]
+) -> None:
+    plan = plan_of(num_eval_examples=num_eval_examples, training={"max_steps": 5}, evaluation=evaluation)
+    assert happens(plan.evaluates_after, 5) == steps
+
+
+def test_the_table_says_the_numbers() -> None:
+    table = dict(plan_of(num_eval_examples=2, training={"batch_size": 4, "epochs": 2}).table())
+    assert table["examples"] == "21 an epoch, 2 for evaluation"
+    assert table["tokens"] == "1,000 an epoch, 25.0% supervised"
+    assert table["steps"] == "12 = 2 epoch(s) of 6; 1 of warm-up"
+    assert table["evaluation"] == "only after the last step"
+
+
+def test_the_plan_as_plain_values_makes_the_same_plan() -> None:
+    plan = plan_of()
+    assert Plan(**plan.as_dict()) == plan

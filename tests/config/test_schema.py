@@ -1,0 +1,127 @@
+"""The sections of a run config: PEFT's fields, the two batch habits, the schema an editor shows."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import peft
+import pytest
+from pydantic import ValidationError
+
+from lora_accel.config.schema import AdapterSection, RunConfig
+from lora_accel.model.adapter import lora_config
+
+NEEDED: dict[str, Any] = {
+    "output_dir": "run",
+    "model": {"name_or_path": "model"},
+    "data": {"train": [{"path": "rows.jsonl"}]},
+}
+
+# Of PEFT's fields, those that this package names otherwise or sets itself.
+OURS = {"lora_alpha", "lora_dropout", "task_type", "peft_type", "auto_mapping", "peft_version"}
+OURS |= {"base_model_name_or_path", "revision", "inference_mode"}
+
+
+def test_every_field_of_peft_can_be_set() -> None:
+    peft_fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert set(AdapterSection.model_fields) - {"alpha", "dropout"} == peft_fields - OURS
+
+
+def test_fields_of_peft_are_passed_on_and_null_leaves_its_default() -> None:
+    section = AdapterSection.model_validate({"r": 3, "alpha": 5, "use_rslora": True, "rank_pattern": {"q_proj": 2}})
+    assert section.peft_fields() == {"use_rslora": True, "rank_pattern": {"q_proj": 2}}
+    config = lora_config(section)
+    assert (config.r, config.lora_alpha, config.use_rslora, config.rank_pattern) == (3, 5, True, {"q_proj": 2})
+    assert config.init_lora_weights is peft.LoraConfig().init_lora_weights is True
+
+
+def test_a_field_given_as_false_is_passed_on() -> None:
+    assert lora_config(AdapterSection(init_lora_weights=False)).init_lora_weights is False
+
+
+def test_every_key_of_the_schema_is_described() -> None:
+    schema = RunConfig.model_json_schema()
+    sections = {"RunConfig": schema, **schema["$defs"]}
+    assert len(sections) == 10
+    assert all(section["description"] for section in sections.values())
+    bare = [
+        f"{name}.{key}"
+        for name, section in sections.items()
+        for key, field in section["properties"].items()
+        if not field.get("description") and "$ref" not in field  # a section is described where it is defined
+    ]
+    assert bare == []
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = RunConfig.model_validate(NEEDED)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.training.batch_size = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("given", "habit"),
+    [
+        ({}, (16, None, None)),
+        ({"batch_size": 3}, (3, None, None)),
+        ({"micro_batch_size": 2}, (None, 2, None)),
+        ({"micro_batch_size": 2, "gradient_accumulation_steps": 4}, (None, 2, 4)),
+        ({"micro_batch_size": 2, "batch_size": None}, (None, 2, None)),
+        ({"micro_batch_size": None}, (16, None, None)),
+    ],
+)
+def test_one_habit_of_batch_size(given: dict[str, Any], habit: tuple[int | None, ...]) -> None:
+    training = RunConfig.model_validate(NEEDED | {"training": given}).training
+    assert (training.batch_size, training.micro_batch_size, training.gradient_accumulation_steps) == habit
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"batch_size": 3, "micro_batch_size": 2},
+        {"batch_size": None},
+        {"gradient_accumulation_steps": 2},
+        {"batch_size": 16, "gradient_accumulation_steps": 1},
+    ],
+)
+def test_two_habits_or_none_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="batch_size"):
+        RunConfig.model_validate(NEEDED | {"training": given})
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "reason"),
+    [
+        ("quantization", {"bits": 3}, "4 or 8"),
+        ("quantization", {"bits": "4"}, "4 or 8"),
+        ("adapter", {"dropout": 1.0}, "less than 1"),
+        ("adapter", {"r": 8.0}, "valid integer"),
+        ("adapter", {"r": True}, "valid integer"),
+        ("training", {"learning_rate": float("nan")}, "finite"),
+        ("training", {"learning_rate": float("inf")}, "finite"),
+        ("training", {"epochs": 0}, "greater than 0"),
+        ("training", {"max_grad_norm": 0}, "greater than 0"),
+        ("data", {"train": []}, "at least 1 item"),
+        ("data", {"train": [{"path": "x", "weight": 0}]}, "greater than 0"),
+        ("data", {"train": [{"path": "x", "format": "chat"}]}, "sharegpt"),
+        ("checkpoint", {"keep_last": 0}, "greater than or equal to 1"),
+        ("seed", 2**32, "less than 4294967296"),
+    ],
+)
+def test_values_out_of_range_are_refused(section: str, values: Any, reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        RunConfig.model_validate(NEEDED | {section: values})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"quantization": {"bits": 4}, "model": {"name_or_path": "m", "dtype": "float16"}}, "model.dtype=float16"),
+        ({"quantization": {"bits": 4}, "adapter": {"modules_to_save": ["lm_head"]}}, "modules_to_save"),
+        ({"evaluation": {"every_steps": 1}}, "nothing to evaluate"),
+    ],
+)
+def test_sections_that_do_not_agree_are_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        RunConfig.model_validate(NEEDED | changes)

@@ -1,0 +1,294 @@
+"""The order of examples and how a step is cut: each example once, on any number of ranks."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lora_accel.config.plan import make_plan
+from lora_accel.config.schema import RunConfig, TrainingSection
+from lora_accel.data.batches import (
+    Batches,
+    StepBatch,
+    collate,
+    cut,
+    epoch_order,
+    permutation,
+    source_count,
+    step_batch,
+)
+from lora_accel.data.chat import IGNORED, Example
+from lora_accel.data.dataset import Dataset, Source
+
+PAD = 999
+
+
+def examples_of(lengths: list[int], first: int = 0) -> list[Example]:
+    """Examples whose tokens are all their number; every third token is not supervised."""
+    made = []
+    for number, length in enumerate(lengths, start=first):
+        labels = [IGNORED if i % 3 == 0 else number for i in range(length)]
+        made.append(Example([number] * length, labels))
+    return made
+
+
+UNEVEN = [3, 50, 7, 7, 22, 1, 9, 30, 2, 15, 4, 4, 90, 11]
+
+
+def seen(batch: StepBatch) -> list[int]:
+    """The numbers of the examples of a rank's micro-batches, in order."""
+    numbers = []
+    for micro_batch in batch.micro_batches:
+        for row, mask in zip(micro_batch.input_ids, micro_batch.attention_mask, strict=True):
+            if mask.any() and row[0] != PAD:
+                numbers.append(int(row[0]))
+    return numbers
+
+
+# Order.
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 10, 1000])
+@pytest.mark.parametrize("key", [(0,), (0, 1), (7, 1, 2)])
+def test_a_permutation_holds_each_once(count: int, key: tuple[int, ...]) -> None:
+    assert sorted(permutation(count, *key).tolist()) == list(range(count))
+
+
+def test_a_permutation_never_changes() -> None:
+    # Written down, since every run that was ever resumed relies on it.
+    assert permutation(10, 0, 0, 0).tolist() == [0, 8, 9, 3, 7, 5, 1, 2, 6, 4]
+    assert permutation(10, 7, 1, 2).tolist() == [3, 4, 7, 6, 9, 1, 5, 8, 2, 0]
+
+
+def test_an_epoch_never_changes() -> None:
+    assert epoch_order([3, 4], [1, 0.5], 5, 0).tolist() == [3, 1, 2, 0, 5]
+    assert epoch_order([3, 4], [1, 0.5], 5, 1).tolist() == [2, 4, 0, 6, 1]
+
+
+def test_another_key_is_another_permutation() -> None:
+    keys = [(seed, number, epoch) for seed in range(4) for number in range(3) for epoch in range(1, 4)]
+    assert len({tuple(permutation(50, *key).tolist()) for key in keys}) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("weight", "epochs", "times"),
+    [(1, 1, 1), (1, 3, 3), (2, 1, 2), (2, 2, 4), (0.25, 4, 1), (0.25, 8, 2), (0.5, 2, 1), (1.5, 2, 3)],
+)
+def test_a_weight_is_how_often_each_is_seen(weight: float, epochs: int, times: int) -> None:
+    orders = [epoch_order([20], [weight], 3, epoch).tolist() for epoch in range(epochs)]
+    assert {len(order) for order in orders} == {round(20 * weight)}
+    assert Counter(itertools.chain(*orders)) == dict.fromkeys(range(20), times)
+
+
+def test_weights_hold_for_each_source_by_itself() -> None:
+    sizes, weights = [8, 1, 12], [2, 1, 0.25]
+    total: Counter[int] = Counter()
+    for epoch in range(4):
+        order = epoch_order(sizes, weights, 11, epoch).tolist()
+        counts = Counter(order)
+        assert len(order) == 16 + 1 + 3
+        assert all(counts[i] == 2 for i in range(8))
+        assert counts[8] == 1
+        total += Counter({i: count for i, count in counts.items() if i >= 9})
+    assert total == dict.fromkeys(range(9, 21), 1)
+
+
+def test_sources_are_mixed() -> None:
+    order = epoch_order([50, 50], [1, 1], 0, 0)
+    assert 15 < int((order[:50] < 50).sum()) < 35
+
+
+def test_epochs_and_seeds_differ_and_repeat() -> None:
+    orders = {(seed, epoch): epoch_order([40], [1], seed, epoch).tolist() for seed in range(3) for epoch in range(3)}
+    assert len({tuple(order) for order in orders.values()}) == 9
+    assert epoch_order([40], [1], 1, 2).tolist() == orders[1, 2]
+
+
+@pytest.mark.parametrize(("size", "weight", "count"), [(10, 1, 10), (10, 0.25, 2), (3, 0.01, 1), (7, 3, 21)])
+def test_a_source_gives_at_least_one(size: int, weight: float, count: int) -> None:
+    assert source_count(size, weight) == count == len(epoch_order([size], [weight], 0, 5))
+
+
+# Steps.
+
+
+def batches_of(rank: int = 0, num_ranks: int = 1, **training: Any) -> tuple[Batches, int, int]:
+    lengths = UNEVEN + [5] * 7
+    config = RunConfig.model_validate(
+        {
+            "output_dir": "run",
+            "model": {"name_or_path": "m"},
+            "data": {"train": [{"path": "x"}]},
+            "training": {"batch_size": 4, "micro_batch_tokens": 64, "epochs": 3, **training},
+        }
+    )
+    plan = make_plan(config, num_ranks=num_ranks, num_examples=21, num_tokens=1, num_supervised_tokens=1)
+    dataset = Dataset([Source(examples_of(lengths[:15]), 1.0), Source(examples_of(lengths[15:], first=15), 1.0)], [])
+    batches = Batches(dataset, config.training, plan, seed=5, rank=rank, pad_id=PAD)
+    return batches, plan.steps_per_epoch, plan.total_steps
+
+
+def test_an_epoch_sees_each_example_once_and_ends_with_a_short_step() -> None:
+    batches, per_epoch, total = batches_of()
+    assert (per_epoch, total) == (6, 18)
+    steps = [batches.step(step) for step in range(total)]
+    for epoch in range(3):
+        of_epoch = steps[epoch * 6 : epoch * 6 + 6]
+        assert [batch.num_examples for batch in of_epoch] == [4, 4, 4, 4, 4, 1]
+        assert sorted(itertools.chain(*map(seen, of_epoch))) == list(range(21))
+    assert seen(steps[0]) != seen(steps[6])
+
+
+def test_a_step_does_not_depend_on_the_steps_before_it() -> None:
+    straight = batches_of()[0]
+    all_steps = [seen(straight.step(step)) for step in range(18)]
+    for step in (17, 3, 9, 3):
+        assert seen(batches_of()[0].step(step)) == all_steps[step] == seen(straight.step(step))
+
+
+@pytest.mark.parametrize("training", [{}, {"micro_batch_tokens": 8}, {"micro_batch_tokens": 10_000}])
+@pytest.mark.parametrize("num_ranks", [2, 3, 5])
+def test_ranks_share_a_step_of_the_same_examples(num_ranks: int, training: dict[str, Any]) -> None:
+    alone = batches_of(**training)[0]
+    ranks = [batches_of(rank, num_ranks, **training)[0] for rank in range(num_ranks)]
+    for step in range(18):
+        shares = [rank.step(step) for rank in ranks]
+        whole = alone.step(step)
+        assert sorted(itertools.chain(*map(seen, shares))) == sorted(seen(whole))
+        assert len({len(share.micro_batches) for share in shares}) == 1
+        for share in shares:
+            assert (share.num_examples, share.num_tokens, share.num_supervised_tokens) == (
+                whole.num_examples,
+                whole.num_tokens,
+                whole.num_supervised_tokens,
+            )
+        assert whole.num_supervised_tokens == sum(
+            int((micro_batch.targets != IGNORED).sum()) for share in shares for micro_batch in share.micro_batches
+        )
+        assert whole.num_tokens == sum(
+            int(micro_batch.attention_mask.sum())
+            for share in shares
+            for micro_batch in share.micro_batches
+            if (micro_batch.targets != IGNORED).any() or micro_batch.input_ids[0, 0] != PAD
+        )
+
+
+@pytest.mark.parametrize("limits", [{"micro_batch_tokens": 60}, {"micro_batch_size": 2}, {"micro_batch_tokens": 1}])
+def test_three_ranks_together_hold_every_example_once(limits: dict[str, Any]) -> None:
+    examples = examples_of(UNEVEN)
+    training = TrainingSection.model_validate(limits)
+    shares = [step_batch(examples, training, rank=rank, num_ranks=3, pad_id=PAD) for rank in range(3)]
+    assert sorted(itertools.chain(*map(seen, shares))) == list(range(len(UNEVEN)))
+    assert len({len(share.micro_batches) for share in shares}) == 1
+    assert all(share.num_tokens == sum(UNEVEN) for share in shares)
+
+
+def test_a_rank_without_examples_gets_micro_batches_without_targets() -> None:
+    training = TrainingSection(micro_batch_tokens=1000)
+    shares = [step_batch(examples_of([5]), training, rank=rank, num_ranks=3, pad_id=PAD) for rank in range(3)]
+    assert [len(share.micro_batches) for share in shares] == [1, 1, 1]
+    assert [int((share.micro_batches[0].targets != IGNORED).sum()) for share in shares] == [3, 0, 0]
+
+
+# Cutting.
+
+
+@pytest.mark.parametrize("most_tokens", [1, 10, 30, 64, 90, 200, 10_000])
+def test_no_group_is_wider_than_the_limit_in_tokens(most_tokens: int) -> None:
+    examples = examples_of(UNEVEN)
+    groups = cut(examples, most_tokens, None)
+    assert sorted(example for group in groups for example in group) == sorted(examples)
+    for group in groups:
+        padded = len(group) * max(len(example.input_ids) for example in group)
+        assert padded <= most_tokens or len(group) == 1
+
+
+@pytest.mark.parametrize("most_examples", [1, 2, 5, 14, 100])
+def test_no_group_has_more_examples_than_the_limit(most_examples: int) -> None:
+    groups = cut(examples_of(UNEVEN), 1, most_examples)
+    assert sorted(example.input_ids[0] for group in groups for example in group) == list(range(len(UNEVEN)))
+    assert [len(group) for group in groups[:-1]] == [most_examples] * (len(groups) - 1)
+    assert 1 <= len(groups[-1]) <= most_examples
+
+
+def test_a_long_example_is_a_group_of_its_own() -> None:
+    groups = cut(examples_of([4, 300, 4, 4]), 12, None)
+    assert [[len(example.input_ids) for example in group] for group in groups] == [[300], [4, 4, 4]]
+
+
+def test_groups_hold_examples_of_like_length() -> None:
+    lengths = [[len(example.input_ids) for example in group] for group in cut(examples_of(UNEVEN), 100, None)]
+    flat = list(itertools.chain(*lengths))
+    assert flat == sorted(UNEVEN, reverse=True)
+
+
+def test_groups_do_not_depend_on_the_order_of_a_step_but_for_ties() -> None:
+    distinct = examples_of([3, 50, 7, 22, 1, 9, 30, 2, 15])
+    shuffled = [distinct[i] for i in permutation(len(distinct), 1)]
+    assert cut(distinct, 64, None) == cut(shuffled, 64, None)
+
+
+def test_nothing_is_cut_into_nothing() -> None:
+    assert cut([], 10, None) == []
+
+
+# Tensors.
+
+
+def supervised_anywhere(length: int, number: int, key: int) -> Example:
+    chosen = np.random.Philox(np.random.SeedSequence((key, number))).random_raw(length) % 2
+    tokens = [100 * number + i for i in range(length)]
+    return Example(tokens, [IGNORED, *(t if c else IGNORED for t, c in zip(tokens[1:], chosen[1:], strict=True))])
+
+
+@pytest.mark.parametrize("key", range(6))
+@pytest.mark.parametrize("lengths", [[5], [1], [1, 1], [7, 3, 2], [20, 20, 1]])
+def test_tensors_are_what_a_loop_would_write(lengths: list[int], key: int) -> None:
+    examples = [supervised_anywhere(length, number, key) for number, length in enumerate(lengths)]
+    batch = collate(examples, PAD)
+    width = max(lengths)
+
+    target = {}  # (row, position) -> the token that is to be predicted from there
+    for row, example in enumerate(examples):
+        for position in range(width):
+            real = position < lengths[row]
+            assert batch.input_ids[row, position] == (example.input_ids[position] if real else PAD)
+            assert batch.attention_mask[row, position] == int(real)
+            if position + 1 < lengths[row] and example.labels[position + 1] != IGNORED:
+                target[row, position] = example.input_ids[position + 1]
+
+    columns = sorted({position for _, position in target}) or [0]
+    assert batch.columns.tolist() == columns
+    assert batch.targets.tolist() == [
+        [target.get((row, position), IGNORED) for position in columns] for row in range(len(examples))
+    ]
+    assert batch.input_ids.shape == batch.attention_mask.shape == (len(examples), width)
+    assert {tensor.dtype for tensor in (batch.input_ids, batch.attention_mask, batch.columns, batch.targets)} == {
+        torch.int64
+    }
+
+
+def test_no_example_is_one_token_without_a_target() -> None:
+    batch = collate([], PAD)
+    assert batch.input_ids.tolist() == [[PAD]]
+    assert batch.attention_mask.tolist() == [[1]]
+    assert batch.columns.tolist() == [0]
+    assert batch.targets.tolist() == [[IGNORED]]
+
+
+def test_a_pad_token_within_an_example_is_a_token_like_any_other() -> None:
+    batch = collate([Example([1, PAD, 2, PAD], [IGNORED, PAD, 2, PAD]), Example([1, 2], [IGNORED, 2])], PAD)
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.targets.tolist() == [[PAD, 2, PAD], [2, IGNORED, IGNORED]]
+
+
+def test_moving_a_batch_changes_nothing() -> None:
+    batch = collate(examples_of([3, 2]), PAD)
+    moved = batch.to(torch.device("cpu"))
+    assert torch.equal(moved.targets, batch.targets)
+    assert torch.equal(moved.input_ids, batch.input_ids)

@@ -1,0 +1,185 @@
+"""Rows of each format, ordinary and odd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_accel.config.schema import DataFormat
+from lora_accel.data.formats import (
+    FORMATS,
+    Completion,
+    Conversation,
+    MalformedRow,
+    Message,
+    PlainText,
+    Record,
+    UnusableRow,
+    detect_format,
+    parse_row,
+)
+
+
+def conversation(*turns: tuple[str, str]) -> Conversation:
+    return Conversation(tuple(Message(role, content) for role, content in turns))
+
+
+def sharegpt(*turns: tuple[str, str], **more: Any) -> dict[str, Any]:
+    return {"conversations": [{"from": role, "value": text} for role, text in turns], **more}
+
+
+def messages(*turns: tuple[str, str], **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": text} for role, text in turns], **more}
+
+
+QUESTION_AND_ANSWER = conversation(("user", "q"), ("assistant", "a"))
+
+
+@pytest.mark.parametrize(
+    ("row", "data_format", "record"),
+    [
+        (sharegpt(("human", "q"), ("gpt", "a"), id="x1"), "sharegpt", QUESTION_AND_ANSWER),
+        (sharegpt(("user", "q"), ("assistant", "a")), "sharegpt", QUESTION_AND_ANSWER),
+        (sharegpt(("human", "q"), ("model", "a"), system=None), "sharegpt", QUESTION_AND_ANSWER),
+        (
+            sharegpt(("human", "q"), ("gpt", "a"), system="s"),
+            "sharegpt",
+            conversation(("system", "s"), ("user", "q"), ("assistant", "a")),
+        ),
+        (
+            sharegpt(("human", "q"), ("observation", "o"), ("gpt", "a")),
+            "sharegpt",
+            conversation(("user", "q"), ("tool", "o"), ("assistant", "a")),
+        ),
+        (messages(("user", "q"), ("assistant", "a")), "messages", QUESTION_AND_ANSWER),
+        (messages(("assistant", " a ")), "messages", conversation(("assistant", " a "))),
+        (
+            messages(("system", "s"), ("user", ""), ("assistant", ""), ("user", "q"), ("assistant", "a")),
+            "messages",
+            conversation(("system", "s"), ("user", ""), ("assistant", ""), ("user", "q"), ("assistant", "a")),
+        ),
+        ({"instruction": "q", "output": "a"}, "alpaca", QUESTION_AND_ANSWER),
+        ({"instruction": "q", "input": "", "output": "a"}, "alpaca", QUESTION_AND_ANSWER),
+        ({"instruction": "q", "input": None, "output": "a", "history": None}, "alpaca", QUESTION_AND_ANSWER),
+        (
+            {"instruction": "q", "input": "i", "output": "a"},
+            "alpaca",
+            conversation(("user", "q\n\n### Input:\ni"), ("assistant", "a")),
+        ),
+        (
+            {"instruction": "q", "output": "a", "system": "s", "history": [["q0", "a0"]]},
+            "alpaca",
+            conversation(("system", "s"), ("user", "q0"), ("assistant", "a0"), ("user", "q"), ("assistant", "a")),
+        ),
+        ({"prompt": "p", "completion": "c"}, "prompt_completion", Completion("p", "c")),
+        ({"prompt": "", "completion": " "}, "prompt_completion", Completion("", " ")),
+        (
+            {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
+            "prompt_completion",
+            QUESTION_AND_ANSWER,
+        ),
+        ({"text": " t\n"}, "text", PlainText(" t\n")),
+        # The more telling key wins; other keys are let be.
+        (
+            messages(("user", "q"), ("assistant", "a"), text="t", prompt="p", completion="c"),
+            "messages",
+            QUESTION_AND_ANSWER,
+        ),
+        ({"prompt": "p", "text": "t"}, "text", PlainText("t")),
+    ],
+)
+def test_a_row_is_found_and_read(row: dict[str, Any], data_format: DataFormat, record: Record) -> None:
+    assert detect_format(row) == data_format
+    assert parse_row(row, data_format) == record
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (messages(), "empty conversation"),
+        (sharegpt(), "empty conversation"),
+        (messages(("user", "q")), "no assistant turn"),
+        (messages(("user", "q"), ("assistant", " \n")), "no assistant turn"),
+        ({"instruction": "q", "output": ""}, "no assistant turn"),
+        ({"prompt": [], "completion": []}, "empty conversation"),
+        ({"prompt": "p", "completion": ""}, "empty completion"),
+        ({"text": ""}, "empty text"),
+        ({"text": " \n\t"}, "empty text"),
+    ],
+)
+def test_a_row_with_nothing_to_learn_says_why(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnusableRow, match=f"^{reason}$"):
+        parse_row(row, detect_format(row))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({}, r"no known format has the keys \[\]"),
+        ({"prompt": "p"}, r"no known format has the keys \['prompt'\]"),
+        ({"conversations": [{"from": "human"}]}, "conversations, message 1: 'value' should be text, not None"),
+        (
+            {"conversations": [{"role": "user", "content": "q"}]},
+            r"message 1: key 'from' is missing; .*\['content', 'role'\]",
+        ),
+        ({"conversations": {"from": "human"}}, "conversations should be a list of messages, not a dict"),
+        ({"messages": None}, "messages should be a list of messages, not a NoneType"),
+        ({"messages": [{"role": "User", "content": "q"}]}, "unknown role 'User'; known are system, user"),
+        ({"messages": [{"role": {}, "content": "q"}]}, "unknown role {}"),
+        ({"messages": [{"role": "user", "content": [{"text": "q"}]}]}, "'content' should be text"),
+        ({"messages": [["user", "q"]]}, "message 1: should be an object, not a list"),
+        ({"instruction": "q", "output": None}, "key 'output' should be text, not None"),
+        ({"instruction": "q", "output": "a", "input": 3}, "key 'input' should be text, not 3"),
+        ({"instruction": "q", "output": "a", "history": "x"}, "history should be a list .* not 'x'"),
+        ({"instruction": "q", "output": "a", "history": [["q", None]]}, "history should hold"),
+        ({"prompt": "p", "completion": [{"role": "assistant", "content": "a"}]}, "key 'completion' should be text"),
+        ({"text": 5}, "key 'text' should be text, not 5"),
+        ({"conversations": [], "system": 5}, "empty conversation|key 'system' should be text"),
+    ],
+)
+def test_a_row_that_is_not_what_it_claims_says_where(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises((MalformedRow, UnusableRow), match=reason):
+        parse_row(row, detect_format(row))
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_a_missing_key_of_a_forced_format_is_named(data_format: DataFormat) -> None:
+    key = FORMATS[data_format][0][0]
+    with pytest.raises(MalformedRow, match=rf"key '{key}' of format {data_format} is missing; the row has \['other'\]"):
+        parse_row({"other": "x"}, data_format)
+
+
+KEYS = [
+    "conversations",
+    "messages",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "history",
+    "prompt",
+    "completion",
+    "text",
+]
+INNER = ["from", "value", "role", "content"]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(0, 2) | st.floats(0, 1) | st.sampled_from(["", "user", "gpt", "x"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(INNER), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(row=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=5))
+@settings(max_examples=300, derandomize=True, deadline=None)
+def test_no_row_does_anything_but_parse_or_say_what_is_wrong(row: dict[str, Any]) -> None:
+    try:
+        record = parse_row(row, detect_format(row))
+    except (MalformedRow, UnusableRow):
+        return
+    if isinstance(record, Conversation):
+        assert any(message.role == "assistant" for message in record.messages)
+    else:
+        assert all(isinstance(text, str) for text in record)

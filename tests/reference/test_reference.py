@@ -1,0 +1,104 @@
+"""Losses are what they were: a change that is meant to change nothing must leave these numbers alone.
+
+Where a change of the numbers is meant, write them anew and say why in the commit:
+
+    python -m pytest tests/reference --write-reference
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from scripts.compare_losses import NotLosses, read_losses, worst_step
+
+from lora_accel import RunConfig, run_training
+from tests.conftest import ROOT
+
+REFERENCE = Path(__file__).parent / "tiny_llama_float32.txt"
+HEAD = """\
+# Loss (mean per supervised token) of 12 steps of tests/conftest.py's tiny llama: float32, dropout 0.1, one process.
+# Written by: python -m pytest tests/reference --write-reference
+"""
+CLOSE = 1e-6  # relative: another CPU, or another number of threads, sums in another order
+
+
+def test_losses_are_those_written_down(make_config: Callable[..., RunConfig], request: pytest.FixtureRequest) -> None:
+    config = make_config(
+        model={"dtype": "float32"},
+        training={"epochs": 2, "warmup_steps": 2, "learning_rate": 5e-3, "mixed_precision": "no"},
+    )
+    metrics = run_training(config).parent / "metrics.jsonl"
+    found = read_losses(metrics)
+    assert list(found) == list(range(1, 13))
+    if request.config.getoption("--write-reference"):
+        text = HEAD + "".join(f"{step} {loss!r}\n" for step, loss in found.items())
+        REFERENCE.write_text(text, encoding="utf-8")
+        pytest.skip(f"wrote {REFERENCE.name}")
+    step, difference = worst_step(read_losses(REFERENCE), found)
+    assert difference <= CLOSE, f"step {step} differs by {difference:.2e}; python scripts/compare_losses.py shows it"
+
+
+def test_the_reference_has_learned() -> None:
+    losses = read_losses(REFERENCE)
+    assert list(losses) == list(range(1, 13))
+    assert losses[12] < 0.98 * losses[1]
+
+
+def compare(old: Path, new: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "scripts" / "compare_losses.py", old, new]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def write_losses(path: Path, losses: list[float]) -> Path:
+    path.write_text("".join(f"{step} {loss!r}\n" for step, loss in enumerate(losses, start=1)))
+    return path
+
+
+def write_metrics(path: Path, losses: list[float]) -> Path:
+    events: list[dict[str, object]] = [{"kind": "event", "event": "start", "step": 0}]
+    events += [{"kind": "train", "step": step, "loss": loss} for step, loss in enumerate(losses, start=1)]
+    events += [{"kind": "eval", "step": 2, "eval_loss": 9.0}]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    return path
+
+
+def test_compare_losses_finds_equal_files_identical_whatever_their_form(tmp_path: Path) -> None:
+    told = compare(write_losses(tmp_path / "a.txt", [0.1, 1 / 3]), write_metrics(tmp_path / "b.jsonl", [0.1, 1 / 3]))
+    assert (told.returncode, told.stdout) == (0, "identical: 2 steps\n")
+
+
+def test_compare_losses_names_the_step_that_differs_most(tmp_path: Path) -> None:
+    old = write_losses(tmp_path / "old.txt", [4.0, 2.0, 1.0])
+    told = compare(old, write_metrics(tmp_path / "new.jsonl", [4.0, 2.5, 1.0000001]))
+    assert told.returncode == 1
+    assert "3 steps, most at step 2: 2.0 -> 2.5 (relative 2.50e-01)" in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("1 0.5\n2 0.4\n", "1 0.5\n", "step 2 among them"),
+        ("1 0.5\n1 0.5\n", "1 0.5\n", "step 1 stands there twice"),
+        ("1 0.5 0.6\n", "1 0.5\n", "line 1: neither"),
+        ("# nothing\n", "1 0.5\n", "holds no loss"),
+    ],
+)
+def test_compare_losses_refuses_what_cannot_be_compared(tmp_path: Path, old: str, new: str, reason: str) -> None:
+    (tmp_path / "old").write_text(old)
+    (tmp_path / "new").write_text(new)
+    told = compare(tmp_path / "old", tmp_path / "new")
+    assert told.returncode == 2
+    assert reason in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_nan_is_never_equal(tmp_path: Path) -> None:
+    old, new = (write_losses(tmp_path / name, [1.0, float("nan")]) for name in ("old", "new"))
+    assert worst_step(read_losses(old), read_losses(new)) == (2, float("inf"))
+    with pytest.raises(NotLosses, match="cannot be read"):
+        read_losses(tmp_path / "absent")

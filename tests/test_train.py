@@ -1,0 +1,238 @@
+"""The main job end to end on a tiny model: the run folder, resuming, and what a killed run leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_accel import read_config, run_training
+from lora_accel.config.schema import RunConfig
+from lora_accel.errors import ArtifactError, TrainingError
+from lora_accel.saving.commit import why_invalid
+from tests.conftest import ROOT, chat_rows, read_metrics, write_jsonl
+
+# What must be equal to the last bit; the rest of a line are times and memory.
+EXACT = ("step", "epoch", "loss", "learning_rate", "grad_norm", "examples", "tokens", "supervised_tokens")
+
+
+def exact(folder: Path) -> list[tuple[object, ...]]:
+    return [tuple(line[key] for key in EXACT) for line in read_metrics(folder)]
+
+
+def test_writes_the_run_folder_of_the_contract(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    held_out = write_jsonl(tmp_path / "eval.jsonl", chat_rows(5))
+    config = make_config(
+        data={"eval": [{"path": str(held_out)}]},
+        evaluation={"every_steps": 3, "prompts": ["say alpha"], "max_new_tokens": 4},
+        logging={"trackers": ["tensorboard"]},
+    )
+    folder = Path(config.output_dir)
+    adapter = run_training(config)
+
+    assert adapter == folder / "adapter"
+    assert read_config(folder / "config.yaml") == config
+    plan = json.loads((folder / "plan.json").read_text())
+    assert (plan["total_steps"], plan["steps_per_epoch"], plan["num_examples"]) == (6, 6, 21)
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("done", 6)
+    assert status["checkpoint"] == str(folder / "checkpoints" / "step-00000006")
+    ledger = json.loads((folder / "data_ledger.json").read_text())
+    assert ledger["train"][0]["buckets"]["used"]["num_rows"] == 21
+    assert any((folder / "tensorboard").rglob("events.*"))
+
+    steps = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert steps == ["step-00000004", "step-00000006"]
+    for step in steps:
+        assert why_invalid(folder / "checkpoints" / step) is None
+        files = {path.name for path in (folder / "checkpoints" / step).iterdir()}
+        assert files == {
+            "adapter_model.safetensors",
+            "adapter_config.json",
+            "optimizer.safetensors",
+            "state.json",
+            "manifest.json",
+        }
+
+    train = read_metrics(folder)
+    assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]
+    assert sum(line["examples"] for line in train) == 21
+    assert set(EXACT) | {"kind", "tokens_per_second", "elapsed_seconds", "peak_memory_bytes"} == set(train[0])
+    assert train[-1]["loss"] < train[0]["loss"]
+    evaluation = read_metrics(folder, "eval")
+    assert [line["step"] for line in evaluation] == [3, 6]
+    assert evaluation[-1]["eval_perplexity"] == pytest.approx(math.exp(evaluation[-1]["eval_loss"]))
+    replies = [line for line in read_metrics(folder, "event") if line["event"] == "reply"]
+    assert [line["prompt"] for line in replies] == ["say alpha", "say alpha"]
+
+
+def test_adapter_and_checkpoints_load_with_peft_alone(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config()
+    adapter = run_training(config)
+    last = Path(config.output_dir) / "checkpoints" / "step-00000006"
+    assert AutoTokenizer.from_pretrained(adapter).chat_template
+    ids = torch.arange(5, 25)[None]
+    logits = []
+    for folder in (adapter, last):
+        base = AutoModelForCausalLM.from_pretrained(config.model.name_or_path)
+        plain = base(ids).logits
+        logits.append(PeftModel.from_pretrained(base, folder)(ids).logits)
+        assert not torch.allclose(plain, logits[-1])
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_is_bitwise_the_straight_run(
+    make_config: Callable[..., RunConfig], tmp_path: Path, dtype: str
+) -> None:
+    straight = make_config(output_dir=str(tmp_path / "straight"), model={"dtype": dtype}, training={"epochs": 2})
+    run_training(straight)
+
+    # The same run without its last checkpoints and results is a run that was stopped after step 8.
+    parts = make_config(output_dir=str(tmp_path / "parts"), model={"dtype": dtype}, training={"epochs": 2})
+    run_training(parts)
+    stopped = Path(parts.output_dir)
+    for gone in ("checkpoints/step-00000012", "adapter"):
+        subprocess.run(["rm", "-r", stopped / gone], check=True)
+    run_training(parts)
+
+    assert [line["step"] for line in read_metrics(stopped)] == list(range(1, 13))
+    assert exact(stopped) == exact(Path(straight.output_dir))
+    events = [(line["event"], line["step"]) for line in read_metrics(stopped, "event")]
+    assert events == [("start", 0), ("resume", 10), ("done", 12)]
+    for name in ("adapter/adapter_model.safetensors", "checkpoints/step-00000012/optimizer.safetensors"):
+        assert (stopped / name).read_bytes() == (Path(straight.output_dir) / name).read_bytes()
+
+
+def test_killed_with_sigkill_and_started_again_is_bitwise_the_straight_run(
+    make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path
+) -> None:
+    config = make_config(training={"epochs": 4}, checkpoint={"every_steps": 5})
+    file = config_file(config)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def command(output: Path) -> list[str]:
+        return [sys.executable, "-m", "lora_accel.train", "--config", str(file), f"output_dir={output}"]
+
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    subprocess.run(command(straight), check=True, capture_output=True, env=environment, cwd=ROOT)
+
+    process = subprocess.Popen(
+        command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=ROOT
+    )
+    deadline = time.monotonic() + 120
+    while not (killed / "metrics.jsonl").exists() or len(read_metrics_while_written(killed)) < 12:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert json.loads((killed / "status.json").read_text())["state"] == "running"
+
+    subprocess.run(command(killed), check=True, capture_output=True, env=environment, cwd=ROOT)
+    assert exact(killed) == exact(straight)
+    resumed = [line["step"] for line in read_metrics(killed, "event") if line["event"] == "resume"]
+    assert resumed
+    assert 10 <= resumed[0] < 24
+    for name in ("adapter/adapter_model.safetensors", "checkpoints/step-00000024/optimizer.safetensors"):
+        assert (killed / name).read_bytes() == (straight / name).read_bytes()
+
+
+def read_metrics_while_written(folder: Path) -> list[str]:
+    return [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
+
+
+def test_a_finished_run_started_again_changes_nothing(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config()
+    adapter = run_training(config)
+    before = (adapter / "adapter_model.safetensors").read_bytes(), exact(Path(config.output_dir))
+    run_training(config)
+    assert ((adapter / "adapter_model.safetensors").read_bytes(), exact(Path(config.output_dir))) == before
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "key"),
+    [
+        ("training", {"learning_rate": 5e-3}, "training.learning_rate"),
+        ("training", {"epochs": 2}, "plan.total_steps"),
+        ("training", {"batch_size": 3}, "plan.batch_size"),
+        ("adapter", {"r": 2}, "adapter.r"),
+        ("data", {"loss_on": "all"}, "data.loss_on"),
+        ("model", {"chat_template": "chatml"}, "chat template"),
+        ("seed", 1, "seed"),
+    ],
+)
+def test_resuming_with_other_mathematics_is_refused(
+    make_config: Callable[..., RunConfig], section: str, change: object, key: str
+) -> None:
+    run_training(make_config())
+    with pytest.raises(ArtifactError, match=key.replace(".", r"\.")) as refused:
+        run_training(make_config(**{section: change}))
+    assert "checkpoint -> now" in str(refused.value)
+
+
+def test_resuming_with_other_data_is_refused(make_config: Callable[..., RunConfig], rows_file: Path) -> None:
+    run_training(make_config())
+    rows_file.write_text(rows_file.read_text().replace("alpha", "omega"))
+    with pytest.raises(ArtifactError, match=r"data\.train\[0\] bytes"):
+        run_training(make_config())
+
+
+def test_harmless_changes_resume(make_config: Callable[..., RunConfig]) -> None:
+    run_training(make_config())
+    run_training(make_config(logging={"every_steps": 2}, training={"micro_batch_tokens": 512}))
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_accel.training import loop
+
+    config = make_config(training={"micro_batch_tokens": 10_000})  # one forward a step
+    whole = loop.summed_token_loss
+    calls = iter(range(1000))
+
+    def spoiled(model: torch.nn.Module, batch: loop.Batch) -> torch.Tensor:
+        loss = whole(model, batch)
+        return loss * math.nan if next(calls) >= 4 else loss
+
+    monkeypatch.setattr(loop, "summed_token_loss", spoiled)
+    with pytest.raises(TrainingError, match="step 5: loss nan") as stopped:
+        run_training(config)
+    assert stopped.value.exit_code == 3
+    folder = Path(config.output_dir)
+    assert why_invalid(folder / "checkpoints" / "step-00000004") is None
+    assert json.loads((folder / "status.json").read_text())["state"] == "failed"
+    assert not (folder / "adapter").exists()
+    weights = load_file(folder / "checkpoints" / "step-00000004" / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize("bits", [4])
+def test_qlora_trains_on_a_quantised_base(make_config: Callable[..., RunConfig], bits: int) -> None:
+    config = make_config(quantization={"bits": bits}, training={"epochs": 2})
+    adapter = run_training(config)
+    losses = [line["loss"] for line in read_metrics(Path(config.output_dir))]
+    assert losses[-1] < 0.95 * losses[0]
+    weights = load_file(adapter / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_activation_checkpointing_changes_no_loss(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    plain = make_config(output_dir=str(tmp_path / "plain"))
+    saved = make_config(output_dir=str(tmp_path / "saved"), training={"activation_checkpointing": True})
+    run_training(plain)
+    run_training(saved)
+    assert exact(Path(plain.output_dir)) == exact(Path(saved.output_dir))
