@@ -11,7 +11,7 @@ In a fifth of the rows a second message changes something and the whole order is
 The system message does not tell the keys, so an untrained model cannot guess them.
 
 The text is the work, the JSON is the truth: an `Order` is drawn first, then written down messily.
-Held-out rows use names, and in half of them nouns, that training never shows.
+Held-out rows use last names that training never shows, and in a quarter of them first names and items.
 All is drawn from one seed: the same script writes the same bytes.
 """
 
@@ -26,7 +26,7 @@ from pathlib import Path
 from random import Random
 
 SEED = 7
-NUM_TRAIN = 400
+NUM_TRAIN = 480
 NUM_HELDOUT = 100
 SYSTEM = "Order to JSON."
 DATA = Path(os.path.relpath(Path(__file__).resolve().parent.parent / "recipes" / "data"))
@@ -103,8 +103,8 @@ TRAIN = Words(
 )  # fmt: skip
 HELDOUT = Words(
     first_names=(
-        "Adam", "Andrew", "Peter", "Bill", "Bob", "Matt", "Alex", "Emily", "Henry", "James",
-        "Jane", "Jim", "Joseph", "Mary", "Philip", "Michael", "Richard", "Sally", "Tom", "William",
+        "Adam", "Peter", "Bob", "Emily", "Henry", "James", "Mary", "Michael", "Richard", "William",
+        *TRAIN.first_names[:30],  # a quarter of the first names are new, every last name is
     ),
     last_names=(
         "Allen", "Barnes", "Bell", "Cook", "Davis", "Ellis", "Fox", "Gordon", "Hill", "Howard",
@@ -112,12 +112,11 @@ HELDOUT = Words(
         "Wood",
     ),
     nouns=(
-        "book", "fork", "stool", "side table", "bath mat", "bread box", "flower pot",
-        "office chair", "coat rack", "table lamp",
-        *TRAIN.nouns[:10],  # half of the items are new, half are known
+        "book", "bath mat", "bread box", "office chair", "table lamp",
+        *TRAIN.nouns[:15],  # a quarter of the items are new
     ),
     small_talk=(
-        "hope all is well", "lots going on here", "4 of the old ones broke",
+        "hope all is well", "lots going on here", "4 of the old ones broke", "see you soon",
         "was closed when i came on friday",
     ),
 )  # fmt: skip

@@ -8,11 +8,13 @@ PYTHON=${PYTHON:-python3}
 [ -d .venv ] || "$PYTHON" -m venv .venv
 .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[quickstart]'
 
+# Waiting threads sleep instead of spinning: a core that something else uses would cost not a little but thirtyfold.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 run=runs/quickstart
 .venv/bin/python scripts/fetch_model.py
 .venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml --quiet -m lora_accel.train --config recipes/quickstart.yaml
 .venv/bin/lora-accel merge "$run/adapter" "$run/merged" --overwrite
 .venv/bin/lora-accel generate --adapter "$run/adapter" --merged "$run/merged" --compare \
-    --system 'Turn the order into JSON.' \
+    --system 'Order to JSON.' \
     "hi its Priya Raman again, could u send 2 dozen blue mugs by fri? no rush"
-.venv/bin/lora-accel evaluate --config recipes/quickstart.yaml --adapter "$run/adapter" --merged "$run/merged"
+.venv/bin/lora-accel evaluate --config recipes/quickstart.yaml --adapter "$run/adapter" --merged "$run/merged" --max-new-tokens 64

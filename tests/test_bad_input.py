@@ -398,3 +398,30 @@ def test_the_process_names_the_line_of_a_broken_row(folder: Path) -> None:
     assert (ended.returncode, ended.stderr.count("error: ")) == (2, 1)
     assert "rows.jsonl, line 2: not valid JSON" in ended.stderr
     assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("logging.trackers=[tensorbord]", ["logging.trackers", "tensorbord", "did you mean tensorboard"]),
+        ("output_dir=rows.jsonl/run", ["output_dir", "rows.jsonl is a file"]),
+        ("model.attention=nothing", ["model.attention", "nothing", "auto"]),
+        ("model.name_or_path=./absent", ["model.name_or_path", "./absent", "no such folder"]),
+    ],
+)
+def test_what_only_the_libraries_know_is_said_before_anything_is_written(
+    refuse: Refuse, override: str, named: list[str]
+) -> None:
+    said = refuse(override)
+    assert all(bit in said for bit in named), said
+
+
+def test_a_prompt_that_the_template_refuses_is_said_before_the_model_loads(refuse: Refuse, folder: Path) -> None:
+    (folder / "strict.jinja").write_text(
+        "{% for m in messages %}{% if loop.first and m['role'] == 'user' %}{{ raise_exception('system first') }}"
+        "{% endif %}{{ m['content'] }}{% endfor %}"
+    )
+    rows = [{"messages": [{"role": "system", "content": "s"}, *row["messages"]]} for row in chat_rows(6)]
+    write_jsonl(folder / "rows.jsonl", rows)
+    said = refuse("model.chat_template=strict.jinja", "evaluation.prompts=[hello]")
+    assert "system first" in said

@@ -220,7 +220,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
-@pytest.mark.parametrize("bits", [4])
+@pytest.mark.parametrize("bits", [4, 8])
 def test_qlora_trains_on_a_quantised_base(make_config: Callable[..., RunConfig], bits: int) -> None:
     config = make_config(quantization={"bits": bits}, training={"epochs": 2})
     adapter = run_training(config)

@@ -63,10 +63,10 @@ def generate(
     own = (adapter / "tokenizer_config.json").is_file()
     template = ChatTemplate(load_tokenizer(ModelSection(name_or_path=str(adapter)) if own else section))
     turns = (Message("system", system),) if system else ()
-    texts = [template.prompt((*turns, Message("user", prompt))) for prompt in prompts]
+    asked = [template.encode_prompt(template.prompt((*turns, Message("user", prompt)))) for prompt in prompts]
     answers: list[dict[str, str]] = [{} for _ in prompts]
     for name, model in _candidates(section, QuantizationSection(), adapter, merged, with_base=compare):
-        replies = replies_to(model, template.tokenizer, texts, max_new_tokens=max_new_tokens)
+        replies = replies_to(model, template.tokenizer, asked, max_new_tokens=max_new_tokens)
         for answer, reply in zip(answers, replies, strict=True):
             answer[name] = reply
     return answers
@@ -116,7 +116,7 @@ def evaluate(
 def _exact_matches(
     model: torch.nn.Module,
     template: ChatTemplate,
-    questions: list[tuple[str, str]],
+    questions: list[tuple[list[int], str]],
     batch_size: int,
     max_new_tokens: int,
 ) -> int:

@@ -20,7 +20,7 @@ from lora_accel.config.files import config_to_yaml, read_config
 from lora_accel.config.plan import Plan, make_plan
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import hush_libraries, print_table, run_command
-from lora_accel.errors import ConfigError
+from lora_accel.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -86,8 +86,11 @@ def run_training(config: RunConfig) -> Path:
 
 def refuse_output(folder: Path) -> None:
     """Refuse a run folder that cannot become one."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir: {folder} is a file; name a folder")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"output_dir: {nearest} is a file; name a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir: {nearest} cannot be written to; name another folder")
     known = {"checkpoints", "adapter", "metrics.jsonl", "config.yaml", "status.json"}
     if folder.is_dir() and any(folder.iterdir()) and not known & {path.name for path in folder.iterdir()}:
         raise ConfigError(f"output_dir: {folder} holds other things and no run; name a new or empty folder")
@@ -96,8 +99,16 @@ def refuse_output(folder: Path) -> None:
 def make_accelerator(config: RunConfig) -> Accelerator:
     """Build the Accelerator: how it runs comes from `accelerate launch`, what it learns from the run config."""
     from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
     from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
+    available = {"all", *(tracker.value for tracker in get_available_trackers())}
+    for tracker in config.logging.trackers:
+        if tracker not in available:
+            raise ConfigError(
+                f"logging.trackers: {tracker!r} is unknown or not installed{did_you_mean(tracker, available)}; "
+                f"installed here are {', '.join(sorted(available - {'all'}))}"
+            )
     accelerator = Accelerator(
         mixed_precision=config.training.mixed_precision,
         # The loop sets the number of micro-batches of each step itself.
@@ -126,6 +137,8 @@ class Data(NamedTuple):
     dataset: Dataset
     eval_examples: list[Example]
     eval_ledgers: list[SourceLedger]
+    prompts: list[list[int]]
+    """Tokens of `evaluation.prompts`."""
     plan: Plan
 
 
@@ -134,6 +147,7 @@ def prepare_data(config: RunConfig, num_ranks: int) -> Data:
     from lora_accel.data.batches import permutation, source_count
     from lora_accel.data.chat import ChatTemplate
     from lora_accel.data.dataset import hold_out, load_dataset
+    from lora_accel.data.formats import Message
     from lora_accel.model.base import load_tokenizer
 
     template = ChatTemplate(load_tokenizer(config.model), config.model.chat_template)
@@ -155,7 +169,9 @@ def prepare_data(config: RunConfig, num_ranks: int) -> Data:
         num_supervised_tokens=per_epoch(lambda example: example.num_supervised),
         num_eval_examples=len(eval_examples),
     )
-    return Data(template, dataset, eval_examples, evaluation.ledgers, plan)
+    texts = [template.prompt((Message("user", prompt),)) for prompt in config.evaluation.prompts]
+    prompts = [template.encode_prompt(text) for text in texts]
+    return Data(template, dataset, eval_examples, evaluation.ledgers, prompts, plan)
 
 
 def show_data(data: Data) -> None:
@@ -257,7 +273,6 @@ def make_run(
 ) -> Run:
     """Bind everything that the loop is handed."""
     from lora_accel.data.batches import Batches, step_batch
-    from lora_accel.data.formats import Message
     from lora_accel.model.adapter import trainable_parameters
     from lora_accel.saving.checkpoint import save_checkpoint
     from lora_accel.training.evaluate import evaluate, replies_to
@@ -280,8 +295,7 @@ def make_run(
             values["eval_tokens"] = eval_batch.num_supervised_tokens
         if config.evaluation.prompts:
             prompts, most = config.evaluation.prompts, config.evaluation.max_new_tokens
-            texts = [data.template.prompt((Message("user", prompt),)) for prompt in prompts]
-            replies = replies_to(accelerator.unwrap_model(model), tokenizer, texts, max_new_tokens=most)
+            replies = replies_to(accelerator.unwrap_model(model), tokenizer, data.prompts, max_new_tokens=most)
             values["replies"] = list(zip(prompts, replies, strict=True))
         return values
 

@@ -241,6 +241,22 @@ def test_an_empty_answer_makes_no_neighbour_learned(tokenizer_factory: Factory) 
 # Begin and end tokens.
 
 
+@pytest.mark.parametrize("name", ["chatml", "vicuna_v1.1", "alpaca"])
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_built_in_template_begins_as_the_tokenizer_does_in_training_and_at_inference(
+    tokenizer_factory: Factory, adds_bos: bool, name: str
+) -> None:
+    tokenizer = tokenizer_factory(bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    if adds_bos:
+        with_begin_token(tokenizer)
+    template = ChatTemplate(tokenizer, name)
+    trained = encode_record(Conversation(chat(*TWO_ROUNDS)), template, "assistant")
+    assert trained.input_ids.count(tokenizer.bos_token_id) == adds_bos
+    assert (trained.input_ids[0] == tokenizer.bos_token_id) == adds_bos
+    asked, _ = question_of(Conversation(chat(*TWO_ROUNDS)), template) or ([], "")
+    assert trained.input_ids[: len(asked)] == asked
+
+
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_a_template_that_writes_the_begin_token_gets_it_once(tokenizer_factory: Factory, adds_bos: bool) -> None:
     tokenizer = tokenizer_factory(bos_token="<s>", chat_template=WITH_BOS)
@@ -361,9 +377,9 @@ def test_a_template_file_is_used(tokenizer: PreTrainedTokenizerFast, tmp_path: P
 
 def test_the_question_of_a_record_is_what_stands_before_its_last_answer(tokenizer: PreTrainedTokenizerFast) -> None:
     template = ChatTemplate(tokenizer)
-    prompt = template.prompt(chat(*TWO_ROUNDS[:3]))
+    prompt = tokenizer(template.prompt(chat(*TWO_ROUNDS[:3]))).input_ids
     assert question_of(Conversation(chat(*TWO_ROUNDS, ("user", "q3"))), template) == (prompt, "a2")
-    assert question_of(Completion("p", "c"), template) == ("p", "c")
+    assert question_of(Completion("p", "c"), template) == (tokenizer("p").input_ids, "c")
     assert question_of(PlainText("t"), template) is None
 
 

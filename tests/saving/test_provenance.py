@@ -61,6 +61,7 @@ FOUND: list[tuple[Change, str]] = [
     ((("config", "data", "max_length"), 64), "data.max_length"),
     ((("config", "data", "overlong"), "drop"), "data.overlong"),
     ((("config", "data", "loss_on"), "all"), "data.loss_on"),
+    ((("config", "data", "eval_fraction"), 0.5), "data.eval_fraction"),
     ((("config", "data", "train", 0, "weight"), 2.0), "data.train[0].weight"),
     ((("config", "data", "train", 0, "format"), "text"), "data.train[0].format"),
     ((("config", "data", "train", 0, "limit"), 3), "data.train[0].limit"),
@@ -99,7 +100,6 @@ HARMLESS: list[Change] = [
     (("config", "model", "trust_remote_code"), True),
     (("config", "data", "train", 0, "path"), "moved.jsonl"),  # the bytes tell
     (("config", "data", "eval"), [{"path": "eval.jsonl"}]),
-    (("config", "data", "eval_fraction"), 0.5),  # the plan's number of examples tells
     (("config", "data", "max_dropped"), 0.5),
     (("config", "training", "epochs"), 9),  # the plan tells
     (("config", "training", "max_steps"), 9),

@@ -125,10 +125,10 @@ def test_replies_are_those_of_each_prompt_alone(
     tiny_model: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, family: str
 ) -> None:
     model = load(tiny_model(family))
-    replies = replies_to(model, tokenizer, PROMPTS, max_new_tokens=12)
+    replies = replies_to(model, tokenizer, tokenizer(PROMPTS).input_ids, max_new_tokens=12)
     assert replies == [alone(model, tokenizer, prompt, 12) for prompt in PROMPTS]
     assert len(set(replies)) > 1
-    assert replies_to(model, tokenizer, PROMPTS[:1], max_new_tokens=12) == replies[:1]
+    assert replies_to(model, tokenizer, tokenizer(PROMPTS[:1]).input_ids, max_new_tokens=12) == replies[:1]
 
 
 def test_a_reply_ends_before_the_end_token(
@@ -143,7 +143,7 @@ def test_a_reply_ends_before_the_end_token(
     adapter = run_training(config)
     data = prepare_data(config, num_ranks=1)
     model = load_adapter(load(tiny_model()), adapter)
-    prompts = [data.template.prompt((Message("user", text),)) for text in ("hello", "hello")]
+    prompts = [data.template.encode_prompt(data.template.prompt((Message("user", "hello"),)))] * 2
     assert replies_to(model, data.template.tokenizer, prompts, max_new_tokens=30) == ["one two three"] * 2
 
     # A base may know another end token than the chat template's, and then writes on after it.

@@ -75,6 +75,7 @@ class ChatTemplate:
                 "use a model with a tokenizer.json"
             )
         self.tokenizer = tokenizer
+        self._built_in = name in BUILT_IN_TEMPLATES
         self.source = _template_source(tokenizer, name)
         self.end_of_turn = self._find_end_of_turn() if self.source else ""
 
@@ -106,6 +107,23 @@ class ChatTemplate:
         except UnusableRow as error:
             shown = messages[-1].content if messages else ""
             raise DataError(f"prompt {shown!r:.60}: {error}; mend the prompt or the template") from None
+
+    def begin(self, text: str) -> list[int]:
+        """Return the tokens before a rendered text: the begin token where it is missing.
+
+        A tokenizer's own template, or a file, writes what its model wants. The built-in ones serve many models and
+        leave it to the tokenizer, as FastChat does.
+        """
+        return _bos(self.tokenizer, text) if self._built_in else []
+
+    def encode_prompt(self, text: str, *, rendered: bool = True) -> list[int]:
+        """Return the tokens of a prompt, the same as in training.
+
+        Args:
+            rendered: whether the template wrote it; if not, it is the prompt of a completion.
+        """
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return (self.begin(text) if rendered else _bos(self.tokenizer, text)) + ids
 
     def _apply(self, messages: tuple[Message, ...], *, add_generation_prompt: bool = False) -> str:
         if not self.source:
@@ -162,21 +180,21 @@ def encode_record(record: Record, template: ChatTemplate, loss_on: str) -> Examp
             spans = [Span(0, len(rendered.text))]
         else:
             spans = _assistant_spans(rendered, record.messages, template.end_of_turn, loss_on)
-        return _encode(template.tokenizer, rendered.text, spans, prefix=[])
+        return _encode(template.tokenizer, rendered.text, spans, template.begin(rendered.text))
     prompt, text = record if isinstance(record, Completion) else ("", record.text)
     whole = prompt + text + (template.tokenizer.eos_token or "")
     start = 0 if loss_on == "all" else len(prompt)
-    return _encode(template.tokenizer, whole, [Span(start, len(whole))], prefix=_bos(template.tokenizer, whole))
+    return _encode(template.tokenizer, whole, [Span(start, len(whole))], _bos(template.tokenizer, whole))
 
 
-def question_of(record: Record, template: ChatTemplate) -> tuple[str, str] | None:
-    """Return the rendered prompt before a record's last answer, and that answer; None for plain text."""
+def question_of(record: Record, template: ChatTemplate) -> tuple[list[int], str] | None:
+    """Return the tokens before a record's last answer, and that answer; None for plain text."""
     if isinstance(record, Completion):
-        return record.prompt, record.completion
+        return template.encode_prompt(record.prompt, rendered=False), record.completion
     if not isinstance(record, Conversation):
         return None
     last = max(i for i, message in enumerate(record.messages) if message.role == "assistant")
-    return template.prompt(record.messages[:last]), record.messages[last].content
+    return template.encode_prompt(template.prompt(record.messages[:last])), record.messages[last].content
 
 
 def _assistant_spans(rendered: Rendered, messages: tuple[Message, ...], end_of_turn: str, loss_on: str) -> list[Span]:

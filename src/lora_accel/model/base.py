@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,6 +107,10 @@ def _bitsandbytes_config(quantization: QuantizationSection, dtype: torch.dtype |
 
 def _not_loaded(section: ModelSection, what: str, error: Exception) -> str:
     reason = str(error).strip().split("\n")[0]
+    if section.attention != "auto" and section.attention in str(error):
+        return f"model.attention: {section.attention!r} cannot be used here: {reason} (auto lets transformers choose)"
+    if section.name_or_path.startswith((".", "/", "~")) and not Path(section.name_or_path).is_dir():
+        reason = "there is no such folder"
     return (
         f"model.name_or_path: the {what} of {section.name_or_path!r} cannot be loaded: {reason} "
         "(give a Hub id or a folder with config.json, *.safetensors and tokenizer.json)"

@@ -84,7 +84,9 @@ def find_checkpoint(folder: Path, resume: str) -> tuple[Checkpoint | None, list[
     if resume not in ("auto", "never"):
         named = Path(resume)
         if not named.is_dir():
-            raise ArtifactError(f"checkpoint.resume: {resume} is no folder")
+            raise ArtifactError(
+                f"checkpoint.resume: {resume} is no folder; say auto, never, or a folder of checkpoints/"
+            )
         if reason := why_invalid(named):
             raise ArtifactError(f"checkpoint.resume: {resume} cannot be used: {reason}")
         return _open(named), []

@@ -30,10 +30,13 @@ PACKAGES = (
 )
 
 # Keys that may change between a checkpoint and its resumption: they say where and how it runs, not what is learned.
+# Anchored at whole keys: a later key is harmful until it is named here.
 HARMLESS = re.compile(
     r"output_dir|model\.(name_or_path|revision|attention|chat_template|trust_remote_code)"
-    r"|data\.(train|eval|max_dropped|packing)|training\.(micro_batch|gradient_accumulation|activation|epochs|max_steps"
-    r"|batch_size|warmup|mixed_precision)|checkpoint|evaluation|logging"
+    r"|data\.(train|eval|max_dropped|packing)"
+    r"|training\.(epochs|max_steps|warmup_ratio|warmup_steps|batch_size|micro_batch_tokens|micro_batch_size"
+    r"|gradient_accumulation_steps|mixed_precision|activation_checkpointing)"  # the plan holds what they amount to
+    r"|(checkpoint|evaluation|logging)\..*"
 )
 
 
@@ -157,7 +160,7 @@ def _hash_of_weights(file: Path) -> str:
 
 def _identity(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Return, flat, what the result is a function of."""
-    flat = {key: value for key, value in _flat(provenance["config"]) if not HARMLESS.match(key)}
+    flat = {key: value for key, value in _flat(provenance["config"]) if not HARMLESS.fullmatch(key)}
     plan, sources = provenance["plan"], provenance["config"]["data"]["train"]
     flat |= {f"plan.{key}": plan[key] for key in ("batch_size", "total_steps", "warmup_steps", "num_examples")}
     flat |= {"mixed precision": provenance["mixed_precision"]}

@@ -34,14 +34,14 @@ def evaluate(
 
 
 @torch.no_grad()
-def replies_to(model: torch.nn.Module, tokenizer: Any, texts: Sequence[str], **options: Any) -> list[str]:
-    """Return for each rendered prompt the text that the model writes after it, up to and without the end token.
+def replies_to(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[list[int]], **options: Any) -> list[str]:
+    """Return for each prompt the text that the model writes after it, up to and without the end token.
 
     Args:
+        prompts: token ids; they are padded on the left to one batch.
         options: of transformers' `generate`; greedy unless it says otherwise.
     """
     model.eval()
-    prompts: list[list[int]] = tokenizer(list(texts), add_special_tokens=False).input_ids
     width, pad, device = (
         max(map(len, prompts)),
         tokenizer.pad_token_id,
