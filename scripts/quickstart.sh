@@ -10,6 +10,8 @@ PYTHON=${PYTHON:-python3}
 
 # Waiting threads sleep instead of spinning: a core that something else uses would cost not a little but thirtyfold.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+# Freed memory is kept and used again: fresh pages are dear, above all in a virtual machine (glibc's names).
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
 run=runs/quickstart
 .venv/bin/python scripts/fetch_model.py
 .venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml --quiet -m lora_accel.train --config recipes/quickstart.yaml

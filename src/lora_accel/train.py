@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lora_accel.data.audit import SourceLedger
     from lora_accel.data.chat import ChatTemplate, Example
     from lora_accel.data.dataset import Dataset
+    from lora_accel.model.dropout import TokenKeys
     from lora_accel.training.loop import Run
 
 EVAL_SPLIT = 0x5EED
@@ -63,7 +64,7 @@ def run_training(config: RunConfig) -> Path:
     data = prepare_data(config, accelerator.num_processes)
     if accelerator.is_main_process:
         show_data(data)
-    model, optimizer = prepare_model(config, accelerator)
+    model, optimizer, dropout = prepare_model(config, accelerator)
     provenance = describe(config, data, accelerator)
     start = go_on(config, accelerator, model, optimizer, provenance)
 
@@ -71,7 +72,7 @@ def run_training(config: RunConfig) -> Path:
     if accelerator.is_main_process:
         write_run_folder(folder, config, data, provenance)
     with running(folder, start, enabled=accelerator.is_main_process) as status:
-        run = make_run(config, data, accelerator, model, optimizer, provenance, status, start)
+        run = make_run(config, data, accelerator, model, optimizer, dropout, provenance, status, start)
         # Accelerate puts the trackers' files into a folder of the project's name: OUTPUT_DIR/tensorboard.
         accelerator.init_trackers("tensorboard")
         run.metrics.log_event(start, "resume" if start else "start")
@@ -185,9 +186,11 @@ def show_data(data: Data) -> None:
         print("note: the chat template closes a turn with no special token, so the adapter will not learn to stop")
 
 
-def prepare_model(config: RunConfig, accelerator: Accelerator) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def prepare_model(
+    config: RunConfig, accelerator: Accelerator
+) -> tuple[torch.nn.Module, torch.optim.Optimizer, TokenKeys]:
     """Load the base, put the adapter on it, and prepare both for this machine."""
-    from lora_accel.model.adapter import add_adapter, count_parameters, trainable_parameters
+    from lora_accel.model.adapter import add_adapter, count_parameters, key_dropout, trainable_parameters
     from lora_accel.model.base import load_base_model
     from lora_accel.training.optimizer import make_optimizer
 
@@ -207,8 +210,9 @@ def prepare_model(config: RunConfig, accelerator: Accelerator) -> tuple[torch.nn
     trained, total = count_parameters(model)
     accelerator.print(f"trainable: {trained:,} of {total:,} parameters ({trained / total:.3%})")
     optimizer = make_optimizer(trainable_parameters(model).values(), config.training)
-    prepared: tuple[torch.nn.Module, torch.optim.Optimizer] = accelerator.prepare(model, optimizer)
-    return prepared
+    dropout = key_dropout(model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return model, optimizer, dropout
 
 
 def describe(config: RunConfig, data: Data, accelerator: Accelerator) -> dict[str, Any]:
@@ -267,6 +271,7 @@ def make_run(
     accelerator: Accelerator,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
+    dropout: TokenKeys,
     provenance: dict[str, Any],
     status: Callable[[int, Path | None], None],
     start: int,
@@ -321,6 +326,7 @@ def make_run(
         model=model,
         trainable=list(trainable_parameters(model).values()),
         optimizer=optimizer,
+        dropout=dropout,
         training=config.training,
         plan=data.plan,
         seed=config.seed,

@@ -79,6 +79,21 @@ class Plan:
         ]
 
 
+def derive(seed: int, *words: int) -> int:
+    """Return 64 bits that are a function of a seed and further numbers (step, place, …).
+
+    SplitMix64, once for each word: Steele, Lea & Flood, Fast splittable pseudorandom number generators, OOPSLA 2014.
+    """
+    mask = 2**64 - 1
+    state = seed
+    for word in words:
+        z = (state + (word + 1) * 0x9E3779B97F4A7C15) & mask
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+        state = z ^ z >> 31
+    return state
+
+
 def make_plan(
     config: RunConfig,
     *,

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lora_accel.config.plan import Plan
+from lora_accel.config.plan import Plan, derive
 from lora_accel.config.schema import TrainingSection
 from lora_accel.data.chat import IGNORED, Example
 from lora_accel.data.dataset import Dataset
@@ -34,6 +34,8 @@ class MicroBatch:
     """[C]: the positions from which some row predicts a supervised token. Logits are needed there only."""
     targets: torch.Tensor
     """[B, C]: the token after each of these positions, -100 where it is not supervised."""
+    token_keys: torch.Tensor
+    """[B, T] int32, odd: what dropout hashes; a function of (seed, step, example, position)."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return the same on a device."""
@@ -118,8 +120,9 @@ class Batches:
                 epoch_order(self._sizes, self._weights, self._seed, epoch),
             )
         start = step_in_epoch * self._plan.batch_size
+        chosen = self._order[start : start + self._plan.batch_size]
         return step_batch(
-            [self._examples[i] for i in self._order[start : start + self._plan.batch_size]],
+            [self._examples[i]._replace(key=derive(self._seed, step, place)) for place, i in enumerate(chosen)],
             self._training,
             rank=self._rank,
             num_ranks=self._plan.num_ranks,
@@ -172,11 +175,13 @@ def collate(examples: Sequence[Example], pad_id: int) -> MicroBatch:
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     attention_mask = np.zeros(shape, dtype=np.int64)
     targets = np.full(shape, IGNORED, dtype=np.int64)
+    keys = np.ones(shape, dtype=np.int32)
     for i, example in enumerate(examples):
         length = len(example.input_ids)
         input_ids[i, :length] = example.input_ids
         attention_mask[i, :length] = 1
         targets[i, : length - 1] = example.labels[1:]
+        keys[i, :length] = token_keys(example.key, length)
     columns = np.flatnonzero((targets != IGNORED).any(axis=0))
     if not len(columns):
         columns = np.zeros(1, dtype=np.int64)
@@ -185,4 +190,15 @@ def collate(examples: Sequence[Example], pad_id: int) -> MicroBatch:
         attention_mask=torch.from_numpy(attention_mask),
         columns=torch.from_numpy(columns),
         targets=torch.from_numpy(targets[:, columns]),
+        token_keys=torch.from_numpy(keys),
     )
+
+
+def token_keys(key: int, length: int) -> npt.NDArray[np.int32]:
+    """Return an odd 32-bit key for each position of an example: the top half of SplitMix64."""
+    z = np.uint64(key) + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    keys: npt.NDArray[np.int32] = (z >> np.uint64(32)).astype(np.uint32).view(np.int32)
+    keys |= 1
+    return keys

@@ -49,6 +49,8 @@ class Example(NamedTuple):
     input_ids: list[int]
     labels: list[int]
     """The token itself where it is supervised, else -100. The first is always -100: nothing predicts it."""
+    key: int = 0
+    """64 bits from which the dropout of its tokens is derived; given when a step takes the example."""
 
     @property
     def num_supervised(self) -> int:

@@ -6,11 +6,13 @@ import warnings
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from lora_accel.config.schema import AdapterSection
 from lora_accel.errors import ConfigError
+from lora_accel.model.dropout import KeyedDropout, TokenKeys
 
 
 def add_adapter(
@@ -54,6 +56,22 @@ def add_adapter(
             if isinstance(module, BaseTunerLayer):
                 module.cast_input_dtype_enabled = False
     return model
+
+
+def key_dropout(model: PeftModel) -> TokenKeys:
+    """Replace the dropout of every LoRA layer by one that knows no cut of the step.
+
+    Returns:
+        The place where it reads the keys of the tokens in hand; see model/dropout.py.
+    """
+    tokens = TokenKeys()
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for number, layer in enumerate(layers):
+        for name, dropout in layer.lora_dropout.items():
+            if isinstance(dropout, torch.nn.Dropout):
+                keyed = KeyedDropout(dropout.p, number, layer.in_features, tokens)
+                layer.lora_dropout[name] = keyed.to(layer.get_base_layer().weight.device)
+    return tokens
 
 
 def lora_config(section: AdapterSection) -> LoraConfig:

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from lora_accel.config.plan import Plan
+from lora_accel.config.plan import Plan, derive
 from lora_accel.config.schema import TrainingSection
 from lora_accel.errors import TrainingError
 from lora_accel.training.loss import summed_token_loss
@@ -32,6 +32,12 @@ class StepBatch(Protocol):
     def num_supervised_tokens(self) -> int: ...
 
 
+class TokenKeys(Protocol):
+    """A place for the keys of the tokens in hand."""
+
+    keys: torch.Tensor | None  # [B, T] int32
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """All that the loop needs, ready to use."""
@@ -40,6 +46,8 @@ class Run:
     model: torch.nn.Module
     trainable: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
+    dropout: TokenKeys
+    """Where the adapter's dropout reads the keys of the tokens in hand."""
     training: TrainingSection
     plan: Plan
     seed: int
@@ -87,7 +95,7 @@ def train_step(run: Run, step: int) -> StepResult:
     accelerator, batch = run.accelerator, run.batch_of(step)
     rate = learning_rate(step, run.training, run.plan)
     set_learning_rate(run.optimizer, rate)
-    torch.manual_seed(step_seed(run.seed, step))
+    torch.manual_seed(derive(run.seed, step))  # for dropout of the base itself, where a model has some
     accelerator.step, accelerator.gradient_accumulation_steps = 0, len(batch.micro_batches)
 
     # The mean over the step's supervised tokens. DDP and ZeRO average over ranks, and Accelerate (but for
@@ -99,7 +107,9 @@ def train_step(run: Run, step: int) -> StepResult:
     loss_sum = torch.zeros((), device=accelerator.device)
     for micro_batch in batch.micro_batches:
         with accelerator.accumulate(run.model):  # ranks exchange gradients in the last micro-batch only
-            loss = summed_token_loss(run.model, micro_batch.to(accelerator.device))
+            micro_batch = micro_batch.to(accelerator.device)
+            run.dropout.keys = micro_batch.token_keys
+            loss = summed_token_loss(run.model, micro_batch)
             accelerator.backward(loss * weight)
             loss_sum += loss.detach()  # stays on the device: no synchronisation per micro-batch
     norm = accelerator.clip_grad_norm_(run.trainable, run.training.max_grad_norm)
@@ -112,15 +122,3 @@ def train_step(run: Run, step: int) -> StepResult:
     run.optimizer.step()
     run.optimizer.zero_grad()
     return StepResult(loss=loss, grad_norm=norm, learning_rate=rate, batch=batch)
-
-
-def step_seed(seed: int, step: int) -> int:
-    """Return the seed of a step's randomness (dropout): SplitMix64 of run seed and step, as torch takes 64 bits.
-
-    Steele, Lea & Flood, Fast splittable pseudorandom number generators, OOPSLA 2014.
-    """
-    mask = 2**64 - 1
-    z = ((seed << 32) + step + 1) * 0x9E3779B97F4A7C15 & mask
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
-    z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
-    return z ^ z >> 31

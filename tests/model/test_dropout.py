@@ -1,0 +1,104 @@
+"""The keyed mask: distributed as independent draws, a function of the keys alone, and cheap."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lora_accel.config.plan import derive
+from lora_accel.config.schema import AdapterSection
+from lora_accel.data.batches import token_keys
+from lora_accel.model.adapter import add_adapter, key_dropout
+from lora_accel.model.dropout import KeyedDropout, TokenKeys, keep_mask
+
+TOKENS, FEATURES = 4096, 576
+
+
+def dropped(p: float, *, seed: int = 0, step: int = 0, example: int = 0, layer: int = 0) -> torch.Tensor:
+    """Return [T, F]: 1 where a value is zeroed."""
+    keys = torch.from_numpy(token_keys(derive(seed, step, example), TOKENS))
+    features = KeyedDropout(p, layer, FEATURES, TokenKeys()).feature_keys
+    return (~keep_mask(keys, features, p)).float()
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5])
+def test_rates_of_all_tokens_and_features_spread_as_those_of_independent_draws(p: float) -> None:
+    zeros = dropped(p)
+    spread = (p * (1 - p)) ** 0.5
+    assert zeros.mean().item() == pytest.approx(p, abs=5 * spread / zeros.numel() ** 0.5)
+    assert zeros.mean(1).std().item() == pytest.approx(spread / FEATURES**0.5, rel=0.1)
+    assert zeros.mean(0).std().item() == pytest.approx(spread / TOKENS**0.5, rel=0.15)
+
+
+def test_tokens_and_features_are_uncorrelated() -> None:
+    zeros = dropped(0.1)
+    centred = (zeros - zeros.mean()) / zeros.std()
+    between_features = (centred.T @ centred / TOKENS).fill_diagonal_(0)
+    between_tokens = (centred @ centred.T / FEATURES).fill_diagonal_(0)
+    assert between_features.pow(2).mean().sqrt().item() == pytest.approx(TOKENS**-0.5, rel=0.05)
+    assert between_tokens.pow(2).mean().sqrt().item() == pytest.approx(FEATURES**-0.5, rel=0.05)
+    assert between_features.abs().max().item() < 7 * TOKENS**-0.5
+    assert between_tokens.abs().max().item() < 10 * FEATURES**-0.5  # of 8 million pairs, skewed
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"step": 1}, {"example": 1}, {"layer": 1}])
+def test_another_seed_step_example_or_layer_gives_an_independent_mask(other: dict[str, int]) -> None:
+    p = 0.1
+    one, two = dropped(p) - p, dropped(p, **other) - p
+    correlation = (one * two).mean() / (p * (1 - p))
+    assert abs(correlation.item()) < 5 / one.numel() ** 0.5
+
+
+def test_values_are_scaled_and_gradients_follow_the_mask() -> None:
+    tokens = TokenKeys()
+    tokens.keys = torch.from_numpy(token_keys(7, 32)).reshape(2, 16)
+    dropout = KeyedDropout(0.25, 0, 8, tokens)
+    x = torch.full((2, 16, 8), 3.0, requires_grad=True)
+    y = dropout(x)
+    assert set(y.detach().unique().tolist()) == {0.0, 4.0}
+    y.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, y.detach() / 3)
+    assert dropout.eval()(x) is x
+
+
+def test_a_token_keeps_its_mask_wherever_it_stands() -> None:
+    tokens, x = TokenKeys(), torch.randn(3, 20, 8)
+    dropout = KeyedDropout(0.3, 2, 8, tokens)
+    keys = torch.from_numpy(token_keys(7, 60)).reshape(3, 20)
+    tokens.keys = keys
+    together = dropout(x)
+    for row in range(3):
+        tokens.keys = keys[row : row + 1, 5:]
+        assert torch.equal(dropout(x[row : row + 1, 5:])[0], together[row, 5:])
+
+
+def test_every_lora_layer_gets_its_own_and_no_other_dropout_stays(tiny_model: Callable[..., Path]) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model())
+    section = AdapterSection(dropout=0.1, target_modules="all-linear")
+    model = add_adapter(base, section, seed=0, activation_checkpointing=False, autocast=False)
+    key_dropout(model)
+    keyed = [module for module in model.modules() if isinstance(module, KeyedDropout)]
+    assert len(keyed) == 14
+    assert len({tuple(module.feature_keys.tolist()) for module in keyed}) == 14
+    assert not [name for name, module in model.named_modules() if "lora" in name and type(module) is torch.nn.Dropout]
+
+
+def test_it_is_at_least_as_fast_as_torchs_dropout() -> None:
+    x = torch.randn(1, 2048, FEATURES).bfloat16()
+    tokens = TokenKeys()
+    tokens.keys = torch.from_numpy(token_keys(7, 2048))[None]
+    ours, theirs = KeyedDropout(0.05, 0, FEATURES, tokens), torch.nn.Dropout(0.05)
+
+    def seconds(dropout: torch.nn.Module) -> float:
+        begin = time.perf_counter()
+        dropout(x)
+        return time.perf_counter() - begin
+
+    pairs = sorted(seconds(ours) / seconds(theirs) for _ in range(41))  # alternating
+    assert pairs[20] < 1.0
