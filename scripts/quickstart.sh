@@ -8,8 +8,8 @@ PYTHON=${PYTHON:-python3}
 [ -d .venv ] || "$PYTHON" -m venv .venv
 .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[quickstart]'
 
-# Waiting threads sleep instead of spinning: a core that something else uses would cost not a little but thirtyfold.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+# Waiting threads spin a little and then sleep: while something else needs a core, spinning on costs tenfold and more.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
 # Freed memory is kept and used again: fresh pages are dear, above all in a virtual machine (glibc's names).
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
 run=runs/quickstart
