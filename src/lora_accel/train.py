@@ -99,36 +99,58 @@ def refuse_output(folder: Path) -> None:
 
 def make_accelerator(config: RunConfig) -> Accelerator:
     """Build the Accelerator: how it runs comes from `accelerate launch`, what it learns from the run config."""
+    import torch
     from accelerate import Accelerator
-    from accelerate.tracking import get_available_trackers
-    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
-    available = {"all", *(tracker.value for tracker in get_available_trackers())}
-    for tracker in config.logging.trackers:
-        if tracker not in available:
-            raise ConfigError(
-                f"logging.trackers: {tracker!r} is unknown or not installed{did_you_mean(tracker, available)}; "
-                f"installed here are {', '.join(sorted(available - {'all'}))}"
-            )
+    refuse_trackers(config.logging.trackers)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    # Without a GPU Accelerate joins the launched processes over gloo only if it is told both.
+    joins_on_cpu = launched > 1 and not torch.accelerator.is_available()
     accelerator = Accelerator(
         mixed_precision=config.training.mixed_precision,
+        cpu=joins_on_cpu,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if joins_on_cpu else None,
         # The loop sets the number of micro-batches of each step itself.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         log_with=config.logging.trackers or None,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    refuse_launch(accelerator, launched)
+    return accelerator
+
+
+def refuse_trackers(names: list[str]) -> None:
+    """Refuse a tracker that Accelerate does not know, or would leave out without a word."""
+    from accelerate.tracking import get_available_trackers
+
+    available = {"all", *(tracker.value for tracker in get_available_trackers())}
+    for name in names:
+        if name not in available:
+            raise ConfigError(
+                f"logging.trackers: {name!r} is unknown or not installed{did_you_mean(name, available)}; "
+                f"installed here are {', '.join(sorted(available - {'all'}))}"
+            )
+
+
+def refuse_launch(accelerator: Accelerator, launched: int) -> None:
+    """Refuse a way to run under which training would go wrong."""
     if launched != accelerator.num_processes:
         raise ConfigError(
             f"the launcher started {launched} processes, but this one sees {accelerator.num_processes}; each would "
             "train alone and write the same folder. Use a config from accelerate_configs/"
+        )
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise ConfigError(
+            f"accelerate launch asks for {kind}, which is not supported yet: adapters would be gathered and stepped "
+            "wrong. Use a config with distributed_type NO or MULTI_GPU"
         )
     if accelerator.mixed_precision == "fp16":
         raise ConfigError(
             "training.mixed_precision=fp16 needs a loss scale that is not a function of the step, so a resumed run "
             "would differ; use bf16, or no"
         )
-    return accelerator
 
 
 class Data(NamedTuple):
