@@ -73,7 +73,7 @@ def learned(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[str]:
         if supervised:
             ids = [example.input_ids[i] for i in run]
             runs.append(tokenizer.decode(ids))
-    assert all(label in (IGNORED, token) for token, label in zip(*example, strict=True))
+    assert all(label in (IGNORED, token) for token, label in zip(example.input_ids, example.labels, strict=True))
     assert example.labels[0] == IGNORED
     return runs
 

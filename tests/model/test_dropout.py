@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from lora_accel.config.plan import derive
 from lora_accel.config.schema import AdapterSection
 from lora_accel.data.batches import token_keys
+from lora_accel.errors import ConfigError
 from lora_accel.model.adapter import add_adapter, key_dropout
 from lora_accel.model.dropout import KeyedDropout, TokenKeys, keep_mask
 
@@ -76,6 +77,15 @@ def test_a_token_keeps_its_mask_wherever_it_stands() -> None:
     for row in range(3):
         tokens.keys = keys[row : row + 1, 5:]
         assert torch.equal(dropout(x[row : row + 1, 5:])[0], together[row, 5:])
+
+
+def test_a_layer_that_sees_other_tokens_than_the_batch_is_refused() -> None:
+    tokens = TokenKeys()
+    tokens.keys = torch.from_numpy(token_keys(7, 32)).reshape(2, 16)
+    dropout = KeyedDropout(0.3, 2, 8, tokens)
+    assert torch.equal(dropout(torch.ones(32, 8)), dropout(torch.ones(2, 16, 8)).reshape(32, 8))
+    with pytest.raises(ConfigError, match=r"adapter\.dropout.*10 tokens of a batch of 32"):
+        dropout(torch.ones(10, 8))
 
 
 def test_every_lora_layer_gets_its_own_and_no_other_dropout_stays(tiny_model: Callable[..., Path]) -> None:

@@ -24,7 +24,7 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_loss_and_gradient_do_not_depend_on_the_cut(
     make_config: Callable[..., RunConfig], tiny_model: Callable[..., Path], tmp_path: Path, family: str
 ) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_accel.errors import ConfigError
+
 
 class TokenKeys:
     """The keys of the tokens in hand. The loop sets them with each micro-batch; every dropout layer reads them."""
@@ -46,6 +48,12 @@ class KeyedDropout(nn.Module):
             return x
         keys = self._tokens.keys
         assert keys is not None  # handed over with every micro-batch
+        if keys.numel() * x.shape[-1] != x.numel():
+            raise ConfigError(
+                f"adapter.dropout: a layer sees {x.shape[:-1].numel()} tokens of a batch of {keys.numel()}, so "
+                "dropout cannot follow them (experts?); set it to 0, or leave such layers out of adapter.target_modules"
+            )
+        keys = keys.reshape(x.shape[:-1])  # OPT lays a batch's tokens end to end for its feed-forward layers
         dropped: torch.Tensor = _Drop.apply(x, keys, self.feature_keys, self.p)  # type: ignore[no-untyped-call]
         return dropped
 
