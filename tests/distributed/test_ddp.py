@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from lora_accel import run_training
 from lora_accel.config.schema import RunConfig
+from lora_accel.errors import ConfigError
+from lora_accel.train import refuse_launch
 from tests.conftest import ROOT, read_metrics
 
 pytestmark = pytest.mark.distributed
@@ -92,17 +95,11 @@ def test_a_run_of_two_processes_goes_on_in_one(
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_processes_that_do_not_see_each_other_are_stopped(
-    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from lora_accel.errors import ConfigError
-    from lora_accel.train import refuse_launch
-
-    class Alone:
-        num_processes = 1
-
+def test_processes_that_do_not_see_each_other_are_stopped() -> None:
+    alone = Accelerator(cpu=True)
+    refuse_launch(alone, 1)
     with pytest.raises(ConfigError, match="started 2 processes, but this one sees 1"):
-        refuse_launch(Alone(), 2)  # type: ignore[arg-type]
+        refuse_launch(alone, 2)
 
 
 def test_deepspeed_is_refused_by_name_until_it_is_proven(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from lora_accel.config.schema import AdapterSection, ModelSection, QuantizationSection
 from lora_accel.errors import ArtifactError, ConfigError
@@ -78,12 +79,12 @@ def test_lora_on_tied_embeddings_is_refused(tmp_path: Path, tiny_model: Callable
 
 
 def test_the_end_token_pads_where_there_is_no_pad_token_and_unk_never_does(
-    tokenizer_factory: Callable[..., object], tmp_path: Path
+    tokenizer_factory: Callable[..., PreTrainedTokenizerFast], tmp_path: Path
 ) -> None:
     for name, pad in {"none": None, "unk": "<unk>"}.items():
         tokenizer = tokenizer_factory(pad_token=pad, eos_token="</s>")
-        size = len(tokenizer)  # type: ignore[arg-type]
-        tokenizer.save_pretrained(tmp_path / name)  # type: ignore[attr-defined]
+        size = len(tokenizer)
+        tokenizer.save_pretrained(tmp_path / name)
         loaded = load_tokenizer(ModelSection(name_or_path=str(tmp_path / name)))
         assert (loaded.pad_token, len(loaded)) == ("</s>", size)
 

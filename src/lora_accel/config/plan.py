@@ -39,7 +39,7 @@ class Plan:
     def examples_after(self, step: int) -> int:
         """Return how many examples the first `step` steps consume: an epoch's last step may be short."""
         epochs, steps = self.place(step)
-        return epochs * self.num_examples + min(steps * self.batch_size, self.num_examples)
+        return epochs * self.num_examples + steps * self.batch_size
 
     def logs_after(self, step: int) -> bool:
         """Whether a line is logged after `step` steps."""
