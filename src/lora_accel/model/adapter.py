@@ -22,12 +22,15 @@ def add_adapter(
     seed: int,
     activation_checkpointing: bool,
     autocast: bool,
+    masters: bool = False,
 ) -> PeftModel:
     """Put a fresh adapter on a frozen base.
 
     Args:
         seed: the adapter's first weights are a function of it; every rank draws the same.
         autocast: whether forwards run under mixed precision.
+        masters: whether a DeepSpeed engine in 16 bits will train it: it keeps float32 masters of its own, and wants
+            all parameters in the base's dtype.
 
     Raises:
         ConfigError: no module has such a name, PEFT refuses a field, or a 16-bit bias would be trained in 16 bits.
@@ -48,7 +51,11 @@ def add_adapter(
             "adapter.target_modules: this model's input and output embeddings are one tensor; LoRA on either merges "
             "wrong. Leave lm_head and embed_tokens out, or set adapter.ensure_weight_tying=true"
         )
-    _hold_in_fp32(model, autocast)
+    if masters:
+        for parameter in trainable_parameters(model).values():
+            parameter.data = parameter.data.to(base.dtype)
+    else:
+        _hold_in_fp32(model, autocast)
     if autocast:
         # Autocast casts what a product needs. PEFT would first cast every activation up to the adapter's float32, and
         # dropout would run in it: more than half of a step on CPU.
@@ -97,7 +104,8 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
     def size(parameter: torch.nn.Parameter) -> int:
         state = getattr(parameter, "quant_state", None)
-        return int(state.shape.numel()) if state is not None else parameter.numel()
+        whole = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves a part of it here
+        return int(state.shape.numel()) if state is not None else int(whole)
 
     counts = [(size(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)

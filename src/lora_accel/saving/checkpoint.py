@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from lora_accel.errors import ArtifactError
+from lora_accel.saving import zero
 from lora_accel.saving.commit import committed_folder, why_invalid, write_json
 from lora_accel.saving.provenance import changes, changes_table
 from lora_accel.saving.weights import (
@@ -26,7 +27,6 @@ from lora_accel.saving.weights import (
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Checkpoint(NamedTuple):
@@ -49,18 +49,20 @@ def save_checkpoint(
     state: dict[str, Any],
     *,
     keep_last: int,
+    gather: str = "auto",
 ) -> Path:
     """Save the state after `state["step"]` steps into `folder/step-…`. Every process calls this.
 
     Only once the new one counts are older ones deleted.
     """
     final = folder / f"step-{state['step']:08d}"
-    adapter = gather_adapter(accelerator, model)
+    peft_model = unwrapped(accelerator, model)
+    adapter = gather_adapter(accelerator, model, gather=gather)
+    moments = _moments(peft_model, optimizer)
     if accelerator.is_main_process:
-        peft_model = unwrapped(accelerator, model)
         with committed_folder(final) as temporary:
             write_adapter(peft_model, adapter, temporary)
-            save_file(_moments(peft_model, optimizer), temporary / OPTIMIZER)
+            save_file(moments, temporary / OPTIMIZER)
             write_json(temporary / STATE, state)
         for old in _step_folders(folder)[:-keep_last]:
             shutil.rmtree(old)
@@ -158,25 +160,40 @@ def _open(folder: Path) -> Checkpoint:
 
 
 def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """Return Adam's two moments of each trained parameter, named `exp_avg.<parameter>` and so on."""
+    """Return Adam's two moments of each trained parameter, named `exp_avg.<parameter>` and so on, whole."""
+
+    def moment_of(parameter: torch.nn.Parameter, moment: str) -> torch.Tensor:
+        if zero.has_master(parameter):
+            return zero.whole_moment(parameter, moment)
+        value: torch.Tensor = optimizer.state[parameter][moment]
+        return value
+
     return {
-        f"{moment}.{name}": optimizer.state[parameter][moment].detach().cpu()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-        for moment in MOMENTS
+        f"{moment}.{name}": moment_of(parameter, moment).detach().cpu()
+        for name, parameter in _trained(model).items()
+        for moment in zero.MOMENTS
     }
 
 
 def _restore_moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
     where = checkpoint.folder / OPTIMIZER
-    saved = read_tensors(where)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    expected = {f"{moment}.{name}": parameter for name, parameter in trained.items() for moment in MOMENTS}
-    if saved.keys() != expected.keys() or any(saved[key].shape != expected[key].shape for key in expected):
+    saved, trained = read_tensors(where), _trained(model)
+    shapes = {f"{moment}.{name}": zero.whole_shape(p) for name, p in trained.items() for moment in zero.MOMENTS}
+    if {key: tensor.shape for key, tensor in saved.items()} != shapes:
         raise ArtifactError(f"{where}: its tensors are not the moments of what is trained here")
-    for name, parameter in trained.items():
-        # Each step updates each parameter once, so Adam's own count is the step.
+    moments = {
+        parameter: {moment: saved[f"{moment}.{name}"] for moment in zero.MOMENTS} for name, parameter in trained.items()
+    }
+    # Each step updates each parameter once, so Adam's own count is the step.
+    if any(map(zero.has_master, moments)):
+        zero.write_moments(optimizer, checkpoint.step, moments)
+        return
+    for parameter, values in moments.items():
         optimizer.state[parameter] = {
             "step": torch.tensor(float(checkpoint.step), device=parameter.device),
-            **{m: saved[f"{m}.{name}"].to(parameter.device, torch.float32, copy=True) for m in MOMENTS},
+            **{name: value.to(parameter.device, torch.float32, copy=True) for name, value in values.items()},
         }
+
+
+def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

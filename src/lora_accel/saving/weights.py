@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from accelerate.utils import DistributedType
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lora_accel.errors import ArtifactError
+from lora_accel.saving import zero
 from lora_accel.saving.commit import committed_folder
 
 WEIGHTS = "adapter_model.safetensors"
@@ -25,7 +26,12 @@ State = dict[str, torch.Tensor]
 
 
 def save_adapter(
-    accelerator: Accelerator, model: torch.nn.Module, folder: str | Path, *, bias: str | None = None
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    folder: str | Path,
+    *,
+    bias: str | None = None,
+    gather: str = "auto",
 ) -> None:
     """Save the adapter of a model into a folder that `PeftModel.from_pretrained` loads. Every process calls this.
 
@@ -34,11 +40,12 @@ def save_adapter(
     Args:
         model: a PeftModel, or what `accelerator.prepare` made of it.
         bias: none, all or lora_only; None = as the adapter's config says.
+        gather: auto, state_dict or parameters: see `gather_adapter`.
 
     Raises:
         ArtifactError: a tensor is empty or missing, or was not written as it is.
     """
-    state = gather_adapter(accelerator, model, bias=bias)
+    state = gather_adapter(accelerator, model, bias=bias, gather=gather)
     if accelerator.is_main_process:
         with committed_folder(Path(folder)) as temporary:
             write_adapter(unwrapped(accelerator, model), state, temporary, bias=bias)
@@ -80,13 +87,35 @@ def adapter_names(model: PeftModel, bias: str) -> list[str]:
     return [name for name, _ in model.named_parameters() if name in chosen]
 
 
-def gather_adapter(accelerator: Accelerator, model: torch.nn.Module, *, bias: str | None = None) -> State:
-    """Collect an adapter's tensors, whole and on the CPU, by parameter name. Every process calls this."""
+def gather_adapter(
+    accelerator: Accelerator, model: torch.nn.Module, *, bias: str | None = None, gather: str = "auto"
+) -> State:
+    """Collect an adapter's tensors, whole and on the CPU, by parameter name. Every process calls this.
+
+    Args:
+        gather: state_dict = `accelerator.get_state_dict`, which under DeepSpeed copies the whole base too, and under
+            ZeRO-3 collects it on one rank | parameters = only the tensors that are saved | auto = parameters under
+            DeepSpeed, else state_dict, which then copies nothing. Both give float32 masters where ZeRO holds some.
+
+    Returns:
+        The tensors on the main process, nothing on the others.
+    """
     peft_model = unwrapped(accelerator, model)
-    names = adapter_names(peft_model, bias or peft_model.active_peft_config.bias)
-    full = accelerator.get_state_dict(model)
-    # A wrapper may have added its own prefix to every name.
-    return {name: full[name].detach().to("cpu", copy=True).contiguous() for name in names}
+    every = dict(peft_model.named_parameters())
+    wanted = {name: every[name] for name in adapter_names(peft_model, bias or peft_model.active_peft_config.bias)}
+    if gather == "auto":
+        gather = "parameters" if accelerator.distributed_type == DistributedType.DEEPSPEED else "state_dict"
+    state: State = {}
+    if gather == "state_dict":
+        full = accelerator.get_state_dict(model)  # None on the other ranks under ZeRO-3
+        if accelerator.is_main_process:
+            state = {name: _on_cpu(full[name]) for name in wanted}
+        del full
+        wanted = {name: parameter for name, parameter in wanted.items() if zero.has_master(parameter)}
+    for name, tensor in zero.whole_parameters(wanted):
+        if accelerator.is_main_process:
+            state[name] = _on_cpu(tensor)
+    return state
 
 
 def write_adapter(model: PeftModel, state: State, folder: Path, *, bias: str | None = None) -> None:
@@ -139,21 +168,30 @@ def read_tensors(path: Path) -> State:
 
 
 def restore_adapter(model: PeftModel, folder: Path) -> None:
-    """Put saved weights into the adapter that a model already has.
+    """Put saved weights into the adapter that a model already has. Under DeepSpeed every process calls this.
 
     Raises:
         ArtifactError: the file's tensors are not those of this adapter.
     """
     state = read_adapter(folder)
-    _same_keys(adapter_state(model), state, str(folder))
-    set_peft_model_state_dict(model, state)
+    parameters = adapter_parameters(model)
+    _same_keys({key: zero.whole_shape(parameter) for key, parameter in parameters.items()}, state, str(folder))
+    for key, parameter in parameters.items():
+        zero.write_parameter(parameter, state[key])
+
+
+def adapter_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters that an adapter consists of, by their names in the file."""
+    parameters = dict(model.named_parameters())
+    names = adapter_names(model, model.active_peft_config.bias)
+    # PEFT renames tensors, so it is handed numbers in their place and tells where each went.
+    keys = _peft_state(model, {name: torch.tensor(number) for number, name in enumerate(names)})
+    return {key: parameters[names[int(number)]] for key, number in keys.items()}
 
 
 def adapter_state(model: PeftModel) -> State:
     """Return an adapter's tensors by their names in the file, without copying them. One process, nothing sharded."""
-    parameters = dict(model.named_parameters())
-    names = adapter_names(model, model.active_peft_config.bias)
-    return _peft_state(model, {name: parameters[name].detach() for name in names})
+    return {key: parameter.detach() for key, parameter in adapter_parameters(model).items()}
 
 
 def unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> PeftModel:
@@ -177,12 +215,18 @@ def _own_names(model: PeftModel) -> set[str]:
 
 def _peft_state(model: PeftModel, state: Mapping[str, torch.Tensor]) -> State:
     """Return tensors under the names that PEFT gives them in a file."""
-    # save_embedding_layers decides for itself when asked to, and asks the Hub; what is saved is decided above.
-    named: State = get_peft_model_state_dict(model, state_dict=dict(state), save_embedding_layers=False)
+    # What is saved has been decided. PEFT would leave out biases by the rule it was trained with, and
+    # save_embedding_layers, when asked to decide for itself, would ask the Hub.
+    config = model.active_peft_config
+    trained_with, config.bias = config.bias, "all"
+    try:
+        named: State = get_peft_model_state_dict(model, state_dict=dict(state), save_embedding_layers=False)
+    finally:
+        config.bias = trained_with
     return named
 
 
-def _same_keys(expected: Mapping[str, Any], found: Mapping[str, torch.Tensor], where: str) -> None:
+def _same_keys(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Tensor], where: str) -> None:
     missing, unexpected = (
         sorted(expected.keys() - found.keys()),
         sorted(found.keys() - expected.keys()),
@@ -193,12 +237,16 @@ def _same_keys(expected: Mapping[str, Any], found: Mapping[str, torch.Tensor], w
             f"{len(unexpected)} do not belong to this adapter{_example(unexpected)}"
         )
     for name, tensor in found.items():
-        if tensor.shape != expected[name].shape:
+        if tensor.shape != expected[name]:
             raise ArtifactError(
-                f"{where}: {name} has shape {tuple(tensor.shape)}, the model expects {tuple(expected[name].shape)}"
+                f"{where}: {name} has shape {tuple(tensor.shape)}, the model expects {tuple(expected[name])}"
             )
         if not torch.isfinite(tensor).all():
             raise ArtifactError(f"{where}: {name} holds values that are not finite")
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _example(names: list[str]) -> str:

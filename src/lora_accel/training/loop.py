@@ -113,7 +113,9 @@ def train_step(run: Run, step: int) -> StepResult:
             accelerator.backward(loss * weight)
             loss_sum += loss.detach()  # stays on the device: no synchronisation per micro-batch
     norm = accelerator.clip_grad_norm_(run.trainable, run.training.max_grad_norm)
-    # The one synchronisation of the step: nothing may be updated before both are known to be finite.
+    # The one synchronisation of the step: nothing may be updated before both are known to be finite. (A DeepSpeed
+    # engine has clipped and stepped within the last backward; it makes no step with a gradient that is not finite.)
+    norm = torch.as_tensor(norm, dtype=loss_sum.dtype, device=loss_sum.device)
     loss, norm = torch.stack([accelerator.reduce(loss_sum), norm]).tolist()
     loss /= batch.num_supervised_tokens
 
