@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from lora_accel.errors import LoraAccelError
 
+PATIENCE_SECONDS = 5
+"""A launcher looks after its processes several times a second, and ends all when one has failed."""
 NOISE = (
     "Setting accelerator to CPU",  # DeepSpeed, on every import without a GPU
     "Failed to load CPU gemm_4bit_forward",  # bitsandbytes without its optional `kernels` package
@@ -28,16 +34,31 @@ def print_table(title: str, rows: Iterable[tuple[str, ...]], heads: tuple[str, .
     Console(soft_wrap=False).print(table)
 
 
-def run_command(command: Callable[[], object]) -> int:
-    """Run a command and return its exit code; an error of ours is a message on stderr, without a traceback."""
+def run_command(command: Callable[[], object], *, rank: int = 0, error_file: str | None = None) -> int:
+    """Run a command and return its exit code; an error of ours is a message on stderr, without a traceback.
+
+    Of several launched processes the first tells it. What all meet (a wrong config) is told once: the launcher ends
+    the others as soon as the first has failed. What one of the others meets alone it tells itself, a little later.
+
+    Args:
+        rank: of this process among those launched.
+        error_file: where torchrun (which `accelerate launch` uses) looks for an error, to show it last.
+    """
     try:
         command()
     except LoraAccelError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if rank > 0:
+            time.sleep(PATIENCE_SECONDS)
+        message = f"error on rank {rank}: {error}" if rank > 0 else f"error: {error}"
+        print(message, file=sys.stderr, flush=True)
+        _leave_message(message, error_file)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
+    except Exception:
+        _leave_message(traceback.format_exc(), error_file)
+        raise
     return 0
 
 
@@ -52,6 +73,13 @@ def hush_libraries() -> None:
     for name in ("DeepSpeed", "bitsandbytes", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).addFilter(_is_no_noise)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|deepspeed|bitsandbytes)\b")
+
+
+def _leave_message(message: str, error_file: str | None) -> None:
+    if error_file:
+        text = json.dumps({"message": message, "timestamp": int(time.time())})
+        Path(error_file).write_text(text, encoding="utf-8")
+        time.sleep(1.1)  # times are in whole seconds: what others suffer from our end must be dated later
 
 
 def _is_no_noise(record: logging.LogRecord) -> bool:

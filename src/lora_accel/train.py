@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +19,8 @@ from lora_accel.config.files import config_to_yaml, read_config
 from lora_accel.config.plan import Plan, make_plan
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import hush_libraries, print_table, run_command
-from lora_accel.errors import ConfigError, did_you_mean
+from lora_accel.errors import ConfigError
+from lora_accel.launch import leave, make_accelerator, settle
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, metavar="FILE", help="run config, YAML")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what differs from the file")
     asked = parser.parse_args(arguments)
-    return run_command(lambda: run_training(read_config(asked.config, asked.overrides)))
+    return run_command(
+        lambda: run_training(read_config(asked.config, asked.overrides)),
+        rank=int(os.environ.get("RANK", "0")),
+        error_file=os.environ.get("TORCHELASTIC_ERROR_FILE"),
+    )
 
 
 def run_training(config: RunConfig) -> Path:
@@ -55,12 +59,13 @@ def run_training(config: RunConfig) -> Path:
         TrainingError: training cannot go on; the last good checkpoint is kept.
     """
     refuse_output(Path(config.output_dir))
+    launch, settings = settle(config)
     hush_libraries()
 
     from lora_accel.saving.status import running
     from lora_accel.training.loop import train
 
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(config, launch, settings)
     data = prepare_data(config, accelerator.num_processes)
     if accelerator.is_main_process:
         show_data(data)
@@ -77,7 +82,7 @@ def run_training(config: RunConfig) -> Path:
         accelerator.init_trackers("tensorboard")
         run.metrics.log_event(start, "resume" if start else "start")
         train(run, start)
-        export_adapter(folder / "adapter", data.template, accelerator, model, provenance)
+        export_adapter(folder / "adapter", data.template, accelerator, model, provenance, config.checkpoint.gather)
         run.metrics.log_event(data.plan.total_steps, "done")
         run.metrics.close()
     if accelerator.is_main_process:
@@ -97,68 +102,13 @@ def refuse_output(folder: Path) -> None:
         raise ConfigError(f"output_dir: {folder} holds other things and no run; name a new or empty folder")
 
 
-def make_accelerator(config: RunConfig) -> Accelerator:
-    """Build the Accelerator: how it runs comes from `accelerate launch`, what it learns from the run config."""
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
-
-    refuse_trackers(config.logging.trackers)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    # Without a GPU Accelerate joins the launched processes over gloo only if it is told both.
-    joins_on_cpu = launched > 1 and not torch.accelerator.is_available()
-    accelerator = Accelerator(
-        mixed_precision=config.training.mixed_precision,
-        cpu=joins_on_cpu,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if joins_on_cpu else None,
-        # The loop sets the number of micro-batches of each step itself.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-        log_with=config.logging.trackers or None,
-        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
-    )
-    refuse_launch(accelerator, launched)
-    return accelerator
-
-
-def refuse_trackers(names: list[str]) -> None:
-    """Refuse a tracker that Accelerate does not know, or would leave out without a word."""
-    from accelerate.tracking import get_available_trackers
-
-    available = {"all", *(tracker.value for tracker in get_available_trackers())}
-    for name in names:
-        if name not in available:
-            raise ConfigError(
-                f"logging.trackers: {name!r} is unknown or not installed{did_you_mean(name, available)}; "
-                f"installed here are {', '.join(sorted(available - {'all'}))}"
-            )
-
-
-def refuse_launch(accelerator: Accelerator, launched: int) -> None:
-    """Refuse a way to run under which training would go wrong."""
-    if launched != accelerator.num_processes:
-        raise ConfigError(
-            f"the launcher started {launched} processes, but this one sees {accelerator.num_processes}; each would "
-            "train alone and write the same folder. Use a config from accelerate_configs/"
-        )
-    kind = accelerator.distributed_type.value
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise ConfigError(
-            f"accelerate launch asks for {kind}, which is not supported yet: adapters would be gathered and stepped "
-            "wrong. Use a config with distributed_type NO or MULTI_GPU"
-        )
-    if accelerator.mixed_precision == "fp16":
-        raise ConfigError(
-            "training.mixed_precision=fp16 needs a loss scale that is not a function of the step, so a resumed run "
-            "would differ; use bf16, or no"
-        )
-
-
 class Data(NamedTuple):
     """Examples and what was planned with them."""
 
     template: ChatTemplate
     dataset: Dataset
-    eval_examples: list[Example]
+    eval_sources: dict[str, list[Example]]
+    """What is evaluated, each source under its name."""
     eval_ledgers: list[SourceLedger]
     prompts: list[list[int]]
     """Tokens of `evaluation.prompts`."""
@@ -176,10 +126,12 @@ def prepare_data(config: RunConfig, num_ranks: int) -> Data:
     template = ChatTemplate(load_tokenizer(config.model), config.model.chat_template)
     dataset = load_dataset(config.data.train, template, config.data)
     evaluation = load_dataset(config.data.eval, template, config.data)
-    eval_examples = evaluation.examples
+    eval_sources: dict[str, list[Example]] = {}
+    for source, section in zip(evaluation.sources, config.data.eval, strict=True):
+        eval_sources.setdefault(section.path, []).extend(source.examples)
     if config.data.eval_fraction:
         order = permutation(len(dataset.examples), config.seed, EVAL_SPLIT).tolist()
-        dataset, eval_examples = hold_out(dataset, config.data.eval_fraction, order)
+        dataset, eval_sources["data.eval_fraction"] = hold_out(dataset, config.data.eval_fraction, order)
 
     def per_epoch(count: Callable[[Example], int]) -> int:
         return sum(round(source.weight * sum(map(count, source.examples))) for source in dataset.sources)
@@ -190,11 +142,11 @@ def prepare_data(config: RunConfig, num_ranks: int) -> Data:
         num_examples=sum(source_count(len(source.examples), source.weight) for source in dataset.sources),
         num_tokens=per_epoch(lambda example: len(example.input_ids)),
         num_supervised_tokens=per_epoch(lambda example: example.num_supervised),
-        num_eval_examples=len(eval_examples),
+        num_eval_examples=sum(map(len, eval_sources.values())),
     )
     texts = [template.prompt((Message("user", prompt),)) for prompt in config.evaluation.prompts]
     prompts = [template.encode_prompt(text) for text in texts]
-    return Data(template, dataset, eval_examples, evaluation.ledgers, prompts, plan)
+    return Data(template, dataset, eval_sources, evaluation.ledgers, prompts, plan)
 
 
 def show_data(data: Data) -> None:
@@ -214,8 +166,10 @@ def prepare_model(
     """Load the base, put the adapter on it, and prepare both for this machine."""
     from lora_accel.model.adapter import add_adapter, count_parameters, key_dropout, trainable_parameters
     from lora_accel.model.base import load_base_model
+    from lora_accel.saving.zero import begin_moments
     from lora_accel.training.optimizer import make_optimizer
 
+    sharded = accelerator.distributed_type.value == "DEEPSPEED"
     base = load_base_model(
         config.model,
         config.quantization,
@@ -227,13 +181,16 @@ def prepare_model(
         config.adapter,
         seed=config.seed,
         activation_checkpointing=config.training.activation_checkpointing,
-        autocast=accelerator.mixed_precision != "no",
+        autocast=accelerator.mixed_precision != "no" and not sharded,
+        masters=accelerator.mixed_precision != "no" and sharded,
     )
     trained, total = count_parameters(model)
     accelerator.print(f"trainable: {trained:,} of {total:,} parameters ({trained / total:.3%})")
     optimizer = make_optimizer(trainable_parameters(model).values(), config.training)
     dropout = key_dropout(model)
     model, optimizer = accelerator.prepare(model, optimizer)
+    if sharded:
+        begin_moments(optimizer)
     return model, optimizer, dropout
 
 
@@ -265,11 +222,34 @@ def go_on(
     checkpoint, damaged = find_checkpoint(Path(config.output_dir) / "checkpoints", config.checkpoint.resume)
     for line in damaged:
         accelerator.print(f"passed over a damaged checkpoint: {line}")
+    agree(provenance, None if checkpoint is None else checkpoint.step)
     if checkpoint is None:
         return 0
     refuse_changes(checkpoint, provenance)
     accelerator.print(f"resuming after step {checkpoint.step} from {checkpoint.folder}")
     return load_checkpoint(accelerator, model, optimizer, checkpoint)
+
+
+def agree(provenance: dict[str, Any], step: int | None) -> None:
+    """Refuse to go on where processes have found different things: machines may see other files.
+
+    Args:
+        step: of the checkpoint that this process would go on from.
+    """
+    from accelerate.utils import gather_object
+
+    from lora_accel.saving.provenance import changes, changes_table
+
+    mine, *others = gather_object([(provenance, step)])
+    for rank, (other, other_step) in enumerate(others, start=1):
+        differences = changes(mine[0], other)
+        if other_step != mine[1]:
+            differences.append(("checkpoint", mine[1], other_step))
+        if differences:
+            raise ConfigError(
+                f"processes 0 and {rank} have found different things (0 -> {rank}):\n{changes_table(differences)}\n"
+                "Start all with one command, and let all machines see the same files and one output_dir."
+            )
 
 
 def write_run_folder(folder: Path, config: RunConfig, data: Data, provenance: dict[str, Any]) -> None:
@@ -302,24 +282,22 @@ def make_run(
     from lora_accel.data.batches import Batches, step_batch
     from lora_accel.model.adapter import trainable_parameters
     from lora_accel.saving.checkpoint import save_checkpoint
-    from lora_accel.training.evaluate import evaluate, replies_to
+    from lora_accel.training.evaluate import evaluate_sources, replies_to
     from lora_accel.training.loop import Run
     from lora_accel.training.metrics import Metrics
 
     folder, tokenizer = Path(config.output_dir), data.template.tokenizer
     rank, pad_id = accelerator.process_index, tokenizer.pad_token_id
     batches = Batches(data.dataset, config.training, data.plan, seed=config.seed, rank=rank, pad_id=pad_id)
-    eval_batch = step_batch(
-        data.eval_examples, config.training, rank=rank, num_ranks=data.plan.num_ranks, pad_id=pad_id
-    )
+    eval_batches = {
+        name: step_batch(examples, config.training, rank=rank, num_ranks=data.plan.num_ranks, pad_id=pad_id)
+        for name, examples in data.eval_sources.items()
+    }
 
     def evaluation() -> dict[str, Any]:
         values: dict[str, Any] = {}
-        if data.eval_examples:
-            values["eval_loss"] = evaluate(
-                accelerator, model, eval_batch.micro_batches, eval_batch.num_supervised_tokens
-            )
-            values["eval_tokens"] = eval_batch.num_supervised_tokens
+        if eval_batches:
+            values = evaluate_sources(accelerator, model, eval_batches)
         if config.evaluation.prompts:
             prompts, most = config.evaluation.prompts, config.evaluation.max_new_tokens
             replies = replies_to(accelerator.unwrap_model(model), tokenizer, data.prompts, max_new_tokens=most)
@@ -340,6 +318,7 @@ def make_run(
             folder / "checkpoints",
             state,
             keep_last=config.checkpoint.keep_last,
+            gather=config.checkpoint.gather,
         )
         status(step, saved)
 
@@ -365,13 +344,14 @@ def export_adapter(
     accelerator: Accelerator,
     model: torch.nn.Module,
     provenance: dict[str, Any],
+    gather: str,
 ) -> None:
     """Save the final adapter with all that is needed to use it: tokenizer, chat template, provenance, card."""
     from lora_accel.saving.commit import committed_folder, write_json, write_text
     from lora_accel.saving.provenance import model_card
     from lora_accel.saving.weights import gather_adapter, unwrapped, write_adapter
 
-    state = gather_adapter(accelerator, model)
+    state = gather_adapter(accelerator, model, gather=gather)
     if accelerator.is_main_process:
         with committed_folder(folder) as temporary:
             write_adapter(unwrapped(accelerator, model), state, temporary)
@@ -383,4 +363,4 @@ def export_adapter(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

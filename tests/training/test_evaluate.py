@@ -84,20 +84,44 @@ def test_a_runs_eval_loss_is_that_of_its_adapter(
     model = load_adapter(load(tiny_model()), adapter)
     lines = read_metrics(tmp_path / "watched", "eval")
     assert len(lines) == 6
-    assert lines[-1]["eval_loss"] == pytest.approx(brute_force(model, data.eval_examples), rel=1e-6)
-    assert lines[-1]["eval_tokens"] == sum(x.num_supervised for x in data.eval_examples)
+    (examples,) = data.eval_sources.values()
+    assert lines[-1]["eval_loss"] == pytest.approx(brute_force(model, examples), rel=1e-6)
+    assert lines[-1]["eval_tokens"] == sum(x.num_supervised for x in examples)
+    assert "sources" not in lines[-1]
 
     run_training(make_config(output_dir=str(tmp_path / "alone")))
     losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("watched", "alone")]
     assert losses[0] == losses[1], "watching changes nothing"
 
 
+def test_each_source_has_a_loss_of_its_own(
+    make_config: Callable[..., RunConfig], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Also where one path is given twice: its examples count as one source."""
+    short, long = (
+        write_jsonl(tmp_path / f"{name}.jsonl", chat_rows(21)[part])
+        for name, part in (("short", slice(0, 2)), ("long", slice(14, 21)))
+    )
+    sources = [{"path": str(short)}, {"path": str(long), "limit": 3}, {"path": str(long)}]
+    config = make_config(data={"eval": sources}, logging={"trackers": ["tensorboard"]})
+    model = load_adapter(load(tiny_model()), run_training(config))
+    examples = prepare_data(config, num_ranks=1).eval_sources
+    assert {name: len(found) for name, found in examples.items()} == {str(short): 2, str(long): 10}
+    (line,) = read_metrics(tmp_path / "run", "eval")
+    everything = [example for found in examples.values() for example in found]
+    assert line["eval_loss"] == pytest.approx(brute_force(model, everything), rel=1e-6)
+    for name, found in examples.items():
+        assert line["sources"][name]["eval_loss"] == pytest.approx(brute_force(model, found), rel=1e-6)
+        assert line["sources"][name]["eval_tokens"] == sum(x.num_supervised for x in found)
+
+
 def test_held_out_examples_are_not_trained_on(make_config: Callable[..., RunConfig]) -> None:
     config = make_config(data={"eval_fraction": 0.3})
     data = prepare_data(config, num_ranks=1)
     trained = {tuple(x.input_ids) for x in data.dataset.examples}
-    held = {tuple(x.input_ids) for x in data.eval_examples}
-    assert (len(data.dataset.examples), len(data.eval_examples)) == (15, 6)
+    (examples,) = data.eval_sources.values()
+    held = {tuple(x.input_ids) for x in examples}
+    assert (len(data.dataset.examples), len(examples)) == (15, 6)
     assert not trained & held
 
 

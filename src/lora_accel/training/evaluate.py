@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 
 from lora_accel.training.loss import summed_token_loss
+
+
+class Share(Protocol):
+    """What evaluation reads of a source: this rank's share of it, and its size over all ranks."""
+
+    @property
+    def micro_batches(self) -> Sequence[Any]: ...
+    @property
+    def num_supervised_tokens(self) -> int: ...
+
+
+def evaluate_sources(accelerator: Accelerator, model: torch.nn.Module, sources: Mapping[str, Share]) -> dict[str, Any]:
+    """Return the values of an eval line: mean loss per supervised token over all sources, and of each of several."""
+    losses = {
+        name: evaluate(accelerator, model, share.micro_batches, share.num_supervised_tokens)
+        for name, share in sources.items()
+    }
+    tokens = {name: share.num_supervised_tokens for name, share in sources.items()}
+    total = sum(tokens.values())
+    values: dict[str, Any] = {"eval_loss": sum(losses[name] * tokens[name] for name in sources) / total}
+    values["eval_tokens"] = total
+    if len(sources) > 1:
+        values["sources"] = {name: {"eval_loss": losses[name], "eval_tokens": tokens[name]} for name in sources}
+    return values
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,8 @@ class Metrics:
             values["eval_perplexity"] = math.exp(min(values["eval_loss"], 700.0))
             self._write({"kind": "eval", "step": step, **values})
             self.say(f"step {step}: eval loss {values['eval_loss']:.4f}")
+            for name, of_source in values.get("sources", {}).items():
+                self.say(f"step {step}: eval loss {of_source['eval_loss']:.4f} on {name}")
         for prompt, text in replies:
             self._write({"kind": "event", "event": "reply", "step": step, "prompt": prompt, "reply": text})
             self.say(f"step {step}: {prompt!r} -> {text!r}")
@@ -96,7 +99,10 @@ class Metrics:
     def close(self) -> None:
         """End the bar and the trackers."""
         self._bar.close()
-        self._accelerator.end_training()
+        for (
+            tracker
+        ) in self._accelerator.trackers:  # end_training would end the process group too, for whoever comes next
+            tracker.finish()
 
     def _write(self, line: dict[str, Any]) -> None:
         if not self._main:
@@ -104,8 +110,18 @@ class Metrics:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         if line["kind"] != "event":
-            numbers = {f"{line['kind']}/{k}": v for k, v in line.items() if k not in ("kind", "step")}
-            self._accelerator.log(numbers, step=line["step"])
+            self._accelerator.log(_flat(line["kind"], line), step=line["step"])
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a line under the names that trackers show: train/loss, eval/sources/PATH/eval_loss."""
+    flat: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(f"{prefix}/{key}", value)
+        elif key not in ("kind", "step"):
+            flat[f"{prefix}/{key}"] = value
+    return flat
 
 
 def keep_until(path: Path, step: int) -> None:

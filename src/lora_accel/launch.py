@@ -1,0 +1,166 @@
+"""How it runs: the Accelerator that `accelerate launch` and the run config ask for, and how processes end together."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from lora_accel.config.reconcile import Launch, Settings, read_launch, reconcile
+from lora_accel.config.schema import RunConfig
+from lora_accel.console import print_table
+from lora_accel.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin
+
+STALE_SECONDS = 600
+"""A build of DeepSpeed's extension takes a minute; a lock older than this belongs to one that was killed."""
+
+
+def settle(config: RunConfig) -> tuple[Launch, Settings]:
+    """Read what the launcher left in the environment and bring it together with the run config. Imports nothing heavy.
+
+    Raises:
+        ConfigError: they cannot agree.
+    """
+    launch = read_launch(os.environ)
+    return launch, reconcile(config, launch)
+
+
+def make_accelerator(config: RunConfig, launch: Launch, settings: Settings) -> Accelerator:
+    """Build the Accelerator.
+
+    Raises:
+        ConfigError: a tracker is unknown, the processes do not see each other, or offload lacks its op.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+
+    refuse_trackers(config.logging.trackers)
+    on_cpu = not torch.accelerator.is_available()
+    joins_on_cpu = on_cpu and (launch.num_processes > 1 or launch.zero_stage > 0)
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision,
+        # Without a GPU Accelerate joins launched processes only if it is told so; under DeepSpeed the same word would
+        # switch DeepSpeed off without another.
+        cpu=joins_on_cpu and launch.zero_stage == 0,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if joins_on_cpu else None,
+        deepspeed_plugin=_deepspeed_plugin(settings) if launch.zero_stage else None,
+        # The loop sets the number of micro-batches of each step itself.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        log_with=config.logging.trackers or None,
+        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
+    )
+    refuse_launch(accelerator, launch)
+    refuse_offload(launch.offload)
+    if accelerator.is_main_process:
+        print_table("how it runs", settings.rows, heads=("setting", "value", "decided by"))
+    return accelerator
+
+
+def refuse_trackers(names: list[str]) -> None:
+    """Refuse a tracker that Accelerate does not know, or would leave out without a word."""
+    from accelerate.tracking import get_available_trackers
+
+    available = {"all", *(tracker.value for tracker in get_available_trackers())}
+    for name in names:
+        if name not in available:
+            raise ConfigError(
+                f"logging.trackers: {name!r} is unknown or not installed{did_you_mean(name, available)}; "
+                f"installed here are {', '.join(sorted(available - {'all'}))}"
+            )
+
+
+def refuse_launch(accelerator: Accelerator, launch: Launch) -> None:
+    """Refuse an Accelerator that is not what was asked for: training under it would go wrong."""
+    if launch.num_processes != accelerator.num_processes:
+        raise ConfigError(
+            f"the launcher started {launch.num_processes} processes, but this one sees {accelerator.num_processes}; "
+            "each would train alone and write the same folder. Use a config from accelerate_configs/"
+        )
+    kind = accelerator.distributed_type.value
+    expected = ("DEEPSPEED",) if launch.zero_stage else ("NO", "MULTI_CPU", "MULTI_GPU")
+    if kind not in expected:
+        raise ConfigError(
+            f"Accelerate made {kind} of what was launched, not {' or '.join(expected)}; use a config from "
+            "accelerate_configs/"
+        )
+
+
+def refuse_offload(offload: Mapping[str, str]) -> None:
+    """Refuse offload without DeepSpeed's ops for it. They are compiled here, where it takes a minute, not after hours.
+
+    Args:
+        offload: device of `optimizer` and `param`.
+    """
+    ops = {"CPUAdamBuilder": offload["optimizer"] != "none", "AsyncIOBuilder": "nvme" in offload.values()}
+    if not any(ops.values()):
+        return
+    from deepspeed.accelerator import get_accelerator
+
+    for op in (op for op, needed in ops.items() if needed):
+        try:
+            get_accelerator().create_op_builder(op).load(verbose=False)
+        except Exception as error:  # whatever a compiler can do wrong
+            reason = str(error).strip().split("\n")[0].rstrip(".")
+            raise ConfigError(
+                f"offload to {', '.join(sorted(set(offload.values()) - {'none'}))} needs DeepSpeed's {op}: {reason}. "
+                "Install what it needs (a C++ compiler, ninja; libaio for nvme), or use a config without offload"
+            ) from None
+
+
+def _deepspeed_plugin(settings: Settings) -> DeepSpeedPlugin:
+    """Return Accelerate's plugin as the launcher asked for it, with the run config's values written over it."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    look_for_stale_builds()
+    try:
+        plugin = DeepSpeedPlugin(gradient_accumulation_steps=1)
+    except ValueError as error:
+        raise ConfigError(f"accelerate launch: {error}") from None
+    plugin.deepspeed_config.update(settings.deepspeed)
+    return plugin
+
+
+def look_for_stale_builds() -> None:
+    """Look for the lock of a DeepSpeed build that was killed: every later run would wait for it for ever, silently.
+
+    Raises:
+        ConfigError: there is one, older than any build takes.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        try:
+            age = time.time() - lock.stat().st_mtime
+        except FileNotFoundError:  # released meanwhile
+            continue
+        if age > STALE_SECONDS:
+            raise ConfigError(
+                f"{lock} was left {age / 60:.0f} minutes ago by a build that was killed; DeepSpeed would wait for it "
+                "for ever. Delete that file"
+            )
+        print(f"note: waiting for {lock}; if nothing builds there, delete that file", file=sys.stderr, flush=True)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code; one of several ends without the interpreter's teardown.
+
+    There, gloo's threads abort about one launch in twenty after all work is done, and the launcher reports a failure.
+    """
+    distributed = sys.modules.get("torch.distributed")  # with a wrong config torch has not been imported
+    if distributed is None or not distributed.is_initialized():
+        sys.exit(code)
+    if code == 0:
+        distributed.barrier()
+        distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
