@@ -14,5 +14,7 @@ codespell src tests scripts docs recipes ./*.md
 mypy
 lint-imports
 python scripts/fetch_model.py
+# DeepSpeed compiles these at their first use; once here, before many processes want them.
+python -c 'from deepspeed.accelerator import get_accelerator as a; [a().create_op_builder(op).load(verbose=False) for op in ("ShareMemCommBuilder", "CPUAdamBuilder")]'
 # One thread for each of the two workers: more only wait for each other.
 OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --cov --cov-report=term "$@"

@@ -1,57 +1,20 @@
-"""Two real processes: the number of processes changes the speed and nothing else."""
+"""Two real processes under DDP, and what the launcher shows when something is wrong."""
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from lora_accel import run_training
 from lora_accel.config.schema import RunConfig
-from lora_accel.errors import ConfigError
-from lora_accel.train import refuse_launch
-from tests.conftest import ROOT, read_metrics
+from tests.conftest import chat_rows, read_metrics, write_jsonl
+from tests.distributed.launching import TRAIN, launch
 
 pytestmark = pytest.mark.distributed
-
-
-def launch(config: Path, *overrides: str, preset: str = "cpu_ddp") -> subprocess.CompletedProcess[str]:
-    """Run the training command under `accelerate launch` with a preset."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(ROOT / "accelerate_configs" / f"{preset}.yaml"),
-    ]
-    return subprocess.run(
-        [
-            sys.executable,
-            *launcher,
-            "--main_process_port",
-            port,
-            "-m",
-            "lora_accel.train",
-            "--config",
-            config,
-            *overrides,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        check=False,
-    )
 
 
 def numbers(folder: Path) -> list[tuple[float, float]]:
@@ -59,26 +22,37 @@ def numbers(folder: Path) -> list[tuple[float, float]]:
 
 
 def test_two_processes_make_the_same_steps_as_one(
-    make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path
+    make_config: Callable[..., RunConfig],
+    config_file: Callable[[RunConfig], Path],
+    rows_file: Path,
+    tmp_path: Path,
 ) -> None:
-    """Uneven lengths, a short last step, dropout 0.1, an odd number of micro-batches: an empty one among them."""
+    """Uneven lengths, a short last step, dropout 0.1, an odd number of micro-batches, two evaluation sources."""
     training = {"micro_batch_tokens": 100, "learning_rate": 1e-3}
-    config = make_config(output_dir=str(tmp_path / "one"), training=training, data={"eval_fraction": 0.2})
+    more = write_jsonl(tmp_path / "more.jsonl", chat_rows(5))
+    data = {"eval": [{"path": str(rows_file), "limit": 7}, {"path": str(more)}]}
+    config = make_config(output_dir=str(tmp_path / "one"), training=training, data=data)
     run_training(config)
-    ran = launch(config_file(config), f"output_dir={tmp_path / 'two'}")
+    ran = launch(*TRAIN, config_file(config), f"output_dir={tmp_path / 'two'}")
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("adapter: ") == 1, "only the main process tells"
 
     one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
-    assert len(one) == 5
+    assert len(one) == 6
     for expected, found in zip(one, two, strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
-    evaluations = [read_metrics(tmp_path / name, "eval")[-1] for name in ("one", "two")]
-    assert evaluations[0]["eval_tokens"] == evaluations[1]["eval_tokens"]
-    assert evaluations[1]["eval_loss"] == pytest.approx(evaluations[0]["eval_loss"], rel=1e-5)
+    rates = [[line["learning_rate"] for line in read_metrics(tmp_path / name)] for name in ("one", "two")]
+    assert rates[0] == rates[1], "the schedule moves once a step, however many ranks there are"
     weights = load_file(tmp_path / "two" / "adapter" / "adapter_model.safetensors")
     for name, expected in load_file(tmp_path / "one" / "adapter" / "adapter_model.safetensors").items():
         assert (weights[name] - expected).norm() < 1e-4 * expected.norm(), name
+
+    evaluations = [read_metrics(tmp_path / name, "eval")[-1] for name in ("one", "two")]
+    for key in ("eval_loss", "eval_perplexity", "eval_tokens"):
+        assert evaluations[1][key] == pytest.approx(evaluations[0][key], rel=1e-5)
+    assert evaluations[0]["sources"].keys() == {str(rows_file), str(more)}
+    for source, expected in evaluations[0]["sources"].items():
+        assert evaluations[1]["sources"][source] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_run_of_two_processes_goes_on_in_one(
@@ -86,32 +60,21 @@ def test_a_run_of_two_processes_goes_on_in_one(
 ) -> None:
     config = make_config(output_dir=str(tmp_path / "one"), training={"learning_rate": 1e-3})
     run_training(config)
-    ran = launch(config_file(config), f"output_dir={tmp_path / 'both'}")
+    ran = launch(*TRAIN, config_file(config), f"output_dir={tmp_path / 'both'}")
     assert ran.returncode == 0, ran.stderr
-    subprocess.run(["rm", "-r", tmp_path / "both/checkpoints/step-00000006", tmp_path / "both/adapter"], check=True)
+    for done in ("checkpoints/step-00000006", "adapter"):
+        shutil.rmtree(tmp_path / "both" / done)
     run_training(RunConfig.model_validate(config.model_dump() | {"output_dir": str(tmp_path / "both")}))
     assert [line["step"] for line in read_metrics(tmp_path / "both", "event")] == [0, 4, 6]
     for expected, found in zip(numbers(tmp_path / "one"), numbers(tmp_path / "both"), strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_processes_that_do_not_see_each_other_are_stopped() -> None:
-    alone = Accelerator(cpu=True)
-    refuse_launch(alone, 1)
-    with pytest.raises(ConfigError, match="started 2 processes, but this one sees 1"):
-        refuse_launch(alone, 2)
-
-
-def test_deepspeed_is_refused_by_name_until_it_is_proven(
-    make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path
+def test_accelerates_cpu_launch_of_one_process_for_two_is_noticed(
+    make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path]
 ) -> None:
     config = make_config()
-    preset = tmp_path / "zero.yaml"
-    preset.write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_processes: 1\nnum_machines: 1\n"
-        "machine_rank: 0\nuse_cpu: true\nmixed_precision: 'no'\ndeepspeed_config: {zero_stage: 2}\n"
-    )
-    ran = launch(config_file(config), preset=str(preset.with_suffix("")))
+    ran = launch("--cpu", "--num_processes", "2", *TRAIN, config_file(config), preset="cpu")
     assert ran.returncode != 0
-    assert "DEEPSPEED, which is not supported yet" in ran.stderr
+    assert "asked for several processes (MASTER_ADDR is set) and started one" in ran.stderr
     assert not Path(config.output_dir).exists()

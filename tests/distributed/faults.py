@@ -1,0 +1,60 @@
+"""Launched by tests: train, and let one thing go wrong on rank 1.
+
+accelerate launch … tests/distributed/faults.py raise|kill|user|nan|differ CONFIG
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from safetensors.torch import save_file
+
+from lora_accel import train
+from lora_accel.errors import DataError, TrainingError
+from lora_accel.launch import leave
+from lora_accel.saving.weights import gather_adapter
+from lora_accel.training import loop
+
+BAD_STEP = 2
+train_step, summed_token_loss, prepare_data = loop.train_step, loop.summed_token_loss, train.prepare_data
+
+
+def main(fault: str, config: str) -> int:
+    """Train until it goes wrong."""
+    at_fault = os.environ["RANK"] == "1"
+    bad = False
+
+    def step_with_fault(run: loop.Run, step: int) -> loop.StepResult:
+        nonlocal bad
+        bad = at_fault and step + 1 == BAD_STEP
+        try:
+            return train_step(run, step)
+        except TrainingError:  # what did the step leave of the weights?
+            state = gather_adapter(run.accelerator, run.model)
+            if run.accelerator.is_main_process:
+                save_file(state, run.accelerator.project_dir + "/after.safetensors")
+            raise
+
+    def loss_with_fault(model: Any, batch: Any) -> Any:
+        loss = summed_token_loss(model, batch)
+        if bad and fault == "raise":
+            raise RuntimeError("rank 1 has a fault of its own")
+        if bad and fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss * float("nan") if bad else loss
+
+    def data_with_fault(*words: Any) -> Any:
+        if at_fault and fault == "user":
+            raise DataError("rows.jsonl: only rank 1 cannot read it")
+        return prepare_data(*words)
+
+    loop.train_step, loop.summed_token_loss, train.prepare_data = step_with_fault, loss_with_fault, data_with_fault
+    differs = ["seed=1", "data.max_length=100"] if at_fault and fault == "differ" else []
+    return train.main(["--config", config, *differs])
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1], sys.argv[2]))

@@ -1,0 +1,50 @@
+"""Ways to start real processes together."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+PRESETS = ROOT / "accelerate_configs"
+TRAIN = ("-m", "lora_accel.train", "--config")
+
+
+def free_port() -> str:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def start(*words: str | Path, preset: str = "cpu_ddp") -> subprocess.Popen[str]:
+    """Start `accelerate launch` with a preset; then come its further options, a script or -m module, and its words."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", PRESETS / f"{preset}.yaml"]
+    return subprocess.Popen(
+        [*map(str, launcher), *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Wait for a launcher; one that hangs is ended, its children with it."""
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its children
+        stdout, stderr = process.communicate(timeout=60)
+        raise AssertionError(f"still running after {timeout} seconds\n{stdout[-2000:]}\n{stderr[-4000:]}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def launch(*words: str | Path, preset: str = "cpu_ddp", timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run `accelerate launch` to its end on a free port."""
+    return finish(start("--main_process_port", free_port(), *words, preset=preset), timeout)

@@ -1,0 +1,113 @@
+"""One rank that fails ends the whole run soon, its own error is shown last, and nothing half-written is saved."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_accel.config.schema import RunConfig
+from lora_accel.saving.commit import why_invalid
+from tests.distributed.launching import TRAIN, launch
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture
+def fail(
+    make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Launch a training of which rank 1 fails; say how it ended."""
+
+    def attempt(fault: str, preset: str) -> subprocess.CompletedProcess[str]:
+        config = make_config(checkpoint={"every_steps": 1}, training={"warmup_steps": 0})
+        began = time.perf_counter()
+        ran = launch("--num_processes", "2", "tests/distributed/faults.py", fault, config_file(config), preset=preset, timeout=150)
+        # A minute for the end, and what starting two processes may take here.
+        assert time.perf_counter() - began < 120
+        assert ran.returncode != 0
+        assert not (tmp_path / "run" / "adapter").exists()
+        return ran
+
+    return attempt
+
+
+def last_told(ran: subprocess.CompletedProcess[str]) -> str:
+    """Return the launcher's last words: its report of the first failure."""
+    assert "Root Cause" in ran.stderr, ran.stderr[-3000:]
+    return ran.stderr.split("Root Cause")[-1]
+
+
+def checkpoints(folder: Path) -> dict[str, str | None]:
+    """Return each checkpoint folder, and why it is none."""
+    found = sorted((folder / "checkpoints").iterdir())
+    return {path.name: why_invalid(path) for path in found if path.name.startswith("step-")}
+
+
+@pytest.mark.parametrize("preset", ["cpu_ddp", "cpu_zero3"])
+def test_a_rank_that_raises_ends_the_run_with_its_own_error(
+    fail: Callable[..., subprocess.CompletedProcess[str]], preset: str, tmp_path: Path
+) -> None:
+    ran = fail("raise", preset)
+    assert "rank      : 1" in last_told(ran)
+    assert "RuntimeError: rank 1 has a fault of its own" in last_told(ran)
+    assert checkpoints(tmp_path / "run") == {"step-00000001": None}
+
+
+def test_a_rank_that_is_killed_ends_the_run(
+    fail: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    ran = fail("kill", "cpu_ddp")
+    assert "exitcode  : -9" in ran.stderr
+    assert checkpoints(tmp_path / "run") == {"step-00000001": None}
+
+
+def test_what_one_rank_alone_meets_is_told_by_it(
+    fail: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    ran = fail("user", "cpu_ddp")
+    assert "error on rank 1: rows.jsonl: only rank 1 cannot read it" in last_told(ran)
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_found_different_things_do_not_train_together(
+    fail: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """As on two machines whose disks hold other files."""
+    ran = fail("differ", "cpu_ddp")
+    assert "error: processes 0 and 1 have found different things" in ran.stderr
+    assert "seed: 0 -> 1" in ran.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("preset", ["cpu_ddp", "zero1", "cpu_zero2", "cpu_zero3"])
+def test_no_backend_steps_with_a_gradient_that_is_not_finite(
+    fail: Callable[..., subprocess.CompletedProcess[str]], preset: str, tmp_path: Path
+) -> None:
+    ran = fail("nan", preset)
+    assert "error: step 2: loss nan" in ran.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    assert checkpoints(tmp_path / "run") == {"step-00000001": None}
+    before = load_file(tmp_path / "run" / "checkpoints" / "step-00000001" / "adapter_model.safetensors")
+    after = load_file(tmp_path / "run" / "after.safetensors")
+    assert len(before) == len(after) > 0
+    for name, tensor in after.items():
+        assert torch.equal(tensor, before[name.replace(".default", "")]), f"{name}: the step was made"
+
+
+def test_a_wrong_config_is_told_once(
+    make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path]
+) -> None:
+    config = make_config()
+    ran = launch(*TRAIN, config_file(config), "training.lerning_rate=1", preset="cpu_ddp")
+    assert ran.returncode != 0
+    told = [line for line in ran.stderr.splitlines() if line.startswith("error")]
+    assert len(told) == 1
+    assert "learning_rate" in told[0]
+    assert not Path(config.output_dir).exists()
