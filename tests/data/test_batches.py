@@ -188,6 +188,27 @@ def test_three_ranks_together_hold_every_example_once(limits: dict[str, Any]) ->
     assert all(share.num_tokens == sum(UNEVEN) for share in shares)
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("limits", [{"micro_batch_tokens": 100_000}, {"micro_batch_tokens": 30}])
+def test_ranks_get_as_much_work_as_each_other(num_ranks: int, limits: dict[str, int]) -> None:
+    """Also of a step that would fit into one micro-batch: else one rank would work while the others wait."""
+    training = TrainingSection.model_validate(limits)
+    for lengths in ([7] * 16, [3 + 5 * (i % 9) for i in range(16)], [40, *[5] * 15]):
+        examples = examples_of(lengths)
+        loads = []
+        for rank in range(num_ranks):
+            share = step_batch(examples, training, rank=rank, num_ranks=num_ranks, pad_id=PAD)
+            loads.append(sum(lengths[number] for number in seen(share)))
+        assert max(loads) <= max(max(lengths), 4 / 3 * sum(lengths) / num_ranks)
+
+
+def test_who_counts_examples_a_device_gets_as_many_on_each() -> None:
+    training = TrainingSection.model_validate({"micro_batch_size": 2, "gradient_accumulation_steps": 2})
+    for rank in range(2):
+        share = step_batch(examples_of([50, *[5] * 7]), training, rank=rank, num_ranks=2, pad_id=PAD)
+        assert [len(micro_batch.input_ids) for micro_batch in share.micro_batches] == [2, 2]
+
+
 def test_a_rank_without_examples_gets_micro_batches_without_targets() -> None:
     training = TrainingSection(micro_batch_tokens=1000)
     shares = [step_batch(examples_of([5]), training, rank=rank, num_ranks=3, pad_id=PAD) for rank in range(3)]

@@ -1,8 +1,8 @@
 """(seed, epoch, step) to examples, and a step's examples to micro-batches. Nothing here has a state.
 
-Which examples a step takes depends on the seed and the step alone. How they are cut into micro-batches depends on the
-examples and the limits alone, and rank r takes every W-th of them; so resuming, or another number of ranks, changes
-neither the order nor the mathematics.
+Which examples a step takes depends on the seed and the step alone. How they are dealt to ranks and cut into micro-batches
+depends on their lengths, the limits and the number of ranks; so resuming, or another number of ranks, changes neither
+the order nor the mathematics.
 """
 
 from __future__ import annotations
@@ -138,15 +138,38 @@ def step_batch(
     num_ranks: int,
     pad_id: int,
 ) -> StepBatch:
-    """Cut examples into micro-batches and keep this rank's; every rank gets the same number of them."""
-    groups = cut(examples, training.micro_batch_tokens, training.micro_batch_size)
-    groups += [[]] * (-len(groups) % num_ranks)
+    """Deal examples to ranks, cut each share into micro-batches, and keep this rank's.
+
+    Every rank gets the same number of micro-batches, empty ones at the end if need be: a collective of one rank alone
+    would wait for ever.
+    """
+    # Who counts examples a device wants as many on each; who counts tokens wants as much work on each.
+    most = len(examples) if training.micro_batch_size is None else -(-len(examples) // num_ranks)
+    cuts = [
+        cut(share, training.micro_batch_tokens, training.micro_batch_size) for share in deal(examples, num_ranks, most)
+    ]
+    groups = cuts[rank] + [[]] * (max(map(len, cuts)) - len(cuts[rank]))
     return StepBatch(
-        [collate(group, pad_id) for group in groups[rank::num_ranks]],
+        [collate(group, pad_id) for group in groups],
         num_examples=len(examples),
         num_tokens=sum(len(example.input_ids) for example in examples),
         num_supervised_tokens=sum(example.num_supervised for example in examples),
     )
+
+
+def deal(examples: Sequence[Example], num_ranks: int, most: int) -> list[list[Example]]:
+    """Deal examples to ranks, at most so many to each, so that each has about as many tokens.
+
+    The longest first, each to the rank with the fewest tokens so far (Graham, Bounds on multiprocessing timing
+    anomalies, 1969: where `most` does not bind, no rank gets more than 4/3 of what is best possible).
+    """
+    shares: list[list[Example]] = [[] for _ in range(num_ranks)]
+    tokens = [0] * num_ranks
+    for example in sorted(examples, key=lambda example: -len(example.input_ids)):
+        rank = min((rank for rank in range(num_ranks) if len(shares[rank]) < most), key=tokens.__getitem__)
+        shares[rank].append(example)
+        tokens[rank] += len(example.input_ids)
+    return shares
 
 
 def cut(examples: Sequence[Example], most_tokens: int, most_examples: int | None) -> list[list[Example]]:
