@@ -124,6 +124,21 @@ def test_a_lock_older_than_any_build_is_refused(extensions: Path, layout: str) -
     look_for_stale_builds()
 
 
+def test_other_peoples_builds_are_their_own_affair(extensions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    take_lock(extensions / "py311_cpu" / "somebodys_op", age=STALE_SECONDS + 300)
+    look_for_stale_builds()
+    assert capsys.readouterr().err == ""
+
+
+def test_one_process_of_a_machine_says_that_it_waits(
+    extensions: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_lock(extensions / "cpu_adam")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    look_for_stale_builds()
+    assert capsys.readouterr().err == ""
+
+
 def test_an_old_lock_is_found_beside_a_fresh_one(extensions: Path) -> None:
     take_lock(extensions / "cpu_adam")
     take_lock(extensions / "py311_cpu" / "cpu_adam")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin
 
+BUILT_OPS = ("deepspeed_shm_comm", "cpu_adam", "async_io", "pin_memory")
+"""What DeepSpeed compiles for what is done here; other people's builds are their own affair."""
 STALE_SECONDS = 600
 """A build of DeepSpeed's extension takes a minute; a lock older than this belongs to one that was killed."""
 
@@ -137,7 +139,7 @@ def look_for_stale_builds() -> None:
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+    for lock in [lock for op in BUILT_OPS for place in (op, f"*/{op}") for lock in root.glob(f"{place}/lock")]:
         try:
             age = time.time() - lock.stat().st_mtime
         except FileNotFoundError:  # released meanwhile
@@ -147,7 +149,8 @@ def look_for_stale_builds() -> None:
                 f"{lock} was left {age / 60:.0f} minutes ago by a build that was killed; DeepSpeed would wait for it "
                 "for ever. Delete that file"
             )
-        print(f"note: waiting for {lock}; if nothing builds there, delete that file", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"note: waiting for {lock}; if nothing builds there, delete that file", file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:

@@ -28,7 +28,15 @@ def fail(
     def attempt(fault: str, preset: str) -> subprocess.CompletedProcess[str]:
         config = make_config(checkpoint={"every_steps": 1}, training={"warmup_steps": 0})
         began = time.perf_counter()
-        ran = launch("--num_processes", "2", "tests/distributed/faults.py", fault, config_file(config), preset=preset, timeout=150)
+        ran = launch(
+            "--num_processes",
+            "2",
+            "tests/distributed/faults.py",
+            fault,
+            config_file(config),
+            preset=preset,
+            timeout=150,
+        )
         # A minute for the end, and what starting two processes may take here.
         assert time.perf_counter() - began < 120
         assert ran.returncode != 0

@@ -113,6 +113,24 @@ def test_evaluation_and_replies_under_zero3_are_those_of_one_process(
     assert len(replies[0]) == 4
 
 
+def test_whole_modules_are_trained_and_gathered_under_zero3(
+    make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path
+) -> None:
+    """With activations recomputed in the backward pass, where ZeRO-3 gathers the layer again."""
+    config = make_config(
+        output_dir=str(tmp_path / "one"), adapter={"modules_to_save": ["lm_head"]}, training={"learning_rate": 1e-3}
+    )
+    run_training(config)
+    words = (f"output_dir={tmp_path / 'two'}", "training.activation_checkpointing=true")
+    ran = launch(*TRAIN, config_file(config), *words, preset="cpu_zero3")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert "base_model.model.lm_head.weight" in one
+    for name, tensor in one.items():
+        assert (tensor - two[name]).norm() <= 1e-4 * tensor.norm(), name
+
+
 @pytest.mark.parametrize("preset", ["cpu_ddp", "cpu_zero2"])
 def test_qlora_runs_on_two_processes(
     make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], preset: str, tmp_path: Path

@@ -1,8 +1,8 @@
 """(seed, epoch, step) to examples, and a step's examples to micro-batches. Nothing here has a state.
 
-Which examples a step takes depends on the seed and the step alone. How they are dealt to ranks and cut into micro-batches
-depends on their lengths, the limits and the number of ranks; so resuming, or another number of ranks, changes neither
-the order nor the mathematics.
+Which examples a step takes depends on the seed and the step alone. How they are dealt to ranks and cut into
+micro-batches depends on their lengths, the limits and the number of ranks; so resuming, or another number of ranks,
+changes neither the order nor the mathematics.
 """
 
 from __future__ import annotations
