@@ -168,6 +168,13 @@ def test_processes_that_could_not_meet_are_refused(missing: list[str], named: st
     assert "unset WORLD_SIZE" in said
 
 
+def test_deepspeed_without_a_launcher_is_refused() -> None:
+    """As after an `export` that was forgotten."""
+    said = unread({"ACCELERATE_USE_DEEPSPEED": "true"})
+    assert said.startswith("ACCELERATE_USE_DEEPSPEED is true, but WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR")
+    assert "unset ACCELERATE_USE_DEEPSPEED" in said
+
+
 @pytest.mark.parametrize(
     ("variable", "backend"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")]
 )
@@ -271,7 +278,7 @@ def test_accelerate_makes_the_same_of_these_variables(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     theirs = DeepSpeedPlugin().deepspeed_config
-    ours = read_launch(environment | {"ACCELERATE_USE_DEEPSPEED": "true"})
+    ours = read_launch(TORCHRUN | environment | {"ACCELERATE_USE_DEEPSPEED": "true"})
     assert ours.deepspeed is not None
     assert ours.zero_stage == theirs["zero_optimization"]["stage"]
     for name, device in ours.offload.items():
@@ -527,14 +534,14 @@ def test_a_json_that_cannot_be_used_is_refused(tmp_path: Path, text: str | None,
     path = tmp_path / "zero.json"
     if text is not None:
         path.write_text(text, encoding="utf-8")
-    refusal = unread({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
+    refusal = unread(TORCHRUN | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
     assert refusal.startswith(f"deepspeed_config_file: {path}")
     assert said in refusal
 
 
 def test_a_json_that_is_no_text_and_a_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "zero.json").write_bytes(b"\xff\xfe\x00")
-    asked = {"ACCELERATE_USE_DEEPSPEED": "true"}
+    asked = TORCHRUN | {"ACCELERATE_USE_DEEPSPEED": "true"}
     assert "is no JSON" in unread(asked | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json")})
     assert "cannot be read: Is a directory" in unread(asked | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path)})
 
@@ -831,7 +838,7 @@ def test_reading_a_launch_and_reconciling_imports_no_torch() -> None:
         "from lora_accel.config.reconcile import read_launch, reconcile\n"
         "from lora_accel.config.schema import RunConfig\n"
         "needed = {'output_dir': 'run', 'model': {'name_or_path': 'm'}, 'data': {'train': [{'path': 'x'}]}}\n"
-        "asked = {'WORLD_SIZE': '1', 'ACCELERATE_USE_DEEPSPEED': 'true'}\n"
+        f"asked = {TORCHRUN | {'ACCELERATE_USE_DEEPSPEED': 'true'}}\n"
         "print(reconcile(RunConfig.model_validate(needed), read_launch(asked)).rows[1][1])\n"
         "heavy = ('torch', 'numpy', 'transformers', 'accelerate', 'deepspeed')\n"
         "print(*[name for name in heavy if name in sys.modules])\n"
@@ -850,7 +857,7 @@ def test_a_config_that_cannot_work_ends_in_seconds(
         "lora_accel.train",
         "--config",
         file,
-        env={"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+        env=TORCHRUN | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
     )
     seconds = time.perf_counter() - start
     assert (ran.returncode, ran.stdout) == (2, "")

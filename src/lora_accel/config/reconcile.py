@@ -17,6 +17,8 @@ from lora_accel.errors import ConfigError
 
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where launchers leave the number of processes: torchrun and Accelerate, then MPI's."""
+MEETING = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What processes need to find each other."""
 OTHER_BACKENDS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 LAUNCHER = "accelerate launch"
 RUN_CONFIG = "run config"
@@ -85,15 +87,17 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
             "the launcher was asked for several processes (MASTER_ADDR is set) and started one (WORLD_SIZE is not): "
             "`accelerate launch --cpu` does so without MPI. Use accelerate_configs/cpu_ddp.yaml, or unset MASTER_ADDR"
         )
-    if (num_processes or 1) > 1 and environment.get("WORLD_SIZE"):
-        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    with_deepspeed = _is_true(environment.get("ACCELERATE_USE_DEEPSPEED"))
+    if with_deepspeed or ((num_processes or 1) > 1 and environment.get("WORLD_SIZE")):
+        missing = [name for name in MEETING if not environment.get(name)]
         if missing:
+            asked = "ACCELERATE_USE_DEEPSPEED is true" if with_deepspeed else f"WORLD_SIZE is {num_processes}"
             raise ConfigError(
-                f"WORLD_SIZE is {num_processes}, but {', '.join(missing)} is not set: the processes could not meet. "
-                "Start with `accelerate launch`, or unset WORLD_SIZE"
+                f"{asked}, but {', '.join(missing)} is not set: the processes could not meet. Start with `accelerate "
+                f"launch`, or unset {asked.split()[0]}"
             )
     deepspeed, source = None, LAUNCHER
-    if _is_true(environment.get("ACCELERATE_USE_DEEPSPEED")):
+    if with_deepspeed:
         file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         if file not in ("", "none", "None"):
             deepspeed, source = _read_json(Path(file)), file
