@@ -264,11 +264,18 @@ def raises(error: BaseException) -> Callable[[], NoReturn]:
     return command
 
 
-def tell(error: BaseException, rank: int = 0, error_file: Path | None = None) -> tuple[int, str, float]:
+def tell(
+    error: BaseException, rank: int = 0, error_file: Path | None = None, speaks: bool | None = None
+) -> tuple[int, str, float]:
     """Let a command meet an error; return its exit code, what it said, and after how many seconds it began to."""
     stderr, start = Clocked(), time.perf_counter()
     with contextlib.redirect_stderr(stderr):
-        code = run_command(raises(error), rank=rank, error_file=error_file and str(error_file))
+        code = run_command(
+            raises(error),
+            rank=rank,
+            speaks=rank == 0 if speaks is None else speaks,
+            error_file=error_file and str(error_file),
+        )
     assert stderr.first is not None, "said nothing"
     return code, stderr.getvalue(), stderr.first - start
 
@@ -292,6 +299,13 @@ def test_another_process_waits_before_it_tells(monkeypatch: pytest.MonkeyPatch, 
     code, said, seconds = tell(ConfigError("training.epochs is wrong"), rank)
     assert (code, said) == (2, f"error on rank {rank}: training.epochs is wrong\n")
     assert seconds >= 0.3
+
+
+def test_the_first_process_of_another_machine_tells_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "PATIENCE_SECONDS", 2)
+    code, said, seconds = tell(ConfigError("output_dir is wrong"), rank=8, speaks=True)
+    assert (code, said) == (2, "error on rank 8: output_dir is wrong\n")
+    assert seconds < 1
 
 
 @pytest.mark.parametrize(

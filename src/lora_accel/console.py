@@ -34,20 +34,23 @@ def print_table(title: str, rows: Iterable[tuple[str, ...]], heads: tuple[str, .
     Console(soft_wrap=False).print(table)
 
 
-def run_command(command: Callable[[], object], *, rank: int = 0, error_file: str | None = None) -> int:
+def run_command(
+    command: Callable[[], object], *, rank: int = 0, speaks: bool = True, error_file: str | None = None
+) -> int:
     """Run a command and return its exit code; an error of ours is a message on stderr, without a traceback.
 
-    Of several launched processes the first tells it. What all meet (a wrong config) is told once: the launcher ends
-    the others as soon as the first has failed. What one of the others meets alone it tells itself, a little later.
+    Of the processes of a machine the first tells it. What all meet (a wrong config) is told once: the launcher ends the
+    others as soon as the first has failed. What one of the others meets alone it tells itself, a little later.
 
     Args:
         rank: of this process among those launched.
+        speaks: whether it is the first on its machine.
         error_file: where torchrun (which `accelerate launch` uses) looks for an error, to show it last.
     """
     try:
         command()
     except LoraAccelError as error:
-        if rank > 0:
+        if not speaks:
             time.sleep(PATIENCE_SECONDS)
         message = f"error on rank {rank}: {error}" if rank > 0 else f"error: {error}"
         print(message, file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lora_accel.config.reconcile import Launch, Settings, read_launch, reconcile
 from lora_accel.config.schema import RunConfig
@@ -42,17 +42,26 @@ def make_accelerator(config: RunConfig, launch: Launch, settings: Settings) -> A
     """
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
+        ProjectConfiguration,
+    )
 
     refuse_trackers(config.logging.trackers)
     on_cpu = not torch.accelerator.is_available()
     joins_on_cpu = on_cpu and (launch.num_processes > 1 or launch.zero_stage > 0)
+    # All buffers are constant, so DDP need not send them round before each forward.
+    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    if joins_on_cpu:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         # Without a GPU Accelerate joins launched processes only if it is told so; under DeepSpeed the same word would
         # switch DeepSpeed off without another.
         cpu=joins_on_cpu and launch.zero_stage == 0,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if joins_on_cpu else None,
+        kwargs_handlers=handlers,
         deepspeed_plugin=_deepspeed_plugin(settings) if launch.zero_stage else None,
         # The loop sets the number of micro-batches of each step itself.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),

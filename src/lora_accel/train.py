@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(
         lambda: run_training(read_config(asked.config, asked.overrides)),
         rank=int(os.environ.get("RANK", "0")),
+        speaks=os.environ.get("LOCAL_RANK", "0") == "0",
         error_file=os.environ.get("TORCHELASTIC_ERROR_FILE"),
     )
 
@@ -81,10 +82,12 @@ def run_training(config: RunConfig) -> Path:
         # Accelerate puts the trackers' files into a folder of the project's name: OUTPUT_DIR/tensorboard.
         accelerator.init_trackers("tensorboard")
         run.metrics.log_event(start, "resume" if start else "start")
-        train(run, start)
-        export_adapter(folder / "adapter", data.template, accelerator, model, provenance, config.checkpoint.gather)
-        run.metrics.log_event(data.plan.total_steps, "done")
-        run.metrics.close()
+        try:
+            train(run, start)
+            export_adapter(folder / "adapter", data.template, accelerator, model, provenance, config.checkpoint.gather)
+            run.metrics.log_event(data.plan.total_steps, "done")
+        finally:
+            run.metrics.close()
     if accelerator.is_main_process:
         print(f"adapter: {folder / 'adapter'}")
     return folder / "adapter"
@@ -165,11 +168,14 @@ def prepare_model(
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer, TokenKeys]:
     """Load the base, put the adapter on it, and prepare both for this machine."""
     from lora_accel.model.adapter import add_adapter, count_parameters, key_dropout, trainable_parameters
-    from lora_accel.model.base import load_base_model
+    from lora_accel.model.base import load_base_model, refuse_upcast
+    from lora_accel.saving.weights import refuse_what_would_be_lost
     from lora_accel.saving.zero import begin_moments
     from lora_accel.training.optimizer import make_optimizer
 
     sharded = accelerator.distributed_type.value == "DEEPSPEED"
+    if sharded and accelerator.deepspeed_plugin.zero_stage == 3 and accelerator.mixed_precision == "no":
+        refuse_upcast(config.model)
     base = load_base_model(
         config.model,
         config.quantization,
@@ -186,6 +192,7 @@ def prepare_model(
     )
     trained, total = count_parameters(model)
     accelerator.print(f"trainable: {trained:,} of {total:,} parameters ({trained / total:.3%})")
+    refuse_what_would_be_lost(model)
     optimizer = make_optimizer(trainable_parameters(model).values(), config.training)
     dropout = key_dropout(model)
     model, optimizer = accelerator.prepare(model, optimizer)

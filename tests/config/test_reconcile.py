@@ -219,7 +219,7 @@ def test_what_another_backend_could_not_do_is_no_problem_without_deepspeed() -> 
             3,
             ("none", "none"),
             False,
-            {"base held in": "float32, as ZeRO-3 does without mixed precision", "gather 16-bit on save": "false"},
+            {"base held in": "float32", "gather 16-bit on save": "false"},
         ),
         (
             zero(3, ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL="true", ACCELERATE_MIXED_PRECISION="bf16"),
@@ -365,7 +365,7 @@ def test_every_auto_is_filled_from_the_run_config(
         "train_micro_batch_size_per_gpu": 1,
         "train_batch_size": 2,
         "gradient_clipping": training.get("max_grad_norm", 1.0),
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -576,9 +576,9 @@ def test_a_quantised_base_is_refused_under_zero3_alone(bits: int) -> None:
 @pytest.mark.parametrize(
     ("stage", "optimizer", "param", "said"),
     [
-        (1, "cpu", "none", "offload_optimizer needs ZeRO stage 2 or 3, not 1"),
-        (1, "none", "cpu", "offload_param needs ZeRO stage 3, not 1"),
-        (2, "none", "cpu", "offload_param needs ZeRO stage 3, not 2"),
+        (1, "cpu", "none", "offload_optimizer is supported here with ZeRO stage 2 or 3, not 1"),
+        (1, "none", "cpu", "offload_param is supported here with ZeRO stage 3, not 1"),
+        (2, "none", "cpu", "offload_param is supported here with ZeRO stage 3, not 2"),
         (3, "nvme", "none", "offload_optimizer to nvme is not supported"),
         (3, "none", "nvme", "offload_param to nvme has no nvme_path"),
     ],
@@ -656,7 +656,7 @@ def test_a_dtype_that_deepspeed_would_not_hold_is_refused(stage: int, precision:
 )
 def test_a_dtype_that_deepspeed_holds(precision: str, dtype: str) -> None:
     settings = settle(zero(3, ACCELERATE_MIXED_PRECISION=precision), model=model_of(dtype))
-    assert settings.deepspeed["bf16"] == {"enabled": precision == "bf16"}
+    assert settings.deepspeed["bf16"] == {"enabled": precision == "bf16", "check_grad_overflow": True}
 
 
 # --- precision
@@ -732,7 +732,6 @@ def test_fp16_of_the_json_is_refused(write_json: WriteJson, training: dict[str, 
         ({"bf16": {"enabled": False}}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, "bf16.enabled is false, but accelerate"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, {}, "fp16.enabled is true, but bf16.enabled is bf16"),
         ({"bf16": {"enabled": "false"}}, {}, 'bf16.enabled is "false"'),
-        ({"bfloat16": {"enabled": True}}, {}, "'bfloat16' would replace"),
     ],
 )
 def test_a_precision_that_the_launcher_contradicts_itself_on_is_refused(
@@ -743,11 +742,35 @@ def test_a_precision_that_the_launcher_contradicts_itself_on_is_refused(
 
 
 def test_what_nobody_else_owns_stays_as_the_json_says(write_json: WriteJson) -> None:
-    asked = write_json(2, bf16={"enabled": AUTO, "immediate_grad_update": True}, communication_data_type="bf16")
+    section = {"enabled": AUTO, "immediate_grad_update": True, "check_grad_overflow": False}
+    asked = write_json(2, bf16=section, communication_data_type="bf16")
     given = settle(asked).deepspeed
-    assert given["bf16"] == {"enabled": False, "immediate_grad_update": True}
+    assert given["bf16"] == {"enabled": False, "immediate_grad_update": True, "check_grad_overflow": True}
     assert given["communication_data_type"] == "bf16"
-    assert settle(write_json(2)).deepspeed["communication_data_type"] == "fp32"
+    for left_open in ({}, {"communication_data_type": AUTO, "data_types": {"grad_accum_dtype": AUTO}}):
+        given = settle(write_json(2, **left_open)).deepspeed
+        assert (given["communication_data_type"], given["data_types"]) == ("fp32", {"grad_accum_dtype": "fp32"})
+
+
+@pytest.mark.parametrize("key", ["torch_autocast", "amp", "bfloat16", "elasticity", "tensor_parallel"])
+def test_what_would_change_the_result_behind_the_runs_back_is_refused(write_json: WriteJson, key: str) -> None:
+    (said,) = refused(write_json(2, **{key: {"enabled": True}}))
+    assert f"{key!r} would change what is computed" in said
+    (said,) = refused(write_json(3, {"zero_quantized_gradients": True}))
+    assert "zero_optimization.zero_quantized_gradients would change" in said
+
+
+def test_compiling_and_other_parallelism_of_the_launcher_are_refused() -> None:
+    assert "dynamo_backend" in unread(TORCHRUN | {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"})
+    assert read_launch({"ACCELERATE_DYNAMO_BACKEND": "no"}).num_processes == 1
+    assert "a parallelism_config" in unread(TORCHRUN | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"})
+
+
+def test_single_trained_tokens_are_refused_under_zero3_alone() -> None:
+    adapter = {"trainable_token_indices": [1, 2]}
+    (said,) = refused(zero(3), adapter=adapter)
+    assert said.startswith("adapter.trainable_token_indices: PEFT cannot gather them")
+    settle(zero(2), adapter=adapter)
 
 
 @pytest.mark.parametrize(

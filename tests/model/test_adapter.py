@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from lora_accel.config.schema import AdapterSection, ModelSection, QuantizationSection
 from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.model.adapter import add_adapter, count_parameters, trainable_parameters
-from lora_accel.model.base import load_base_model, load_tokenizer
+from lora_accel.model.base import load_base_model, load_tokenizer, refuse_upcast
 
 
 def adapt(
@@ -92,3 +92,11 @@ def test_the_end_token_pads_where_there_is_no_pad_token_and_unk_never_does(
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="there is no such folder"):
         load_tokenizer(ModelSection(name_or_path=str(tmp_path / "absent")))
+
+
+def test_a_base_that_zero3_would_hold_in_more_bits_is_refused(tiny_model: Callable[..., Path]) -> None:
+    stored_in_16 = str(tiny_model("llama", dtype=torch.bfloat16))
+    with pytest.raises(ConfigError, match=r"model\.dtype=auto: .* is stored in bfloat16, but ZeRO-3"):
+        refuse_upcast(ModelSection(name_or_path=stored_in_16))
+    refuse_upcast(ModelSection(name_or_path=stored_in_16, dtype="float32"))
+    refuse_upcast(ModelSection(name_or_path=str(tiny_model("llama"))))

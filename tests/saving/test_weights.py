@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from lora_accel import load_adapter, save_adapter
 from lora_accel.errors import ArtifactError
 from lora_accel.saving.commit import why_invalid
-from lora_accel.saving.weights import WEIGHTS, read_adapter, write_adapter
+from lora_accel.saving.weights import WEIGHTS, read_adapter, refuse_what_would_be_lost, write_adapter
 
 TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -340,3 +340,98 @@ def test_a_loaded_adapter_can_be_trained_on(tiny_model: Callable[..., Path], sav
     before = logits(model)
     train_some(Accelerator(), model, steps=1)
     assert not torch.equal(logits(model), before)
+
+
+# What a stranger's script may do.
+
+
+def test_the_active_adapter_is_saved_whatever_its_name_and_neighbours(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, accelerator = tiny_model("gpt2"), Accelerator()
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["c_attn"], bias="all", lora_bias=True)
+    model = get_peft_model(base, config, adapter_name="mine")
+    other = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_fc"], lora_bias=True)
+    model.add_adapter("other", other)
+    for name, rank in (("mine", 4), ("other", 2)):
+        model.set_adapter(name)
+        for key, parameter in model.named_parameters():
+            if f".{name}." in key:
+                torch.nn.init.normal_(parameter, std=0.1)
+        save_adapter(accelerator, model, tmp_path / name)
+        saved = read_adapter(tmp_path / name)
+        assert not any("mine" in key or "other" in key for key in saved)
+        assert {tensor.shape[0] for key, tensor in saved.items() if "lora_A" in key} == {rank}
+        fresh = AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(logits(PeftModel.from_pretrained(fresh, tmp_path / name)), logits(model))
+
+
+def test_a_folder_with_other_things_is_not_replaced(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, accelerator = adapted(tiny_model("llama"), TARGETS["llama"]), Accelerator()
+    save_adapter(accelerator, model, tmp_path / "mine")
+    save_adapter(accelerator, model, tmp_path / "mine")  # one's own of before
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ArtifactError, match=r"mine: holds other things, thesis\.txt among them"):
+        save_adapter(accelerator, model, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(ArtifactError, match="is a file; name a new folder"):
+        save_adapter(accelerator, model, tmp_path / "mine" / "thesis.txt")
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for itself in (".", "../here"):
+        with pytest.raises(ArtifactError, match="is where this runs"):
+            save_adapter(accelerator, model, itself)
+
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far")
+    save_adapter(accelerator, model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "far" / WEIGHTS).is_file()
+
+
+@pytest.mark.parametrize("options", [{"bias": "lora-only"}, {"gather": "full"}])
+def test_what_cannot_be_asked_for_is_refused(
+    tiny_model: Callable[..., Path], tmp_path: Path, options: dict[str, str]
+) -> None:
+    model = adapted(tiny_model("llama"), TARGETS["llama"])
+    with pytest.raises(ArtifactError, match=r"say .*, .* or "):
+        save_adapter(Accelerator(), model, tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_saved_module_with_a_bias_comes_back_beside_trained_biases(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The frozen original of a module that is saved whole is no part of the adapter."""
+    model = adapted(tiny_model("gpt2"), TARGETS["gpt2"], bias="all", modules_to_save=["ln_f"])
+    prepared = train_some(accelerator := Accelerator(), model)
+    save_adapter(accelerator, prepared, tmp_path / "out")
+    assert not any("original_module" in name for name in read_adapter(tmp_path / "out"))
+    fresh = AutoModelForCausalLM.from_pretrained(tiny_model("gpt2"))
+    assert torch.allclose(logits(PeftModel.from_pretrained(fresh, tmp_path / "out")), logits(prepared), atol=1e-6)
+
+
+def test_a_compiled_model_is_saved_under_its_own_names(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model, accelerator = adapted(tiny_model("llama"), TARGETS["llama"]), Accelerator()
+    save_adapter(accelerator, model, tmp_path / "plain")
+    save_adapter(accelerator, torch.compile(model, backend="eager"), tmp_path / "compiled")  # type: ignore[arg-type]
+    assert read_adapter(tmp_path / "compiled").keys() == read_adapter(tmp_path / "plain").keys()
+
+    layers = model.get_base_model().model.layers
+    layers[0] = torch.compile(layers[0], backend="eager")
+    with pytest.raises(ArtifactError, match="were replaced by compiled ones"):
+        save_adapter(accelerator, model, tmp_path / "torn")
+    assert not (tmp_path / "torn").exists()
+
+
+def test_what_is_trained_and_would_not_be_saved_is_known_before_the_first_step(tiny_model: Callable[..., Path]) -> None:
+    model = adapted(tiny_model("gpt2"), TARGETS["gpt2"], bias="lora_only")
+    refuse_what_would_be_lost(model)
+    model.get_base_model().transformer.ln_f.bias.requires_grad_(True)
+    with pytest.raises(ArtifactError, match=r"1 parameters would be trained and not saved, .*ln_f\.bias among them"):
+        refuse_what_would_be_lost(model)

@@ -19,7 +19,16 @@ WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD
 """Where launchers leave the number of processes: torchrun and Accelerate, then MPI's."""
 MEETING = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What processes need to find each other."""
-OTHER_BACKENDS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+OTHER_BACKENDS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+CHANGES_THE_RESULT = (
+    *("torch_autocast", "amp", "bfloat16", "elasticity", "tensor_parallel", "sequence_parallel_size"),
+    *("compression_training", "curriculum_learning", "data_efficiency", "progressive_layer_drop"),
+)
+"""Keys of a DeepSpeed config that would change what is computed, or which rank computes what."""
 LAUNCHER = "accelerate launch"
 RUN_CONFIG = "run config"
 
@@ -81,6 +90,8 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
                 f"accelerate launch asks for {backend}, which is not supported: adapters are trained and gathered "
                 "under one process, DDP, or DeepSpeed ZeRO. To shard the base, use accelerate_configs/zero3.yaml"
             )
+    if environment.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
+        raise ConfigError("accelerate launch asks for torch.compile (dynamo_backend), which is not supported; say 'no'")
     num_processes = next((_number(environment, name) for name in WORLD_SIZES if environment.get(name)), None)
     if num_processes is None and environment.get("MASTER_ADDR"):
         raise ConfigError(
@@ -182,8 +193,18 @@ def _disagreements(config: RunConfig, launch: Launch) -> list[str]:
         )
     found += [
         f"{launch.source}: {key!r} would replace what the run config's training section says; take it out"
-        for key in ("optimizer", "scheduler", "bfloat16")
+        for key in ("optimizer", "scheduler")
         if key in (launch.deepspeed or {})
+    ]
+    found += [
+        f"{launch.source}: {key!r} would change what is computed, and is not supported; take it out"
+        for key in CHANGES_THE_RESULT
+        if key in (launch.deepspeed or {})
+    ]
+    found += [
+        f"{launch.source}: zero_optimization.{key} would change what is computed, and is not supported; take it out"
+        for key in ("zero_quantized_weights", "zero_quantized_gradients")
+        if launch.zero.get(key)
     ]
     return found
 
@@ -199,6 +220,8 @@ def _unworkable(config: RunConfig, launch: Launch, precision: str) -> list[str]:
             f"quantization.bits={config.quantization.bits} with ZeRO-3: packed weights cannot be partitioned. ZeRO-2 "
             "and a quantised base save more memory (accelerate_configs/zero2.yaml), or set quantization.bits=null"
         )
+    if stage == 3 and config.adapter.trainable_token_indices is not None:
+        found.append("adapter.trainable_token_indices: PEFT cannot gather them under ZeRO-3; use ZeRO-2 or DDP")
     stages = {"optimizer": (2, 3), "param": (3,)}
     for name, device in launch.offload.items():
         if device == "nvme" and name == "optimizer":
@@ -215,7 +238,7 @@ def _unworkable(config: RunConfig, launch: Launch, precision: str) -> list[str]:
             found.append(f"{launch.source}: offload_{name}.device is {device!r}; it must be none, cpu or nvme")
         if device != "none" and stage not in stages[name]:
             needed = " or ".join(map(str, stages[name]))
-            found.append(f"{launch.source}: offload_{name} needs ZeRO stage {needed}, not {stage}")
+            found.append(f"{launch.source}: offload_{name} is supported here with ZeRO stage {needed}, not {stage}")
     if "cpu_offload" in launch.zero:
         found.append(f'{launch.source}: cpu_offload is no longer read; say "offload_optimizer": {{"device": "cpu"}}')
     if stage == 3 and config.checkpoint.gather == "state_dict" and not launch.gathers_16bit:
@@ -244,11 +267,12 @@ def _owned_by_the_run(config: RunConfig, launch: Launch, precision: str) -> dict
         "train_micro_batch_size_per_gpu": 1,
         "train_batch_size": launch.num_processes,
         "gradient_clipping": config.training.max_grad_norm,
-        "bf16": {**asked.get("bf16", {}), "enabled": precision == "bf16"},
+        # A step with a gradient that is not finite is never made.
+        "bf16": {**asked.get("bf16", {}), "enabled": precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": False},
         # An adapter's gradients are small: summed over micro-batches and ranks in float32 they cost nothing.
-        "communication_data_type": asked.get("communication_data_type", "fp32"),
-        "data_types": {"grad_accum_dtype": "fp32"} | asked.get("data_types", {}),
+        **({"communication_data_type": "fp32"} | _explicit(asked, "communication_data_type")),
+        "data_types": {"grad_accum_dtype": "fp32"} | _explicit(asked.get("data_types", {})),
     }
 
 
@@ -263,8 +287,7 @@ def _rows(config: RunConfig, launch: Launch, precision: str, precision_by: str) 
         where = f"optimizer {launch.offload['optimizer']}, parameters {launch.offload['param']}"
         rows.append(("offload", where, launch.source))
         if launch.zero_stage == 3:
-            held = "bfloat16" if precision == "bf16" else "float32, as ZeRO-3 does without mixed precision"
-            rows.append(("base held in", held, launch.source))
+            rows.append(("base held in", "bfloat16" if precision == "bf16" else "float32", launch.source))
             rows.append(("gather 16-bit on save", str(launch.gathers_16bit).lower(), launch.source))
     if training.micro_batch_size is not None:
         cut = f"{training.micro_batch_size} examples a device"
@@ -323,6 +346,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         if section is not None and not isinstance(section, dict):
             raise ConfigError(f"deepspeed_config_file: {path}: {key} must be an object, not {json.dumps(section)}")
     return value
+
+
+def _explicit(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """Return the values, or those of some keys, that are not left open."""
+    return {key: value for key, value in values.items() if value != "auto" and (not keys or key in keys)}
 
 
 def _number(environment: Mapping[str, str], name: str, default: str = "", kind: type = int) -> Any:

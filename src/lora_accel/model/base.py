@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from lora_accel.config.schema import ModelSection, QuantizationSection
 from lora_accel.errors import ArtifactError, ConfigError
@@ -49,6 +49,28 @@ def choose_dtype(section: ModelSection, mixed_precision: str) -> torch.dtype | s
     if section.dtype != "auto":
         return DTYPES[section.dtype]
     return AUTOCAST_DTYPES.get(mixed_precision, "auto")
+
+
+def refuse_upcast(section: ModelSection) -> None:
+    """Refuse a base stored in 16 bits where ZeRO-3 without mixed precision would hold it in float32 without a word.
+
+    Raises:
+        ConfigError: model.dtype is auto, and the base is stored otherwise than in float32.
+    """
+    if section.dtype != "auto":
+        return
+    try:
+        stored = AutoConfig.from_pretrained(
+            section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
+        ).dtype
+    except (OSError, ValueError) as error:
+        raise ArtifactError(_not_loaded(section, "config", error)) from None
+    if stored not in (None, torch.float32):
+        raise ConfigError(
+            f"model.dtype=auto: {section.name_or_path} is stored in {str(stored).removeprefix('torch.')}, but ZeRO-3 "
+            "without mixed precision holds it in float32, so losses would differ from other backends'; set "
+            "training.mixed_precision=bf16, or model.dtype=float32"
+        )
 
 
 def load_base_model(

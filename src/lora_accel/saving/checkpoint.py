@@ -58,7 +58,7 @@ def save_checkpoint(
     final = folder / f"step-{state['step']:08d}"
     peft_model = unwrapped(accelerator, model)
     adapter = gather_adapter(accelerator, model, gather=gather)
-    moments = _moments(peft_model, optimizer)
+    moments = _moments(peft_model, optimizer, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         with committed_folder(final) as temporary:
             write_adapter(peft_model, adapter, temporary)
@@ -159,20 +159,22 @@ def _open(folder: Path) -> Checkpoint:
         raise ArtifactError(f"{folder / STATE}: cannot be read: {error!r}") from None
 
 
-def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """Return Adam's two moments of each trained parameter, named `exp_avg.<parameter>` and so on, whole."""
+def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool) -> State:
+    """Return Adam's two moments of each trained parameter, named `exp_avg.<parameter>` and so on, whole.
 
-    def moment_of(parameter: torch.nn.Parameter, moment: str) -> torch.Tensor:
-        if zero.has_master(parameter):
-            return zero.whole_moment(parameter, moment)
-        value: torch.Tensor = optimizer.state[parameter][moment]
-        return value
-
-    return {
-        f"{moment}.{name}": moment_of(parameter, moment).detach().cpu()
-        for name, parameter in _trained(model).items()
-        for moment in zero.MOMENTS
-    }
+    Args:
+        keep: whether this process wants them; under DeepSpeed all must take part.
+    """
+    moments: State = {}
+    for name, parameter in _trained(model).items():
+        for moment in zero.MOMENTS:
+            if zero.has_master(parameter):
+                value = zero.whole_moment(parameter, moment)
+            else:
+                value = optimizer.state[parameter][moment]
+            if keep:
+                moments[f"{moment}.{name}"] = value.detach().cpu()
+    return moments
 
 
 def _restore_moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_accel.errors import ArtifactError
 from lora_accel.saving import zero
-from lora_accel.saving.commit import committed_folder
+from lora_accel.saving.commit import MANIFEST, committed_folder
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -43,11 +43,14 @@ def save_adapter(
         gather: auto, state_dict or parameters: see `gather_adapter`.
 
     Raises:
-        ArtifactError: a tensor is empty or missing, or was not written as it is.
+        ArtifactError: the folder holds anything else than an adapter saved before, an argument is none of these, or a
+            tensor is empty or missing, or was not written as it is.
     """
+    final = Path(folder).resolve()
+    _refuse_to_replace(final)
     state = gather_adapter(accelerator, model, bias=bias, gather=gather)
     if accelerator.is_main_process:
-        with committed_folder(Path(folder)) as temporary:
+        with committed_folder(final) as temporary:
             write_adapter(unwrapped(accelerator, model), state, temporary, bias=bias)
     accelerator.wait_for_everyone()
 
@@ -77,8 +80,9 @@ def adapter_names(model: PeftModel, bias: str) -> list[str]:
     parameter called bias; `lora_only` = those of the layers that carry LoRA, which PEFT calls `….base_layer.bias`;
     `none` = not one.
     """
-    own = _own_names(model)
-    biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")} - own
+    added = _added_names(model)
+    own = {name for name in added if model.active_adapter in name.split(".")}
+    biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")} - added
     if bias == "none":
         biases = set()
     elif bias == "lora_only":
@@ -100,6 +104,10 @@ def gather_adapter(
     Returns:
         The tensors on the main process, nothing on the others.
     """
+    if bias not in (None, "none", "all", "lora_only"):
+        raise ArtifactError(f"bias={bias!r}: say none, all or lora_only")
+    if gather not in ("auto", "state_dict", "parameters"):
+        raise ArtifactError(f"gather={gather!r}: say auto, state_dict or parameters")
     peft_model = unwrapped(accelerator, model)
     every = dict(peft_model.named_parameters())
     wanted = {name: every[name] for name in adapter_names(peft_model, bias or peft_model.active_peft_config.bias)}
@@ -109,6 +117,7 @@ def gather_adapter(
     if gather == "state_dict":
         full = accelerator.get_state_dict(model)  # None on the other ranks under ZeRO-3
         if accelerator.is_main_process:
+            full = {name.removeprefix("_orig_mod."): tensor for name, tensor in full.items()}  # torch.compile's prefix
             state = {name: _on_cpu(full[name]) for name in wanted}
         del full
         wanted = {name: parameter for name, parameter in wanted.items() if zero.has_master(parameter)}
@@ -186,7 +195,21 @@ def adapter_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     names = adapter_names(model, model.active_peft_config.bias)
     # PEFT renames tensors, so it is handed numbers in their place and tells where each went.
     keys = _peft_state(model, {name: torch.tensor(number) for number, name in enumerate(names)})
+    if len(keys) != len(names):
+        raise ArtifactError(f"adapter: PEFT has names for {len(keys)} of its {len(names)} tensors in a file")
     return {key: parameters[names[int(number)]] for key, number in keys.items()}
+
+
+def refuse_what_would_be_lost(model: PeftModel) -> None:
+    """Refuse a model of which a save would leave something out; cheap, so that it is known before the first step.
+
+    Raises:
+        ArtifactError: a trained parameter is not part of the adapter, or PEFT has no name for one of it.
+    """
+    saved = {id(parameter) for parameter in adapter_parameters(model).values()}
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
+    if lost:
+        raise ArtifactError(f"adapter: {len(lost)} parameters would be trained and not saved, {lost[0]} among them")
 
 
 def adapter_state(model: PeftModel) -> State:
@@ -196,34 +219,59 @@ def adapter_state(model: PeftModel) -> State:
 
 def unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> PeftModel:
     """Return the PeftModel within the wrappers of DDP or DeepSpeed."""
-    inner = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+    inner = accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False)
     if not isinstance(inner, PeftModel):
         raise ArtifactError(f"a {type(inner).__name__} has no adapter; make one with peft.get_peft_model")
+    if any("_orig_mod" in name.split(".") for name, _ in inner.named_parameters()):
+        raise ArtifactError(
+            "layers within the model were replaced by compiled ones, so its tensors have names that PEFT would not "
+            "find again; compile in place (module.compile()), or the whole model"
+        )
     return inner
 
 
-def _own_names(model: PeftModel) -> set[str]:
-    """Return the names of the parameters that PEFT added for the active adapter, found in PEFT's own layers."""
+def _refuse_to_replace(folder: Path) -> None:
+    """Refuse a folder in which something would be lost: saving puts a new one in its place."""
+    if not folder.exists():
+        return
+    if not folder.is_dir() or Path.cwd().is_relative_to(folder):
+        raise ArtifactError(f"{folder}: is {'where this runs' if folder.is_dir() else 'a file'}; name a new folder")
+    others = sorted({path.name for path in folder.iterdir()} - {WEIGHTS, CONFIG, MANIFEST})
+    if others:
+        raise ArtifactError(
+            f"{folder}: holds other things, {others[0]} among them, that would be lost; name a new folder"
+        )
+
+
+def _added_names(model: PeftModel) -> set[str]:
+    """Return the names of the parameters that PEFT added, for any adapter, or put copies in the place of."""
     return {
         f"{layer}.{name}"
         for layer, module in model.named_modules()
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         for name, _ in module.named_parameters()
-        if model.active_adapter in name.split(".") and "base_layer" not in name.split(".")
+        if "base_layer" not in name.split(".")
     }
 
 
 def _peft_state(model: PeftModel, state: Mapping[str, torch.Tensor]) -> State:
     """Return tensors under the names that PEFT gives them in a file."""
-    # What is saved has been decided. PEFT would leave out biases by the rule it was trained with, and
-    # save_embedding_layers, when asked to decide for itself, would ask the Hub.
+    # What is saved has been decided. PEFT would leave out the base's biases by the rule it was trained with, or take
+    # one twice, so it sees none; save_embedding_layers, when asked to decide for itself, would ask the Hub.
+    added = _added_names(model)
+    biases = {name: tensor for name, tensor in state.items() if name.endswith(".bias") and name not in added}
     config = model.active_peft_config
-    trained_with, config.bias = config.bias, "all"
+    trained_with, config.bias = config.bias, "none"
     try:
-        named: State = get_peft_model_state_dict(model, state_dict=dict(state), save_embedding_layers=False)
+        named: State = get_peft_model_state_dict(
+            model,
+            state_dict={name: tensor for name, tensor in state.items() if name not in biases},
+            adapter_name=model.active_adapter,
+            save_embedding_layers=False,
+        )
     finally:
         config.bias = trained_with
-    return named
+    return named | biases
 
 
 def _same_keys(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Tensor], where: str) -> None:

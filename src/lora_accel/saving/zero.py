@@ -22,9 +22,11 @@ GROUP_NUMEL = 2**24
 """Values gathered at once: 64 MiB in float32 is what a gather takes beside the model."""
 
 
-def has_master(parameter: torch.nn.Parameter) -> bool:
-    """Whether ZeRO holds a float32 master of this parameter: whether a DeepSpeed engine trains it."""
-    return hasattr(parameter, "_hp_mapping") or (hasattr(parameter, "_z3_optimizer") and parameter.requires_grad)
+def has_master(parameter: Any) -> bool:
+    """Whether ZeRO holds a float32 master of this parameter: whether it was given to the engine's optimizer."""
+    if hasattr(parameter, "_z3_optimizer"):
+        return parameter.ds_id in parameter._z3_optimizer.grad_position
+    return hasattr(parameter, "_hp_mapping")
 
 
 def is_partitioned(parameter: torch.nn.Parameter) -> bool:
@@ -77,7 +79,7 @@ def begin_moments(optimizer: Any) -> None:
         optimizer: what `accelerator.prepare` made of the optimizer.
     """
     for flat, state in _states(optimizer):
-        state.update({"step": 0} | {name: torch.zeros_like(flat) for name in MOMENTS})
+        state.update({name: torch.zeros_like(flat) for name in MOMENTS})
     _count_steps(optimizer, 0)
     zero = optimizer.optimizer
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-1 and 2: tell each parameter where its part is
@@ -115,7 +117,11 @@ def _count_steps(optimizer: Any, step: int) -> None:
 def _master(parameter: torch.nn.Parameter) -> torch.Tensor:
     from deepspeed.utils import safe_get_full_fp32_param
 
+    # DeepSpeed answers for what requires a gradient only; the owner of a script may have frozen it before saving.
+    frozen = not parameter.requires_grad
+    parameter.requires_grad_(True)
     value: torch.Tensor = safe_get_full_fp32_param(parameter)
+    parameter.requires_grad_(not frozen)
     return value
 
 

@@ -49,8 +49,9 @@ def evaluate(
         num_supervised_tokens: over all ranks.
     """
     model.eval()
-    # Summed in float64, so that the sum does not depend on how many ranks shared it.
-    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    # Summed in float64, so that the sum does not depend on how many ranks shared it. (Apple's GPUs have none.)
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    loss_sum = torch.zeros((), dtype=dtype, device=accelerator.device)
     for micro_batch in micro_batches:
         loss_sum += summed_token_loss(model, micro_batch.to(accelerator.device))
     total: torch.Tensor = accelerator.reduce(loss_sum)
