@@ -109,6 +109,7 @@ def test_without_a_launcher_one_process_runs() -> None:
         ("mixed precision", "no", "accelerate launch"),
         ("gradient accumulation", "as many micro-batches as a step needs", "run config"),
         ("gradient clipping", "1", "run config"),
+        ("batch size", "16 examples a step", "run config"),
         ("micro-batch", "4096 tokens a device", "run config"),
     ]
 
@@ -122,6 +123,7 @@ def test_two_processes_run_under_ddp() -> None:
         ("mixed precision", "bf16", "accelerate launch"),
         ("gradient accumulation", "4 micro-batches", "run config"),
         ("gradient clipping", "0.3", "run config"),
+        ("batch size", "16 examples a step", "run config"),
         ("micro-batch", "2 examples a device", "run config"),
     ]
 
@@ -406,6 +408,7 @@ def test_what_the_json_decides_is_told_with_its_name(write_json: WriteJson) -> N
         ("mixed precision", "bf16", file),
         ("gradient accumulation", "as many micro-batches as a step needs", "run config"),
         ("gradient clipping", "1", "run config"),
+        ("batch size", "16 examples a step", "run config"),
         ("micro-batch", "4096 tokens a device", "run config"),
     ]
 

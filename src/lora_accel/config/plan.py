@@ -111,12 +111,7 @@ def make_plan(
     The warm-up is rounded up, as transformers does, so that a ratio above 0 warms up at least one step.
     """
     training = config.training
-    if training.micro_batch_size is not None:
-        accumulation = training.gradient_accumulation_steps or 1
-        batch_size = training.micro_batch_size * accumulation * num_ranks
-    else:
-        assert training.batch_size is not None  # the schema holds one of the two habits
-        batch_size = training.batch_size
+    batch_size = training.examples_per_step(num_ranks)
     steps_per_epoch = math.ceil(num_examples / batch_size)
     total_steps = training.max_steps or math.ceil(training.epochs * steps_per_epoch)
     warmup_steps = training.warmup_steps

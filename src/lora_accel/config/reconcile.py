@@ -164,10 +164,9 @@ def _precision(config: RunConfig, launch: Launch, problems: list[str]) -> tuple[
 def _disagreements(config: RunConfig, launch: Launch) -> list[str]:
     """Return what DeepSpeed's config says explicitly and otherwise than the run config."""
     training = config.training
-    batch_option, batch_size = "training.batch_size", training.batch_size
+    batch_size, batch_option = training.examples_per_step(launch.num_processes), "training.batch_size"
     if training.micro_batch_size is not None:
         batch_option = "training.micro_batch_size x gradient_accumulation_steps x processes"
-        batch_size = training.micro_batch_size * (training.gradient_accumulation_steps or 1) * launch.num_processes
     accumulation = training.gradient_accumulation_steps
     if training.micro_batch_size is not None and accumulation is None:
         accumulation = 1
@@ -298,6 +297,7 @@ def _rows(config: RunConfig, launch: Launch, precision: str, precision_by: str) 
         ("mixed precision", precision, precision_by),
         ("gradient accumulation", accumulation, RUN_CONFIG),
         ("gradient clipping", f"{training.max_grad_norm:g}", RUN_CONFIG),
+        ("batch size", f"{training.examples_per_step(launch.num_processes)} examples a step", RUN_CONFIG),
         ("micro-batch", cut, RUN_CONFIG),
     ]
     return rows

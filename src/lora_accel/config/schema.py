@@ -221,6 +221,13 @@ class TrainingSection(Section):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
+    def examples_per_step(self, num_ranks: int) -> int:
+        """Return how many examples a step takes, over all ranks."""
+        if self.micro_batch_size is None:
+            assert self.batch_size is not None  # one of the two habits is held below
+            return self.batch_size
+        return self.micro_batch_size * (self.gradient_accumulation_steps or 1) * num_ranks
+
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _yaml_no(cls, value: object) -> object:
