@@ -37,8 +37,17 @@ TINY = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--write-reference` writes tests/reference/ anew instead of comparing with it."""
+    """`--write-reference` writes tests/reference/ anew instead of comparing with it; `--faults` runs whole matrices."""
     parser.addoption("--write-reference", action="store_true", help="write the reference losses anew")
+    parser.addoption("--faults", action="store_true", help="kill at every place, stop everywhere: hours, not minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is slow, unless it is asked for."""
+    if not config.getoption("--faults"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow; say --faults"))
 
 
 @pytest.fixture(scope="session")

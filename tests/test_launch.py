@@ -310,12 +310,29 @@ def test_the_first_process_of_another_machine_tells_at_once(monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(LoraAccelError("x"), 1), (ConfigError("x"), 2), (TrainingError("x"), 3), (Interrupted("x", 15), 143)],
+    [(LoraAccelError("x"), 1), (ConfigError("x"), 2), (TrainingError("x"), 3)],
 )
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.usefixtures("hasty")
 def test_the_exit_code_is_the_errors(error: LoraAccelError, code: int, rank: int) -> None:
     assert tell(error, rank)[0] == code
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_a_run_that_was_asked_to_stop_is_told_once_at_once_and_is_no_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int
+) -> None:
+    monkeypatch.setattr(console, "PATIENCE_SECONDS", 60)
+    stopped, file = Interrupted("stopped by SIGTERM after step 3", code), str(tmp_path / "error.json")
+    assert run_command(raises(stopped), rank=0, error_file=file) == code
+    assert capsys.readouterr().err == "stopped by SIGTERM after step 3\n"
+    assert run_command(raises(stopped), rank=8, speaks=True, error_file=file) == code
+    assert capsys.readouterr().err == "stopped by SIGTERM after step 3\n"
+    began = time.perf_counter()
+    assert run_command(raises(stopped), rank=1, speaks=False, error_file=file) == code
+    assert capsys.readouterr() == ("", "")
+    assert time.perf_counter() - began < 30, "waited for its turn"
+    assert list(tmp_path.iterdir()) == [], "torchrun would report a failure"
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_accel import read_config, run_training
 from lora_accel.config.schema import RunConfig
-from lora_accel.errors import ArtifactError, TrainingError
+from lora_accel.errors import ArtifactError, ConfigError, Interrupted, TrainingError
 from lora_accel.saving.commit import why_invalid
-from tests.conftest import ROOT, chat_rows, read_metrics, write_jsonl
+from lora_accel.train import main, refuse_output
+from tests.conftest import ROOT, chat_rows, read_metrics, run_module, write_jsonl
 
 # What must be equal to the last bit; the rest of a line are times and memory.
 EXACT = ("step", "epoch", "loss", "learning_rate", "grad_norm", "examples", "tokens", "supervised_tokens")
@@ -170,7 +171,7 @@ def test_a_finished_run_started_again_changes_nothing(make_config: Callable[...,
         ("training", {"batch_size": 3}, "plan.batch_size"),
         ("adapter", {"r": 2}, "adapter.r"),
         ("data", {"loss_on": "all"}, "data.loss_on"),
-        ("model", {"chat_template": "chatml"}, "chat template"),
+        ("model", {"chat_template": "chatml"}, "model.chat_template"),
         ("seed", 1, "seed"),
     ],
 )
@@ -186,7 +187,7 @@ def test_resuming_with_other_mathematics_is_refused(
 def test_resuming_with_other_data_is_refused(make_config: Callable[..., RunConfig], rows_file: Path) -> None:
     run_training(make_config())
     rows_file.write_text(rows_file.read_text().replace("alpha", "omega"))
-    with pytest.raises(ArtifactError, match=r"data\.train\[0\] bytes"):
+    with pytest.raises(ArtifactError, match=r"data\.train\[0\]\.bytes"):
         run_training(make_config())
 
 
@@ -236,3 +237,227 @@ def test_activation_checkpointing_changes_no_loss(make_config: Callable[..., Run
     run_training(plain)
     run_training(saved)
     assert exact(Path(plain.output_dir)) == exact(Path(saved.output_dir))
+
+
+# What a run folder may be
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Return every file of a folder, and every folder as an empty one."""
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+def refused(make_config: Callable[..., RunConfig], folder: Path, base: Path) -> str:
+    """Train into a folder that cannot be one; return what is said, nothing below `base` having changed."""
+    before = tree(base)
+    with pytest.raises(ConfigError) as caught:
+        run_training(make_config(output_dir=str(folder)))
+    assert tree(base) == before
+    assert str(caught.value).startswith("output_dir: ")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a[/run", "up/../run", "../run", ".."])
+def test_a_name_that_other_programs_stumble_over_is_refused(
+    make_config: Callable[..., RunConfig], tmp_path: Path, name: str
+) -> None:
+    assert "write the path without them" in refused(make_config, tmp_path / "inner" / name, tmp_path)
+
+
+def test_names_with_spaces_dots_and_any_script_are_names(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    folder = tmp_path / "..lauf nr. 3" / "läuft…今 (b)*?]"
+    assert run_training(make_config(output_dir=str(folder), training={"max_steps": 1})) == folder / "adapter"
+    assert why_invalid(folder / "adapter") is None
+
+
+@pytest.mark.parametrize("where", ["itself", "above"])
+def test_a_file_is_no_run_folder(make_config: Callable[..., RunConfig], tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").write_text("notes")
+    folder = tmp_path / "file" if where == "itself" else tmp_path / "file" / "deep" / "run"
+    assert f"{tmp_path / 'file'} is a file" in refused(make_config, folder, tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_to_is_refused(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir(mode=0o555)
+    for folder in (tmp_path / "there", tmp_path / "there" / "run"):
+        assert f"{tmp_path / 'there'} cannot be written to" in refused(make_config, folder, tmp_path)
+
+
+@pytest.mark.parametrize("other", ["thesis.tex", ".git", "data"])
+def test_a_folder_of_other_things_is_refused(make_config: Callable[..., RunConfig], tmp_path: Path, other: str) -> None:
+    (tmp_path / "run" / other).mkdir(parents=True)
+    assert "holds other things and no run" in refused(make_config, tmp_path / "run", tmp_path)
+
+
+def test_an_adapter_that_no_checkpoint_could_bring_back_is_not_replaced(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    run_training(make_config())
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
+    said = refused(make_config, tmp_path / "run", tmp_path)
+    assert "holds an adapter and no checkpoints" in said
+    assert "move the adapter away" in said
+    (tmp_path / "run" / "adapter").rename(tmp_path / "adapter")
+    assert run_training(make_config(training={"max_steps": 1})) == tmp_path / "run" / "adapter"
+
+
+@pytest.mark.parametrize("names", [[], [".lock"], [".lock", ".config.yaml.writing"], [".lock", "config.yaml"]])
+def test_what_a_run_leaves_that_was_killed_as_it_began_is_no_obstacle(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).write_text("")
+    refuse_output(tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["step.begin@2=kill", "save.mid_file@1=kill", "save.before_rename@1=kill"])
+def test_killed_before_its_first_checkpoint_a_run_begins_afresh_and_is_bitwise_the_straight_run(
+    make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path, fault: str
+) -> None:
+    config = make_config()
+    folder = Path(config.output_dir)
+    straight = make_config(output_dir=str(tmp_path / "straight"))
+    run_training(straight)
+    killed = run_module("lora_accel.train", "--config", config_file(config), env={"LORA_ACCEL_FAULT": fault})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (folder / ".lock").exists()
+    assert not list(folder.glob("checkpoints/step-*"))
+    run_training(config)
+    assert exact(folder) == exact(tmp_path / "straight")
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+    assert not list(folder.glob(".*"))
+    for name in ("adapter/adapter_model.safetensors", "checkpoints/step-00000006/optimizer.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_leftovers_in_the_run_folder_are_put_right(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config()
+    adapter = run_training(config)
+    folder = adapter.parent
+    checkpoints = folder / "checkpoints"
+    adapter.rename(folder / ".adapter.older")
+    (checkpoints / "step-00000006").rename(checkpoints / ".step-00000006.older")
+    (checkpoints / ".step-00000007.writing").mkdir()
+    (checkpoints / ".step-00000002.deleting").mkdir()
+    (folder / ".status.json.writing").write_text("{")
+    run_training(config)
+    assert [line["step"] for line in read_metrics(folder, "event") if line["event"] == "resume"] == [6]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
+    assert not list(folder.glob(".*"))
+
+
+def test_an_adapter_that_was_moved_away_is_back_before_the_run_goes_on(make_config: Callable[..., RunConfig]) -> None:
+    """Killed between two renames a run leaves none under its name, and the next may die before it makes its own."""
+    adapter = run_training(make_config())
+    whole = tree(adapter)
+    adapter.rename(adapter.with_name(".adapter.older"))
+    longer = make_config(training={"epochs": 2, "max_hours": 1e-9}, checkpoint={"allow_changes": ["training.epochs"]})
+    with pytest.raises(Interrupted, match="after step 7"):
+        run_training(longer)
+    assert tree(adapter) == whole
+
+
+# Going on with something else
+
+
+def test_an_allowed_change_takes_effect_from_where_the_run_goes_on(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    options = {"scheduler": "constant", "warmup_steps": 0, "max_hours": None}
+    first = make_config(training=options | {"learning_rate": 3e-2})
+    run_training(first)
+    folder = Path(first.output_dir)
+    unchanged = exact(folder)
+    subprocess.run(["rm", "-r", folder / "checkpoints" / "step-00000006", folder / "adapter"], check=True)
+    run_training(
+        make_config(
+            training=options | {"learning_rate": 1e-3}, checkpoint={"allow_changes": ["training.learning_rate"]}
+        )
+    )
+    assert [line["learning_rate"] for line in read_metrics(folder)] == [3e-2] * 4 + [1e-3] * 2
+    assert exact(folder)[:4] == unchanged[:4]
+    assert exact(folder)[4][2] == unchanged[4][2], "the loss of a step is that before its update"
+    assert exact(folder)[5][2] != unchanged[5][2]
+    recorded = json.loads((folder / "checkpoints" / "step-00000006" / "state.json").read_text())["provenance"]
+    assert recorded["config"]["training"]["learning_rate"] == 1e-3
+    # What it now is it stays without leave; back again needs leave anew.
+    run_training(make_config(training=options | {"learning_rate": 1e-3}))
+    with pytest.raises(ArtifactError, match=r"training\.learning_rate: 0\.001 -> 0\.03"):
+        run_training(first)
+
+
+def test_a_finished_run_goes_on_for_more_epochs_if_that_is_allowed(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """With a rate that does not depend on the length the longer run is that which would have been."""
+    options = {"scheduler": "constant", "warmup_steps": 1}
+    run_training(make_config(training=options))
+    longer = make_config(training=options | {"epochs": 2}, checkpoint={"allow_changes": ["training.epochs"]})
+    adapter = run_training(longer)
+    straight = run_training(make_config(output_dir=str(tmp_path / "straight"), training=options | {"epochs": 2}))
+    assert [line["step"] for line in read_metrics(adapter.parent)] == list(range(1, 13))
+    assert exact(adapter.parent) == exact(straight.parent)
+    name = "adapter_model.safetensors"
+    assert (adapter / name).read_bytes() == (straight / name).read_bytes()
+
+
+def test_fewer_steps_than_are_done_are_refused_though_allowed(make_config: Callable[..., RunConfig]) -> None:
+    adapter = run_training(make_config())
+    before = tree(adapter.parent)
+    shorter = make_config(training={"max_steps": 3}, checkpoint={"allow_changes": ["training.max_steps"]})
+    with pytest.raises(
+        ConfigError, match=r"the run would have 3 steps, but .*step-00000006 is after step 6; give more"
+    ):
+        run_training(shorter)
+    assert tree(adapter.parent) == before
+
+
+# Stopping in time
+
+
+def test_a_run_of_the_shortest_hours_started_again_and_again_is_bitwise_the_straight_run(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Every start makes one step and stops."""
+    run_training(make_config(output_dir=str(tmp_path / "straight"), checkpoint={"every_steps": 100}))
+    config = make_config(training={"max_hours": 1e-9}, checkpoint={"every_steps": 100})
+    folder = Path(config.output_dir)
+    for step in range(1, 7):
+        with pytest.raises(
+            Interrupted, match=rf"stopped by training\.max_hours \(rank 0\) after step {step};"
+        ) as caught:
+            run_training(config)
+        assert caught.value.exit_code == 143
+        status = json.loads((folder / "status.json").read_text())
+        assert (status["state"], status["step"]) == ("preempted", step)
+        assert status["checkpoint"] == str(folder / "checkpoints" / f"step-{step:08d}")
+        assert not (folder / "adapter").exists()
+    run_training(config)
+    assert json.loads((folder / "status.json").read_text())["state"] == "done"
+    assert exact(folder) == exact(tmp_path / "straight")
+    for name in ("adapter/adapter_model.safetensors", "checkpoints/step-00000006/optimizer.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_the_command_that_is_asked_to_stop_says_so_and_exits_with_143(
+    make_config: Callable[..., RunConfig],
+    config_file: Callable[[RunConfig], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["--config", str(config_file(make_config()))]
+    assert main([*command, "training.max_hours=1e-9"]) == 143
+    said = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
+    assert said == [
+        "stopped by training.max_hours (rank 0) after step 1; a checkpoint is saved, and the same command goes on"
+    ]
+    assert main(command) == 0
+
+
+def test_a_finished_run_started_again_writes_the_same_adapter(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config(checkpoint={"keep_last": 1})
+    adapter = run_training(config)
+    before = tree(adapter), tree(adapter.parent / "checkpoints")
+    for _ in range(2):
+        run_training(config)
+        assert (tree(adapter), tree(adapter.parent / "checkpoints")) == before
+    states = [line["step"] for line in read_metrics(adapter.parent, "event") if line["event"] == "resume"]
+    assert states == [6, 6]

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lora_accel.errors import LoraAccelError
+from lora_accel.errors import Interrupted, LoraAccelError, TrainingError, is_full_disk
 
 PATIENCE_SECONDS = 5
 """A launcher looks after its processes several times a second, and ends all when one has failed."""
@@ -49,19 +49,26 @@ def run_command(
     """
     try:
         command()
-    except LoraAccelError as error:
+    except Interrupted as stopped:
+        if speaks:
+            print(stopped, file=sys.stderr, flush=True)
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+    except Exception as caught:
+        error: Exception = caught
+        if is_full_disk(caught):
+            error = TrainingError(f"{caught}. What was saved before is as it was; make room, and say it again")
+        if not isinstance(error, LoraAccelError):
+            _leave_message(traceback.format_exc(), error_file)
+            raise
         if not speaks:
             time.sleep(PATIENCE_SECONDS)
         message = f"error on rank {rank}: {error}" if rank > 0 else f"error: {error}"
         print(message, file=sys.stderr, flush=True)
         _leave_message(message, error_file)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
-        return 130
-    except Exception:
-        _leave_message(traceback.format_exc(), error_file)
-        raise
     return 0
 
 

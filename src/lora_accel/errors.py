@@ -6,7 +6,7 @@
     │   ├── DataError                 a data file, a row, a template
     │   └── ArtifactError             an adapter, a checkpoint or a base model that cannot be used
     ├── TrainingError             3   training cannot go on; the last good checkpoint is kept
-    └── Interrupted        128 + n   stopped by signal n after a checkpoint; the same command resumes
+    └── Interrupted         143/130  asked to stop, by Ctrl-C (130) or otherwise; a checkpoint is saved
 
 A message says which option, file, line or row is wrong, and the way out. It is shown without a traceback.
 """
@@ -14,6 +14,7 @@ A message says which option, file, line or row is wrong, and the way out. It is 
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -48,14 +49,22 @@ class TrainingError(LoraAccelError):
 
 
 class Interrupted(LoraAccelError):
-    """A signal asked the run to stop; its state is saved."""
+    """Something asked the run to stop; its state is saved, and the same command goes on."""
 
-    def __init__(self, message: str, signal_number: int) -> None:
+    def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
-        self.exit_code = 128 + signal_number
+        self.exit_code = exit_code
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean X?)` for the nearest known name, or an empty string."""
     nearest = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.55)
     return f" (did you mean {nearest[0]}?)" if nearest else ""
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error says that a disk is full, over its quota, or cannot be written to."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+    # Libraries written in Rust (safetensors, tokenizers) give the number in words.
+    return any(f"os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))

@@ -168,8 +168,10 @@ def _candidates(
 def _base_of(adapter: Path, base: str | None) -> str:
     if base:
         return base
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    from lora_accel.saving.commit import read_json
+
+    with contextlib.suppress(ArtifactError):
+        name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
         if name:
             return str(name)
     raise ArtifactError(f"{adapter}: is no adapter, or names no base model; say --base")

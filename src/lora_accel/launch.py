@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -32,6 +34,21 @@ def settle(config: RunConfig) -> tuple[Launch, Settings]:
     """
     launch = read_launch(os.environ)
     return launch, reconcile(config, launch)
+
+
+def follow_launcher() -> None:
+    """Ask the kernel to send SIGTERM to this process when its launcher dies.
+
+    Else no one would end what `accelerate launch` left behind: its form for one process passes no signal on, and none
+    passes on what cannot be caught. (Linux only: prctl(2), PR_SET_PDEATHSIG.)
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if not launched or sys.platform != "linux":
+        return  # started by a person, whose shell may well end before
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() != launcher:  # it died meanwhile
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def make_accelerator(config: RunConfig, launch: Launch, settings: Settings) -> Accelerator:

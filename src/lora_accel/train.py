@@ -10,6 +10,7 @@ Heavy libraries are imported once the config has been read and found good.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,9 @@ from lora_accel.config.plan import Plan, make_plan
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import hush_libraries, print_table, run_command
 from lora_accel.errors import ConfigError
-from lora_accel.launch import leave, make_accelerator, settle
+from lora_accel.faults import armed, reach
+from lora_accel.launch import follow_launcher, leave, make_accelerator, settle
+from lora_accel.saving.lock import locked, refuse_output
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from lora_accel.data.dataset import Dataset
     from lora_accel.model.dropout import TokenKeys
     from lora_accel.training.loop import Run
+    from lora_accel.training.stopping import Stop
 
 EVAL_SPLIT = 0x5EED
 """Keeps the permutation that chooses held-out examples apart from those that order epochs."""
@@ -44,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, metavar="FILE", help="run config, YAML")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what differs from the file")
     asked = parser.parse_args(arguments)
+    follow_launcher()
     return run_command(
         lambda: run_training(read_config(asked.config, asked.overrides)),
         rank=int(os.environ.get("RANK", "0")),
@@ -58,51 +63,61 @@ def run_training(config: RunConfig) -> Path:
     Raises:
         UserError: the config, the data or what is to be resumed is wrong; nothing has been written.
         TrainingError: training cannot go on; the last good checkpoint is kept.
+        Interrupted: a signal, or the end of training.max_hours; a checkpoint is saved.
     """
-    refuse_output(Path(config.output_dir))
+    folder = Path(config.output_dir)
+    refuse_output(folder)
+    armed()
     launch, settings = settle(config)
     hush_libraries()
 
+    accelerator = make_accelerator(config, launch, settings)
+    with locked(folder) if accelerator.is_main_process else contextlib.nullcontext():
+        return run_in_folder(config, accelerator, folder)
+
+
+def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path) -> Path:
+    """Train in a folder that is this run's alone."""
+    from accelerate.utils import gather_object
+
+    from lora_accel.saving.checkpoint import refuse_full_disk
+    from lora_accel.saving.history import prune
     from lora_accel.saving.status import running
     from lora_accel.training.loop import train
+    from lora_accel.training.stopping import listening
 
-    accelerator = make_accelerator(config, launch, settings)
+    checkpoints, main = folder / "checkpoints", accelerator.is_main_process
     data = prepare_data(config, accelerator.num_processes)
-    if accelerator.is_main_process:
+    if main:
         show_data(data)
     model, optimizer, dropout = prepare_model(config, accelerator)
     provenance = describe(config, data, accelerator)
-    start = go_on(config, accelerator, model, optimizer, provenance)
-
-    folder = Path(config.output_dir)
-    if accelerator.is_main_process:
+    start = go_on(config, accelerator, model, optimizer, provenance, data.plan)
+    if main:
+        refuse_full_disk(accelerator, model, checkpoints, keep_last=max(2, config.checkpoint.keep_last))
         write_run_folder(folder, config, data, provenance)
-    with running(folder, start, enabled=accelerator.is_main_process) as status:
-        run = make_run(config, data, accelerator, model, optimizer, dropout, provenance, status, start)
+    pids = gather_object([os.getpid()])
+    with (
+        listening(config.training.max_hours) as stop,
+        running(folder, start.step, start.checkpoint, pids=pids, enabled=main) as status,
+    ):
+        run = make_run(config, data, accelerator, model, optimizer, dropout, provenance, status, start, stop)
         # Accelerate puts the trackers' files into a folder of the project's name: OUTPUT_DIR/tensorboard.
         accelerator.init_trackers("tensorboard")
-        run.metrics.log_event(start, "resume" if start else "start")
+        run.metrics.log_event(start.step, "resume" if start.step else "start")
         try:
-            train(run, start)
+            if start.checkpoint is not None and start.checkpoint.parent.resolve() != checkpoints.resolve():
+                run.save(start.step, start.skipped)  # another run's; from here on this one has its own
+            train(run, start.step, start.skipped)
             export_adapter(folder / "adapter", data.template, accelerator, model, provenance, config.checkpoint.gather)
+            if main:
+                prune(checkpoints, config.checkpoint.keep_last, spare=config.checkpoint.resume)
             run.metrics.log_event(data.plan.total_steps, "done")
         finally:
             run.metrics.close()
-    if accelerator.is_main_process:
+    if main:
         print(f"adapter: {folder / 'adapter'}")
     return folder / "adapter"
-
-
-def refuse_output(folder: Path) -> None:
-    """Refuse a run folder that cannot become one."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise ConfigError(f"output_dir: {nearest} is a file; name a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir: {nearest} cannot be written to; name another folder")
-    known = {"checkpoints", "adapter", "metrics.jsonl", "config.yaml", "status.json"}
-    if folder.is_dir() and any(folder.iterdir()) and not known & {path.name for path in folder.iterdir()}:
-        raise ConfigError(f"output_dir: {folder} holds other things and no run; name a new or empty folder")
 
 
 class Data(NamedTuple):
@@ -216,25 +231,56 @@ def describe(config: RunConfig, data: Data, accelerator: Accelerator) -> dict[st
     )
 
 
+class Start(NamedTuple):
+    """Where a run begins."""
+
+    step: int
+    skipped: int
+    """How many of the steps so far were left out, their loss not being finite."""
+    checkpoint: Path | None
+    begun_from: str | None
+    """Hash of the checkpoint that `checkpoint.resume` named, here or when the run began."""
+
+
 def go_on(
     config: RunConfig,
     accelerator: Accelerator,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     provenance: dict[str, Any],
-) -> int:
-    """Load the checkpoint to go on from, if there is one, and return the number of steps that are done."""
-    from lora_accel.saving.checkpoint import find_checkpoint, load_checkpoint, refuse_changes
+    plan: Plan,
+) -> Start:
+    """Put right what a run that died left here, and load the checkpoint to go on from, if there is one."""
+    from lora_accel.saving.checkpoint import load_checkpoint, refuse_changes
+    from lora_accel.saving.commit import recover_all
+    from lora_accel.saving.history import find_checkpoint, step_aside
 
-    checkpoint, damaged = find_checkpoint(Path(config.output_dir) / "checkpoints", config.checkpoint.resume)
-    for line in damaged:
-        accelerator.print(f"passed over a damaged checkpoint: {line}")
+    folder = Path(config.output_dir)
+    if accelerator.is_main_process:
+        recover_all(folder)
+        recover_all(folder / "checkpoints")
+    accelerator.wait_for_everyone()
+    found = find_checkpoint(folder / "checkpoints", config.checkpoint.resume)
+    checkpoint = found.checkpoint
     agree(provenance, None if checkpoint is None else checkpoint.step)
+    changed = []
+    if checkpoint is not None:
+        changed = refuse_changes(checkpoint, provenance, config.checkpoint.allow_changes)
+        if checkpoint.step > plan.total_steps:
+            raise ConfigError(
+                f"training: the run would have {plan.total_steps} steps, but {checkpoint.folder} is after step "
+                f"{checkpoint.step}; give more epochs or max_steps, or name an earlier one in checkpoint.resume"
+            )
+        load_checkpoint(accelerator, model, optimizer, checkpoint)
+    if accelerator.is_main_process:
+        for line in step_aside(found):
+            print(line)
     if checkpoint is None:
-        return 0
-    refuse_changes(checkpoint, provenance)
+        return Start(0, 0, None, found.begun_from)
     accelerator.print(f"resuming after step {checkpoint.step} from {checkpoint.folder}")
-    return load_checkpoint(accelerator, model, optimizer, checkpoint)
+    for line in changed:
+        accelerator.print(f"changed, as checkpoint.allow_changes says:{line}")
+    return Start(checkpoint.step, checkpoint.skipped, checkpoint.folder, found.begun_from)
 
 
 def agree(provenance: dict[str, Any], step: int | None) -> None:
@@ -283,7 +329,8 @@ def make_run(
     dropout: TokenKeys,
     provenance: dict[str, Any],
     status: Callable[[int, Path | None], None],
-    start: int,
+    start: Start,
+    stop: Stop,
 ) -> Run:
     """Bind everything that the loop is handed."""
     from lora_accel.data.batches import Batches, step_batch
@@ -311,21 +358,28 @@ def make_run(
             values["replies"] = list(zip(prompts, replies, strict=True))
         return values
 
-    def save(step: int) -> None:
+    metrics = Metrics(accelerator, folder, data.plan, start.step)
+
+    def save(step: int, skipped: int) -> None:
+        metrics.sync()
         state: dict[str, Any] = {
             "step": step,
             "epoch": data.plan.place(step)[0],
             "examples": data.plan.examples_after(step),
+            "skipped": skipped,
+            "seed": config.seed,
+            "begun_from": start.begun_from,
+            "provenance": provenance,
         }
-        state |= {"seed": config.seed, "provenance": provenance}
         saved = save_checkpoint(
             accelerator,
             model,
             optimizer,
             folder / "checkpoints",
             state,
-            keep_last=config.checkpoint.keep_last,
+            keep_last=max(2, config.checkpoint.keep_last),
             gather=config.checkpoint.gather,
+            spare=config.checkpoint.resume,
         )
         status(step, saved)
 
@@ -341,7 +395,8 @@ def make_run(
         batch_of=batches.step,
         evaluate=evaluation,
         save=save,
-        metrics=Metrics(accelerator, folder, data.plan, start),
+        metrics=metrics,
+        stop=stop,
     )
 
 
@@ -356,17 +411,19 @@ def export_adapter(
     """Save the final adapter with all that is needed to use it: tokenizer, chat template, provenance, card."""
     from lora_accel.saving.commit import committed_folder, write_json, write_text
     from lora_accel.saving.provenance import model_card
+    from lora_accel.saving.ranks import together
     from lora_accel.saving.weights import gather_adapter, unwrapped, write_adapter
 
     state = gather_adapter(accelerator, model, gather=gather)
-    if accelerator.is_main_process:
-        with committed_folder(folder) as temporary:
-            write_adapter(unwrapped(accelerator, model), state, temporary)
-            template.tokenizer.chat_template = template.source or None
-            template.tokenizer.save_pretrained(temporary)
-            write_json(temporary / "provenance.json", provenance)
-            write_text(temporary / "README.md", model_card(provenance))
-    accelerator.wait_for_everyone()
+    with together(accelerator, "saving the final adapter"):
+        if accelerator.is_main_process:
+            with committed_folder(folder) as temporary:
+                write_adapter(unwrapped(accelerator, model), state, temporary)
+                reach("export.mid")
+                template.tokenizer.chat_template = template.source or None
+                template.tokenizer.save_pretrained(temporary)
+                write_json(temporary / "provenance.json", provenance)
+                write_text(temporary / "README.md", model_card(provenance))
 
 
 if __name__ == "__main__":

@@ -106,12 +106,50 @@ def test_two_habits_or_none_are_refused(given: dict[str, Any]) -> None:
         ("data", {"train": [{"path": "x", "weight": 0}]}, "greater than 0"),
         ("data", {"train": [{"path": "x", "format": "chat"}]}, "sharegpt"),
         ("checkpoint", {"keep_last": 0}, "greater than or equal to 1"),
+        ("checkpoint", {"allow_changes": "seed"}, "valid list"),
+        ("training", {"max_hours": 0}, "greater than 0"),
+        ("training", {"max_hours": float("nan")}, "finite"),
+        ("training", {"skip_nonfinite": -1}, "greater than or equal to 0"),
         ("seed", 2**32, "less than 4294967296"),
     ],
 )
 def test_values_out_of_range_are_refused(section: str, values: Any, reason: str) -> None:
     with pytest.raises(ValidationError, match=reason):
         RunConfig.model_validate(NEEDED | {section: values})
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["seed", "training", "training.learning_rate", "data.train", "adapter.alpha", "model.name_or_path", "data"],
+)
+def test_changes_are_allowed_by_option_or_section(option: str) -> None:
+    config = RunConfig.model_validate(NEEDED | {"checkpoint": {"allow_changes": [option, "seed"]}})
+    assert config.checkpoint.allow_changes == [option, "seed"]
+
+
+@pytest.mark.parametrize(
+    ("option", "nearest"),
+    [
+        ("training.lerning_rate", "learning_rate"),
+        ("train.learning_rate", "training"),
+        ("training.learning_rat.x", "learning_rate"),
+        ("adaptor", "adapter"),
+        ("training.learning_rate.peak", None),
+        ("learning_rate", None),
+        ("", None),
+        (".", None),
+        ("training.", None),
+        ("training.model_fields", None),
+        ("*", None),
+    ],
+)
+def test_a_change_of_no_option_cannot_be_allowed(option: str, nearest: str | None) -> None:
+    with pytest.raises(ValidationError) as refused:
+        RunConfig.model_validate(NEEDED | {"checkpoint": {"allow_changes": ["seed", option]}})
+    said = str(refused.value)
+    assert f"checkpoint.allow_changes: {option!r} is no option" in said
+    if nearest is not None:
+        assert f"(did you mean {nearest}?)" in said
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,10 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, load: Load, temp
 @pytest.mark.parametrize("name", ["chats.jsonl", "chats.json", "chats.parquet"])
 def test_conversations_come_from_every_file_that_can_hold_them(tmp_path: Path, load: Load, name: str) -> None:
     rows = chat_rows(7)
-    assert load(write(tmp_path / name, rows)).examples == load(write_jsonl(tmp_path / "same.jsonl", rows)).examples
+    found = load(write(tmp_path / name, rows)).examples
+    same = load(write_jsonl(tmp_path / "same.jsonl", rows)).examples
+    assert [(x.input_ids, x.labels, x.row[1]) for x in found] == [(x.input_ids, x.labels, x.row[1]) for x in same]
+    assert sorted(x.row for x in found) == [(str(tmp_path / name), number) for number in range(1, 8)]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path, load: Load, template: ChatTemplate) -> None:
@@ -207,7 +210,7 @@ def test_truncating_keeps_the_head(load: Load, two_rounds: Path) -> None:
     whole = load(two_rounds).examples[0]
     length = len(whole.input_ids) - 3
     dataset = load(two_rounds, max_length=length, overlong="truncate")
-    assert dataset.examples == [Example(whole.input_ids[:length], whole.labels[:length])]
+    assert dataset.examples == [Example(whole.input_ids[:length], whole.labels[:length], row=(str(two_rounds), 1))]
     assert list(dataset.ledgers[0].buckets) == ["truncated"]
 
 

@@ -14,7 +14,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_accel.saving.commit import MANIFEST, committed_folder, sha256_of, why_invalid, write_json, write_text
+from lora_accel import faults
+from lora_accel.saving.commit import (
+    MANIFEST,
+    committed_folder,
+    recover,
+    recover_all,
+    remove_folder,
+    sha256_of,
+    why_invalid,
+    write_json,
+    write_text,
+)
 from tests.conftest import ROOT
 
 
@@ -157,6 +168,120 @@ with committed_folder(Path(sys.argv[1])) as temporary:
     assert len(found) >= 8
 
 
+@pytest.mark.parametrize(
+    ("point", "text"),
+    [
+        ("save.before_manifest", "one"),
+        ("save.after_manifest", "one"),
+        ("save.before_rename", "one"),
+        ("save.after_rename", "two"),
+        ("save.before_fsync_dir", "two"),
+    ],
+)
+def test_a_disk_that_is_full_at_any_place_leaves_the_older_folder_or_the_new_one(
+    committed: Path, monkeypatch: pytest.MonkeyPatch, point: str, text: str
+) -> None:
+    fault = faults.Fault(point, 1, "enospc", None)
+    monkeypatch.setattr(faults, "armed", lambda: fault)
+    with pytest.raises(OSError, match="No space left"), committed_folder(committed) as temporary:
+        fill(temporary, text="two")
+    assert why_invalid(committed) is None
+    assert (committed / "a.txt").read_text() == text
+    with committed_folder(committed) as temporary:  # the fault has passed
+        fill(temporary, text="three")
+    assert (committed / "a.txt").read_text() == "three"
+    assert names(committed.parent) == {"result"}
+
+
+# What a process that died has left
+
+
+def put(path: Path, kind: str, text: str) -> None:
+    """Make a folder with a file, or a file alone."""
+    if kind == "folder":
+        (path / "inner").mkdir(parents=True)
+        path = path / "inner" / "a"
+    path.write_text(text)
+
+
+def text_of(path: Path) -> str:
+    return (path / "inner" / "a" if path.is_dir() else path).read_text()
+
+
+KINDS = pytest.mark.parametrize("kind", ["folder", "file"])
+
+
+@KINDS
+def test_what_was_moved_away_is_put_back_if_nothing_took_its_place(tmp_path: Path, kind: str) -> None:
+    put(tmp_path / ".result.older", kind, "old")
+    put(tmp_path / ".result.writing", kind, "half")
+    recover(tmp_path / "result")
+    assert text_of(tmp_path / "result") == "old"
+    assert names(tmp_path) == {"result"}
+
+
+def test_a_save_that_fails_puts_back_what_a_run_that_died_had_moved_away(committed: Path) -> None:
+    committed.rename(committed.with_name(".result.older"))
+    with pytest.raises(RuntimeError, match="disk full"):
+        fail_while_writing(committed, RuntimeError("disk full"))
+    assert why_invalid(committed) is None
+    assert names(committed.parent) == {"result"}
+
+
+@KINDS
+@pytest.mark.parametrize("what", ["writing", "older", "deleting"])
+def test_leftovers_go_and_what_took_their_place_stays(tmp_path: Path, kind: str, what: str) -> None:
+    put(tmp_path / "result", kind, "whole")
+    put(tmp_path / f".result.{what}", kind, "leftover")
+    recover(tmp_path / "result")
+    assert text_of(tmp_path / "result") == "whole"
+    assert names(tmp_path) == {"result"}
+
+
+@KINDS
+@pytest.mark.parametrize("what", ["writing", "deleting"])
+def test_what_was_never_finished_or_given_up_does_not_come_back(tmp_path: Path, kind: str, what: str) -> None:
+    put(tmp_path / f".result.{what}", kind, "leftover")
+    recover(tmp_path / "result")
+    assert names(tmp_path) == set()
+
+
+def test_a_whole_folder_is_looked_through_for_leftovers(tmp_path: Path) -> None:
+    put(tmp_path / ".step-00000001.deleting", "folder", "old")
+    put(tmp_path / ".step-00000002.older", "folder", "moved")
+    put(tmp_path / ".step-00000003.writing", "folder", "half")
+    put(tmp_path / ".status.json.writing", "file", "half")
+    others = {"step-00000000", "notes.writing", ".writing", ".hidden", ".result.writing.txt"}
+    for other in others:
+        put(tmp_path / other, "folder", "another's")
+    recover_all(tmp_path)
+    assert names(tmp_path) == {"step-00000002"} | others
+    assert text_of(tmp_path / "step-00000002") == "moved"
+    recover_all(tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()
+
+
+def test_a_folder_is_deleted_with_what_an_earlier_deletion_left(committed: Path) -> None:
+    put(committed.with_name(".result.deleting"), "folder", "earlier")
+    remove_folder(committed)
+    assert names(committed.parent) == set()
+
+
+def test_killed_while_it_deletes_a_process_leaves_no_part_of_a_folder(committed: Path) -> None:
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from lora_accel.saving.commit import remove_folder\n"
+        "remove_folder(Path(sys.argv[1]))\n"
+    )
+    environment = os.environ | {"LORA_ACCEL_FAULT": "rotate.mid@1=kill"}
+    ran = subprocess.run([sys.executable, "-c", code, committed], env=environment, cwd=ROOT, check=False)
+    assert ran.returncode == -9
+    assert names(committed.parent) == {".result.deleting"}
+    recover(committed)
+    assert names(committed.parent) == set()
+
+
 # The manifest
 
 
@@ -201,7 +326,45 @@ def test_damage_is_noticed(committed: Path, damage: Callable[[Path], None]) -> N
     assert reason.startswith("inner/b.bin is ")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"files": 3}', '{"files": {"a.txt": {}}}', "\x00"])
+@pytest.mark.parametrize("damage", [truncated, grown, emptied, missing, linked, a_folder])
+def test_damage_but_that_of_single_bytes_is_noticed_without_reading_them(
+    committed: Path, damage: Callable[[Path], None]
+) -> None:
+    flipped(committed / "a.txt")
+    assert why_invalid(committed, hashes=False) is None
+    damage(committed / "inner" / "b.bin")
+    reason = why_invalid(committed, hashes=False)
+    assert reason is not None
+    assert reason.startswith("inner/b.bin is ")
+
+
+def test_a_link_to_a_whole_folder_is_none(committed: Path) -> None:
+    link = committed.with_name("link")
+    link.symlink_to(committed, target_is_directory=True)
+    assert why_invalid(link) == "it is a link"
+
+
+@pytest.mark.parametrize("name", ["../outside", "inner/../../outside", "ABSOLUTE"])
+def test_a_name_that_leaves_the_folder_is_refused_though_size_and_hash_are_right(committed: Path, name: str) -> None:
+    outside = committed.with_name("outside")
+    outside.write_text("outside")
+    name = str(outside) if name == "ABSOLUTE" else name
+    manifest = json.loads((committed / MANIFEST).read_text())
+    manifest["files"][name] = {"bytes": 7, "sha256": sha256_of(outside)}
+    write_json(committed / MANIFEST, manifest)
+    assert why_invalid(committed) == f"{MANIFEST} names {name!a}, which is no file of the folder"
+
+
+def test_files_that_must_be_there_must_be_named(committed: Path) -> None:
+    (committed / "late.txt").write_text("came after the manifest")
+    assert why_invalid(committed, required=("a.txt", "inner/b.bin")) is None
+    for name in ("late.txt", "absent.txt"):
+        assert why_invalid(committed, required=("a.txt", name)) == f"{MANIFEST} does not name {name}"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", "null", '{"files": 3}', '{"files": {"a.txt": {}}}', "\x00", "[" * 10**5]
+)
 def test_a_manifest_that_is_none_makes_the_folder_invalid(committed: Path, text: str) -> None:
     (committed / MANIFEST).write_text(text)
     assert why_invalid(committed) == f"{MANIFEST} cannot be read"

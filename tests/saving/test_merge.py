@@ -17,7 +17,7 @@ from lora_accel import RunConfig, merge_adapter, run_training
 from lora_accel.errors import ArtifactError, LoraAccelError, UserError
 from lora_accel.saving import merge
 from lora_accel.saving.commit import why_invalid
-from lora_accel.saving.weights import WEIGHTS
+from lora_accel.saving.history import WEIGHTS
 from tests.conftest import CHATML, fill_by_formula
 
 IDS = torch.arange(5, 29).reshape(2, 12)

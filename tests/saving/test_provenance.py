@@ -14,7 +14,16 @@ import pytest
 from lora_accel import RunConfig, run_training
 from lora_accel.errors import ArtifactError
 from lora_accel.saving.commit import sha256_of
-from lora_accel.saving.provenance import PACKAGES, base_hashes, changes, changes_table, model_card, versions
+from lora_accel.saving.provenance import (
+    PACKAGES,
+    base_hashes,
+    changes,
+    changes_table,
+    is_allowed,
+    model_card,
+    options_behind,
+    versions,
+)
 from tests.conftest import chat_rows, write_jsonl
 
 Change = tuple[tuple[str | int, ...], Any]
@@ -66,7 +75,7 @@ FOUND: list[tuple[Change, str]] = [
     ((("config", "data", "train", 0, "format"), "text"), "data.train[0].format"),
     ((("config", "data", "train", 0, "limit"), 3), "data.train[0].limit"),
     ((("config", "data", "train", 0, "columns"), {"messages": "talk"}), "data.train[0].columns"),
-    ((("data", 0, "sha256"), {"rows.jsonl": "0" * 64}), "data.train[0] bytes"),
+    ((("data", 0, "sha256"), "0" * 64), "data.train[0].bytes"),
     ((("config", "training", "learning_rate"), 1.0), "training.learning_rate"),
     ((("config", "training", "scheduler"), "linear"), "training.scheduler"),
     ((("config", "training", "weight_decay"), 0.1), "training.weight_decay"),
@@ -75,10 +84,10 @@ FOUND: list[tuple[Change, str]] = [
     ((("plan", "total_steps"), 99), "plan.total_steps"),
     ((("plan", "warmup_steps"), 99), "plan.warmup_steps"),
     ((("plan", "num_examples"), 99), "plan.num_examples"),
-    ((("mixed_precision",), "bf16"), "mixed precision"),
-    ((("base", "sha256"), {"model.safetensors": "0" * 64}), "base weights"),
-    ((("tokenizer_sha256",), "0" * 64), "tokenizer"),
-    ((("chat_template_sha256",), "0" * 64), "chat template"),
+    ((("mixed_precision",), "bf16"), "training.mixed_precision"),
+    ((("base", "sha256"), {"model.safetensors": "0" * 64}), "model.weights"),
+    ((("tokenizer_sha256",), "0" * 64), "model.tokenizer"),
+    ((("chat_template_sha256",), "0" * 64), "model.chat_template"),
 ]
 
 
@@ -110,8 +119,11 @@ HARMLESS: list[Change] = [
     (("config", "training", "activation_checkpointing"), True),
     (("config", "training", "mixed_precision"), "no"),
     (("config", "training", "warmup_ratio"), 0.5),
+    (("config", "training", "max_hours"), 0.5),
+    (("config", "training", "skip_nonfinite"), 9),
     (("config", "checkpoint", "every_steps"), 9),
     (("config", "checkpoint", "keep_last"), 9),
+    (("config", "checkpoint", "allow_changes"), ["training"]),
     (("config", "evaluation", "every_steps"), 9),
     (("config", "evaluation", "prompts"), ["hello"]),
     (("config", "logging", "every_steps"), 9),
@@ -148,11 +160,58 @@ def test_every_key_of_a_config_is_either_found_or_harmless(provenance: dict[str,
             assert [name for name, _, _ in found] == [f"{section}.{key}"]
 
 
+@pytest.mark.parametrize(
+    ("key", "allowed", "may"),
+    [
+        ("training.learning_rate", [], False),
+        ("training.learning_rate", ["training.learning_rate"], True),
+        ("training.learning_rate", ["seed", "training"], True),
+        ("training.learning_rate", ["training.learn"], False),
+        ("training.learning_rate", ["adapter"], False),
+        ("adapter.r", ["adapter.rank_pattern"], False),
+        ("adapter.rank_pattern.q_proj", ["adapter.rank_pattern"], True),
+        ("adapter.rank_pattern.q_proj", ["adapter.r"], False),
+        ("data.train[0].bytes", ["data.train"], True),
+        ("data.train[11].weight", ["data.train"], True),
+        ("data.train[0].bytes", ["data"], True),
+        ("data.train[0].bytes", ["data.max_length"], False),
+        ("plan.total_steps", ["training.epochs"], True),
+        ("plan.total_steps", ["training.max_steps"], True),
+        ("plan.total_steps", ["training.batch_size"], True),
+        ("plan.total_steps", ["data.train"], True),
+        ("plan.total_steps", ["training.learning_rate"], False),
+        ("plan.warmup_steps", ["training.warmup_ratio"], True),
+        ("plan.warmup_steps", ["training.epochs"], True),
+        ("plan.batch_size", ["training.micro_batch_size"], True),
+        ("plan.batch_size", ["training.epochs"], False),
+        ("plan.num_examples", ["data.train"], True),
+        ("plan.num_examples", ["training"], False),
+        ("model.weights", ["model.name_or_path"], True),
+        ("model.tokenizer", ["model.revision"], True),
+        ("model.weights", ["model.dtype"], False),
+        ("model.chat_template", ["model.chat_template"], True),
+        ("seed", ["seed"], True),
+        ("seed", ["model"], False),
+    ],
+)
+def test_a_change_is_allowed_by_an_option_behind_it_or_its_section(key: str, allowed: list[str], may: bool) -> None:
+    assert is_allowed(key, allowed) is may
+
+
+def test_behind_every_change_stands_an_option_that_can_allow_it() -> None:
+    """What a refusal tells the user to allow must be taken by the schema, and then allow it."""
+    needed = {"output_dir": "run", "model": {"name_or_path": "model"}, "data": {"train": [{"path": "rows.jsonl"}]}}
+    for _, key in FOUND:
+        for option in options_behind(key):
+            RunConfig.model_validate(needed | {"checkpoint": {"allow_changes": [option]}})
+            assert is_allowed(key, [option])
+
+
 def test_changes_are_told_line_by_line_and_short() -> None:
-    table = changes_table([("adapter.r", 8, 16), ("data.train[0] bytes", ["0" * 64], ["1" * 64])])
+    table = changes_table([("adapter.r", 8, 16), ("data.train[0].bytes", ["0" * 64], ["1" * 64])])
     first, second = table.split("\n")
     assert first == "  adapter.r: 8 -> 16"
-    assert second.startswith("  data.train[0] bytes: ['0000")
+    assert second.startswith("  data.train[0].bytes: ['0000")
     assert second.count("...") == 2
     assert len(second) < 160
 
@@ -164,7 +223,7 @@ def test_provenance_names_versions_hashes_and_config(
     assert set(provenance["packages"]) == set(PACKAGES)
     assert provenance["packages"] == versions()
     assert provenance["base"]["sha256"] == {"model.safetensors": sha256_of(tiny_model() / "model.safetensors")}
-    assert provenance["data"] == [{"path": str(rows_file), "sha256": {str(rows_file): sha256_of(rows_file)}}]
+    assert provenance["data"] == [{"path": str(rows_file), "num_files": 1, "sha256": sha256_of(rows_file)}]
     assert RunConfig.model_validate(provenance["config"]).training.max_steps == 1
     assert provenance["plan"]["total_steps"] == 1
 

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from lora_accel import load_adapter, save_adapter
 from lora_accel.errors import ArtifactError
 from lora_accel.saving.commit import why_invalid
-from lora_accel.saving.weights import WEIGHTS, read_adapter, refuse_what_would_be_lost, write_adapter
+from lora_accel.saving.history import WEIGHTS
+from lora_accel.saving.weights import read_adapter, refuse_what_would_be_lost, write_adapter
 
 TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -218,13 +219,15 @@ def test_a_file_that_is_not_what_was_written_is_noticed(
 ) -> None:
     from lora_accel.saving import weights
 
-    def torn(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
-        save_file(tensors, path, **options)
+    whole = weights.write_tensors
+
+    def torn(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        whole(path, tensors)
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
 
-    monkeypatch.setattr(weights, "save_file", torn)
+    monkeypatch.setattr(weights, "write_tensors", torn)
     model = adapted(tiny_model(), TARGETS["llama"])
     with pytest.raises(ArtifactError, match="does not hold what was written"):
         save_adapter(Accelerator(), model, tmp_path / "adapter")

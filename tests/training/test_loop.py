@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
+import math
+import re
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from lora_accel import RunConfig, run_training
+from lora_accel import RunConfig, faults, run_training
 from lora_accel.config.plan import derive
-from lora_accel.saving.weights import WEIGHTS
-from tests.conftest import read_metrics
+from lora_accel.errors import Interrupted, TrainingError
+from lora_accel.saving.commit import why_invalid
+from lora_accel.saving.history import OPTIMIZER, STATE, WEIGHTS
+from lora_accel.training import loop
+from tests.conftest import chat_rows, read_metrics, write_jsonl
 
 CUTS = {
     "1 at once": {"micro_batch_size": 1, "gradient_accumulation_steps": 4},
@@ -132,3 +141,319 @@ def test_dropout_differs_from_step_to_step_and_repeats_with_the_seed(
     assert len(set(first)) == 4
     assert losses("again", 0) == first
     assert losses("other", 1) != first
+
+
+# Steps that are left out, and runs that are asked to stop
+
+ONE_FORWARD = {"micro_batch_tokens": 10_000, "warmup_steps": 0}
+EXACT = ("step", "epoch", "loss", "learning_rate", "grad_norm", "examples", "tokens", "supervised_tokens")
+
+At = Callable[..., None]
+
+
+@pytest.fixture
+def handlers() -> Iterator[dict[signal.Signals, Any]]:
+    """Handlers that do nothing, even where pytest itself runs under nohup; its own come back."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    own = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    yield {number: signal.getsignal(number) for number in numbers}
+    for number, handler in own.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> At:
+    """`at({3: "nan"}, stop_in=4)`: what happens in the forward of which step, of a run that goes on after `start`."""
+    whole = loop.summed_token_loss
+
+    def plan(events: dict[int, str], start: int = 0, stop_in: int = 0, number: int = signal.SIGTERM) -> None:
+        steps = itertools.count(start + 1)
+
+        def eventful(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+            step = next(steps)
+            if step == stop_in:
+                signal.raise_signal(number)
+            loss, event = whole(model, batch), events.get(step)
+            if event == "gradient":  # of a loss that is finite: d sqrt(x)/dx at 0
+                return loss + (loss * 0).sqrt()
+            return loss if event is None else loss * float(event)
+
+        monkeypatch.setattr(loop, "summed_token_loss", eventful)
+
+    return plan
+
+
+def exact(folder: Path) -> list[tuple[object, ...]]:
+    return [tuple(line[key] for key in EXACT) for line in read_metrics(folder)]
+
+
+def event_steps(folder: Path, event: str) -> list[int]:
+    return [line["step"] for line in read_metrics(folder, "event") if line["event"] == event]
+
+
+def saved(folder: Path, step: int) -> tuple[bytes, bytes]:
+    """Return the bytes of a checkpoint's weights and moments."""
+    checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+    assert why_invalid(checkpoint) is None
+    return (checkpoint / WEIGHTS).read_bytes(), (checkpoint / OPTIMIZER).read_bytes()
+
+
+@pytest.mark.parametrize("event", ["nan", "inf", "-inf", "gradient"])
+def test_a_step_that_is_not_finite_is_left_out_as_if_it_had_not_been(
+    make_config: Callable[..., RunConfig], at: At, event: str
+) -> None:
+    config = make_config(training=ONE_FORWARD | {"skip_nonfinite": 1}, checkpoint={"every_steps": 1, "keep_last": 10})
+    folder = Path(config.output_dir)
+    at({3: event})
+    adapter = run_training(config)
+    assert saved(folder, 3) == saved(folder, 2), "neither weights nor moments"
+    assert saved(folder, 4) != saved(folder, 3)
+    states = [json.loads(path.read_text()) for path in sorted(folder.glob(f"checkpoints/*/{STATE}"))]
+    assert [(state["step"], state["skipped"]) for state in states] == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 1)]
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 4, 5, 6], "a number that is none is not logged"
+    (skipped,) = [line for line in read_metrics(folder, "event") if line["event"] == "skipped"]
+    assert skipped["step"] == 3
+    assert not math.isfinite(float(skipped["loss"] if event != "gradient" else skipped["grad_norm"]))
+    assert json.loads((folder / "status.json").read_text())["state"] == "done"
+    assert all(tensor.isfinite().all() for tensor in load_file(adapter / WEIGHTS).values())
+
+
+def test_one_step_more_than_may_be_left_out_ends_the_run_and_names_its_rows(
+    make_config: Callable[..., RunConfig], at: At, rows_file: Path
+) -> None:
+    config = make_config(training=ONE_FORWARD | {"skip_nonfinite": 1}, checkpoint={"every_steps": 2})
+    folder = Path(config.output_dir)
+    at({2: "nan", 5: "nan"})
+    with pytest.raises(TrainingError, match="step 5: loss nan, gradient norm nan at learning rate") as stopped:
+        run_training(config)
+    assert re.search(rf"on the rows {re.escape(str(rows_file))}, rows \d+, \d+, \d+, \d+\. ", str(stopped.value))
+    assert "training.skip_nonfinite=2" in str(stopped.value)
+    assert stopped.value.exit_code == 3
+    assert event_steps(folder, "skipped") == [2]
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000002", "step-00000004"]
+
+    # Started again it counts those of before: the same step is again one too many.
+    at({5: "nan"}, start=4)
+    with pytest.raises(TrainingError, match="step 5: loss nan"):
+        run_training(config)
+    assert json.loads((folder / "checkpoints" / "step-00000004" / STATE).read_text())["skipped"] == 1
+
+
+def test_the_rows_of_a_step_that_is_left_out_are_those_it_would_have_learned_from(
+    make_config: Callable[..., RunConfig], at: At, rows_file: Path, tmp_path: Path
+) -> None:
+    """Every step of the second epoch is left out: together they name every row of both files once."""
+    other = write_jsonl(tmp_path / "other.jsonl", chat_rows(4))
+    config = make_config(
+        data={"train": [{"path": str(rows_file)}, {"path": str(other)}]},
+        training=ONE_FORWARD | {"skip_nonfinite": 7, "epochs": 2},
+    )
+    at(dict.fromkeys(range(8, 15), "nan"))
+    run_training(config)
+    named = []
+    for line in read_metrics(Path(config.output_dir), "event"):
+        if line["event"] == "skipped":
+            parts = [re.fullmatch(r"(\S+), rows? ([\d, ]+)", part) for part in line["rows"].split("; ")]
+            rows = [(part[1], int(number)) for part in parts if part for number in part[2].split(", ")]
+            assert len(rows) == (4 if line["step"] < 14 else 1)
+            named += rows
+    assert sorted(named) == [(str(other), n) for n in range(1, 5)] + [(str(rows_file), n) for n in range(1, 22)]
+    assert [line["step"] for line in read_metrics(Path(config.output_dir))] == list(range(1, 8))
+
+
+@pytest.mark.parametrize("event", ["saved", "stopped"])
+def test_the_very_first_step_can_be_left_out_and_saved(
+    make_config: Callable[..., RunConfig], at: At, tmp_path: Path, event: str
+) -> None:
+    """Adam has no moments then."""
+    options = {"training": ONE_FORWARD | {"skip_nonfinite": 1}, "checkpoint": {"every_steps": 1, "keep_last": 10}}
+    at({1: "nan"})
+    run_training(make_config(output_dir=str(tmp_path / "straight"), **options))
+    assert why_invalid(tmp_path / "straight" / "checkpoints" / "step-00000001") is None
+
+    config = make_config(output_dir=str(tmp_path / "stopped"), **options)
+    at({1: "nan"}, stop_in=1 if event == "stopped" else 2)
+    with pytest.raises(Interrupted):
+        run_training(config)
+    at({}, start=1 if event == "stopped" else 2)
+    run_training(config)
+    assert exact(tmp_path / "stopped") == exact(tmp_path / "straight")
+    assert saved(tmp_path / "stopped", 6) == saved(tmp_path / "straight", 6)
+
+
+def test_without_leave_the_first_such_step_ends_the_run(make_config: Callable[..., RunConfig], at: At) -> None:
+    at({3: "gradient"})
+    with pytest.raises(TrainingError, match=r"step 3: loss \d.*, gradient norm nan"):
+        run_training(make_config(training=ONE_FORWARD))
+
+
+def test_a_run_that_left_a_step_out_resumes_bitwise(
+    make_config: Callable[..., RunConfig], at: At, tmp_path: Path
+) -> None:
+    """Adam corrects its bias by the number of updates: had it counted the step left out, the next would differ."""
+    options = {"training": ONE_FORWARD | {"skip_nonfinite": 1}, "checkpoint": {"every_steps": 100}}
+    straight = make_config(output_dir=str(tmp_path / "straight"), **options)
+    at({2: "nan"})
+    run_training(straight)
+    stopped = make_config(output_dir=str(tmp_path / "stopped"), **options)
+    at({2: "nan"}, stop_in=3)
+    with pytest.raises(Interrupted):
+        run_training(stopped)
+    at({}, start=3)
+    run_training(stopped)
+    assert exact(tmp_path / "stopped") == exact(tmp_path / "straight")
+    assert saved(tmp_path / "stopped", 6) == saved(tmp_path / "straight", 6)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143), (signal.SIGHUP, 143)],
+    ids=lambda value: str(getattr(value, "name", value)),
+)
+def test_asked_to_stop_a_run_saves_after_this_step_and_goes_on_bitwise(
+    make_config: Callable[..., RunConfig],
+    at: At,
+    tmp_path: Path,
+    handlers: dict[signal.Signals, Any],
+    number: signal.Signals,
+    code: int,
+) -> None:
+    options = {"training": ONE_FORWARD, "checkpoint": {"every_steps": 100}}
+    straight = make_config(output_dir=str(tmp_path / "straight"), **options)
+    run_training(straight)
+    stopped = make_config(output_dir=str(tmp_path / "stopped"), **options)
+    folder = tmp_path / "stopped"
+    before = handlers[number]
+    at({}, stop_in=3, number=number)
+    with pytest.raises(Interrupted) as caught:
+        run_training(stopped)
+    assert caught.value.exit_code == code
+    assert str(caught.value).startswith(f"stopped by {number.name} (rank 0) after step 3; a checkpoint is saved")
+    assert signal.getsignal(number) == before
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]
+    (event,) = [line for line in read_metrics(folder, "event") if line["event"] == "stopped"]
+    assert (event["step"], event["cause"]) == (3, number.name)
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("preempted", 3)
+    assert not (folder / "adapter").exists()
+
+    at({})
+    run_training(stopped)
+    assert event_steps(folder, "resume") == [3]
+    assert exact(folder) == exact(tmp_path / "straight")
+    assert saved(folder, 6) == saved(tmp_path / "straight", 6)
+    assert (folder / "adapter" / WEIGHTS).read_bytes() == (tmp_path / "straight" / "adapter" / WEIGHTS).read_bytes()
+
+
+def test_asked_to_stop_in_the_last_step_a_run_still_owes_its_adapter(
+    make_config: Callable[..., RunConfig], at: At
+) -> None:
+    config = make_config(training=ONE_FORWARD)
+    folder = Path(config.output_dir)
+    at({}, stop_in=6)
+    with pytest.raises(Interrupted):
+        run_training(config)
+    assert not (folder / "adapter").exists()
+    run_training(config)
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
+    assert (folder / "adapter" / WEIGHTS).exists()
+
+
+def test_a_step_that_is_left_out_can_be_the_one_to_stop_after(make_config: Callable[..., RunConfig], at: At) -> None:
+    config = make_config(training=ONE_FORWARD | {"skip_nonfinite": 1}, checkpoint={"every_steps": 100})
+    folder = Path(config.output_dir)
+    at({3: "nan"}, stop_in=3)
+    with pytest.raises(Interrupted, match="after step 3"):
+        run_training(config)
+    state = json.loads((folder / "checkpoints" / "step-00000003" / STATE).read_text())
+    assert (state["step"], state["skipped"]) == (3, 1)
+
+
+# Evaluation comes after saving
+
+
+@pytest.fixture
+def with_evaluation(make_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., RunConfig]:
+    """A config that evaluates after steps 3 and 6, and saves then too."""
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", chat_rows(5))
+
+    def make(name: str, **changes: Any) -> RunConfig:
+        values = {
+            "data": {"eval": [{"path": str(held_out)}]},
+            "evaluation": {"every_steps": 3, "prompts": ["say alpha"], "max_new_tokens": 4},
+            "checkpoint": {"every_steps": 3},
+            "training": ONE_FORWARD,
+        }
+        return make_config(output_dir=str(tmp_path / name), **(values | changes))
+
+    return make
+
+
+def told(folder: Path) -> list[tuple[str, int]]:
+    """Return what stands in the log, in its order, but for what says how the run went."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kinds = [(line.get("event", line["kind"]), line["step"]) for line in lines]
+    return [(kind, step) for kind, step in kinds if kind not in ("start", "stopped", "resume", "done")]
+
+
+def evaluations(folder: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["eval_loss"]) for line in read_metrics(folder, "eval")]
+
+
+def test_what_dies_while_it_evaluates_has_saved_and_evaluates_first_when_it_goes_on(
+    with_evaluation: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_training(with_evaluation("straight"))
+    config, folder = with_evaluation("died"), tmp_path / "died"
+    fault = faults.Fault("evaluate.begin", 1, "enospc", None)
+    monkeypatch.setattr(faults, "armed", lambda: fault)
+    with pytest.raises(OSError, match=r"injected at evaluate\.begin"):
+        run_training(config)
+    assert saved(folder, 3) == saved(tmp_path / "straight", 3)
+    assert evaluations(folder) == []
+    run_training(config)
+    assert event_steps(folder, "resume") == [3]
+    assert told(folder) == told(tmp_path / "straight")
+    assert [kind for kind, step in told(folder) if step == 3] == ["train", "eval", "reply"]
+    assert evaluations(folder) == evaluations(tmp_path / "straight")
+    assert exact(folder) == exact(tmp_path / "straight")
+
+
+def test_asked_to_stop_where_it_would_evaluate_a_run_does_so_when_it_goes_on(
+    with_evaluation: Callable[..., RunConfig], at: At, tmp_path: Path
+) -> None:
+    """Who is asked to stop has little time; who goes on has."""
+    run_training(with_evaluation("straight"))
+    config, folder = with_evaluation("stopped"), tmp_path / "stopped"
+    at({}, stop_in=3)
+    with pytest.raises(Interrupted, match="after step 3"):
+        run_training(config)
+    assert evaluations(folder) == []
+    at({})
+    run_training(config)
+    assert told(folder) == told(tmp_path / "straight")
+    assert evaluations(folder) == evaluations(tmp_path / "straight")
+
+
+def test_a_run_that_goes_on_where_nothing_is_due_evaluates_nothing(
+    with_evaluation: Callable[..., RunConfig], at: At, tmp_path: Path
+) -> None:
+    config, folder = with_evaluation("stopped"), tmp_path / "stopped"
+    at({}, stop_in=4)
+    with pytest.raises(Interrupted, match="after step 4"):
+        run_training(config)
+    at({})
+    run_training(config)
+    assert [step for step, _ in evaluations(folder)] == [3, 6]
+    assert [step for kind, step in told(folder) if kind == "reply"] == [3, 6]
+
+
+def test_a_finished_run_started_again_evaluates_once_more_and_tells_it_once(
+    with_evaluation: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config, folder = with_evaluation("run"), tmp_path / "run"
+    run_training(config)
+    before = evaluations(folder), told(folder)
+    run_training(config)
+    assert (evaluations(folder), told(folder)) == before

@@ -54,6 +54,57 @@ def test_a_character_torn_in_half_does_not_stop_a_resume(tmp_path: Path) -> None
     assert path.read_text(encoding="utf-8") == line(1)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_what_will_be_evaluated_again_is_dropped_and_nothing_else(tmp_path: Path, again: bool) -> None:
+    path = tmp_path / "metrics.jsonl"
+    before = [
+        line(0, "event", event="start"),
+        line(2, "eval"),
+        line(2, "event", event="reply"),
+        line(3),
+        line(4),
+        line(4, "event", event="skipped"),
+        line(4, "event", event="stopped"),
+    ]
+    evaluated = [line(4, "eval"), line(4, "event", event="reply"), line(4, "event", event="reply")]
+    path.write_text("".join([*before, *evaluated, line(5), line(6, "eval")]))
+    keep_until(path, 4, again=again)
+    assert path.read_text() == "".join(before if again else before + evaluated)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        b"3",
+        b"[]",
+        b"null",
+        b"true",
+        b'"kind"',
+        b"{}",
+        b'{"kind": "train"}',
+        b'{"step": 1}',
+        b'{"kind": "train", "step": "1"}',
+        b'{"kind": "train", "step": null}',
+        b'{"kind": "train", "step": [1]}',
+        b'{"kind": "train", "step": NaN}',
+        b"[" * 100_000,
+        b'{"kind":' * 100_000,
+        b"9" * 5_000,
+        bytes(range(128, 256)),
+        b"\x00\x00\x00",
+        b"\xff\xfe{\x00}\x00",
+        b"\r",
+        b"",
+    ],
+    ids=lambda hostile: repr(hostile[:35]),
+)
+def test_a_line_that_is_none_of_ours_goes_and_stops_no_resume(tmp_path: Path, hostile: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(line(1).encode() + hostile + b"\n" + line(2).encode() + hostile)
+    keep_until(path, 5)
+    assert path.read_text() == line(1) + line(2)
+
+
 def test_a_log_that_is_not_there_stays_absent(tmp_path: Path) -> None:
     keep_until(tmp_path / "metrics.jsonl", 3)
     assert not any(tmp_path.iterdir())

@@ -51,7 +51,7 @@ class Plan:
 
     def evaluates_after(self, step: int) -> bool:
         """Whether the model is evaluated after `step` steps."""
-        due = self.evaluate_every is not None and step % self.evaluate_every == 0
+        due = self.evaluate_every is not None and step > 0 and step % self.evaluate_every == 0
         return self.evaluates and (due or step == self.total_steps)
 
     def as_dict(self) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from pydantic import (
 )
 from typing_extensions import Self
 
+from lora_accel.errors import did_you_mean
+
 DataFormat = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "text"]
 
 
@@ -220,6 +222,10 @@ class TrainingSection(Section):
     """null = what accelerate launch says."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    max_hours: float | None = Field(None, gt=0)
+    """Stop after so many hours of training as at a signal: save, exit 143; the same command goes on."""
+    skip_nonfinite: int = Field(0, ge=0)
+    """So many steps of the run whose loss or gradient is not finite are left out and counted; one more ends it."""
 
     def examples_per_step(self, num_ranks: int) -> int:
         """Return how many examples a step takes, over all ranks."""
@@ -264,9 +270,12 @@ class CheckpointSection(Section):
     every_steps: int = Field(200, ge=1)
     """Save after every so many steps; the last step is always saved."""
     keep_last: int = Field(2, ge=1)
-    """How many checkpoints stay."""
+    """How many checkpoints stay after the run; while it goes on, at least 2: one may be the last that is sound."""
     resume: str = "auto"
     """auto = go on from the newest valid one | never | a checkpoint folder."""
+    allow_changes: list[str] = []
+    """Options that may differ from those of the checkpoint though they change what is learned, such as
+    [training.learning_rate]; a section allows all in it."""
     gather: Literal["auto", "state_dict", "parameters"] = "auto"
     """How sharded weights are collected before they are written."""
 
@@ -325,6 +334,14 @@ class RunConfig(Section):
                 "adapter.modules_to_save under quantization.bits would train packed weights; "
                 "train them on an unquantised base"
             )
+        for option in self.checkpoint.allow_changes:
+            section: Any = RunConfig
+            for name in option.split("."):
+                fields = getattr(section, "model_fields", {})
+                if name not in fields:
+                    problems.append(f"checkpoint.allow_changes: {option!r} is no option{did_you_mean(name, fields)}")
+                    break
+                section = fields[name].annotation
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -65,7 +65,7 @@ class SourceLedger:
         if num_dropped <= max_dropped * self.num_rows and num_dropped < self.num_rows:
             return
         reasons = "\n".join(
-            f"  {_first(rows)}: {reason}"
+            f"  {name_rows(rows)}: {reason}"
             for reason, rows in sorted(self.dropped.items(), key=lambda item: -len(item[1]))
         )
         allowed, without = "", ""
@@ -84,6 +84,16 @@ class SourceLedger:
             bucket: {"num_rows": len(rows), "rows": _ranges(rows)} for bucket, rows in self.buckets.items()
         }
         return values
+
+
+def name_rows(rows: list[tuple[str, int]], most: int = 5) -> str:
+    """Return the first rows by file: `a.jsonl, rows 1, 7; b.jsonl, row 3 and 12 more`."""
+    more = f" and {len(rows) - most} more" if len(rows) > most else ""
+    of_file: dict[str, list[str]] = {}
+    for file, number in rows[:most]:
+        of_file.setdefault(file, []).append(str(number))
+    named = [f"{file}, row{'s' * (len(n) > 1)} {', '.join(n)}" for file, n in of_file.items()]
+    return "; ".join(named) + more
 
 
 def ledger_lines(ledgers: list[SourceLedger]) -> list[tuple[str, str]]:
@@ -106,15 +116,6 @@ def ledger_lines(ledgers: list[SourceLedger]) -> list[tuple[str, str]]:
             )
         )
     return lines
-
-
-def _first(rows: list[tuple[str, int]], most: int = 5) -> str:
-    more = f" and {len(rows) - most} more" if len(rows) > most else ""
-    of_file: dict[str, list[str]] = {}
-    for file, number in rows[:most]:
-        of_file.setdefault(file, []).append(str(number))
-    named = [f"{file}, row{'s' * (len(n) > 1)} {', '.join(n)}" for file, n in of_file.items()]
-    return "; ".join(named) + more
 
 
 def _ranges(rows: list[tuple[str, int]]) -> dict[str, str]:

@@ -16,6 +16,7 @@ import torch
 
 from lora_accel.config.plan import Plan, derive
 from lora_accel.config.schema import TrainingSection
+from lora_accel.data.audit import name_rows
 from lora_accel.data.chat import IGNORED, Example
 from lora_accel.data.dataset import Dataset
 
@@ -52,6 +53,12 @@ class StepBatch:
     """Over all ranks, as are the counts below."""
     num_tokens: int
     num_supervised_tokens: int
+    examples: Sequence[Example]
+
+    @property
+    def rows(self) -> str:
+        """The rows that the step's examples come from, for a person."""
+        return name_rows(sorted({example.row for example in self.examples}), most=20)
 
 
 def permutation(count: int, *key: int) -> Order:
@@ -154,6 +161,7 @@ def step_batch(
         num_examples=len(examples),
         num_tokens=sum(len(example.input_ids) for example in examples),
         num_supervised_tokens=sum(example.num_supervised for example in examples),
+        examples=examples,
     )
 
 

@@ -51,6 +51,8 @@ class Example(NamedTuple):
     """The token itself where it is supervised, else -100. The first is always -100: nothing predicts it."""
     key: int = 0
     """64 bits from which the dropout of its tokens is derived; given when a step takes the example."""
+    row: tuple[str, int] = ("", 0)
+    """The file and the number of the row it comes from."""
 
     @property
     def num_supervised(self) -> int:

@@ -128,7 +128,7 @@ def _examples(
         bucket, examples = f"{DROPPED}{error}", []
     lengths, supervised = [len(x.input_ids) for x in examples], [x.num_supervised for x in examples]
     ledger.count((file, number), bucket, lengths, supervised)
-    return examples
+    return [example._replace(row=(file, number)) for example in examples]
 
 
 def _record(row: tuple[str, int, Row], source: SourceSection, ledger: SourceLedger) -> Record:

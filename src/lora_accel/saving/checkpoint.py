@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
 
-from lora_accel.errors import ArtifactError
+from lora_accel.errors import ArtifactError, ConfigError
+from lora_accel.faults import reach
 from lora_accel.saving import zero
-from lora_accel.saving.commit import committed_folder, why_invalid, write_json
-from lora_accel.saving.provenance import changes, changes_table
+from lora_accel.saving.commit import committed_folder, write_json
+from lora_accel.saving.history import OPTIMIZER, STATE, Checkpoint, prune, step_folders
+from lora_accel.saving.provenance import changes, changes_table, is_allowed, options_behind
+from lora_accel.saving.ranks import together
 from lora_accel.saving.weights import (
     State,
+    adapter_parameters,
     gather_adapter,
     read_tensors,
     restore_adapter,
     unwrapped,
     write_adapter,
+    write_tensors,
 )
 
-OPTIMIZER = "optimizer.safetensors"
-STATE = "state.json"
-
-
-class Checkpoint(NamedTuple):
-    """A checkpoint on disk whose manifest holds."""
-
-    folder: Path
-    state: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        """Return how many steps were done."""
-        return int(self.state["step"])
+SPARE_BYTES = 100_000
+"""What a checkpoint holds beside its tensors, at most."""
 
 
 def save_checkpoint(
@@ -50,80 +40,83 @@ def save_checkpoint(
     *,
     keep_last: int,
     gather: str = "auto",
+    spare: str = "",
 ) -> Path:
     """Save the state after `state["step"]` steps into `folder/step-…`. Every process calls this.
 
     Only once the new one counts are older ones deleted.
+
+    Args:
+        spare: a checkpoint folder that is never deleted.
+
+    Raises:
+        TrainingError: the disk is full, or a process failed; on all of them, and nothing saved before is touched.
     """
     final = folder / f"step-{state['step']:08d}"
     peft_model = unwrapped(accelerator, model)
+    with together(accelerator, f"saving {final.name}"):
+        reach("save.begin")
     adapter = gather_adapter(accelerator, model, gather=gather)
     moments = _moments(peft_model, optimizer, keep=accelerator.is_main_process)
-    if accelerator.is_main_process:
-        with committed_folder(final) as temporary:
-            write_adapter(peft_model, adapter, temporary)
-            save_file(moments, temporary / OPTIMIZER)
-            write_json(temporary / STATE, state)
-        for old in _step_folders(folder)[:-keep_last]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    with together(accelerator, f"saving {final.name}"):
+        if accelerator.is_main_process:
+            with committed_folder(final) as temporary:
+                write_adapter(peft_model, adapter, temporary)
+                write_tensors(temporary / OPTIMIZER, moments)
+                write_json(temporary / STATE, state)
+            prune(folder, keep_last, spare)
     return final
 
 
-def find_checkpoint(folder: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
-    """Find what to go on from.
+def refuse_full_disk(accelerator: Accelerator, model: torch.nn.Module, folder: Path, keep_last: int) -> None:
+    """Refuse to begin where the checkpoints that will stand at once, and the final adapter, find no room.
 
     Args:
-        folder: the run's checkpoints.
-        resume: auto = the newest valid one | never | a checkpoint folder.
-
-    Returns:
-        The checkpoint, or None to begin afresh; and what was wrong with newer ones that are passed over.
+        folder: where checkpoints will be; the folder that it is in exists.
 
     Raises:
-        ArtifactError: the named one cannot be used, every one is damaged, or `never` meets a folder that has some.
+        ConfigError: less is free.
     """
-    if resume not in ("auto", "never"):
-        named = Path(resume)
-        if not named.is_dir():
-            raise ArtifactError(
-                f"checkpoint.resume: {resume} is no folder; say auto, never, or a folder of checkpoints/"
-            )
-        if reason := why_invalid(named):
-            raise ArtifactError(f"checkpoint.resume: {resume} cannot be used: {reason}")
-        return _open(named), []
-    candidates = _step_folders(folder)
-    if resume == "never" and candidates:
-        raise ArtifactError(
-            f"checkpoint.resume=never, but {folder} holds {len(candidates)} checkpoints; "
-            "choose another output_dir, or delete them"
+    parameters = adapter_parameters(unwrapped(accelerator, model)).values()
+    one = 3 * 4 * sum(zero.whole_shape(p).numel() for p in parameters) + SPARE_BYTES  # float32, with two moments
+    standing = sum(file.stat().st_size for path in step_folders(folder) for file in path.iterdir())
+    needed = max((keep_last + 2) * one - standing, 2 * one)
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed:
+        raise ConfigError(
+            f"output_dir: {folder.parent} has {free / 1e6:,.1f} MB free, but {keep_last + 1} checkpoints of "
+            f"{one / 1e6:,.1f} MB and the adapter need {needed / 1e6:,.1f} MB; make room, or name another folder"
         )
-    damaged: list[str] = []
-    for candidate in reversed(candidates):
-        reason = why_invalid(candidate)
-        if reason is None:
-            return _open(candidate), damaged
-        damaged.append(f"{candidate.name}: {reason}")
-    if damaged:
-        raise ArtifactError(
-            f"{folder}: every checkpoint is damaged, and beginning afresh would write over them; choose another "
-            "output_dir, or move them away\n" + "\n".join(f"  {line}" for line in damaged)
-        )
-    return None, []
 
 
-def refuse_changes(checkpoint: Checkpoint, provenance: dict[str, Any]) -> None:
+def refuse_changes(checkpoint: Checkpoint, provenance: dict[str, Any], allowed: list[str]) -> list[str]:
     """Refuse to go on with something else than what the checkpoint was made from.
+
+    Args:
+        allowed: `checkpoint.allow_changes`.
+
+    Returns:
+        What has changed and is allowed to, a line each.
 
     Raises:
         ArtifactError: the config, the data or the base differ in what changes the mathematics.
     """
-    differences = changes(checkpoint.state["provenance"], provenance)
-    if differences:
+    try:
+        differences = changes(checkpoint.state["provenance"], provenance)
+    except (KeyError, TypeError, AttributeError):
+        raise ArtifactError(f"{checkpoint.folder / STATE}: does not say what it was made from") from None
+    refused = [(key, then, now) for key, then, now in differences if not is_allowed(key, allowed)]
+    if refused:
+        words: list[str] = []
+        for key, *_ in refused:
+            if not is_allowed(key, words):
+                words.append(options_behind(key)[0])
         raise ArtifactError(
-            f"{checkpoint.folder} was made from something else (checkpoint -> now):\n{changes_table(differences)}\n"
-            "Put these back to resume it, or choose another output_dir."
+            f"{checkpoint.folder} was made from something else (checkpoint -> now):\n{changes_table(refused)}\n"
+            "Put these back to resume it, choose another output_dir, or go on with the change: "
+            f"'checkpoint.allow_changes=[{', '.join(words)}]'"
         )
+    return changes_table(differences).splitlines()
 
 
 def load_checkpoint(
@@ -143,22 +136,6 @@ def load_checkpoint(
     return checkpoint.step
 
 
-def _step_folders(folder: Path) -> list[Path]:
-    """Return the folders that may be checkpoints, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def _open(folder: Path) -> Checkpoint:
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        return Checkpoint(folder, state | {"step": int(state["step"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{folder / STATE}: cannot be read: {error!r}") from None
-
-
 def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool) -> State:
     """Return Adam's two moments of each trained parameter, named `exp_avg.<parameter>` and so on, whole.
 
@@ -171,7 +148,8 @@ def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, keep: 
             if zero.has_master(parameter):
                 value = zero.whole_moment(parameter, moment)
             else:
-                value = optimizer.state[parameter][moment]
+                begun = optimizer.state.get(parameter, {})  # nothing in it before the first update
+                value = begun[moment] if begun else torch.zeros_like(parameter, dtype=torch.float32)
             if keep:
                 moments[f"{moment}.{name}"] = value.detach().cpu()
     return moments
@@ -183,16 +161,22 @@ def _restore_moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer, c
     shapes = {f"{moment}.{name}": zero.whole_shape(p) for name, p in trained.items() for moment in zero.MOMENTS}
     if {key: tensor.shape for key, tensor in saved.items()} != shapes:
         raise ArtifactError(f"{where}: its tensors are not the moments of what is trained here")
+    for name, tensor in saved.items():
+        if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
+            raise ArtifactError(f"{where}: {name} is not finite in float32")
+        if name.startswith("exp_avg_sq.") and (tensor < 0).any():
+            raise ArtifactError(f"{where}: {name} is a mean of squares and holds negative values")
     moments = {
         parameter: {moment: saved[f"{moment}.{name}"] for moment in zero.MOMENTS} for name, parameter in trained.items()
     }
-    # Each step updates each parameter once, so Adam's own count is the step.
+    # Each step updates each parameter once, but for those that were left out: so many updates Adam has counted.
+    updates = checkpoint.step - checkpoint.skipped
     if any(map(zero.has_master, moments)):
-        zero.write_moments(optimizer, checkpoint.step, moments)
+        zero.write_moments(optimizer, updates, moments)
         return
     for parameter, values in moments.items():
         optimizer.state[parameter] = {
-            "step": torch.tensor(float(checkpoint.step), device=parameter.device),
+            "step": torch.tensor(float(updates), device=parameter.device),
             **{name: value.to(parameter.device, torch.float32, copy=True) for name, value in values.items()},
         }
 

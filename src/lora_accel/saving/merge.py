@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,12 @@ from transformers import AutoTokenizer
 
 from lora_accel.config.schema import ModelSection, QuantizationSection
 from lora_accel.errors import ArtifactError, LoraAccelError
+from lora_accel.faults import reach
 from lora_accel.model.base import load_base_model
-from lora_accel.saving.commit import committed_folder, write_json
+from lora_accel.saving.commit import committed_folder, read_json, write_json
+from lora_accel.saving.history import CONFIG
 from lora_accel.saving.provenance import base_hashes, versions
-from lora_accel.saving.weights import CONFIG, load_adapter, read_adapter
+from lora_accel.saving.weights import load_adapter, read_adapter
 
 MOST_MOVED = 1e-2
 """How far a logit of the merged model may lie from base + adapter, both in float32, as a share of their spread."""
@@ -43,14 +44,15 @@ def merge_adapter(
     """
     adapter, out = Path(adapter), Path(out)
     read_adapter(adapter)
-    made_from = _read_json(adapter / "provenance.json")
-    name = base or (_read_json(adapter / CONFIG) or {}).get("base_model_name_or_path")
+    made_from = read_json(adapter / "provenance.json") if (adapter / "provenance.json").exists() else None
+    name = base or read_json(adapter / CONFIG).get("base_model_name_or_path")
     if not name:
         raise ArtifactError(f"{adapter}: names no base model; say --base")
     _refuse_out(out, {"adapter": adapter, "base": Path(name)}, overwrite=overwrite)
     revision = None if base else (made_from or {}).get("base", {}).get("revision")
     model = load_base_model(ModelSection(name_or_path=name, revision=revision), QuantizationSection())
-    _same_base(made_from, name, revision)
+    weights = base_hashes(name, revision)
+    _same_base(made_from, name, weights)
 
     stored, model = model.dtype, model.float()
     probe = torch.arange(32).remainder(model.config.vocab_size)[None]
@@ -73,12 +75,15 @@ def merge_adapter(
             "logits_moved": moved,
             "dtype": str(stored),
         },
+        "base": {"name_or_path": name, "revision": revision, "sha256": weights},
         "packages": versions(),
+        "num_threads": torch.get_num_threads(),
         "adapter": made_from,
     }
     with committed_folder(out) as temporary:
         merged.config.use_cache = True
         merged.save_pretrained(temporary)
+        reach("merge.mid")
         _tokenizer_of(adapter, name, revision).save_pretrained(temporary)
         write_json(temporary / "provenance.json", provenance)
     return provenance
@@ -95,32 +100,27 @@ def _refuse_out(out: Path, sources: dict[str, Path], *, overwrite: bool) -> None
             raise ArtifactError(f"{out}: holds the {what} itself; choose another folder")
 
 
-def _same_base(made_from: dict[str, Any] | None, name: str, revision: str | None) -> None:
+def _same_base(made_from: dict[str, Any] | None, name: str, found: dict[str, str]) -> None:
     """Refuse another base than the one that the adapter was trained on. A bare PEFT adapter tells nothing of it."""
     if made_from is None:
         return
-    expected, found = made_from["base"]["sha256"], base_hashes(name, revision)
-    if sorted(expected.values()) != sorted(found.values()):
+    try:
+        expected, trained_on = made_from["base"]["sha256"], made_from["base"]["name_or_path"]
+        same = sorted(expected.values()) == sorted(found.values())
+    except (KeyError, TypeError, AttributeError):
+        raise ArtifactError("provenance.json: does not say which base the adapter was trained on") from None
+    if not same:
         raise ArtifactError(
-            f"{name}: its weights are not those that the adapter was trained on "
-            f"({made_from['base']['name_or_path']}); say --base with the right one"
+            f"{name}: its weights are not those that the adapter was trained on ({trained_on}); say --base with the "
+            "right one"
         )
 
 
 def _tokenizer_of(adapter: Path, base: str, revision: str | None) -> Any:
     """Return the adapter's tokenizer, which carries the template of training, or else the base's."""
     if (adapter / "tokenizer_config.json").is_file():
-        return AutoTokenizer.from_pretrained(adapter)
-    return AutoTokenizer.from_pretrained(base, revision=revision)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
+        base, revision = str(adapter), None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path}: should be an object, not a {type(value).__name__}")
-    return value
+        return AutoTokenizer.from_pretrained(base, revision=revision, trust_remote_code=False)
+    except Exception as error:  # tokenizers, in Rust, raises no kind of its own
+        raise ArtifactError(f"{base}: its tokenizer cannot be loaded: {str(error).strip()[:200]}") from None

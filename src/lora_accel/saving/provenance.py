@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,21 @@ HARMLESS = re.compile(
     r"output_dir|model\.(name_or_path|revision|attention|chat_template|trust_remote_code)"
     r"|data\.(train|eval|max_dropped|packing)"
     r"|training\.(epochs|max_steps|warmup_ratio|warmup_steps|batch_size|micro_batch_tokens|micro_batch_size"
-    r"|gradient_accumulation_steps|mixed_precision|activation_checkpointing)"  # the plan holds what they amount to
+    r"|gradient_accumulation_steps|mixed_precision|activation_checkpointing"  # the plan holds what they amount to
+    r"|max_hours|skip_nonfinite)"
     r"|(checkpoint|evaluation|logging)\..*"
 )
+_BATCH = ("training.batch_size", "training.micro_batch_size", "training.gradient_accumulation_steps")
+_LENGTH = ("training.epochs", "training.max_steps")
+# What several options amount to, and the options by which a change of it is allowed.
+DERIVED = {
+    "plan.batch_size": _BATCH,
+    "plan.num_examples": ("data",),
+    "plan.total_steps": (*_LENGTH, *_BATCH, "data"),
+    "plan.warmup_steps": ("training.warmup_ratio", "training.warmup_steps", *_LENGTH, *_BATCH, "data"),
+    "model.weights": ("model.name_or_path", "model.revision"),
+    "model.tokenizer": ("model.name_or_path", "model.revision"),
+}
 
 
 def describe_run(
@@ -67,9 +80,13 @@ def describe_run(
         },
         "tokenizer_sha256": sha256_of_text(tokenizer.backend_tokenizer.to_str()),
         "chat_template_sha256": sha256_of_text(template),
-        "data": [{"path": ledger.path, "sha256": ledger.sha256} for ledger in ledgers],
+        "data": [
+            {"path": ledger.path, "num_files": len(ledger.sha256), "sha256": _hash_of_files(ledger.sha256)}
+            for ledger in ledgers
+        ],
         "seed": config.seed,
         "mixed_precision": precision,
+        "config_sha256": sha256_of_text(json.dumps(config.model_dump(), sort_keys=True)),
         "config": config.model_dump(),
         "plan": plan.as_dict(),
     }
@@ -118,6 +135,20 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, 
     ]
 
 
+def options_behind(key: str) -> tuple[str, ...]:
+    """Return the options of the run config from which the value of a key follows."""
+    return DERIVED.get(key) or (".".join(key.split("[")[0].split(".")[:2]),)  # section.option, whatever stands in it
+
+
+def is_allowed(key: str, allowed: Sequence[str]) -> bool:
+    """Whether `checkpoint.allow_changes` names an option behind a key, a section of it, or something within it."""
+    return any(
+        f"{option}.".startswith(f"{word}.") or f"{word}.".startswith(f"{option}.")
+        for option in options_behind(key)
+        for word in allowed
+    )
+
+
 def changes_table(differences: list[tuple[str, Any, Any]]) -> str:
     """Return the differences as lines `key: checkpoint -> now`."""
     return "\n".join(f"  {key}: {_short(then)} -> {_short(now)}" for key, then, now in differences)
@@ -153,6 +184,11 @@ def sha256_of_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
+def _hash_of_files(hashes: Mapping[str, str]) -> str:
+    """Return one hash for the files of a source: of one file its own, of several that of theirs in their order."""
+    return next(iter(hashes.values())) if len(hashes) == 1 else sha256_of_text("".join(hashes.values()))
+
+
 def _hash_of_weights(file: Path) -> str:
     blob = file.resolve().name
     return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else sha256_of(file)
@@ -163,15 +199,15 @@ def _identity(provenance: Mapping[str, Any]) -> dict[str, Any]:
     flat = {key: value for key, value in _flat(provenance["config"]) if not HARMLESS.fullmatch(key)}
     plan, sources = provenance["plan"], provenance["config"]["data"]["train"]
     flat |= {f"plan.{key}": plan[key] for key in ("batch_size", "total_steps", "warmup_steps", "num_examples")}
-    flat |= {"mixed precision": provenance["mixed_precision"]}
-    flat |= {"base weights": sorted(provenance["base"]["sha256"].values())}
     flat |= {
-        "tokenizer": provenance["tokenizer_sha256"],
-        "chat template": provenance["chat_template_sha256"],
+        "training.mixed_precision": provenance["mixed_precision"],
+        "model.weights": sorted(provenance["base"]["sha256"].values()),
+        "model.tokenizer": provenance["tokenizer_sha256"],
+        "model.chat_template": provenance["chat_template_sha256"],
     }
     for number, (source, data) in enumerate(zip(sources, provenance["data"], strict=False)):
         flat |= {f"data.train[{number}].{k}": v for k, v in source.items() if k != "path"}
-        flat[f"data.train[{number}] bytes"] = list(data["sha256"].values())
+        flat[f"data.train[{number}].bytes"] = data["sha256"]
     return flat
 
 

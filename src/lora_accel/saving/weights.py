@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,14 +12,14 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from lora_accel.errors import ArtifactError
+from lora_accel.faults import reach
 from lora_accel.saving import zero
-from lora_accel.saving.commit import MANIFEST, committed_folder
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+from lora_accel.saving.commit import MANIFEST, committed_folder, write_json
+from lora_accel.saving.foreign import refuse_hostile_config
+from lora_accel.saving.history import CONFIG, WEIGHTS
 
 State = dict[str, torch.Tensor]
 
@@ -59,14 +58,16 @@ def load_adapter(base: torch.nn.Module, folder: str | Path, *, trainable: bool =
     """Put a saved adapter on a base model, every tensor accounted for.
 
     Raises:
-        ArtifactError: the folder holds no adapter, or its tensors are not those that this base expects.
+        ArtifactError: the folder holds no adapter, its config is out of bounds (foreign.py), or its tensors are not
+            those that this base expects.
     """
     read_adapter(Path(folder))
+    refuse_hostile_config(Path(folder) / CONFIG, [name for name, _ in base.named_modules()])
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not trainable
         model: PeftModel = get_peft_model(base, config, autocast_adapter_dtype=True)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # PEFT and torch raise many kinds at what a config may say
         raise ArtifactError(f"{folder}: does not fit this base: {_first_line(error)}") from None
     # PEFT's own from_pretrained would load base tensors that stand in the file over the base, and tell afterwards.
     restore_adapter(model, Path(folder))
@@ -139,12 +140,12 @@ def write_adapter(model: PeftModel, state: State, folder: Path, *, bias: str | N
     saved = _peft_state(model, state)
     if len(saved) != len(state):
         raise ArtifactError(f"{folder}: PEFT saves {len(saved)} of {len(state)} tensors of this adapter")
-    save_file(saved, folder / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS, saved)
 
     config = model.active_peft_config.to_dict()
     config |= {"inference_mode": True, "bias": bias or config["bias"]}
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, dict(sorted(config.items())))
 
     written = read_adapter(folder)
     if written.keys() != saved.keys() or any(not torch.equal(written[name], saved[name]) for name in saved):
@@ -161,6 +162,17 @@ def read_adapter(folder: Path) -> State:
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder}: no {name} in it, so it is no adapter")
     return read_tensors(folder / WEIGHTS)
+
+
+def write_tensors(path: Path, tensors: State) -> None:
+    """Write a safetensors file. Its bytes are made first: an adapter is small, and a full disk is then an OSError."""
+    data = memoryview(save(tensors, metadata={"format": "pt"}))
+    half = len(data) // 2
+    with path.open("wb") as file:
+        file.write(data[:half])
+        file.flush()
+        reach("save.mid_file")
+        file.write(data[half:])
 
 
 def read_tensors(path: Path) -> State:
@@ -289,6 +301,8 @@ def _same_keys(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Ten
             raise ArtifactError(
                 f"{where}: {name} has shape {tuple(tensor.shape)}, the model expects {tuple(expected[name])}"
             )
+        if not tensor.dtype.is_floating_point:
+            raise ArtifactError(f"{where}: {name} holds {tensor.dtype}, not floating point")
         if not torch.isfinite(tensor).all():
             raise ArtifactError(f"{where}: {name} holds values that are not finite")
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 
 from lora_accel.config.plan import Plan, derive
 from lora_accel.config.schema import TrainingSection
-from lora_accel.errors import TrainingError
+from lora_accel.errors import Interrupted, TrainingError
+from lora_accel.faults import reach
 from lora_accel.training.loss import summed_token_loss
 from lora_accel.training.metrics import Metrics
 from lora_accel.training.optimizer import learning_rate, set_learning_rate
+from lora_accel.training.stopping import Stop
 
 
 class StepBatch(Protocol):
@@ -30,6 +33,8 @@ class StepBatch(Protocol):
     def num_tokens(self) -> int: ...
     @property
     def num_supervised_tokens(self) -> int: ...
+    @property
+    def rows(self) -> str: ...
 
 
 class TokenKeys(Protocol):
@@ -54,9 +59,11 @@ class Run:
     batch_of: Callable[[int], StepBatch]
     """The 0-based step's batch on this rank."""
     evaluate: Callable[[], dict[str, Any]]
-    save: Callable[[int], None]
-    """Save a checkpoint after so many steps; every rank calls it."""
+    save: Callable[[int, int], None]
+    """Save a checkpoint after so many steps, so many of them skipped; every rank calls it."""
     metrics: Metrics
+    stop: Stop
+    """Whether this rank has been asked to stop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,31 +74,59 @@ class StepResult:
     """Mean per supervised token, before the update."""
     grad_norm: float
     learning_rate: float
+    stops: bool
+    """Whether any rank has been asked to stop."""
     batch: StepBatch
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the update was made: loss and gradient norm are finite."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
-def train(run: Run, start: int) -> None:
-    """Make the steps from `start` (0-based) to the plan's last. A resumed run takes the same road as a fresh one."""
+
+def train(run: Run, start: int, skipped: int = 0) -> None:
+    """Make the steps from `start` (0-based) to the plan's last. A resumed run takes the same road as a fresh one.
+
+    Args:
+        skipped: how many of the steps before `start` were not finite and left out.
+
+    Raises:
+        TrainingError: one more step than `training.skip_nonfinite` is not finite; the weights are as before it.
+        Interrupted: a rank was asked to stop; a checkpoint is saved.
+    """
+    # A step is saved before it is evaluated, so that nothing is lost meanwhile; who goes on from it evaluates first.
+    evaluate_if_due(run, start)
     run.model.train()
     for step in range(start, run.plan.total_steps):
         result = train_step(run, step)
         done = step + 1
         run.metrics.count(done, result)
-        if run.plan.logs_after(done):
+        if not result.is_finite:
+            skipped += 1
+            skip(run, done, result, skipped)
+        elif run.plan.logs_after(done):
             run.metrics.log_step(done, result)
-        if run.plan.evaluates_after(done):
-            run.metrics.log_evaluation(done, run.evaluate())
-            run.model.train()
-        if run.plan.saves_after(done):
-            run.save(done)
+        if run.plan.saves_after(done) or result.stops:
+            run.save(done, skipped)
+        if result.stops:
+            raise interrupted(run, done)
+        evaluate_if_due(run, done)
+
+
+def evaluate_if_due(run: Run, done: int) -> None:
+    """Evaluate after `done` steps if the plan says so."""
+    if run.plan.evaluates_after(done):
+        reach("evaluate.begin")
+        run.metrics.log_evaluation(done, run.evaluate())
+        run.model.train()
 
 
 def train_step(run: Run, step: int) -> StepResult:
     """Make one optimizer step in which every supervised token of every rank weighs the same.
 
-    Raises:
-        TrainingError: the loss or the gradient is not finite; the weights are as before the step.
+    If loss or gradient norm is not finite, on whatever rank, the weights stay as they were.
     """
+    reach("step.begin")
     accelerator, batch = run.accelerator, run.batch_of(step)
     rate = learning_rate(step, run.training, run.plan)
     set_learning_rate(run.optimizer, rate)
@@ -112,15 +147,49 @@ def train_step(run: Run, step: int) -> StepResult:
             loss = summed_token_loss(run.model, micro_batch)
             accelerator.backward(loss * weight)
             loss_sum += loss.detach()  # stays on the device: no synchronisation per micro-batch
+    reach("step.after_backward")
     norm = accelerator.clip_grad_norm_(run.trainable, run.training.max_grad_norm)
-    # The one synchronisation of the step: nothing may be updated before both are known to be finite. (A DeepSpeed
-    # engine has clipped and stepped within the last backward; it makes no step with a gradient that is not finite.)
-    norm = torch.as_tensor(norm, dtype=loss_sum.dtype, device=loss_sum.device)
-    loss, norm = torch.stack([accelerator.reduce(loss_sum), norm]).tolist()
-    loss /= batch.num_supervised_tokens
+    # The one synchronisation of the step: nothing may be updated before loss and norm are known to be finite. (A
+    # DeepSpeed engine has clipped and stepped within the last backward; it makes no step with a gradient that is not.)
+    # A rank's wish to stop travels with its loss, so that all stop after the same step at no further cost.
+    asked = torch.full_like(loss_sum, run.stop.cause() is not None)
+    sums = accelerator.reduce(torch.stack([loss_sum, asked]))
+    norm = torch.as_tensor(norm, dtype=sums.dtype, device=sums.device)
+    loss, stops, norm = torch.cat([sums, norm[None]]).tolist()
 
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise TrainingError(f"step {step + 1}: loss {loss}, gradient norm {norm} at learning rate {rate:.3g}")
-    run.optimizer.step()
+    result = StepResult(loss / batch.num_supervised_tokens, norm, rate, stops > 0, batch)
+    if result.is_finite:
+        run.optimizer.step()
     run.optimizer.zero_grad()
-    return StepResult(loss=loss, grad_norm=norm, learning_rate=rate, batch=batch)
+    reach("step.after_optimizer")
+    return result
+
+
+def skip(run: Run, done: int, result: StepResult, skipped: int) -> None:
+    """Note a step that was left out.
+
+    Raises:
+        TrainingError: it is one more than `training.skip_nonfinite`.
+    """
+    rate, allowed = result.learning_rate, run.training.skip_nonfinite
+    what = f"step {done}: loss {result.loss}, gradient norm {result.grad_norm} at learning rate {rate:.3g}"
+    if skipped > allowed:
+        raise TrainingError(
+            f"{what}, on the rows {result.batch.rows}. The weights are as before this step and the newest checkpoint "
+            "is kept; look at these rows, lower training.learning_rate in another output_dir, or leave such steps out "
+            f"with training.skip_nonfinite={skipped}"
+        )
+    values = {"loss": str(result.loss), "grad_norm": str(result.grad_norm), "rows": result.batch.rows}
+    run.metrics.log_event(done, "skipped", learning_rate=rate, **values)
+    run.metrics.say(f"{what}: left out ({skipped} of {allowed} that training.skip_nonfinite allows)")
+
+
+def interrupted(run: Run, done: int) -> Interrupted:
+    """Return the error that ends a run which was asked to stop, the same on every rank."""
+    causes = {rank: cause for rank, cause in enumerate(gather_object([run.stop.cause()])) if cause is not None}
+    rank, cause = next(iter(causes.items()))
+    run.metrics.log_event(done, "stopped", cause=cause)
+    return Interrupted(
+        f"stopped by {cause} (rank {rank}) after step {done}; a checkpoint is saved, and the same command goes on",
+        exit_code=128 + (signal.SIGINT if cause == "SIGINT" else signal.SIGTERM),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from lora_accel.config.plan import Plan
+from lora_accel.saving.commit import write_bytes
 
 if TYPE_CHECKING:
     from lora_accel.training.loop import StepResult
@@ -33,7 +35,7 @@ class Metrics:
         self._main = accelerator.is_main_process
         self._path = folder / "metrics.jsonl"
         if self._main:
-            keep_until(self._path, start)
+            keep_until(self._path, start, again=plan.evaluates_after(start))
         self._bar = tqdm(
             total=plan.total_steps,
             initial=start,
@@ -96,12 +98,17 @@ class Metrics:
         if self._main:
             self._bar.write(text)
 
+    def sync(self) -> None:
+        """Bring the log to the disk, so that it is never behind a checkpoint."""
+        if self._main:
+            with self._path.open("ab") as file:
+                os.fsync(file.fileno())
+
     def close(self) -> None:
         """End the bar and the trackers."""
         self._bar.close()
-        for (
-            tracker
-        ) in self._accelerator.trackers:  # end_training would end the process group too, for whoever comes next
+        # end_training would end the process group too, for whoever comes next.
+        for tracker in self._accelerator.trackers:
             tracker.finish()
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -124,21 +131,25 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and a torn last one: the run goes on from there and writes them again."""
+def keep_until(path: Path, step: int, *, again: bool = False) -> None:
+    """Drop the lines after `step`, and a torn last one: the run goes on from there and writes them again.
+
+    Args:
+        again: whether `step` itself will be evaluated again.
+    """
     if not path.exists():
         return
     kept = []
     for text in path.read_bytes().split(b"\n"):  # bytes: a line may be torn within a character
         try:
             line = json.loads(text)
-        except ValueError:
+            evaluated = line["kind"] == "eval" or line.get("event") == "reply"
+            keep = line["step"] < step + (not (again and evaluated))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
-        if line["step"] <= step:
+        if keep:
             kept.append(text + b"\n")
-    beside = path.with_suffix(".jsonl.tmp")
-    beside.write_bytes(b"".join(kept))
-    beside.replace(path)
+    write_bytes(path, b"".join(kept))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

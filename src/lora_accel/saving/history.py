@@ -1,0 +1,185 @@
+"""The checkpoints of a run: which there are, which one it goes on from, which stay. Reads no tensors."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_accel.errors import ArtifactError
+from lora_accel.saving.commit import MANIFEST, read_json, remove_folder, sha256_of, why_invalid
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+FILES = (WEIGHTS, CONFIG, OPTIMIZER, STATE)
+"""What a checkpoint holds beside its manifest."""
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint on disk whose manifest holds."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Return how many steps were done."""
+        return int(self.state["step"])
+
+    @property
+    def skipped(self) -> int:
+        """Return how many of them were left out, their loss not being finite."""
+        return int(self.state["skipped"])
+
+
+class Found(NamedTuple):
+    """What a run goes on from, and what of its own folder has to step aside."""
+
+    checkpoint: Checkpoint | None
+    """None = it begins afresh."""
+    begun_from: str | None
+    """Hash of the manifest of the checkpoint that `checkpoint.resume` named, now or when the run began."""
+    damaged: dict[Path, str]
+    """Newer ones that cannot be used, with the reason."""
+    superseded: list[Path]
+    """Newer ones that do not descend from the one that is named."""
+
+
+def find_checkpoint(folder: Path, resume: str) -> Found:
+    """Find what to go on from. Changes nothing.
+
+    A named checkpoint says where the run begins. Once it has checkpoints that descend from it, it goes on from these:
+    the same command resumes.
+
+    Args:
+        folder: the run's checkpoints.
+        resume: auto = the newest valid one | never | a checkpoint folder.
+
+    Raises:
+        ArtifactError: the named one cannot be used, every one is damaged, or `never` meets a folder that has some.
+    """
+    own = step_folders(folder)
+    if resume == "never" and own:
+        raise ArtifactError(
+            f"checkpoint.resume=never, but {folder} holds {len(own)} checkpoints; "
+            "choose another output_dir, or delete them"
+        )
+    named = None if resume in ("auto", "never") else _named(Path(resume))
+    begun_from = None if named is None else sha256_of(named.folder / MANIFEST)
+    found = Found(named, begun_from, {}, [])
+    for candidate in reversed(own):
+        if named is not None and _step_of(candidate) <= named.step:
+            break
+        reason = why_invalid(candidate, required=FILES)
+        if reason is not None:
+            found.damaged[candidate] = reason
+            continue
+        checkpoint = _open(candidate)
+        if named is None:
+            return found._replace(checkpoint=checkpoint, begun_from=checkpoint.state.get("begun_from"))
+        if checkpoint.state.get("begun_from") == begun_from:
+            return found._replace(checkpoint=checkpoint)
+        found.superseded.append(candidate)
+    set_aside = sorted(folder.glob("corrupt-step-*")) if folder.is_dir() else []
+    if named is None and (found.damaged or set_aside):
+        lines = [f"{path.name}: {reason}" for path, reason in found.damaged.items()]
+        raise ArtifactError(
+            f"{folder}: every checkpoint is damaged, and beginning afresh would write over them; choose another "
+            "output_dir, or move them away\n"
+            + "\n".join(f"  {line}" for line in [*lines, *(p.name for p in set_aside)])
+        )
+    return found
+
+
+def step_aside(found: Found) -> list[str]:
+    """Rename what a run cannot go on from, so that nothing is written over it; return what was done."""
+    damaged = [
+        f"passed over a damaged checkpoint: {path.name}: {reason}; it is kept as {_renamed(path, 'corrupt')}"
+        for path, reason in found.damaged.items()
+    ]
+    superseded = [
+        f"{path.name} does not descend from the named checkpoint; it is kept as {_renamed(path, 'superseded')}"
+        for path in found.superseded
+    ]
+    return damaged + superseded
+
+
+def prune(folder: Path, keep_last: int, spare: str = "") -> None:
+    """Delete all but the newest so many checkpoints. What looks like no whole one is neither counted nor touched."""
+    whole = [path for path in step_folders(folder) if why_invalid(path, required=FILES, hashes=False) is None]
+    for old in whole[:-keep_last]:
+        if not spare or old.resolve() != Path(spare).resolve():
+            remove_folder(old)
+
+
+class Listed(NamedTuple):
+    """What is told of a checkpoint folder."""
+
+    name: str
+    step: int
+    age_seconds: float
+    bytes: int
+    reason: str | None
+    """Why it cannot be used; None = it can."""
+
+
+def list_checkpoints(run: Path, *, hashes: bool) -> list[Listed]:
+    """List a run's checkpoints, oldest first, those set aside last.
+
+    Args:
+        hashes: whether every byte is read and compared.
+
+    Raises:
+        ArtifactError: there is no such run.
+    """
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        raise ArtifactError(f"{run}: has no checkpoints/ in it; give the output_dir of a run")
+    aside = sorted(path for path in folder.iterdir() if re.fullmatch(r"(corrupt|superseded)-step-\d{8,}.*", path.name))
+    listed = []
+    for path in [*step_folders(folder), *aside]:
+        reason = why_invalid(path, required=FILES, hashes=hashes)
+        if path in aside:
+            reason = f"set aside{'' if reason is None else f': {reason}'}"
+        size = sum(file.lstat().st_size for file in path.iterdir())
+        step = int(re.sub(r".*step-(\d+).*", r"\1", path.name))
+        listed.append(Listed(path.name, step, time.time() - path.stat().st_mtime, size, reason))
+    return listed
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Return the folders that may be checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _renamed(path: Path, prefix: str) -> str:
+    free = (path.with_name(f"{prefix}-{path.name}{again}") for again in ("", *(f"-{n}" for n in range(2, 10**6))))
+    target = next(target for target in free if not target.exists())
+    path.rename(target)
+    return target.name
+
+
+def _named(folder: Path) -> Checkpoint:
+    if not folder.is_dir():
+        raise ArtifactError(f"checkpoint.resume: {folder} is no folder; say auto, never, or a folder of checkpoints/")
+    if reason := why_invalid(folder, required=FILES):
+        raise ArtifactError(f"checkpoint.resume: {folder} cannot be used: {reason}")
+    return _open(folder)
+
+
+def _open(folder: Path) -> Checkpoint:
+    state = read_json(folder / STATE)
+    step, skipped = state.get("step"), state.get("skipped", 0)
+    if type(step) is not int or type(skipped) is not int or not 0 <= skipped <= step or step == 0:
+        raise ArtifactError(f"{folder / STATE}: step={step!r} and skipped={skipped!r} are no counts of steps")
+    return Checkpoint(folder, state | {"skipped": skipped})

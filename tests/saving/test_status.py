@@ -1,0 +1,83 @@
+"""status.json says whether a run lives, how far it came, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_accel.errors import Interrupted, TrainingError
+from lora_accel.saving.status import running
+
+
+def read(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / "status.json").read_text())
+    return values
+
+
+def fail_in(
+    folder: Path, error: BaseException, *, enabled: bool = True, spoil: Callable[[Path], None] | None = None
+) -> None:
+    """Come to step 2, and fail."""
+    with running(folder, 0, None, pids=[1], enabled=enabled) as note:
+        note(2, folder / "step-00000002")
+        if spoil is not None:
+            spoil(folder)
+        raise error
+
+
+def test_a_run_is_running_then_done(tmp_path: Path) -> None:
+    with running(tmp_path, 0, None, pids=[os.getpid(), 7], enabled=True) as note:
+        expected = {"state": "running", "step": 0, "checkpoint": None}
+        assert read(tmp_path) == expected | {"pids": [os.getpid(), 7], "host": socket.gethostname()}
+        note(3, tmp_path / "checkpoints" / "step-00000003")
+        told = read(tmp_path)
+        assert (told["state"], told["step"]) == ("running", 3)
+        assert told["checkpoint"] == str(tmp_path / "checkpoints" / "step-00000003")
+    assert read(tmp_path) == told | {"state": "done"}
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_a_resumed_run_tells_its_checkpoint_from_the_beginning(tmp_path: Path) -> None:
+    with running(tmp_path, 4, tmp_path / "step-00000004", pids=[1], enabled=True):
+        told = read(tmp_path)
+        assert (told["step"], told["checkpoint"]) == (4, str(tmp_path / "step-00000004"))
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (Interrupted("stopped", 143), "preempted"),
+        (KeyboardInterrupt(), "preempted"),
+        (TrainingError("loss nan"), "failed"),
+        (ValueError("a bug"), "failed"),
+        (SystemExit(1), "failed"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else value,
+)
+def test_a_run_that_ends_early_tells_how_and_keeps_its_error(tmp_path: Path, error: BaseException, state: str) -> None:
+    with pytest.raises(type(error)) as caught:
+        fail_in(tmp_path, error)
+    assert caught.value is error
+    told = read(tmp_path)
+    assert (told["state"], told["step"], told["checkpoint"]) == (state, 2, str(tmp_path / "step-00000002"))
+
+
+def test_a_status_that_cannot_be_written_does_not_hide_the_error(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(TrainingError, match="loss nan"):
+        fail_in(tmp_path / "run", TrainingError("loss nan"), spoil=shutil.rmtree)
+
+
+def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path: Path) -> None:
+    with running(tmp_path, 0, None, pids=[1], enabled=False) as note:
+        note(3, None)
+    with pytest.raises(ValueError, match="a bug"):
+        fail_in(tmp_path, ValueError("a bug"), enabled=False)
+    assert not any(tmp_path.iterdir())

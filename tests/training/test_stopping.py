@@ -1,0 +1,159 @@
+"""A signal only sets a word; what was there before is put back; whoever cannot wait presses Ctrl-C twice."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from lora_accel.training import stopping
+from lora_accel.training.stopping import SIGNALS, Stop, listening
+from tests.conftest import ROOT
+
+TAKEN = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+@pytest.fixture(autouse=True)
+def _own_handlers() -> Iterator[None]:
+    """Each test begins with handlers that do nothing, even where pytest itself runs under nohup; its own come back."""
+    before = {number: signal.signal(number, lambda *_: None) for number in TAKEN}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def send(number: int) -> None:
+    """Send this very process a signal, and let Python take it."""
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)
+
+
+def test_nothing_is_asked_as_long_as_nothing_comes() -> None:
+    with listening(None) as stop:
+        assert stop.cause() is None
+
+
+@pytest.mark.parametrize("number", TAKEN, ids=lambda number: number.name)
+def test_a_signal_is_the_cause_by_its_name(number: signal.Signals) -> None:
+    with listening(None) as stop:
+        send(number)
+        assert stop.cause() == number.name
+        assert stop.cause() == number.name, "it stays"
+
+
+def test_the_first_cause_stays() -> None:
+    with listening(1e-9) as stop:
+        send(signal.SIGUSR1)
+        send(signal.SIGTERM)
+        send(signal.SIGINT)
+        assert stop.cause() == "SIGUSR1"
+
+
+def test_one_ctrl_c_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal sends it to all processes, and a launcher passes its own on."""
+    monkeypatch.setattr(stopping, "TWICE_SECONDS", 0.3)
+    with listening(None) as stop:
+        try:
+            for _ in range(3):
+                send(signal.SIGINT)
+        except KeyboardInterrupt:
+            pytest.fail("taken for a second one")
+        assert stop.cause() == "SIGINT"
+        time.sleep(0.35)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_a_launcher_passes_a_ctrl_c_on_within_a_second() -> None:
+    assert 0.5 <= stopping.TWICE_SECONDS <= 2
+
+
+def test_other_signals_may_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler repeats itself; only a person aborts."""
+    monkeypatch.setattr(stopping, "TWICE_SECONDS", 0.0)
+    with listening(None) as stop:
+        for _ in range(3):
+            send(signal.SIGTERM)
+        assert stop.cause() == "SIGTERM"
+
+
+@pytest.mark.parametrize("error", [None, ValueError("a bug"), KeyboardInterrupt()], ids=["end", "error", "abort"])
+def test_handlers_are_put_back(error: BaseException | None) -> None:
+    taken = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: taken.append(number))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    with contextlib.suppress(ValueError, KeyboardInterrupt), listening(None) as stop:
+        during = {number: signal.getsignal(number) for number in SIGNALS}
+        if error is not None:
+            raise error
+    assert all(during[number] == stop.take for number in SIGNALS)
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
+    send(signal.SIGUSR1)
+    assert taken == [signal.SIGUSR1]
+    assert stop.cause() is None
+
+
+def test_outside_of_the_block_a_signal_kills_as_ever() -> None:
+    code = (
+        "import os, signal\n"
+        "from lora_accel.training.stopping import listening\n"
+        "with listening(None) as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print(stop.cause(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "print('not dead')\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (ran.returncode, ran.stdout) == (-signal.SIGTERM, "SIGTERM\n"), ran.stderr
+
+
+def test_a_hangup_that_nohup_wants_unheard_stays_unheard() -> None:
+    code = (
+        "import os, signal\n"
+        "from lora_accel.training.stopping import listening\n"
+        "with listening(None) as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    print(stop.cause())\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\n"
+        "print('alive')\n"
+    )
+    command = ["nohup", sys.executable, "-c", code]
+    ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "None\nalive\n"), ran.stderr
+
+
+def test_the_hours_end() -> None:
+    stop = Stop(max_hours=1.0 / 3600)
+    time.sleep(0.1)
+    assert stop.cause() is None
+    time.sleep(1.0)
+    assert stop.cause() == "training.max_hours"
+    assert Stop(max_hours=None).cause() is None
+    assert Stop(max_hours=1.0).cause() is None
+
+
+def test_in_another_thread_only_the_hours_count() -> None:
+    """Python allows handlers in the main thread alone."""
+    causes: list[object] = []
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def work() -> None:
+        try:
+            with listening(1e-12) as stop:
+                causes.append(stop.cause())
+                causes.append({number: signal.getsignal(number) for number in SIGNALS} == before)
+        except BaseException as error:
+            causes.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert causes == ["training.max_hours", True]
