@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from lora_accel.config.schema import ModelSection, QuantizationSection
@@ -31,7 +34,7 @@ def load_tokenizer(section: ModelSection) -> Any:
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers, in Rust, raises no kind of its own
         raise ArtifactError(_not_loaded(section, "tokenizer", error)) from None
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.unk_token_id:
         if tokenizer.eos_token is None:
@@ -87,7 +90,7 @@ def load_base_model(
         device: where a quantised model is put; one that is not quantised stays on the CPU for `prepare`.
 
     Raises:
-        ArtifactError: there is no such model, or its files cannot be read.
+        ArtifactError: there is no such model, or its files cannot be read or lie elsewhere.
         ConfigError: the attention implementation or the quantisation is not to be had here.
     """
     dtype = choose_dtype(section, mixed_precision)
@@ -97,6 +100,7 @@ def load_base_model(
     if quantization.bits is not None:
         options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
         options["device_map"] = {"": device or torch.device("cpu")}
+    refuse_index_that_leaves(Path(section.name_or_path))
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             section.name_or_path,
@@ -106,11 +110,27 @@ def load_base_model(
         )
     except (ImportError, ValueError) as error:
         raise ConfigError(_not_loaded(section, "model", error)) from None
-    except OSError as error:
+    except (OSError, SafetensorError, UnpicklingError) as error:
         raise ArtifactError(_not_loaded(section, "model", error)) from None
     model.config.use_cache = False
     model.requires_grad_(False)
     return model
+
+
+def refuse_index_that_leaves(folder: Path) -> None:
+    """Refuse weights whose index names files outside their own folder: transformers would read these.
+
+    Raises:
+        ArtifactError: it does, or is no index.
+    """
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ArtifactError(f"{index}: is no index of weights") from None
+        for file in files:
+            if not isinstance(file, str) or file != Path(file).name:
+                raise ArtifactError(f"{index}: names {file!r}, which is outside its folder")
 
 
 def _bitsandbytes_config(quantization: QuantizationSection, dtype: torch.dtype | str) -> BitsAndBytesConfig:
