@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from lora_accel.console import hush_libraries, print_table, run_command
-from lora_accel.errors import ConfigError
+from lora_accel.errors import ConfigError, LoraAccelError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -149,6 +149,53 @@ def evaluate(
         for s in scores
     ]
     print_table("evaluation", rows, heads=("model", "loss", "exact match"))
+
+
+@app.command()
+def checkpoints(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder (output_dir).")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare its hash.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the checkpoints of a run: step, age, size, and whether each can be used."""
+    from lora_accel.saving.history import list_checkpoints
+
+    listed = list_checkpoints(run, hashes=verify)
+    if as_json:
+        print(json.dumps([entry._asdict() for entry in listed], indent=2))
+        return
+    rows = [
+        (e.name, str(e.step), f"{e.age_seconds / 3600:,.1f} h", f"{e.bytes / 1e6:,.1f} MB", e.reason or "valid")
+        for e in listed
+    ]
+    print_table(str(run), rows, heads=("checkpoint", "step", "age", "size", "bytes and hashes" if verify else "state"))
+
+
+@app.command(name="verify-resume")
+def verify_resume(
+    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="Run config, YAML.")],
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each run.")] = 4,
+    launcher: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="WORDS", help="How runs are started: 'accelerate launch --config_file FILE', say."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Prove on this machine that a killed run goes on exactly: train, train again with a SIGKILL half-way, compare."""
+    from lora_accel.verify import verify_resume as verify
+
+    verdict = verify(config, overrides or [], steps=steps, launcher=launcher)
+    equal = not verdict.differences
+    if as_json:
+        print(json.dumps({"equal": equal, **verdict._asdict(), "folder": str(verdict.folder)}, indent=2))
+    elif equal:
+        print(f"equal to the last bit: {verdict.steps} steps straight, and with a SIGKILL after {verdict.killed_after}")
+    if not equal:
+        raise LoraAccelError(
+            f"the resumed run differs from the straight one (straight -> resumed); both are in {verdict.folder}\n"
+            + "\n".join(f"  {line}" for line in verdict.differences)
+        )
 
 
 if __name__ == "__main__":
