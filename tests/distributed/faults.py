@@ -1,6 +1,6 @@
 """Launched by tests: train, and let one thing go wrong on rank 1.
 
-accelerate launch … tests/distributed/faults.py raise|kill|user|nan|differ CONFIG
+accelerate launch … tests/distributed/faults.py raise|kill|user|nan|differ CONFIG [section.key=value …]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from lora_accel import train
-from lora_accel.errors import DataError, TrainingError
+from lora_accel.errors import DataError
 from lora_accel.launch import leave
 from lora_accel.saving.weights import gather_adapter
 from lora_accel.training import loop
@@ -22,21 +22,20 @@ BAD_STEP = 2
 train_step, summed_token_loss, prepare_data = loop.train_step, loop.summed_token_loss, train.prepare_data
 
 
-def main(fault: str, config: str) -> int:
+def main(fault: str, config: str, *words: str) -> int:
     """Train until it goes wrong."""
-    at_fault = os.environ["RANK"] == "1"
+    at_fault = os.environ.get("RANK", "1") == "1"  # or alone
     bad = False
 
     def step_with_fault(run: loop.Run, step: int) -> loop.StepResult:
         nonlocal bad
         bad = at_fault and step + 1 == BAD_STEP
-        try:
-            return train_step(run, step)
-        except TrainingError:  # what did the step leave of the weights?
+        result = train_step(run, step)
+        if not result.is_finite:  # what did the step leave of the weights?
             state = gather_adapter(run.accelerator, run.model)
             if run.accelerator.is_main_process:
                 save_file(state, run.accelerator.project_dir + "/after.safetensors")
-            raise
+        return result
 
     def loss_with_fault(model: Any, batch: Any) -> Any:
         loss = summed_token_loss(model, batch)
@@ -53,8 +52,8 @@ def main(fault: str, config: str) -> int:
 
     loop.train_step, loop.summed_token_loss, train.prepare_data = step_with_fault, loss_with_fault, data_with_fault
     differs = ["seed=1", "data.max_length=100"] if at_fault and fault == "differ" else []
-    return train.main(["--config", config, *differs])
+    return train.main(["--config", config, *words, *differs])
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1], sys.argv[2]))
+    leave(main(*sys.argv[1:]))

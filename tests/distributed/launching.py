@@ -21,7 +21,7 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def start(*words: str | Path, preset: str = "cpu_ddp") -> subprocess.Popen[str]:
+def start(*words: str | Path, preset: str = "cpu_ddp", **environment: str) -> subprocess.Popen[str]:
     """Start `accelerate launch` with a preset; then come its further options, a script or -m module, and its words."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", PRESETS / f"{preset}.yaml"]
     return subprocess.Popen(
@@ -29,7 +29,7 @@ def start(*words: str | Path, preset: str = "cpu_ddp") -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)} | environment,
         cwd=ROOT,
     )
 

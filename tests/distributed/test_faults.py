@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from lora_accel.config.schema import RunConfig
 from lora_accel.saving.commit import why_invalid
-from tests.distributed.launching import TRAIN, launch
+from tests.conftest import read_metrics
+from tests.distributed.launching import TRAIN, finish, free_port, launch, start
 
 pytestmark = pytest.mark.distributed
 
@@ -107,6 +108,37 @@ def test_no_backend_steps_with_a_gradient_that_is_not_finite(
     assert len(before) == len(after) > 0
     for name, tensor in after.items():
         assert torch.equal(tensor, before[name.replace(".default", "")]), f"{name}: the step was made"
+
+
+def test_a_step_that_is_not_finite_is_left_out_alike_on_every_backend(
+    make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path
+) -> None:
+    """Skipped, counted, and gone on from: Adam has then seen one update less than there were steps."""
+    config = make_config(
+        checkpoint={"every_steps": 1}, training={"warmup_steps": 0, "skip_nonfinite": 1, "learning_rate": 1e-3}
+    )
+    file, lines = config_file(config), {}
+    for preset in ("cpu", "cpu_ddp", "cpu_zero2", "cpu_zero3"):
+        run = tmp_path / preset
+        for fault, fails in (("step.begin@5=kill", True), ("", False)):
+            launcher = start(
+                *("--main_process_port", free_port(), "tests/distributed/faults.py", "nan" if fails else "none", file),
+                f"output_dir={run}",
+                preset=preset,
+                LORA_ACCEL_FAULT=fault,
+            )
+            ran = finish(launcher)
+            assert (ran.returncode != 0) == fails, ran.stderr[-3000:]
+        (skipped,) = (line for line in read_metrics(run, "event") if line["event"] == "skipped")
+        assert (skipped["step"], skipped["loss"]) == (2, "nan")
+        assert "rows.jsonl, rows " in skipped["rows"]
+        assert json.loads((run / "checkpoints" / "step-00000006" / "state.json").read_text())["skipped"] == 1
+        lines[preset] = read_metrics(run)
+        assert [line["step"] for line in lines[preset]] == [1, 3, 4, 5, 6]
+    for preset, found in lines.items():
+        for line, expected in zip(found, lines["cpu"], strict=True):
+            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5), (preset, line["step"])
+            assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5), (preset, line["step"])
 
 
 def test_a_wrong_config_is_told_once(

@@ -1,0 +1,53 @@
+"""What tests with several processes share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+
+import pytest
+
+from lora_accel.config.schema import RunConfig
+from tests.distributed.disturbed import Runs
+from tests.distributed.forked import Forks, ops_are_built
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Forks:
+    """Training processes that start fast."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    ops_are_built()
+    return Forks(tmp_path_factory.mktemp("forks"))
+
+
+@pytest.fixture(scope="session")
+def shared_runs() -> dict[str, Runs]:
+    """Place for the one command that tests disturb."""
+    return {}
+
+
+@pytest.fixture
+def runs(
+    forks: Forks,
+    shared_runs: dict[str, Runs],
+    make_config: Callable[..., RunConfig],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Runs:
+    """A run of six steps that saves after each and evaluates after every second one."""
+    if not shared_runs:
+        folder = tmp_path_factory.mktemp("kills")
+        config = make_config(
+            output_dir=str(folder / "run"),
+            checkpoint={"every_steps": 1},
+            data={"eval_fraction": 0.1},
+            evaluation={"every_steps": 2},
+            training={"max_steps": 6, "epochs": 2},
+        )
+        rows = folder / "rows.jsonl"
+        shutil.copy(config.data.train[0].path, rows)  # the fixture's own file goes with its test
+        values = config.model_dump()
+        values["data"]["train"][0]["path"] = str(rows)
+        config = RunConfig.model_validate(values)
+        shared_runs["only"] = Runs(forks, config, folder)
+    return shared_runs["only"]

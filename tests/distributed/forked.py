@@ -1,0 +1,162 @@
+"""Start training processes without the seconds that imports take: forks of a process that has imported everything.
+
+A fork gets the very environment that `accelerate launch` gives to its processes (asked once for each preset), runs
+the very `lora_accel.train.main`, and dies a real death. What a launcher does besides, `finish` does: when one has
+failed, it ends the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from tests.distributed.launching import free_port, launch
+
+PRELOAD = ["lora_accel.train", "lora_accel.saving.checkpoint", "lora_accel.saving.merge", "lora_accel.training.loop"]
+PRELOAD += ["lora_accel.data.dataset", "lora_accel.data.batches", "lora_accel.model.adapter", "deepspeed", "pandas"]
+DUMP = "import json, os; print('ENV' + json.dumps(dict(os.environ)))"
+
+
+class Forks:
+    """Runs of one test module. Use it as a context."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._environments: dict[str, dict[str, str]] = {}
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOAD)
+
+    def environment(self, preset: str, *options: str) -> dict[str, str]:
+        """Return what `accelerate launch` with this preset and options sets for its first process; asked once."""
+        if preset not in self._environments:
+            script = self._folder / "dump.py"
+            script.write_text(DUMP, encoding="utf-8")
+            ran = launch(*options, script, preset=preset)
+            line = next(line for line in ran.stdout.splitlines() if "ENV{" in line)
+            told = json.loads(line[line.index("ENV{") + 3 :])
+            self._environments[preset] = {key: value for key, value in told.items() if os.environ.get(key) != value}
+        return self._environments[preset]
+
+    def start(self, preset: str, words: list[str], **changes: str) -> list[BaseProcess]:
+        """Start the processes of a preset with words for `lora_accel.train`."""
+        shared = self.environment(preset)
+        size = int(shared.get("WORLD_SIZE", "1"))
+        port = free_port()
+        processes = []
+        for rank in range(size):
+            own = shared | changes
+            if size > 1 or "RANK" in shared:
+                own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
+            own.pop("TORCHELASTIC_ERROR_FILE", None)
+            own["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # no agent here: rank 0 keeps the store in which all meet
+            log = str(self._folder / f"log-{preset}-{rank}")
+            processes.append(self._context.Process(target=_train, args=(words, own, log)))
+        for process in processes:
+            process.start()
+        return processes
+
+    def finish(self, processes: list[BaseProcess], timeout: float = 120) -> list[int]:
+        """Wait for all; when one has failed, end the others as a launcher does. Return their exit codes."""
+        deadline = time.monotonic() + timeout
+        failed_at = None
+        while any(process.is_alive() for process in processes):
+            now = time.monotonic()
+            if failed_at is None and any(process.exitcode not in (None, 0) for process in processes):
+                failed_at = now
+                for process in processes:
+                    if process.is_alive():
+                        process.terminate()
+            if now > deadline or (failed_at is not None and now > failed_at + 30):
+                for process in processes:
+                    process.kill()
+                if now > deadline:
+                    raise AssertionError(f"still running after {timeout} seconds\n{self.log(processes)}")
+            time.sleep(0.02)
+        for process in processes:
+            process.join()
+        return [process.exitcode if process.exitcode is not None else 1 for process in processes]
+
+    def run(self, preset: str, words: list[str], **changes: str) -> list[int]:
+        """Run to the end; return the exit codes of the ranks."""
+        return self.finish(self.start(preset, words, **changes))
+
+    def log(self, processes: list[BaseProcess] | None = None) -> str:
+        """Return what the latest processes have said."""
+        logs = sorted(self._folder.glob("log-*"), key=lambda path: path.stat().st_mtime)[-2:]
+        return "\n".join(path.read_text(encoding="utf-8", errors="replace")[-3000:] for path in logs)
+
+
+def _train(words: list[str], environment: dict[str, str], log: str) -> None:
+    """Be a rank of a training, in a fork."""
+    os.environ.pop("LORA_ACCEL_FAULT", None)
+    os.environ.update(environment)
+    # A process of its own would begin with these; a fork of multiprocessing's server does not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if environment.get("FSIZE_RANK") == environment.get("RANK", "0"):
+        most = int(environment["FSIZE"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    from lora_accel import train
+    from lora_accel.launch import leave
+
+    SABOTAGES[environment.get("SABOTAGE", "none")]()
+    leave(train.main(words))
+
+
+def _writes_in_place() -> None:
+    """A folder is written where it will stand."""
+    from lora_accel.saving import checkpoint, commit
+
+    @contextlib.contextmanager
+    def in_place(final: Path) -> Iterator[Path]:
+        final.mkdir(parents=True, exist_ok=True)
+        yield final
+        commit.reach("save.before_manifest")
+        commit.write_manifest(final)
+
+    checkpoint.committed_folder = in_place
+    checkpoint.why_invalid = lambda *_, **__: None
+
+
+def _forgets_moments() -> None:
+    """A resumed run begins with fresh moments, as if they were not worth saving."""
+    from lora_accel.saving import checkpoint
+
+    checkpoint._restore_moments = lambda *_: None
+
+
+def _keeps_the_log() -> None:
+    """Lines of steps that are made again stay in the log."""
+    from lora_accel.training import metrics
+
+    metrics.keep_until = lambda *_, **__: None
+
+
+SABOTAGES = {
+    "none": lambda: None,
+    "writes in place": _writes_in_place,
+    "forgets moments": _forgets_moments,
+    "keeps the log": _keeps_the_log,
+}
+"""Protections that a test takes away, to see itself fail."""
+
+
+def ops_are_built() -> None:
+    """Let DeepSpeed compile its op once, before processes are killed within the build."""
+    program = (
+        "from deepspeed.accelerator import get_accelerator as a\n"
+        "a().create_op_builder('ShareMemCommBuilder').load(verbose=False)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

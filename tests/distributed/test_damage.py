@@ -1,0 +1,90 @@
+"""Damage to the newest checkpoint, and the death of one rank: the run goes on, and its end is the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lora_accel.saving.commit import MANIFEST, why_invalid
+from lora_accel.saving.history import FILES, OPTIMIZER, WEIGHTS
+from tests.distributed.disturbed import Runs
+from tests.distributed.launching import finish, free_port, start
+from tests.distributed.test_signals import lives, wait_for
+
+pytestmark = pytest.mark.distributed
+
+
+def truncated(folder: Path) -> None:
+    file = folder / OPTIMIZER
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flipped(folder: Path) -> None:
+    file = folder / WEIGHTS
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 0x40
+    file.write_bytes(data)
+
+
+def emptied(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes(b"")
+
+
+def without_manifest(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+
+
+def swapped_for_a_link(folder: Path) -> None:
+    file = folder / OPTIMIZER
+    elsewhere = folder.parent.parent.parent / "elsewhere.safetensors"
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("preset", ["cpu", "cpu_ddp"])
+@pytest.mark.parametrize("damage", [truncated, flipped, emptied, without_manifest, swapped_for_a_link])
+def test_a_damaged_newest_is_set_aside_and_the_one_before_used(
+    runs: Runs, damage: Callable[[Path], None], preset: str
+) -> None:
+    straight = runs.straight(preset)
+    runs.train(preset, LORA_ACCEL_FAULT="step.begin@5=kill")
+    newest = runs.output / "checkpoints" / "step-00000004"
+    damage(newest)
+    assert set(runs.train(preset)) == {0}, runs.forks.log()
+    assert "passed over a damaged checkpoint: step-00000004: " in runs.forks.log()
+    assert "resuming after step 3 from" in runs.forks.log()
+    assert (runs.output / "checkpoints" / "corrupt-step-00000004").is_dir()
+    runs.resumes_to(straight, preset)
+
+
+@pytest.mark.parametrize("preset", ["cpu_ddp", "cpu_zero3"])
+def test_a_rank_that_dies_ends_the_run_within_a_minute(runs: Runs, preset: str) -> None:
+    straight = runs.straight(preset)
+    launcher = start(
+        *("--main_process_port", free_port(), "-m", "lora_accel.train", *runs.words),
+        preset=preset,
+        LORA_ACCEL_FAULT="step.after_backward@4=sleep",
+    )
+    wait_for(
+        lambda: (runs.output / "checkpoints" / "step-00000003").exists() or launcher.poll() is not None, "no step 3"
+    )
+    time.sleep(0.3)
+    pids = json.loads((runs.output / "status.json").read_text())["pids"]
+    os.kill(pids[1], signal.SIGKILL)
+    began = time.monotonic()
+    ran = finish(launcher, timeout=60)
+    took = time.monotonic() - began
+    assert ran.returncode != 0
+    assert took < 60
+    wait_for(lambda: not any(map(lives, pids)), "a rank lives on", seconds=5)
+    print(f"{preset}: ended {took:.1f} s after the death of rank 1")
+    newest = max((runs.output / "checkpoints").glob("step-*"))
+    assert (newest.name, why_invalid(newest, required=FILES)) == ("step-00000003", None)
+    assert json.loads((runs.output / "status.json").read_text())["state"] == "failed"
+    runs.resumes_to(straight, preset)

@@ -1,0 +1,108 @@
+"""A full disk ends all ranks with exit code 3; what was saved stays; with room again the run goes on equal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lora_accel.saving.commit import why_invalid
+from lora_accel.saving.history import FILES, OPTIMIZER, step_folders
+from tests.distributed.disturbed import Result, Runs
+
+pytestmark = pytest.mark.distributed
+
+
+def after_three_steps(runs: Runs, preset: str) -> Result:
+    """Leave a run that was killed in its fourth step."""
+    straight = runs.straight(preset)
+    runs.train(preset, LORA_ACCEL_FAULT="step.begin@4=kill")
+    return straight
+
+
+def stands_at(runs: Runs, step: int) -> None:
+    """See that the newest checkpoint is whole, and that nothing lies about."""
+    folders = step_folders(runs.output / "checkpoints")
+    assert folders[-1].name == f"step-{step:08d}"
+    assert all(why_invalid(folder, required=FILES) is None for folder in folders)
+    assert not list((runs.output / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("preset", ["cpu", "cpu_ddp", "cpu_zero3"])
+def test_a_file_that_may_not_grow_ends_the_run_and_loses_nothing(runs: Runs, preset: str) -> None:
+    """RLIMIT_FSIZE on the rank that writes: half of the moments' file is what it may have."""
+    straight = after_three_steps(runs, preset)
+    size = (runs.output / "checkpoints" / "step-00000003" / OPTIMIZER).stat().st_size
+    codes = runs.train(preset, FSIZE=str(size * 3 // 4), FSIZE_RANK="0")
+    assert 3 in codes, f"{codes}\n{runs.forks.log()}"
+    assert 0 not in codes
+    assert "saving step-00000004 failed on rank 0: OSError: [Errno 27] File too large" in runs.forks.log()
+    stands_at(runs, 3)
+    runs.resumes_to(straight, preset)
+
+
+def test_a_rank_that_writes_nothing_needs_no_room(runs: Runs) -> None:
+    straight = after_three_steps(runs, "cpu_ddp")
+    log = 100_000  # what a rank says
+    assert runs.train("cpu_ddp", FSIZE=str(log), FSIZE_RANK="1") == [0, 0], runs.forks.log()
+    runs.resumes_to(straight, "cpu_ddp")
+
+
+@pytest.mark.parametrize("preset", ["cpu_ddp", "cpu_zero3"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_save_ends_all_of_them(runs: Runs, preset: str, rank: int) -> None:
+    straight = after_three_steps(runs, preset)
+    began = time.monotonic()
+    codes = runs.train(preset, LORA_ACCEL_FAULT=f"save.begin@1=enospc:rank={rank}")
+    assert time.monotonic() - began < 60
+    assert 3 in codes
+    assert 0 not in codes, f"{codes}\n{runs.forks.log()}"
+    assert f"saving step-00000004 failed on rank {rank}" in runs.forks.log()
+    stands_at(runs, 3)
+    runs.resumes_to(straight, preset)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[None]:
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("may not mount a file system here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+        folder.rmdir()
+
+
+@pytest.mark.parametrize("preset", ["cpu", "cpu_ddp"])
+def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(runs: Runs, preset: str) -> None:
+    straight = runs.straight(preset)
+    with small_disk(runs.output, 4 << 20):
+        processes = runs.forks.start(preset, runs.words, LORA_ACCEL_FAULT="step.begin@4=sleep")
+        filler = runs.output / "filler"
+        while not (runs.output / "checkpoints" / "step-00000003").exists():
+            time.sleep(0.02)
+        time.sleep(0.5)
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(os.urandom(4096))
+        codes = runs.forks.finish(processes)
+        assert 3 in codes, f"{codes}\n{runs.forks.log()}"
+        assert 0 not in codes
+        assert "No space left on device" in runs.forks.log()
+        stands_at(runs, 3)
+
+        assert set(runs.train(preset)) - {-15, 1} == {2}, "without room it is refused before the first step"
+        assert "MB free, but 3 checkpoints of" in runs.forks.log()
+        stands_at(runs, 3)
+
+        filler.unlink()
+        runs.resumes_to(straight, preset)
+        shutil.rmtree(runs.output, ignore_errors=True)

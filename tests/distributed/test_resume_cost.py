@@ -1,0 +1,68 @@
+"""Going on from step 10,000 costs no more than beginning, whatever was consumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lora_accel.config.files import config_to_yaml
+from lora_accel.config.schema import RunConfig
+from lora_accel.saving.commit import read_json, write_json, write_manifest
+from lora_accel.saving.history import STATE
+from tests.distributed.forked import Forks
+
+pytestmark = pytest.mark.distributed
+
+FAR = 10_000
+
+
+def test_the_first_step_after_ten_thousand_comes_as_soon_as_the_very_first(
+    forks: Forks, make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    file, run = tmp_path / "config.yaml", tmp_path / "run"
+    config = make_config(training={"max_steps": FAR + 100}, checkpoint={"every_steps": 1})
+    file.write_text(config_to_yaml(config), encoding="utf-8")
+
+    def seconds_to(step: int) -> float:
+        began = time.monotonic()
+        (process,) = forks.start("cpu", ["--config", str(file)])
+        while f'"kind": "train", "step": {step},' not in tail(run / "metrics.jsonl"):
+            assert process.is_alive(), forks.log()
+            time.sleep(0.005)
+        took = time.monotonic() - began
+        process.kill()
+        process.join()
+        return took
+
+    fresh, resumed = [], []
+    for _ in range(3):
+        shutil.rmtree(run, ignore_errors=True)
+        fresh.append(seconds_to(1))
+        shutil.rmtree(run)
+        forks.run("cpu", ["--config", str(file)], LORA_ACCEL_FAULT="step.begin@3=kill")
+        pretend_to_have_come_to(FAR, run)
+        resumed.append(seconds_to(FAR + 1))
+    first, far = statistics.median(fresh), statistics.median(resumed)
+    print(f"first step after {first:.2f} s; step {FAR + 1:,} after {far:.2f} s")
+    assert far < first + 1
+
+
+def tail(path: Path) -> str:
+    return path.read_text(encoding="utf-8")[-2000:] if path.exists() else ""
+
+
+def pretend_to_have_come_to(step: int, run: Path) -> None:
+    """Make step 2's checkpoint and log those of a step far on."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    (run / "checkpoints" / "step-00000002").rename(folder)
+    write_json(folder / STATE, read_json(folder / STATE) | {"step": step})
+    write_manifest(folder)
+    line = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[1])
+    lines = [json.dumps(line | {"step": number}) for number in range(1, step + 1)]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
