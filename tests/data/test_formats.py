@@ -16,6 +16,7 @@ from lora_accel.data.formats import (
     MalformedRow,
     Message,
     PlainText,
+    Pretokenized,
     Record,
     UnusableRow,
     detect_format,
@@ -122,14 +123,14 @@ def test_a_row_with_nothing_to_learn_says_why(row: dict[str, Any], reason: str) 
         ({"prompt": "p"}, r"no known format has the keys \['prompt'\]"),
         ({"conversations": [{"from": "human"}]}, "conversations, message 1: 'value' should be text, not None"),
         (
-            {"conversations": [{"role": "user", "content": "q"}]},
-            r"message 1: key 'from' is missing; .*\['content', 'role'\]",
+            {"conversations": [{"content": "q", "speaker": "user"}]},
+            r"message 1: key 'from' is missing; .*\['content', 'speaker'\]",
         ),
         ({"conversations": {"from": "human"}}, "conversations should be a list of messages, not a dict"),
         ({"messages": None}, "messages should be a list of messages, not a NoneType"),
-        ({"messages": [{"role": "User", "content": "q"}]}, "unknown role 'User'; known are system, user"),
+        ({"messages": [{"role": "Usr", "content": "q"}]}, "unknown role 'Usr'; known are system, developer, user"),
         ({"messages": [{"role": {}, "content": "q"}]}, "unknown role {}"),
-        ({"messages": [{"role": "user", "content": [{"text": "q"}]}]}, "'content' should be text"),
+        ({"messages": [{"role": "user", "content": [{"image": "q"}]}]}, "'content' has a part that is no text"),
         ({"messages": [["user", "q"]]}, "message 1: should be an object, not a list"),
         ({"instruction": "q", "output": None}, "key 'output' should be text, not None"),
         ({"instruction": "q", "output": "a", "input": 3}, "key 'input' should be text, not 3"),
@@ -163,8 +164,11 @@ KEYS = [
     "prompt",
     "completion",
     "text",
+    "input_ids",
+    "labels",
+    "tools",
 ]
-INNER = ["from", "value", "role", "content"]
+INNER = ["from", "value", "role", "content", "tool_calls", "function", "name", "arguments", "weight", "text"]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(0, 2) | st.floats(0, 1) | st.sampled_from(["", "user", "gpt", "x"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(INNER), inner, max_size=4),
@@ -181,5 +185,7 @@ def test_no_row_does_anything_but_parse_or_say_what_is_wrong(row: dict[str, Any]
         return
     if isinstance(record, Conversation):
         assert any(message.role == "assistant" for message in record.messages)
+    elif isinstance(record, Pretokenized):
+        assert len(record.input_ids) == len(record.labels)
     else:
         assert all(isinstance(text, str) for text in record)

@@ -20,7 +20,7 @@ from typing_extensions import Self
 
 from lora_accel.errors import did_you_mean
 
-DataFormat = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "text"]
+DataFormat = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "text", "tokens"]
 
 
 class Section(BaseModel):

@@ -1,46 +1,41 @@
 """Messages to text by a template, and text to tokens, each supervised or not.
 
-Where a message stands in the rendered text is proven, not guessed. The conversation is rendered twice: once as it is,
-and once with each content between two marks that occur nowhere else. The marked text without its marks must be the
-plain text; then the marks give the spans, whatever the template does around them. A token is supervised when it covers
-a character of a supervised span, so no token arithmetic is needed and masks cannot depend on token ids.
+What is learned of an answer is what the model will have to write: all that follows the prompt which `generate` feeds
+for it, up to the token that ends its turn. That this prompt, to the letter, begins the text of training is checked for
+every answer that is learned. Masks come from character spans, so they cannot depend on token ids.
 """
 
 from __future__ import annotations
 
-import re
+import json
+import os
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 
-from lora_accel.data.formats import Completion, Conversation, Message, Record, UnusableRow
+from lora_accel.data.formats import Completion, Conversation, MalformedRow, Message, Pretokenized, Record, UnusableRow
+from lora_accel.data.spans import Span, locate, mark
+from lora_accel.data.tokens import TextTokenizer, Tokens, special_tokens
 from lora_accel.errors import DataError, did_you_mean
 
 IGNORED = -100
 """The label of a token that carries no loss."""
 
-BUILT_IN_TEMPLATES = ("alpaca", "chatml", "vicuna_v1.1")
-
-# Supplementary private use area B: no tokenizer, template or well-formed text gives these a meaning.
-FIRST_MARK = 0x100000
-MAX_MESSAGES = 0x8000
-MARK = re.compile(f"([{chr(FIRST_MARK)}-{chr(FIRST_MARK + 2 * MAX_MESSAGES - 1)}])")
-
-
-class Span(NamedTuple):
-    """Characters [start, end) of a rendered text."""
-
-    start: int
-    end: int
+BUILT_IN_TEMPLATES = ("alpaca", "chatml", "gemma", "llama-2", "llama-3", "vicuna_v1.1", "zephyr")
 
 
 class Rendered(NamedTuple):
-    """A text, and for each message where its content stands (None: the template left it out)."""
+    """A text, and for each message where its content stands (None: it is empty, or the template left it out)."""
 
     text: str
     spans: list[Span | None]
+    data: list[Span]
+    """Where messages' words stand, in order: all else the template wrote."""
+    notes: tuple[str, ...] = ()
+    """What the template did to the messages that a person should know."""
 
 
 class Example(NamedTuple):
@@ -53,6 +48,8 @@ class Example(NamedTuple):
     """64 bits from which the dropout of its tokens is derived; given when a step takes the example."""
     row: tuple[str, int] = ("", 0)
     """The file and the number of the row it comes from."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of how it came about; for the ledger."""
 
     @property
     def num_supervised(self) -> int:
@@ -63,54 +60,90 @@ class Example(NamedTuple):
 class ChatTemplate:
     """A chat template on its tokenizer: renders conversations and knows where each message stands."""
 
-    def __init__(self, tokenizer: Any, name: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, name: str | None = None, *, parse_special_tokens: bool = False) -> None:
         """Choose a template.
 
         Args:
             tokenizer: a fast tokenizer of transformers (offsets are needed).
             name: None = the tokenizer's own, a built-in name, or the path of a .jinja file.
+            parse_special_tokens: whether the text of a special token counts as one in messages, too.
 
         Raises:
             DataError: there is no such template, or the tokenizer has no offsets.
         """
-        if not tokenizer.is_fast:
-            raise DataError(
-                f"the tokenizer {type(tokenizer).__name__} gives no character offsets, so masks cannot be proven; "
-                "use a model with a tokenizer.json"
-            )
         self.tokenizer = tokenizer
+        self.tokens = TextTokenizer(tokenizer, parse_special_tokens=parse_special_tokens)
         self._built_in = name in BUILT_IN_TEMPLATES
-        self.source = _template_source(tokenizer, name)
+        self.source = template_source(name) or _own_template(tokenizer)
+        self._asks = "add_generation_prompt" in self.source
         self.end_of_turn = self._find_end_of_turn() if self.source else ""
 
-    def render(self, messages: tuple[Message, ...]) -> Rendered:
+    @property
+    def end_ids(self) -> set[int]:
+        """Return the tokens at which an answer ends: that of its turn, and that of a text."""
+        ids = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(self.end_of_turn.strip() or None)}
+        return {token for token in ids if token is not None and token != self.tokenizer.unk_token_id}
+
+    def render(self, messages: Sequence[Message], tools: Any = None, *, asks: bool = False) -> Rendered:
         """Render a conversation and find each message in it.
+
+        Args:
+            tools: JSON schemas of functions, for templates that have a place for them.
+            asks: whether the text ends where the assistant's next words begin.
 
         Raises:
             UnusableRow: the template refuses the conversation, or changes a message so that its place
                 cannot be proven.
         """
-        if len(messages) > MAX_MESSAGES:
-            raise UnusableRow(f"more than {MAX_MESSAGES} messages")
-        plain = self._apply(messages)
-        if any(MARK.search(message.content) for message in messages):
-            raise UnusableRow("a message holds characters of private use area B")
-        marked = self._apply(
-            tuple(message._replace(content=message.content.join(_marks(i))) for i, message in enumerate(messages))
-        )
-        return Rendered(plain, _locate(plain, marked, messages))
+        plain = self._apply([message.for_template() for message in messages], tools, asks)
+        marked, parts = mark(messages)
+        self._refuse_hidden_specials(messages, tools)
+        spans = locate(plain, self._apply(marked, tools, asks), parts, messages)
+        contents: list[Span | None] = [None] * len(messages)
+        notes = []
+        for part, span in zip(parts, spans, strict=True):
+            if not part.is_reasoning:
+                contents[part.message] = span
+            if span is None:
+                what = "reasoning of an earlier answer" if part.is_reasoning else "system text"
+                notes.append(f"the template leaves out the {what}")
+        _refuse_tools_left_out(plain, tools)
+        data = sorted(span for span in spans if span)
+        if any(self.tokens.find_special(message.content + message.reasoning) for message in messages):
+            notes.append("the text of a special token is read as text")
+        return Rendered(plain, contents, data, tuple(dict.fromkeys(notes)))
 
-    def prompt(self, messages: tuple[Message, ...]) -> str:
+    def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
         """Return the text after which the assistant's next words are generated.
+
+        A template that knows no `add_generation_prompt` shows it in what it writes before an answer.
+
+        Raises:
+            UnusableRow: the template refuses the conversation.
+        """
+        if self._asks:
+            return self._apply([message.for_template() for message in messages], tools, asks=True)
+        probed = self.render((*messages, Message("assistant", "answer")), tools)
+        assert probed.spans[-1] is not None
+        return probed.text[: probed.spans[-1].start]
+
+    def encode_prompt(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
+        """Return the tokens after which the assistant's next words are generated, the same as in training.
 
         Raises:
             DataError: the template refuses the conversation.
         """
         try:
-            return self._apply(messages, add_generation_prompt=True)
+            prompt = self.prompt(messages, tools)
+            asks = self.render(messages, tools, asks=self._asks)
         except UnusableRow as error:
             shown = messages[-1].content if messages else ""
             raise DataError(f"prompt {shown!r:.60}: {error}; mend the prompt or the template") from None
+        return self.begin(prompt) + self.tokens.encode(prompt, asks.data).ids
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the tokens of a text that no template wrote: the prompt of a completion."""
+        return _bos(self.tokenizer, "") + self.tokens.encode(text, [Span(0, len(text))]).ids
 
     def begin(self, text: str) -> list[int]:
         """Return the tokens before a rendered text: the begin token where it is missing.
@@ -120,97 +153,142 @@ class ChatTemplate:
         """
         return _bos(self.tokenizer, text) if self._built_in else []
 
-    def encode_prompt(self, text: str, *, rendered: bool = True) -> list[int]:
-        """Return the tokens of a prompt, the same as in training.
+    def answer_span(self, messages: Sequence[Message], number: int, rendered: Rendered, tools: Any = None) -> Span:
+        """Return where that stands which the model has to write as the message of this number, from 0.
 
-        Args:
-            rendered: whether the template wrote it; if not, it is the prompt of a completion.
+        Raises:
+            UnusableRow: `generate` would feed something else than what stands before it, or its end cannot be proven.
         """
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return (self.begin(text) if rendered else _bos(self.tokenizer, text)) + ids
+        text, content = rendered.text, rendered.spans[number]
+        if any(message.role in ("user", "tool") for message in messages[:number]):
+            prompt = self.prompt(messages[:number], tools)
+            if not text.startswith(prompt):
+                raise UnusableRow(
+                    f"the text before message {number + 1} is not the prompt that the chat template makes for it"
+                )
+            start = len(prompt)
+        elif content is not None:
+            start = content.start  # nothing asks for it
+        else:
+            raise UnusableRow(f"message {number + 1} is empty, and nothing asks for it")
+        written = max(start, content.end if content else start)
+        following = min((span.start for span in rendered.data if span.start >= written), default=len(text))
+        end = text.find(self.end_of_turn, written, following) if self.end_of_turn else -1
+        calls = messages[number].tool_calls
+        if not calls:
+            closed = end == written or text[written:end].isspace()
+            return Span(start, end + len(self.end_of_turn) if closed and end >= 0 else written)
+        if end < 0:
+            raise UnusableRow(f"nothing ends message {number + 1}, so the place of its tool calls cannot be proven")
+        _refuse_left_out(calls, text[start:end], f"a tool call of message {number + 1}")
+        return Span(start, end + len(self.end_of_turn))
 
-    def _apply(self, messages: tuple[Message, ...], *, add_generation_prompt: bool = False) -> str:
+    def _apply(self, messages: Sequence[dict[str, Any]], tools: Any, asks: bool) -> str:
         if not self.source:
             raise DataError(
                 "the tokenizer has no chat template; set model.chat_template to one of "
                 f"{', '.join(BUILT_IN_TEMPLATES)} or to a .jinja file"
             )
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
-            rendered: str = self.tokenizer.apply_chat_template(
-                [message._asdict() for message in messages],
+            (text,), _ = render_jinja_template(
+                conversations=[messages],
                 chat_template=self.source,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
+                tools=tools,
+                add_generation_prompt=asks,
+                **self.tokenizer.special_tokens_map,
             )
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"model.chat_template: not valid Jinja, line {error.lineno}: {error.message}") from None
         except Exception as error:  # a template is somebody's program and may raise anything
             raise UnusableRow(f"the chat template refuses it: {error}") from None
-        return rendered
+        return str(text)
 
     def _find_end_of_turn(self) -> str:
-        """Return the special token that closes an assistant turn, with any white space before it.
-
-        It is what the template writes after the last assistant message; empty if that is no special token.
-        """
+        """Return what closes an assistant turn: a special token, with any white space before it, or else the text that
+        the template writes after every answer, the last one and others."""
         probe = (Message("user", "question"), Message("assistant", "answer"))
         try:
-            rendered = self.render(probe)
+            tails = []
+            for messages in (probe, (*probe, Message("user", "another"))):
+                rendered = self.render(messages)
+                assert rendered.spans[1] is not None
+                tails.append(rendered.text[rendered.spans[1].end :])
         except UnusableRow:
             return ""
-        span = rendered.spans[1]
-        tail = rendered.text[span.end :] if span else ""
+        after_last = tails[0]
         for token in sorted(special_tokens(self.tokenizer), key=len, reverse=True):
-            if tail.lstrip().startswith(token):
-                return tail[: len(tail) - len(tail.lstrip()) + len(token)]
-        return ""
+            if after_last.lstrip().startswith(token):
+                return after_last[: len(after_last) - len(after_last.lstrip()) + len(token)]
+        return os.path.commonprefix(tails).rstrip()
 
-
-def special_tokens(tokenizer: Any) -> set[str]:
-    """Return the texts of the tokenizer's special tokens, its end token among them."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return added | ({tokenizer.eos_token} if tokenizer.eos_token else set())
+    def _refuse_hidden_specials(self, messages: Sequence[Message], tools: Any) -> None:
+        """Refuse the text of a special token where a template writes data that cannot be marked."""
+        for where in (tools, *({"calls": m.tool_calls, "name": m.name, "id": m.tool_call_id} for m in messages)):
+            found = self.tokens.find_special(json.dumps(where, ensure_ascii=False)) if where else None
+            if found:
+                raise UnusableRow(f"a tool, or a call of one, holds the text of the special token {found}")
 
 
 def encode_record(record: Record, template: ChatTemplate, loss_on: str) -> Example:
     """Tokenise a record, whole, and mark what is supervised (which may be nothing).
 
     Raises:
-        UnusableRow: the template refuses it.
+        UnusableRow: the template refuses it, or its masks cannot be proven.
     """
+    if isinstance(record, Pretokenized):
+        return _pretokenized(record, len(template.tokenizer))
     if isinstance(record, Conversation):
-        rendered = template.render(record.messages)
-        if loss_on == "all":
-            spans = [Span(0, len(rendered.text))]
-        else:
-            spans = _assistant_spans(rendered, record.messages, template.end_of_turn, loss_on)
-        return _encode(template.tokenizer, rendered.text, spans, template.begin(rendered.text))
+        return _encode_conversation(record, template, loss_on)
     prompt, text = record if isinstance(record, Completion) else ("", record.text)
-    whole = prompt + text + (template.tokenizer.eos_token or "")
+    whole, words = prompt + text + (template.tokenizer.eos_token or ""), len(prompt) + len(text)
     start = 0 if loss_on == "all" else len(prompt)
-    return _encode(template.tokenizer, whole, [Span(start, len(whole))], _bos(template.tokenizer, whole))
+    tokens = template.tokens.encode(whole, [Span(0, words)])
+    learned = tokens.within(Span(start, len(whole)), [Span(0, start)] if start else [])
+    notes = ("the text of a special token is read as text",) if template.tokens.find_special(whole[:words]) else ()
+    return _example(tokens, [learned], _bos(template.tokenizer, ""), notes)
 
 
 def question_of(record: Record, template: ChatTemplate) -> tuple[list[int], str] | None:
-    """Return the tokens before a record's last answer, and that answer; None for plain text."""
+    """Return the tokens before a record's last answer, and that answer; None where there is none in words."""
     if isinstance(record, Completion):
-        return template.encode_prompt(record.prompt, rendered=False), record.completion
+        return template.encode_text(record.prompt), record.completion
     if not isinstance(record, Conversation):
         return None
     last = max(i for i, message in enumerate(record.messages) if message.role == "assistant")
-    return template.encode_prompt(template.prompt(record.messages[:last])), record.messages[last].content
+    return template.encode_prompt(record.messages[:last], record.tools), record.messages[last].content
 
 
-def _assistant_spans(rendered: Rendered, messages: tuple[Message, ...], end_of_turn: str, loss_on: str) -> list[Span]:
-    """Return the assistant's words, each with the end-of-turn token that follows."""
-    spans = []
-    for message, span in zip(messages, rendered.spans, strict=True):
-        if message.role != "assistant":
-            continue
-        assert span is not None  # only system messages may be left out
-        closed = rendered.text.startswith(end_of_turn, span.end)
-        spans.append(Span(span.start, span.end + len(end_of_turn) if closed else span.end))
-    return spans[-1:] if loss_on == "last_assistant" else spans
+def _encode_conversation(record: Conversation, template: ChatTemplate, loss_on: str) -> Example:
+    messages = record.messages
+    rendered = template.render(messages, record.tools)
+    tokens = template.tokens.encode(rendered.text, rendered.data)
+    prefix, notes = template.begin(rendered.text), (*record.notes, *rendered.notes)
+    if loss_on == "all":
+        return _example(tokens, [range(len(tokens.ids))], prefix, notes)
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    if loss_on == "last_assistant":
+        answers = answers[-1:]
+    answers = [i for i in answers if messages[i].learned]
+    spans = [template.answer_span(messages, i, rendered, record.tools) for i in answers]
+    foreign = [span for i, span in enumerate(rendered.spans) if span and i not in answers]
+    return _example(tokens, [tokens.within(span, foreign) for span in spans], prefix, notes)
+
+
+def _pretokenized(record: Pretokenized, vocabulary: int) -> Example:
+    beyond = next((token for token in record.input_ids if not 0 <= token < vocabulary), None)
+    if beyond is not None:
+        raise MalformedRow(f"input_ids holds {beyond}, but the tokenizer has {vocabulary} tokens")
+    return Example(record.input_ids, [IGNORED, *record.labels[1:]])
+
+
+def _example(tokens: Tokens, learned: Sequence[range], prefix: list[int], notes: tuple[str, ...]) -> Example:
+    labels = [IGNORED] * len(tokens.ids)
+    for places in learned:
+        labels[places.start : places.stop] = tokens.ids[places.start : places.stop]
+    input_ids, labels = prefix + tokens.ids, [IGNORED] * len(prefix) + labels
+    return Example(input_ids, [IGNORED, *labels[1:]], notes=notes)
 
 
 def _bos(tokenizer: Any, text: str) -> list[int]:
@@ -221,62 +299,44 @@ def _bos(tokenizer: Any, text: str) -> list[int]:
     return [bos]
 
 
-def _encode(tokenizer: Any, text: str, spans: list[Span], prefix: list[int]) -> Example:
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    labels = [IGNORED] * len(tokens.input_ids)
-    reached = 0  # the end of the text covered so far
-    remaining = iter(span for span in spans if span.start < span.end)
-    span = next(remaining, None)
-    for i, (start, end) in enumerate(tokens.offset_mapping):
-        # Offsets of byte-level tokens leave out leading spaces; what lies before a token belongs to it.
-        start = min(start, reached)
-        reached = max(reached, end)
-        while span is not None and span.end <= start:
-            span = next(remaining, None)
-        if span is None:
-            break
-        if end > span.start:
-            labels[i] = tokens.input_ids[i]
-    input_ids, labels = prefix + tokens.input_ids, [IGNORED] * len(prefix) + labels
-    return Example(input_ids, [IGNORED, *labels[1:]])
+def _refuse_tools_left_out(text: str, tools: Any) -> None:
+    for tool in tools or ():
+        function = tool.get("function", tool)
+        _refuse_left_out(function.get("name"), text, "a tool")
 
 
-def _locate(plain: str, marked: str, messages: tuple[Message, ...]) -> list[Span | None]:
-    """Walk along `plain` by the pieces of the marked text and return where each message's content stands.
+def _refuse_left_out(value: Any, text: str, what: str) -> None:
+    """Refuse a text that does not hold every string and number of a value."""
+    for leaf in _leaves(value):
+        shown = json.dumps(leaf, ensure_ascii=False)
+        if str(leaf) not in text and shown.strip('"') not in text:
+            raise UnusableRow(f"the chat template leaves {what} out, or writes {leaf!r:.40} otherwise")
 
-    The walk must consume `plain` to its end, so a span that is returned is proven. Most modern templates strip
-    contents; that is followed, any other change is not.
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item) if key not in ("type", "id") else ()
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        yield value
+
+
+def _own_template(tokenizer: Any) -> str:
+    own = tokenizer.chat_template
+    return own if isinstance(own, str) else (own or {}).get("default", "")
+
+
+def template_source(name: str | None) -> str:
+    """Return the text of a built-in template or a file; empty for None, the tokenizer's own.
+
+    Raises:
+        DataError: there is no such template.
     """
-    pieces = MARK.split(marked)  # literal, mark, content, mark, literal, …
-    literals, opens, contents, closes = (pieces[i::4] for i in range(4))
-    spans: list[Span | None] = [None] * len(messages)
-    place = len(literals[0]) if plain.startswith(literals[0]) else -1
-    for opening, content, closing, literal in zip(opens, contents, closes, literals[1:], strict=False):
-        index = (ord(opening) - FIRST_MARK) // 2
-        repeats = spans[index] is not None
-        if repeats or (opening, closing) != _marks(index) or content != messages[index].content:
-            raise UnusableRow(f"the chat template changes or repeats message {index + 1}")
-        text = content if plain.startswith(content + literal, place) else content.strip()
-        if place < 0 or not plain.startswith(text + literal, place):
-            raise UnusableRow(f"the chat template changes the text around message {index + 1}")
-        spans[index] = Span(place, place + len(text))
-        place += len(text) + len(literal)
-    left_out = [i for i, span in enumerate(spans) if span is None and messages[i].role != "system"]
-    if left_out:
-        raise UnusableRow(f"the chat template leaves message {left_out[0] + 1} out")
-    if place != len(plain):
-        raise UnusableRow("the chat template changes with the content, so that places cannot be proven")
-    return spans
-
-
-def _marks(index: int) -> tuple[str, str]:
-    return chr(FIRST_MARK + 2 * index), chr(FIRST_MARK + 2 * index + 1)
-
-
-def _template_source(tokenizer: Any, name: str | None) -> str:
     if name is None:
-        own = tokenizer.chat_template
-        return own if isinstance(own, str) else (own or {}).get("default", "")
+        return ""
     if name in BUILT_IN_TEMPLATES:
         return (resources.files("lora_accel.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
     if not name.endswith((".jinja", ".jinja2")):

@@ -5,7 +5,8 @@ To add a format: a `_parse_…` function and one line in `FORMATS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from lora_accel.config.schema import DataFormat
@@ -17,12 +18,31 @@ class Message(NamedTuple):
     role: str
     """system, user, assistant or tool."""
     content: str
+    learned: bool = True
+    """False = the row says that this answer is not to be learned. Only answers ever are."""
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    """`{"type": "function", "function": {"name", "arguments"}}`, as chat templates expect them."""
+    reasoning: str = ""
+    """What an assistant thought before its answer, where the row keeps it apart."""
+    name: str = ""
+    """Of the tool whose result this is, or of who speaks."""
+    tool_call_id: str = ""
+
+    def for_template(self) -> dict[str, Any]:
+        """Return what a chat template sees."""
+        values = {"role": self.role, "content": self.content, "tool_calls": list(self.tool_calls)}
+        values |= {"reasoning_content": self.reasoning, "name": self.name, "tool_call_id": self.tool_call_id}
+        return {key: value for key, value in values.items() if value or key in ("role", "content")}
 
 
 class Conversation(NamedTuple):
     """Turns, to be rendered by a chat template."""
 
     messages: tuple[Message, ...]
+    tools: list[dict[str, Any]] | None = None
+    """JSON schemas of the functions that the assistant may call."""
+    notes: tuple[str, ...] = ()
+    """What was done to the row's turns that a person should know."""
 
 
 class Completion(NamedTuple):
@@ -38,7 +58,15 @@ class PlainText(NamedTuple):
     text: str
 
 
-Record: TypeAlias = Conversation | Completion | PlainText
+class Pretokenized(NamedTuple):
+    """Tokens as they are."""
+
+    input_ids: list[int]
+    labels: list[int]
+    """The token itself, or -100."""
+
+
+Record: TypeAlias = Conversation | Completion | PlainText | Pretokenized
 Row: TypeAlias = Mapping[str, Any]
 
 
@@ -51,15 +79,14 @@ class UnusableRow(ValueError):
 
 
 ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "observation": "tool",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "ai", "chatgpt", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),  # an answer that is a call
+    **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response", "ipython"), "tool"),
 }
+"""What data sets call the four roles, in small letters."""
+CALLS = ("function_call", "tool_call")
 
 
 def detect_format(row: Row) -> DataFormat:
@@ -96,13 +123,30 @@ def parse_row(row: Row, data_format: DataFormat) -> Record:
 
 
 def _parse_sharegpt(row: Row) -> Conversation:
-    turns = _messages(row["conversations"], "conversations", role_key="from", content_key="value")
+    """Turns as scraped. Answers before anything is asked are left out; turns in a row of one role are one turn."""
+    turns = _messages(row["conversations"], "conversations", ("from", "role"), ("value", "content"))
     system = _text(row, "system", default="")
-    return Conversation((Message("system", system), *turns) if system else turns)
+    messages, notes = list(turns), []
+    if system:
+        messages.insert(0, Message("system", system))
+    asked = next((i for i, message in enumerate(messages) if message.role in ("user", "tool")), len(messages))
+    kept = [m for i, m in enumerate(messages) if m.role != "assistant" or i > asked]
+    if len(kept) < len(messages):
+        notes.append("answers before the first question are left out")
+    joined: list[Message] = []
+    for message in kept:
+        last = joined[-1] if joined else None
+        if last and last.role == message.role != "tool" and not (last.tool_calls or message.tool_calls):
+            if last.learned == message.learned:
+                joined[-1] = last._replace(content=f"{last.content}\n\n{message.content}")
+                notes.append("turns in a row of one role are joined by an empty line")
+                continue
+        joined.append(message)
+    return Conversation(_usable(joined), _tools(row), tuple(dict.fromkeys(notes)))
 
 
 def _parse_messages(row: Row) -> Conversation:
-    return Conversation(_messages(row["messages"], "messages", role_key="role", content_key="content"))
+    return Conversation(_usable(_messages(row["messages"], "messages")), _tools(row))
 
 
 def _parse_alpaca(row: Row) -> Conversation:
@@ -120,13 +164,16 @@ def _parse_alpaca(row: Row) -> Conversation:
             raise MalformedRow(f"history should hold [question, answer] pairs, not {pair!r:.60}")
         turns += [Message("user", pair[0]), Message("assistant", pair[1])]
     turns += [Message("user", question), Message("assistant", _text(row, "output"))]
-    return Conversation(_usable(tuple(turns)))
+    return Conversation(_usable(turns))
 
 
 def _parse_prompt_completion(row: Row) -> Record:
+    """Strings, or lists of messages; of these only the completion's answers are learned."""
     if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        both = row["prompt"] + row["completion"]
-        return Conversation(_messages(both, "prompt + completion", role_key="role", content_key="content"))
+        asked = [
+            message._replace(learned=message.role != "assistant") for message in _messages(row["prompt"], "prompt")
+        ]
+        return Conversation(_usable([*asked, *_messages(row["completion"], "completion")]), _tools(row))
     prompt, completion = _text(row, "prompt"), _text(row, "completion")
     if not completion:
         raise UnusableRow("empty completion")
@@ -140,8 +187,20 @@ def _parse_text(row: Row) -> PlainText:
     return PlainText(text)
 
 
+def _parse_tokens(row: Row) -> Pretokenized:
+    input_ids, labels = (_integers(row[key], key) for key in ("input_ids", "labels"))
+    if len(input_ids) != len(labels):
+        raise MalformedRow(f"input_ids holds {len(input_ids)} tokens and labels {len(labels)}; they go side by side")
+    if any(label not in (-100, token) for token, label in zip(input_ids, labels, strict=True)):
+        raise MalformedRow("labels should hold the token of its own place or -100; they are not shifted")
+    if not input_ids:
+        raise UnusableRow("no tokens")
+    return Pretokenized(input_ids, labels)
+
+
 # The first format whose keys a row has is the row's format, so the more telling keys stand first.
 FORMATS: dict[DataFormat, tuple[tuple[str, ...], Callable[[Row], Record]]] = {
+    "tokens": (("input_ids", "labels"), _parse_tokens),
     "sharegpt": (("conversations",), _parse_sharegpt),
     "messages": (("messages",), _parse_messages),
     "alpaca": (("instruction", "output"), _parse_alpaca),
@@ -150,7 +209,9 @@ FORMATS: dict[DataFormat, tuple[tuple[str, ...], Callable[[Row], Record]]] = {
 }
 
 
-def _messages(value: Any, key: str, *, role_key: str, content_key: str) -> tuple[Message, ...]:
+def _messages(
+    value: Any, key: str, role_keys: tuple[str, ...] = ("role",), content_keys: tuple[str, ...] = ("content",)
+) -> list[Message]:
     if not isinstance(value, list):
         raise MalformedRow(f"{key} should be a list of messages, not a {type(value).__name__}")
     messages = []
@@ -158,23 +219,108 @@ def _messages(value: Any, key: str, *, role_key: str, content_key: str) -> tuple
         where = f"{key}, message {number}"
         if not isinstance(item, Mapping):
             raise MalformedRow(f"{where}: should be an object, not a {type(item).__name__}")
-        role, content = item.get(role_key), item.get(content_key)
-        if role_key not in item:
-            raise MalformedRow(f"{where}: key {role_key!r} is missing; the message has {sorted(item)}")
-        if not isinstance(role, str) or role not in ROLES:
+        role_key = next((key for key in role_keys if key in item), None)
+        if role_key is None:
+            raise MalformedRow(f"{where}: key {role_keys[0]!r} is missing; the message has {sorted(item)}")
+        role = item[role_key]
+        if not isinstance(role, str) or role.lower() not in ROLES:
             raise MalformedRow(f"{where}: unknown role {role!r}; known are {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise MalformedRow(f"{where}: {content_key!r} should be text, not {content!r:.40}")
-        messages.append(Message(ROLES[role], content))
-    return _usable(tuple(messages))
+        content_key = next((key for key in content_keys if key in item), content_keys[0])
+        messages.append(_message(item, role.lower(), content_key, where))
+    return messages
 
 
-def _usable(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+def _message(item: Mapping[str, Any], role: str, content_key: str, where: str) -> Message:
+    content, calls = item.get(content_key), item.get("tool_calls")
+    if not calls and isinstance(item.get("function_call"), Mapping):  # OpenAI's older name
+        calls = [item["function_call"]]
+    if role in CALLS and isinstance(content, str):
+        calls, content = _json(content, f"{where}: {content_key!r}"), ""
+        calls = calls if isinstance(calls, list) else [calls]
+    if calls and content is None:
+        content = ""
+    if calls and ROLES[role] != "assistant":
+        raise MalformedRow(f"{where}: only an assistant may have tool_calls")
+    words = {}
+    for key, names in {"reasoning": ("reasoning_content", "reasoning", "thinking"), "name": ("name",)}.items():
+        words[key] = next((item[name] for name in names if isinstance(item.get(name), str)), "")
+    call_id = item.get("tool_call_id")
+    return Message(
+        ROLES[role],
+        _content(content, f"{where}: {content_key!r}"),
+        learned=_flag(item, where),
+        tool_calls=tuple(_tool_call(call, where) for call in calls or ()),
+        tool_call_id=call_id if isinstance(call_id, str) else "",
+        **words,
+    )
+
+
+def _content(value: Any, where: str) -> str:
+    """Return a content's text: a string, or OpenAI's list of parts, which are joined as they are."""
+    if isinstance(value, list):
+        parts = [part.get("text") if isinstance(part, Mapping) else part for part in value]
+        if not all(isinstance(part, str) for part in parts):
+            raise MalformedRow(f"{where} has a part that is no text, {value!r:.60}")
+        return "".join(parts)
+    if not isinstance(value, str):
+        raise MalformedRow(f"{where} should be text, not {value!r:.40}")
+    return value
+
+
+def _flag(item: Mapping[str, Any], where: str) -> bool:
+    """Return whether the message says that it is learned: OpenAI's `weight` of 0 or 1, or `train`."""
+    for key in ("weight", "train"):
+        value = item.get(key)
+        if value is not None:
+            if value not in (0, 1):
+                raise MalformedRow(f"{where}: {key!r} should be 0 or 1, true or false, not {value!r:.40}")
+            return bool(value)
+    return True
+
+
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise MalformedRow(f"{where}: a tool call should be an object with name and arguments, not {call!r:.60}")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):  # OpenAI writes them as text, templates expect an object
+        arguments = _json(arguments or "{}", f"{where}: the arguments of a tool call")
+    call_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {"type": "function", **call_id, "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _tools(row: Row) -> list[dict[str, Any]] | None:
+    """Return the row's tools: a list, or its JSON."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = _json(tools, "key 'tools'") if tools.strip() else None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise MalformedRow(f"key 'tools' should be a list of functions' JSON schemas, not {tools!r:.60}")
+    return [dict(tool) for tool in tools]
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise MalformedRow(f"{where} should be JSON: {error}") from None
+
+
+def _integers(value: Any, key: str) -> list[int]:
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise MalformedRow(f"key {key!r} should be a list of integers, not {value!r:.60}")
+    return value
+
+
+def _usable(messages: Sequence[Message]) -> tuple[Message, ...]:
     if not messages:
         raise UnusableRow("empty conversation")
-    if not any(message.role == "assistant" and message.content.strip() for message in messages):
+    answers = [m for m in messages if m.role == "assistant" and (m.content.strip() or m.tool_calls)]
+    if not answers:
         raise UnusableRow("no assistant turn")
-    return messages
+    return tuple(messages)
 
 
 def _text(row: Row, key: str, default: str | None = None) -> str:

@@ -1,0 +1,129 @@
+"""Text to tokens, where only the template may write special tokens: in anybody's words they are words.
+
+A tokenizer looks for the texts of its special tokens everywhere, so a message that holds `<|im_end|>` would end its own
+turn. Here a copy of the tokenizer knows its special tokens under names that no text has, and these names are put in
+their place where the template wrote them, and nowhere else. Names are as long as what they stand for, so no offset
+moves, and the tokens of a text without special tokens in its data are the very tokens of the original.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer
+
+from lora_accel.data.spans import FIRST_MARK, MAX_PARTS, Span
+from lora_accel.errors import DataError
+
+FIRST_NAME = FIRST_MARK + 2 * MAX_PARTS
+"""Where the names of special tokens begin: one character each, repeated. Marks end before it."""
+
+
+class Tokens(NamedTuple):
+    """The tokens of a text, and the characters that each covers."""
+
+    ids: list[int]
+    starts: list[int]
+    ends: list[int]
+    """Neither of the two ever falls: a token begins where the one before it has ended, at the latest."""
+
+    def within(self, span: Span, foreign: Sequence[Span]) -> range:
+        """Return the tokens that cover a character of a span and none of the foreign spans beside it."""
+        first, last = bisect_right(self.ends, span.start), bisect_left(self.starts, span.end)
+        if span.start == span.end:
+            return range(0)
+        before = max((other.end for other in foreign if other.end <= span.start), default=0)
+        after = min((other.start for other in foreign if other.start >= span.end), default=None)
+        while first < last and self.starts[first] < before:
+            first += 1
+        while after is not None and first < last and self.ends[last - 1] > after:
+            last -= 1
+        return range(first, last)
+
+
+class TextTokenizer:
+    """A tokenizer that tells the template's special tokens from text that looks like them."""
+
+    def __init__(self, tokenizer: Any, *, parse_special_tokens: bool = False) -> None:
+        """Make the copy.
+
+        Args:
+            tokenizer: a fast tokenizer of transformers (offsets are needed).
+            parse_special_tokens: whether the texts of special tokens count in data, too.
+
+        Raises:
+            DataError: the tokenizer has no offsets, or more special tokens than there are names.
+        """
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"the tokenizer {type(tokenizer).__name__} gives no character offsets, so masks cannot be proven; "
+                "use a model with a tokenizer.json"
+            )
+        self._parse_special_tokens = parse_special_tokens
+        self._names = {text: chr(FIRST_NAME + i) * len(text) for i, text in enumerate(sorted(special_tokens(tokenizer)))}
+        if FIRST_NAME + len(self._names) > 0x10FFFF:
+            raise DataError(f"the tokenizer has {len(self._names)} special tokens, more than can be told from text")
+        longest_first = sorted(self._names, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) if longest_first else r"(?!)")
+        self._copy = _renamed(tokenizer.backend_tokenizer, self._names)
+        for text, name in self._names.items():
+            if self._copy.token_to_id(name) != tokenizer.convert_tokens_to_ids(text):
+                raise DataError(f"the tokenizer's special token {text!r} cannot be told from text that looks like it")
+
+    def find_special(self, text: str) -> str | None:
+        """Return the first special token whose text stands in a text that is data, if it would count as text."""
+        found = None if self._parse_special_tokens else self._special.search(text)
+        return found[0] if found else None
+
+    def encode(self, text: str, data: Sequence[Span] = ()) -> Tokens:
+        """Return the tokens of a text, without begin or end tokens of the tokenizer's own.
+
+        Args:
+            data: where others' words stand, in order: no special token is looked for there.
+        """
+        encoding = self._copy.encode(self._with_names(text, data), add_special_tokens=False)
+        starts, ends = zip(*encoding.offsets, strict=True) if encoding.ids else ((), ())
+        # Offsets of byte-level tokens leave out leading spaces; what lies before a token belongs to it.
+        reached = list(accumulate(ends, max))
+        return Tokens(encoding.ids, [*map(min, starts, [0, *reached])], reached)
+
+    def _with_names(self, text: str, data: Sequence[Span]) -> str:
+        if self._parse_special_tokens:
+            data = ()
+        if not self._special.search(text):
+            return text
+        pieces, place = [], 0
+        for start, end in [*data, (len(text), len(text))]:
+            pieces += [self._special.sub(lambda found: self._names[found[0]], text[place:start]), text[start:end]]
+            place = end
+        return "".join(pieces)
+
+
+def special_tokens(tokenizer: Any) -> set[str]:
+    """Return the texts of the tokenizer's special tokens, its end token among them."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return (added | {tokenizer.eos_token}) - {"", None}
+
+
+def _renamed(tokenizer: Tokenizer, names: dict[str, str]) -> Tokenizer:
+    """Return a copy in which tokens have other names under the same ids: as added tokens, and in the vocabulary."""
+    described = json.loads(tokenizer.to_str())
+    described["truncation"] = described["padding"] = None
+    for token in described["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = described["model"]
+    if isinstance(model.get("vocab"), dict):
+        model["vocab"] = {names.get(text, text): number for text, number in model["vocab"].items()}
+    elif isinstance(model.get("vocab"), list):
+        model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if isinstance(model.get("merges"), list):  # no pieces of text may join to a special token
+        pairs = [(merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+        model["merges"] = [merge for merge, pair in pairs if names.keys().isdisjoint((*pair, "".join(pair)))]
+    return Tokenizer.from_str(json.dumps(described))
