@@ -172,7 +172,7 @@ class ChatTemplate:
         else:
             raise UnusableRow(f"message {number + 1} is empty, and nothing asks for it")
         written = max(start, content.end if content else start)
-        following = min((span.start for span in rendered.data if span.start >= written), default=len(text))
+        following = min((span.start for span in rendered.data if span.end > written), default=len(text))
         end = text.find(self.end_of_turn, written, following) if self.end_of_turn else -1
         calls = messages[number].tool_calls
         if not calls:

@@ -65,7 +65,9 @@ class TextTokenizer:
                 "use a model with a tokenizer.json"
             )
         self._parse_special_tokens = parse_special_tokens
-        self._names = {text: chr(FIRST_NAME + i) * len(text) for i, text in enumerate(sorted(special_tokens(tokenizer)))}
+        self._names = {
+            text: chr(FIRST_NAME + i) * len(text) for i, text in enumerate(sorted(special_tokens(tokenizer)))
+        }
         if FIRST_NAME + len(self._names) > 0x10FFFF:
             raise DataError(f"the tokenizer has {len(self._names)} special tokens, more than can be told from text")
         longest_first = sorted(self._names, key=len, reverse=True)
