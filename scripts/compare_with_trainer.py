@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, 
 
 from lora_accel import RunConfig, run_training
 from lora_accel.console import hush_libraries, print_table, run_command
-from lora_accel.data.batches import epoch_order
+from lora_accel.data.order import epoch_order
 from lora_accel.model.adapter import lora_config
 from lora_accel.train import Data, prepare_data
 

@@ -5,13 +5,20 @@ Nothing is fetched. Weights are made by a formula, not by a generator, so that l
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+# Tokenised data of tests go with them; set before the Hub's library reads it.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lora-accel-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest
 import torch

@@ -300,7 +300,7 @@ def test_a_row_that_no_format_can_use(
         ("absent.jsonl", None, ("absent.jsonl: no such file", "the folder the command runs in")),
         ("a" * 300 + ".jsonl", None, ("aaa.jsonl: cannot be read: File name too long",)),
         ("absent/folder/", None, ("absent/folder/: no such file",)),
-        ("rows.txt", b"{}", ("rows.txt: unknown file type '.txt'", ".jsonl", ".parquet")),
+        ("rows.md", b"{}", ("rows.md: unknown file type '.md'", ".jsonl", ".parquet")),
         ("empty.jsonl", b"", ("empty.jsonl: holds no rows",)),
         ("blank.jsonl", b"\n\n", ("blank.jsonl: holds no rows",)),
         ("empty.json", b"", ("empty.json: not valid JSON",)),
@@ -340,7 +340,7 @@ def test_a_wrong_row_in_parquet_names_the_row(folder: Path, refuse: Refuse) -> N
 
 def test_an_empty_folder_names_the_types_it_looked_for(folder: Path, refuse: Refuse) -> None:
     (folder / "nothing").mkdir()
-    (folder / "nothing" / "notes.txt").write_text("x")
+    (folder / "nothing" / "notes.md").write_text("x")
     names_all(refuse("data.train=[{path: nothing}]"), ("nothing: ", ".jsonl", ".parquet"))
 
 

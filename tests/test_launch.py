@@ -403,3 +403,22 @@ def test_the_training_command_knows_its_rank_and_where_its_launcher_looks(
     said = capsys.readouterr().err
     assert said.startswith("error on rank 3: ")
     assert read_error_file(path, began, exit_code=2) == said.rstrip("\n")
+
+
+ORPHAN = """
+import os, subprocess, sys
+code = "import os, sys; sys.path[:0] = []; from lora_accel.train import main; sys.exit(main(['--config', 'none.yaml']))"
+subprocess.Popen(["/bin/sh", "-c", 'sleep 0.2; exec "$0" -c "$1"', sys.executable, code])
+"""
+
+
+def test_a_process_whose_launcher_has_gone_already_does_not_train_on(tmp_path: Path) -> None:
+    """No one would end it: the launcher died while this process still read its imports."""
+    environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "no"}
+    with (tmp_path / "said").open("w") as said:
+        subprocess.run([sys.executable, "-c", ORPHAN], env=environment, stderr=said, stdout=said, check=True)
+    deadline = time.monotonic() + 30
+    while "error" not in (tmp_path / "said").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert "what launched this process has gone" in (tmp_path / "said").read_text()

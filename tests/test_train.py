@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -302,11 +303,84 @@ def test_an_adapter_that_no_checkpoint_could_bring_back_is_not_replaced(
     assert run_training(make_config(training={"max_steps": 1})) == tmp_path / "run" / "adapter"
 
 
-@pytest.mark.parametrize("names", [[], [".lock"], [".lock", ".config.yaml.writing"], [".lock", "config.yaml"]])
+@pytest.mark.parametrize(
+    "names", [[], [".lock"], [".lock", ".plan.json.writing"], [".lock", "plan.json", ".config.yaml.writing"]]
+)
 def test_what_a_run_leaves_that_was_killed_as_it_began_is_no_obstacle(tmp_path: Path, names: list[str]) -> None:
-    for name in names:
+    for name in (".lock", *names):
         (tmp_path / name).write_text("")
     refuse_output(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "thesis.tex"])
+def test_a_folder_that_no_run_has_begun_in_is_not_written_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match="holds other things and no run"):
+        refuse_output(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["long", "file"])
+def test_a_path_that_can_hold_no_run_is_said_before_anything_else(tmp_path: Path, kind: str) -> None:
+    if kind == "long":
+        folder = tmp_path / ("a" * 300)
+    else:
+        folder = tmp_path
+        (tmp_path / "plan.json").write_text("{}")
+        (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(ConfigError, match="output_dir: "):
+        refuse_output(folder)
+
+
+def test_an_adapter_beside_emptied_checkpoints_is_not_replaced(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    run_training(make_config())
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    assert "holds an adapter and no checkpoints" in refused(make_config, tmp_path / "run", tmp_path)
+
+
+def test_a_dangling_link_in_an_older_checkpoint_stops_no_start(make_config: Callable[..., RunConfig]) -> None:
+    adapter = run_training(make_config())
+    older = adapter.parent / "checkpoints" / "step-00000004" / "optimizer.safetensors"
+    older.unlink()
+    older.symlink_to("/nowhere")
+    run_training(make_config())
+
+
+def test_another_config_of_the_base_is_another_base(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(make_config().model.name_or_path, base)
+    config = make_config(model={"name_or_path": str(base)})
+    run_training(config)
+    told = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(told | {"transformers_version": "9", "_name_or_path": "x"}))
+    run_training(config)
+    (base / "config.json").write_text(json.dumps(told | {"rms_norm_eps": 0.5}))
+    with pytest.raises(ArtifactError, match=r"model\.config: "):
+        run_training(config)
+
+
+def test_a_run_begun_from_anothers_checkpoint_writes_over_nothing_of_its_own(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    named = run_training(make_config()).parent / "checkpoints" / "step-00000004"
+    changed = {"checkpoint": {"every_steps": 2, "allow_changes": ["seed"]}, "seed": 1}
+    other = make_config(output_dir=str(tmp_path / "other"), **changed)
+    run_training(other)
+    checkpoints, log = tmp_path / "other" / "checkpoints", tmp_path / "other" / "metrics.jsonl"
+    before, told = (checkpoints / "step-00000004" / "adapter_model.safetensors").read_bytes(), log.read_bytes()
+    changed["checkpoint"] |= {"resume": str(named)}
+    run_training(make_config(output_dir=str(tmp_path / "other"), **changed))
+    kept = checkpoints / "superseded-step-00000004" / "adapter_model.safetensors"
+    assert kept.read_bytes() == before
+    assert (tmp_path / "other" / "superseded-metrics.jsonl").read_bytes() == told
+    assert [line["step"] for line in read_metrics(tmp_path / "other")] == [5, 6]
+    # Rotated away where it was, it is not missed: what descends from it is here.
+    shutil.rmtree(named)
+    run_training(make_config(output_dir=str(tmp_path / "other"), **changed))
+    with pytest.raises(ArtifactError, match="is no folder"):
+        run_training(make_config(output_dir=str(tmp_path / "third"), **changed))
 
 
 @pytest.mark.parametrize("fault", ["step.begin@2=kill", "save.mid_file@1=kill", "save.before_rename@1=kill"])

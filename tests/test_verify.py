@@ -146,3 +146,24 @@ def test_a_merge_that_is_killed_is_done_again_to_the_same_bytes(
     assert "No space left on device" in full.stderr
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == whole
     assert str(ROOT) not in full.stderr or "Traceback" not in full.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--launcher", "nosuchcmd launch"], "--launcher: there is no program 'nosuchcmd'"),
+        (["--launcher", 'a "b'], "--launcher: No closing quotation"),
+    ],
+)
+def test_a_launcher_that_cannot_be_started_is_said(file: Path, words: list[str], reason: str) -> None:
+    ran = run_module("lora_accel.cli", "verify-resume", "--config", file, *words)
+    assert (ran.returncode, ran.stderr) == (2, f"error: {reason}\n")
+
+
+def test_a_folder_with_an_odd_name_is_the_folder_that_is_proven_in(file: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "my #1"
+    words = ["--launcher", f"{sys.executable} -m accelerate.commands.launch --config_file {PRESETS / 'cpu.yaml'}"]
+    ran = run_module("lora_accel.cli", "verify-resume", "--config", file, *words, f"output_dir='{odd}'")
+    assert ran.returncode == 0, ran.stderr
+    assert "equal to the last bit" in ran.stdout
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("my")) == []

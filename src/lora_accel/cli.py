@@ -52,7 +52,6 @@ def plan(
     if config is None:
         raise ConfigError("--config FILE is missing (or say --schema)")
     asked = read_config(config, overrides or [])
-    hush_libraries()
     from lora_accel.train import prepare_data, show_data
 
     data = prepare_data(asked, ranks)

@@ -56,14 +56,14 @@ def generate(
     """
     from lora_accel.data.chat import ChatTemplate
     from lora_accel.data.formats import Message
-    from lora_accel.model.base import load_tokenizer
+    from lora_accel.model.tokenizer import load_tokenizer
     from lora_accel.training.evaluate import replies_to
 
     section = ModelSection(name_or_path=_base_of(adapter, base))
     own = (adapter / "tokenizer_config.json").is_file()
     template = ChatTemplate(load_tokenizer(ModelSection(name_or_path=str(adapter)) if own else section))
     turns = (Message("system", system),) if system else ()
-    asked = [template.encode_prompt(template.prompt((*turns, Message("user", prompt)))) for prompt in prompts]
+    asked = [template.encode_prompt((*turns, Message("user", prompt))) for prompt in prompts]
     answers: list[dict[str, str]] = [{} for _ in prompts]
     for name, model in _candidates(section, QuantizationSection(), adapter, merged, with_base=compare):
         replies = replies_to(model, template.tokenizer, asked, max_new_tokens=max_new_tokens)
@@ -88,18 +88,19 @@ def evaluate(
     from accelerate import Accelerator
 
     from lora_accel.data.batches import step_batch
-    from lora_accel.data.chat import ChatTemplate, question_of
+    from lora_accel.data.chat import question_of
     from lora_accel.data.dataset import load_dataset, load_records
-    from lora_accel.model.base import load_tokenizer
+    from lora_accel.recipe import make_recipe
     from lora_accel.training import evaluate as evaluation
 
     if not config.data.eval:
         raise ConfigError("data.eval: names no rows to evaluate on")
     accelerator = Accelerator(cpu=None)
-    template = ChatTemplate(load_tokenizer(config.model), config.model.chat_template)
-    examples = load_dataset(config.data.eval, template, config.data).examples
+    recipe = make_recipe(config)
+    template, dataset = recipe.template(), load_dataset(config.data.eval, recipe, config.data)
+    dataset.check(config.data.max_dropped)
     pad_id = template.tokenizer.pad_token_id
-    batch = step_batch(examples, config.training, rank=0, num_ranks=1, pad_id=pad_id)
+    batch = step_batch(dataset.examples, config.training, rank=0, num_ranks=1, pad_id=pad_id)
     records = [record for source in config.data.eval for record in load_records(source)]
     questions = [question for record in records if (question := question_of(record, template))]
 

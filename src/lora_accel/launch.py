@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -15,6 +13,7 @@ from lora_accel.config.reconcile import Launch, Settings, read_launch, reconcile
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import print_table
 from lora_accel.errors import ConfigError, did_you_mean
+from lora_accel.processes import end_with_parent, is_python
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,15 +39,21 @@ def follow_launcher() -> None:
     """Ask the kernel to send SIGTERM to this process when its launcher dies.
 
     Else no one would end what `accelerate launch` left behind: its form for one process passes no signal on, and none
-    passes on what cannot be caught. (Linux only: prctl(2), PR_SET_PDEATHSIG.)
+    passes on what cannot be caught.
+
+    Raises:
+        ConfigError: it died before this process could ask.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if not launched or sys.platform != "linux":
-        return  # started by a person, whose shell may well end before
+    if not launched:  # by a person's shell it may well be outlived
+        return
     launcher = os.getppid()
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    if os.getppid() != launcher:  # it died meanwhile
-        os.kill(os.getpid(), signal.SIGTERM)
+    if not is_python(launcher):
+        raise ConfigError(
+            "what launched this process has gone, so nothing would end it; start again with accelerate launch "
+            "(if you set ACCELERATE_MIXED_PRECISION yourself, unset it)"
+        )
+    end_with_parent(launcher)
 
 
 def make_accelerator(config: RunConfig, launch: Launch, settings: Settings) -> Accelerator:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from lora_accel.data.audit import SourceLedger
     from lora_accel.data.chat import ChatTemplate, Example
-    from lora_accel.data.dataset import Dataset
+    from lora_accel.data.dataset import Dataset, Recipe
     from lora_accel.model.dropout import TokenKeys
     from lora_accel.training.loop import Run
     from lora_accel.training.stopping import Stop
@@ -48,9 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, metavar="FILE", help="run config, YAML")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what differs from the file")
     asked = parser.parse_args(arguments)
-    follow_launcher()
+
+    def command() -> None:
+        follow_launcher()
+        run_training(read_config(asked.config, asked.overrides))
+
     return run_command(
-        lambda: run_training(read_config(asked.config, asked.overrides)),
+        command,
         rank=int(os.environ.get("RANK", "0")),
         speaks=os.environ.get("LOCAL_RANK", "0") == "0",
         error_file=os.environ.get("TORCHELASTIC_ERROR_FILE"),
@@ -123,7 +127,7 @@ def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path) -> 
 class Data(NamedTuple):
     """Examples and what was planned with them."""
 
-    template: ChatTemplate
+    recipe: Recipe
     dataset: Dataset
     eval_sources: dict[str, list[Example]]
     """What is evaluated, each source under its name."""
@@ -132,49 +136,61 @@ class Data(NamedTuple):
     """Tokens of `evaluation.prompts`."""
     plan: Plan
 
+    @property
+    def template(self) -> ChatTemplate:
+        """Return the template of training, on its tokenizer."""
+        return self.recipe.template()
+
 
 def prepare_data(config: RunConfig, num_ranks: int) -> Data:
-    """Read and tokenise the data, and work out the run."""
-    from lora_accel.data.batches import permutation, source_count
-    from lora_accel.data.chat import ChatTemplate
+    """Read and tokenise the data, and work out the run.
+
+    Raises:
+        DataError: a file, a row or the template is wrong, or too many rows are unusable.
+    """
     from lora_accel.data.dataset import hold_out, load_dataset
     from lora_accel.data.formats import Message
-    from lora_accel.model.base import load_tokenizer
+    from lora_accel.data.order import permutation, source_count
+    from lora_accel.recipe import make_recipe
 
-    template = ChatTemplate(load_tokenizer(config.model), config.model.chat_template)
-    dataset = load_dataset(config.data.train, template, config.data)
-    evaluation = load_dataset(config.data.eval, template, config.data)
+    recipe = make_recipe(config)
+    dataset = load_dataset(config.data.train, recipe, config.data)
+    dataset.check(config.data.max_dropped)
+    evaluation = load_dataset(config.data.eval, recipe, config.data)
+    evaluation.check(config.data.max_dropped)
     eval_sources: dict[str, list[Example]] = {}
     for source, section in zip(evaluation.sources, config.data.eval, strict=True):
         eval_sources.setdefault(section.path, []).extend(source.examples)
     if config.data.eval_fraction:
-        order = permutation(len(dataset.examples), config.seed, EVAL_SPLIT).tolist()
-        dataset, eval_sources["data.eval_fraction"] = hold_out(dataset, config.data.eval_fraction, order)
-
-    def per_epoch(count: Callable[[Example], int]) -> int:
-        return sum(round(source.weight * sum(map(count, source.examples))) for source in dataset.sources)
+        order = permutation(dataset.num_examples, config.seed, EVAL_SPLIT).tolist()
+        dataset, held = hold_out(dataset, config.data.eval_fraction, order)
+        eval_sources["data.eval_fraction"] = [example for of_source in held for example in of_source]
 
     plan = make_plan(
         config,
         num_ranks=num_ranks,
         num_examples=sum(source_count(len(source.examples), source.weight) for source in dataset.sources),
-        num_tokens=per_epoch(lambda example: len(example.input_ids)),
-        num_supervised_tokens=per_epoch(lambda example: example.num_supervised),
+        num_tokens=sum(round(x.weight * int(x.examples.lengths.sum())) for x in dataset.sources),
+        num_supervised_tokens=sum(round(x.weight * int(x.examples.num_supervised.sum())) for x in dataset.sources),
         num_eval_examples=sum(map(len, eval_sources.values())),
     )
-    texts = [template.prompt((Message("user", prompt),)) for prompt in config.evaluation.prompts]
-    prompts = [template.encode_prompt(text) for text in texts]
-    return Data(template, dataset, eval_sources, evaluation.ledgers, prompts, plan)
+    prompts = [recipe.template().encode_prompt((Message("user", prompt),)) for prompt in config.evaluation.prompts]
+    return Data(recipe, dataset, eval_sources, evaluation.ledgers, prompts, plan)
 
 
 def show_data(data: Data) -> None:
-    """Print the ledger and the plan."""
+    """Print the ledger, what an epoch takes of several sources, and the plan."""
     from lora_accel.data.audit import ledger_lines
+    from lora_accel.data.order import source_count
 
-    ledgers = [*data.dataset.ledgers, *data.eval_ledgers]
+    ledgers, sources = [*data.dataset.ledgers, *data.eval_ledgers], data.dataset.sources
     print_table("data", ledger_lines(ledgers))
+    if len(sources) > 1 or any(source.weight != 1 for source in sources):
+        counts = [(len(source.examples), source.weight) for source in sources]
+        told = [f"{source_count(size, weight):,} of {size:,} examples (weight {weight:g})" for size, weight in counts]
+        print_table("an epoch", list(zip((ledger.path for ledger in data.dataset.ledgers), told, strict=False)))
     print_table("plan", data.plan.table())
-    if not data.template.end_of_turn and any(ledger.format not in ("text", "prompt_completion") for ledger in ledgers):
+    if any(not ledger.num_ended and ledger.format not in ("text", "tokens") for ledger in data.dataset.ledgers):
         print("note: the chat template closes a turn with no special token, so the adapter will not learn to stop")
 
 
@@ -218,7 +234,7 @@ def prepare_model(
 
 def describe(config: RunConfig, data: Data, accelerator: Accelerator) -> dict[str, Any]:
     """Return what this run is made from."""
-    from lora_accel.saving.provenance import base_hashes, describe_run
+    from lora_accel.saving.provenance import base_hashes, config_hash, describe_run
 
     return describe_run(
         config,
@@ -228,6 +244,7 @@ def describe(config: RunConfig, data: Data, accelerator: Accelerator) -> dict[st
         template=data.template.source,
         ledgers=data.dataset.ledgers,
         base=base_hashes(config.model.name_or_path, config.model.revision),
+        base_config=config_hash(config.model.name_or_path, config.model.revision),
     )
 
 
@@ -240,6 +257,8 @@ class Start(NamedTuple):
     checkpoint: Path | None
     begun_from: str | None
     """Hash of the checkpoint that `checkpoint.resume` named, here or when the run began."""
+    begun_at: str | None
+    """Where that one was."""
 
 
 def go_on(
@@ -273,14 +292,14 @@ def go_on(
             )
         load_checkpoint(accelerator, model, optimizer, checkpoint)
     if accelerator.is_main_process:
-        for line in step_aside(found):
+        for line in step_aside(found, folder / "metrics.jsonl"):
             print(line)
     if checkpoint is None:
-        return Start(0, 0, None, found.begun_from)
+        return Start(0, 0, None, None, None)
     accelerator.print(f"resuming after step {checkpoint.step} from {checkpoint.folder}")
     for line in changed:
         accelerator.print(f"changed, as checkpoint.allow_changes says:{line}")
-    return Start(checkpoint.step, checkpoint.skipped, checkpoint.folder, found.begun_from)
+    return Start(checkpoint.step, checkpoint.skipped, checkpoint.folder, found.begun_from, found.begun_at)
 
 
 def agree(provenance: dict[str, Any], step: int | None) -> None:
@@ -310,8 +329,8 @@ def write_run_folder(folder: Path, config: RunConfig, data: Data, provenance: di
     from lora_accel.saving.commit import write_json, write_text
 
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "plan.json", data.plan.as_dict())  # first: a folder with it is a run's
     write_text(folder / "config.yaml", config_to_yaml(config))
-    write_json(folder / "plan.json", data.plan.as_dict())
     write_json(folder / "provenance.json", provenance)
     ledgers = {"train": data.dataset.ledgers, "eval": data.eval_ledgers}
     write_json(
@@ -369,6 +388,7 @@ def make_run(
             "skipped": skipped,
             "seed": config.seed,
             "begun_from": start.begun_from,
+            "begun_at": start.begun_at,
             "provenance": provenance,
         }
         saved = save_checkpoint(

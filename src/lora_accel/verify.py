@@ -44,17 +44,22 @@ def verify_resume(config: Path, overrides: Sequence[str], *, steps: int, launche
         LoraAccelError: a run did not come to its end, or was not killed.
     """
     output = Path(read_config(config, overrides).output_dir)
-    folder = output.with_name(f"{output.name}-verify-resume")
+    folder = output.absolute().with_name(f"{output.absolute().name}-verify-resume")
     if folder.exists():
         raise ConfigError(f"output_dir: {folder} is there from an earlier proof; delete it")
     half = steps // 2
-    words = shlex.split(launcher) if launcher else [sys.executable, "-m", "accelerate.commands.launch"]
+    try:
+        words = shlex.split(launcher) if launcher else [sys.executable, "-m", "accelerate.commands.launch"]
+    except ValueError as error:
+        raise ConfigError(f"--launcher: {error}") from None
+    if shutil.which(words[0]) is None:
+        raise ConfigError(f"--launcher: there is no program {words[0]!r}")
     words += ["-m", "lora_accel.train", "--config", str(config), *overrides]
     words += [f"training.max_steps={steps}", f"checkpoint.every_steps={half}", "checkpoint.resume=auto"]
     words += ["evaluation.every_steps=null", "logging.every_steps=1", "logging.trackers=[]"]
 
-    _run("straight", [*words, f"output_dir={folder / 'straight'}"])
-    resumed = [*words, f"output_dir={folder / 'resumed'}"]
+    _run("straight", [*words, f"output_dir={json.dumps(str(folder / 'straight'))}"])
+    resumed = [*words, f"output_dir={json.dumps(str(folder / 'resumed'))}"]
     _run("killed half-way", resumed, fault=f"step.begin@{half + 1}=kill")
     if not (folder / "resumed" / "checkpoints" / f"step-{half:08d}").is_dir():
         raise LoraAccelError(f"{folder}: the run that should go on has no checkpoint after step {half}")

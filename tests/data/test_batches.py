@@ -12,18 +12,11 @@ import torch
 
 from lora_accel.config.plan import make_plan
 from lora_accel.config.schema import RunConfig, TrainingSection
-from lora_accel.data.batches import (
-    Batches,
-    StepBatch,
-    collate,
-    cut,
-    epoch_order,
-    permutation,
-    source_count,
-    step_batch,
-)
+from lora_accel.data.batches import Batches, StepBatch, collate, cut, step_batch
 from lora_accel.data.chat import IGNORED, Example
 from lora_accel.data.dataset import Dataset, Source
+from lora_accel.data.order import epoch_order, permutation, source_count
+from lora_accel.data.store import Examples
 
 PAD = 999
 
@@ -128,7 +121,10 @@ def batches_of(rank: int = 0, num_ranks: int = 1, **training: Any) -> tuple[Batc
         }
     )
     plan = make_plan(config, num_ranks=num_ranks, num_examples=21, num_tokens=1, num_supervised_tokens=1)
-    dataset = Dataset([Source(examples_of(lengths[:15]), 1.0), Source(examples_of(lengths[15:], first=15), 1.0)], [])
+    dataset = Dataset(
+        [Source(Examples.of(examples_of(part, first)), 1.0) for part, first in ((lengths[:15], 0), (lengths[15:], 15))],
+        [],
+    )
     batches = Batches(dataset, config.training, plan, seed=5, rank=rank, pad_id=PAD)
     return batches, plan.steps_per_epoch, plan.total_steps
 

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from lora_accel.config.schema import DataSection, SourceSection
 from lora_accel.data.audit import SourceLedger, ledger_lines
 from lora_accel.data.chat import IGNORED, ChatTemplate, Example
-from lora_accel.data.dataset import Dataset, Source, hold_out, load_dataset, load_records
+from lora_accel.data.dataset import Dataset, Recipe, Source, hold_out, load_dataset, load_records
 from lora_accel.data.formats import PlainText
+from lora_accel.data.store import Examples
 from lora_accel.errors import DataError
 from tests.conftest import chat_rows, write_jsonl
 
@@ -40,7 +41,7 @@ def load(template: ChatTemplate) -> Load:
     def read(path: Path | str, **options: Any) -> Dataset:
         source = {name: options.pop(name) for name in set(options) & set(SourceSection.model_fields)}
         section = DataSection.model_validate({"train": [{"path": str(path), **source}], "max_dropped": 1.0, **options})
-        return load_dataset(section.train, template, section)
+        return load_dataset(section.train, Recipe("tiny", lambda: template), section)
 
     return read
 
@@ -114,7 +115,7 @@ def test_a_folder_is_read_whole_and_sorted(tmp_path: Path, load: Load, template:
 
 
 def test_a_glob_takes_what_matches(tmp_path: Path, load: Load, template: ChatTemplate) -> None:
-    for name, row in zip(("x1.jsonl", "x2.jsonl", "y.jsonl", "x3.txt"), ROWS, strict=False):
+    for name, row in zip(("x1.jsonl", "x2.jsonl", "y.jsonl", "x3.md"), ROWS, strict=False):
         write(tmp_path / name, [row])
     assert texts(load(tmp_path / "x*"), template) == TEXTS[:2]
     assert texts(load(tmp_path / "**" / "y.*"), template) == [TEXTS[2]]
@@ -298,7 +299,8 @@ def test_the_same_bytes_give_the_same_hash_and_others_another(tmp_path: Path, lo
 def numbered(*sizes: int) -> Dataset:
     sources, first = [], 0
     for size in sizes:
-        sources.append(Source([Example([i, i], [IGNORED, i]) for i in range(first, first + size)], weight=float(size)))
+        made = [Example([i, i], [IGNORED, i]) for i in range(first, first + size)]
+        sources.append(Source(Examples.of(made), weight=float(size)))
         first += size
     return Dataset(sources, [])
 
@@ -308,8 +310,9 @@ def test_holding_out_parts_the_examples_in_two(fraction: float, count: int) -> N
     dataset = numbered(4, 6)
     order = [7, 2, 9, 0, 5, 1, 8, 3, 6, 4]
     kept, held = hold_out(dataset, fraction, order)
-    assert [example.input_ids[0] for example in held] == sorted(order[:count])
-    assert sorted(kept.examples + held) == sorted(dataset.examples)
+    held_examples = [example for of_source in held for example in of_source]
+    assert [example.input_ids[0] for example in held_examples] == sorted(order[:count])
+    assert sorted(kept.examples + held_examples) == sorted(dataset.examples)
     for source in kept.sources:
         assert all((example.input_ids[0] < 4) == (source.weight == 4) for example in source.examples)
 
@@ -317,7 +320,7 @@ def test_holding_out_parts_the_examples_in_two(fraction: float, count: int) -> N
 def test_a_source_that_is_held_out_whole_is_gone() -> None:
     kept, held = hold_out(numbered(1, 9), 0.1, list(range(10)))
     assert [source.weight for source in kept.sources] == [9]
-    assert [example.input_ids[0] for example in held] == [0]
+    assert [[example.input_ids[0] for example in of_source] for of_source in held] == [[0], []]
 
 
 @pytest.mark.parametrize(("size", "fraction"), [(1, 0.1), (2, 0.9), (10, 0.96)])

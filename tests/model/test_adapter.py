@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from lora_accel.config.schema import AdapterSection, ModelSection, QuantizationSection
 from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.model.adapter import add_adapter, count_parameters, trainable_parameters
-from lora_accel.model.base import load_base_model, load_tokenizer, refuse_upcast
+from lora_accel.model.base import load_base_model, refuse_upcast
+from lora_accel.model.tokenizer import load_tokenizer
 
 
 def adapt(

@@ -239,7 +239,7 @@ def test_a_training_without_room_is_refused_before_it_writes(
 
 def test_the_newest_is_found(three: Path) -> None:
     found = find_checkpoint(three, "auto")
-    assert found == Found(Checkpoint(three / "step-00000003", {"step": 3, "skipped": 0}), None, {}, [])
+    assert found == Found(Checkpoint(three / "step-00000003", {"step": 3, "skipped": 0}), None, None, {}, [])
     assert newest(three).step == 3
 
 
@@ -253,7 +253,7 @@ def test_steps_are_compared_as_numbers(three: Path, make: Callable[[int], Made])
 def test_without_checkpoints_a_run_begins_afresh(tmp_path: Path, folder: str) -> None:
     (tmp_path / "empty").mkdir()
     for resume in ("auto", "never"):
-        assert find_checkpoint(tmp_path / folder, resume) == Found(None, None, {}, [])
+        assert find_checkpoint(tmp_path / folder, resume) == Found(None, None, None, {}, [])
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, "adapter_config.json", OPTIMIZER, STATE, MANIFEST])

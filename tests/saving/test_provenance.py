@@ -86,6 +86,7 @@ FOUND: list[tuple[Change, str]] = [
     ((("plan", "num_examples"), 99), "plan.num_examples"),
     ((("mixed_precision",), "bf16"), "training.mixed_precision"),
     ((("base", "sha256"), {"model.safetensors": "0" * 64}), "model.weights"),
+    ((("base", "config_sha256"), "0" * 64), "model.config"),
     ((("tokenizer_sha256",), "0" * 64), "model.tokenizer"),
     ((("chat_template_sha256",), "0" * 64), "model.chat_template"),
 ]
@@ -110,6 +111,10 @@ HARMLESS: list[Change] = [
     (("config", "data", "train", 0, "path"), "moved.jsonl"),  # the bytes tell
     (("config", "data", "eval"), [{"path": "eval.jsonl"}]),
     (("config", "data", "max_dropped"), 0.5),
+    (("config", "data", "cache_dir"), "elsewhere"),
+    (("config", "data", "num_workers"), 2),
+    (("config", "data", "train", 0, "revision"), "v2"),  # the bytes tell
+    (("config", "data", "train", 0, "streaming"), True),
     (("config", "training", "epochs"), 9),  # the plan tells
     (("config", "training", "max_steps"), 9),
     (("config", "training", "batch_size"), 9),
@@ -142,6 +147,14 @@ def test_a_harmless_change_is_not_reported(provenance: dict[str, Any], edit: Cha
     if edit[0] == ("base", "sha256"):
         edit = edit[0], {f"renamed-{name}": sha for name, sha in provenance["base"]["sha256"].items()}
     assert changes(provenance, changed(provenance, edit)) == []
+
+
+def test_a_checkpoint_that_does_not_know_an_option_yet_had_its_default(provenance: dict[str, Any]) -> None:
+    older = copy.deepcopy(provenance)
+    del older["config"]["training"]["weight_decay"]
+    assert changes(older, provenance) == []
+    now = changed(provenance, (("config", "training", "weight_decay"), 0.5))
+    assert changes(older, now) == [("training.weight_decay", 0.0, 0.5)]
 
 
 def test_every_key_of_a_config_is_either_found_or_harmless(provenance: dict[str, Any]) -> None:

@@ -167,7 +167,7 @@ def test_a_reply_ends_before_the_end_token(
     adapter = run_training(config)
     data = prepare_data(config, num_ranks=1)
     model = load_adapter(load(tiny_model()), adapter)
-    prompts = [data.template.encode_prompt(data.template.prompt((Message("user", "hello"),)))] * 2
+    prompts = [data.template.encode_prompt((Message("user", "hello"),))] * 2
     assert replies_to(model, data.template.tokenizer, prompts, max_new_tokens=30) == ["one two three"] * 2
 
     # A base may know another end token than the chat template's, and then writes on after it.

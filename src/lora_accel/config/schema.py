@@ -48,7 +48,8 @@ class ModelSection(Section):
     attention: str = "auto"
     """An attention implementation of transformers (sdpa, eager, flash_attention_2, …); auto lets it choose."""
     chat_template: str | None = None
-    """null = the tokenizer's own | chatml | vicuna_v1.1 | alpaca | a .jinja file."""
+    """null = the tokenizer's own | a built-in one (alpaca, chatml, gemma, llama-2, llama-3, vicuna_v1.1, zephyr) |
+    a .jinja file."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
@@ -149,6 +150,10 @@ class SourceSection(Section):
     """null = found by the keys of the first row."""
     split: str = "train"
     """Which split of a Hub data set."""
+    revision: str | None = None
+    """Which branch, tag or commit of a Hub data set."""
+    streaming: bool = False
+    """Read a Hub data set row by row instead of fetching it whole first."""
     weight: float = Field(1.0, gt=0)
     """How many times its rows are seen in an epoch: 2 = twice, 0.25 = another quarter of them each epoch."""
     limit: int | None = Field(None, ge=1)
@@ -172,10 +177,17 @@ class DataSection(Section):
     """What happens to a longer one."""
     loss_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     """Which words are supervised; a turn's end token belongs to the turn."""
+    parse_special_tokens: bool = False
+    """Whether the text of a special token, such as <|im_end|>, counts as that token in rows, too. Text that a template
+    has rendered before needs it; in what users wrote it would let them end their own turn."""
     packing: bool = False
     """Examples end to end in one row. Not available yet."""
     max_dropped: float = Field(0.05, ge=0, le=1)
     """More unusable rows than this share stop the run before the model loads."""
+    cache_dir: str | None = None
+    """Where tokenised data are kept; null = lora_accel in the Hugging Face cache folder (HF_HOME)."""
+    num_workers: int | None = Field(None, ge=1)
+    """Processes that tokenise; null = one for each core. Their number changes nothing but the time."""
 
     @field_validator("packing")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_accel.config.schema import DataFormat
@@ -28,6 +29,12 @@ class SourceLedger:
     num_tokens: int = 0
     num_supervised_tokens: int = 0
     longest: int = 0
+    num_ended: int = 0
+    """Examples in which the end of an answer is supervised: from these a model learns to stop."""
+    num_cut_tokens: int = 0
+    """Tokens that data.max_length cut off."""
+    notes: dict[str, int] = dataclasses.field(default_factory=dict)
+    """What was done to rows that a person should know, with the number of rows."""
 
     @property
     def num_rows(self) -> int:
@@ -49,9 +56,10 @@ class SourceLedger:
         self.num_supervised_tokens += sum(supervised)
         self.longest = max(self.longest, *lengths, 0)
 
-    def add_file(self, path: str, sha256: str) -> None:
-        """Note a file that is read, with the hash of its bytes."""
-        self.sha256[path] = sha256
+    def note(self, notes: Mapping[str, int]) -> None:
+        """Add to the notes."""
+        for what, rows in notes.items():
+            self.notes[what] = self.notes.get(what, 0) + rows
 
     def check(self, max_dropped: float) -> None:
         """Refuse a source that loses too much.
@@ -85,6 +93,21 @@ class SourceLedger:
         }
         return values
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], path: str, sha256: dict[str, str]) -> SourceLedger:
+        """Return the ledger that `as_dict` told of, of the same bytes at another path.
+
+        Args:
+            sha256: of each file, in the same order.
+        """
+        renamed = dict(zip(values["sha256"], sha256, strict=True))
+        buckets = {
+            bucket: [(renamed[file], row) for file, ranges in told["rows"].items() for row in _rows(ranges)]
+            for bucket, told in values["buckets"].items()
+        }
+        kept = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+        return cls(**(kept | {"path": path, "sha256": sha256, "buckets": buckets}))
+
 
 def name_rows(rows: list[tuple[str, int]], most: int = 5) -> str:
     """Return the first rows by file: `a.jsonl, rows 1, 7; b.jsonl, row 3 and 12 more`."""
@@ -94,6 +117,17 @@ def name_rows(rows: list[tuple[str, int]], most: int = 5) -> str:
         of_file.setdefault(file, []).append(str(number))
     named = [f"{file}, row{'s' * (len(n) > 1)} {', '.join(n)}" for file, n in of_file.items()]
     return "; ".join(named) + more
+
+
+def total(ledgers: Sequence[SourceLedger]) -> dict[str, Any]:
+    """Return the sums over sources, which scripts and people look at first."""
+    counts = ("num_rows", "num_examples", "num_tokens", "num_supervised_tokens", "num_ended", "num_cut_tokens")
+    sums: dict[str, Any] = {name: sum(getattr(ledger, name) for ledger in ledgers) for name in counts}
+    sums["num_dropped"] = sum(len(rows) for ledger in ledgers for rows in ledger.dropped.values())
+    sums["longest"] = max((ledger.longest for ledger in ledgers), default=0)
+    sums["supervised_share"] = sums["num_supervised_tokens"] / max(1, sums["num_tokens"])
+    sums["ended_share"] = sums["num_ended"] / max(1, sums["num_examples"])
+    return sums
 
 
 def ledger_lines(ledgers: list[SourceLedger]) -> list[tuple[str, str]]:
@@ -106,16 +140,26 @@ def ledger_lines(ledgers: list[SourceLedger]) -> list[tuple[str, str]]:
             if bucket not in (USED, *(DROPPED + reason for reason in ledger.dropped))
         ]
         rest += [f"{len(rows):,} dropped ({reason})" for reason, rows in ledger.dropped.items()]
+        rest += [f"{rows:,} rows: {note}" for note, rows in ledger.notes.items()]
         share = ledger.num_supervised_tokens / max(1, ledger.num_tokens)
+        ended = ledger.num_ended / max(1, ledger.num_examples)
+        cut = f" ({ledger.num_cut_tokens:,} more cut off)" if ledger.num_cut_tokens else ""
         lines.append(
             (
                 ledger.path,
                 f"{ledger.format}, {ledger.num_rows:,} rows: {len(ledger.buckets.get(USED, [])):,} used"
                 + "".join(f", {item}" for item in rest)
-                + f"; {ledger.num_tokens:,} tokens, {share:.1%} supervised, longest {ledger.longest:,}",
+                + f"; {ledger.num_examples:,} examples, {ledger.num_tokens:,} tokens{cut}, {share:.1%} supervised, "
+                f"end of turn in {ended:.1%} of examples, longest {ledger.longest:,}",
             )
         )
     return lines
+
+
+def _rows(ranges: str) -> Iterator[int]:
+    for part in ranges.split():
+        first, _, last = part.partition("-")
+        yield from range(int(first), int(last or first) + 1)
 
 
 def _ranges(rows: list[tuple[str, int]]) -> dict[str, str]:

@@ -19,8 +19,7 @@ from lora_accel.config.schema import TrainingSection
 from lora_accel.data.audit import name_rows
 from lora_accel.data.chat import IGNORED, Example
 from lora_accel.data.dataset import Dataset
-
-Order = npt.NDArray[np.intp]
+from lora_accel.data.order import epoch_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,40 +60,6 @@ class StepBatch:
         return name_rows(sorted({example.row for example in self.examples}), most=20)
 
 
-def permutation(count: int, *key: int) -> Order:
-    """Return a permutation of range(count) that is a function of the key.
-
-    It sorts raw Philox output, the one part of numpy's generators whose values are promised never to change.
-    """
-    return np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(count), kind="stable")
-
-
-def epoch_order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> Order:
-    """Return the examples of an epoch, in the order they are seen.
-
-    A source of weight 2 is seen twice; of weight 0.25, another quarter of it each epoch, all of it in four.
-
-    Args:
-        sizes, weights: number of examples and weight of each source; an example's index counts through all.
-    """
-    chosen, first = [], 0
-    for number, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
-        count = source_count(size, weight)
-        # One endless tape of permutations for each source; the epoch takes the next `count` of it.
-        rounds = range(epoch * count // size, -(-(epoch + 1) * count // size))
-        tape = np.concatenate([permutation(size, seed, number, round_) for round_ in rounds])
-        start = epoch * count - rounds.start * size
-        chosen.append(first + tape[start : start + count])
-        first += size
-    order = np.concatenate(chosen)
-    return order[permutation(len(order), seed, len(sizes), epoch)]
-
-
-def source_count(size: int, weight: float) -> int:
-    """Return how many examples a source gives to an epoch: at least one."""
-    return max(1, round(size * weight))
-
-
 class Batches:
     """The training examples, step by step."""
 
@@ -108,7 +73,7 @@ class Batches:
         rank: int,
         pad_id: int,
     ) -> None:
-        self._examples = dataset.examples
+        self._dataset = dataset
         self._sizes = [len(source.examples) for source in dataset.sources]
         self._weights = [source.weight for source in dataset.sources]
         self._training = training
@@ -129,7 +94,7 @@ class Batches:
         start = step_in_epoch * self._plan.batch_size
         chosen = self._order[start : start + self._plan.batch_size]
         return step_batch(
-            [self._examples[i]._replace(key=derive(self._seed, step, place)) for place, i in enumerate(chosen)],
+            [self._dataset.example(i)._replace(key=derive(self._seed, step, place)) for place, i in enumerate(chosen)],
             self._training,
             rank=self._rank,
             num_ranks=self._plan.num_ranks,

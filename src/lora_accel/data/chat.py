@@ -7,8 +7,8 @@ every answer that is learned. Masks come from character spans, so they cannot de
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -81,8 +81,8 @@ class ChatTemplate:
     @property
     def end_ids(self) -> set[int]:
         """Return the tokens at which an answer ends: that of its turn, and that of a text."""
-        ids = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(self.end_of_turn.strip() or None)}
-        return {token for token in ids if token is not None and token != self.tokenizer.unk_token_id}
+        ends = {self.tokenizer.eos_token, self.end_of_turn.strip()} & special_tokens(self.tokenizer)
+        return {self.tokenizer.convert_tokens_to_ids(token) for token in ends}
 
     def render(self, messages: Sequence[Message], tools: Any = None, *, asks: bool = False) -> Rendered:
         """Render a conversation and find each message in it.
@@ -221,7 +221,8 @@ class ChatTemplate:
         for token in sorted(special_tokens(self.tokenizer), key=len, reverse=True):
             if after_last.lstrip().startswith(token):
                 return after_last[: len(after_last) - len(after_last.lstrip()) + len(token)]
-        return os.path.commonprefix(tails).rstrip()
+        common = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*tails, strict=False))
+        return "".join(letter for letter, _ in common).rstrip()
 
     def _refuse_hidden_specials(self, messages: Sequence[Message], tools: Any) -> None:
         """Refuse the text of a special token where a template writes data that cannot be marked."""

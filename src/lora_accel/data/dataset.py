@@ -1,44 +1,53 @@
-"""Files and Hub data sets to examples. Strict: a line that is not JSON names itself, a row never vanishes."""
+"""Sources to examples: tokenised once, by several processes, cached by content, every row in the ledger."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import glob
+import functools
 import hashlib
-import io
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+import multiprocessing
+import os
+import signal
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
 
 from lora_accel.config.schema import DataSection, SourceSection
-from lora_accel.data.audit import DROPPED, SPLIT, TRUNCATED, USED, SourceLedger
-from lora_accel.data.chat import IGNORED, ChatTemplate, Example, encode_record
-from lora_accel.data.formats import (
-    Conversation,
-    MalformedRow,
-    Message,
-    PlainText,
-    Record,
-    Row,
-    UnusableRow,
-    detect_format,
-    parse_row,
-)
+from lora_accel.data.audit import DROPPED, USED, SourceLedger
+from lora_accel.data.chat import ChatTemplate, Example, encode_record
+from lora_accel.data.formats import MalformedRow, Record, Row, UnusableRow, detect_format, parse_row
+from lora_accel.data.overlong import TooLong, shorten
+from lora_accel.data.rows import Chunk, Input, find_input
+from lora_accel.data.store import Examples, Packed, Writer, open_examples, stored
 from lora_accel.errors import DataError
+from lora_accel.processes import end_with_parent
 
-FILE_TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
-BLANK = object()
-"""Stands for an empty line."""
-MAX_FIELD = 2**31 - 1  # characters in a CSV field; the library's own 131,072 is less than a long document
+ALONE = 4
+"""So many chunks are worked on before other processes are begun, which takes longer than a small file."""
+
+
+class Recipe(NamedTuple):
+    """What turns rows into tokens."""
+
+    fingerprint: str
+    """Changes whenever the tokenizer or the template does."""
+    template: Callable[[], ChatTemplate]
+    """Loads them; not called when all is in the cache."""
 
 
 class Source(NamedTuple):
     """The examples of one source, and how often they are seen."""
 
-    examples: list[Example]
+    examples: Examples
     weight: float
 
 
@@ -50,152 +59,256 @@ class Dataset(NamedTuple):
 
     @property
     def examples(self) -> list[Example]:
-        """Return the examples of all sources, one after the other."""
+        """Return all examples, in memory."""
         return [example for source in self.sources for example in source.examples]
 
+    @property
+    def num_examples(self) -> int:
+        """Return the number of examples of all sources."""
+        return sum(len(source.examples) for source in self.sources)
 
-def load_dataset(sources: Sequence[SourceSection], template: ChatTemplate, options: DataSection) -> Dataset:
-    """Read and tokenise sources.
+    def example(self, number: int) -> Example:
+        """Return one of all examples, counted through the sources."""
+        for source in self.sources:
+            if number < len(source.examples):
+                return source.examples[number]
+            number -= len(source.examples)
+        raise IndexError(number)
+
+    def check(self, max_dropped: float) -> None:
+        """Refuse sources of which too much cannot be used.
+
+        Raises:
+            DataError: a source has no usable row, or more than this share of its rows are unusable.
+        """
+        for ledger in self.ledgers:
+            ledger.check(max_dropped)
+
+
+def load_dataset(sources: Sequence[SourceSection], recipe: Recipe, options: DataSection) -> Dataset:
+    """Read and tokenise sources, or find them in the cache.
 
     Raises:
-        DataError: a file is missing or broken, a row is malformed, or too many rows are unusable.
-            The message names file and row.
+        DataError: a file is missing or broken, or a row is malformed. The message names file and row.
+        ConfigError: the cache cannot be written to.
     """
     loaded, ledgers = [], []
-    for source in sources:
-        ledger = SourceLedger(source.path, source.format)
-        examples = [
-            example for row in _rows(source, ledger) for example in _examples(row, ledger, source, template, options)
-        ]
-        ledger.check(options.max_dropped)
-        loaded.append(Source(examples, source.weight))
-        ledgers.append(ledger)
+    for section in sources:
+        source = find_input(section)
+        build = functools.partial(_build, source=source, section=section, recipe=recipe, options=options)
+        folder = stored(cache_folder(options), _key(section, source, recipe, options), build)
+        examples, told = open_examples(folder, list(source.hashes))
+        loaded.append(Source(examples, section.weight))
+        ledgers.append(SourceLedger.from_dict(told, section.path, source.hashes))
     return Dataset(loaded, ledgers)
 
 
-def load_records(source: SourceSection) -> Iterator[Record]:
+def load_records(section: SourceSection) -> Iterator[Record]:
     """Read a source and leave out the rows that are unusable, as `load_dataset` does."""
-    ledger = SourceLedger(source.path, source.format)
-    for row in _rows(source, ledger):
-        with contextlib.suppress(UnusableRow):
-            yield _record(row, source, ledger)
+    ledger = SourceLedger(section.path, section.format)
+    for chunk in find_input(section).chunks(section.limit):
+        for number, row in chunk.parsed():
+            with contextlib.suppress(UnusableRow):
+                yield _record(chunk.file, number, row, section, ledger)
 
 
-def hold_out(dataset: Dataset, fraction: float, order: Sequence[int]) -> tuple[Dataset, list[Example]]:
+def hold_out(dataset: Dataset, fraction: float, order: Sequence[int]) -> tuple[Dataset, list[Examples]]:
     """Split off a share of the examples.
 
     Args:
         order: a permutation of all examples; the first of it are held out, at least one, never all.
+
+    Returns:
+        What is left, and what was held out of each source.
     """
     count = max(1, round(fraction * len(order)))
     if count >= len(order):
         raise DataError(f"data.eval_fraction={fraction} leaves no training example of {len(order)}; lower it")
-    held = set(order[:count])
-    sources, first = [], 0
+    is_held = np.zeros(len(order), np.bool_)
+    is_held[list(order[:count])] = True
+    sources, held, first = [], [], 0
     for source in dataset.sources:
-        kept = [example for i, example in enumerate(source.examples, start=first) if i not in held]
+        mine = is_held[first : first + len(source.examples)]
         first += len(source.examples)
-        if kept:
-            sources.append(source._replace(examples=kept))
-    everything = dataset.examples
-    return dataset._replace(sources=sources), [everything[i] for i in sorted(held)]
+        held.append(source.examples.take(np.flatnonzero(mine)))
+        if not mine.all():
+            sources.append(source._replace(examples=source.examples.take(np.flatnonzero(~mine))))
+    return dataset._replace(sources=sources), held
 
 
-def _examples(
-    row: tuple[str, int, Row],
-    ledger: SourceLedger,
-    source: SourceSection,
-    template: ChatTemplate,
-    options: DataSection,
-) -> list[Example]:
-    """Turn one row into examples, and count it in the ledger."""
-    file, number, _ = row
-    bucket = USED
+def cache_folder(options: DataSection) -> Path:
+    """Return where tokenised data are kept: `data.cache_dir`, else beside the Hub's cache, which HF_HOME moves."""
+    if options.cache_dir is not None:
+        return Path(options.cache_dir)
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "lora_accel"
+
+
+def _key(section: SourceSection, source: Input, recipe: Recipe, options: DataSection) -> str:
+    """Return the hash of all that the examples of a source follow from: bytes, tokenizer, template, options, code."""
+    described = {
+        "data": [[Path(name).suffixes[-2:], sha256] for name, sha256 in source.hashes.items()],
+        "recipe": recipe.fingerprint,
+        "section": section.model_dump(include={"format", "columns", "limit"}),
+        "options": options.model_dump(include={"max_length", "overlong", "loss_on", "parse_special_tokens"}),
+        "code": _code(),
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:40]
+
+
+@functools.cache
+def _code() -> str:
+    """Return the hash of this package's code, and the versions of others', that make tokens of rows."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    for name in ("tokenizers", "transformers", "jinja2"):
+        digest.update(metadata.version(name).encode())
+    return digest.hexdigest()
+
+
+# From rows to a folder of the cache.
+
+
+class Prepared(NamedTuple):
+    """What became of a chunk."""
+
+    file: str
+    rows: list[tuple[int, str, list[int], list[int]]]
+    """Of each row: number, bucket, and of each of its examples the tokens and the supervised tokens."""
+    examples: Packed
+    num_ended: int
+    num_cut_tokens: int
+    notes: Counter[str]
+
+
+def _build(folder: Path, *, source: Input, section: SourceSection, recipe: Recipe, options: DataSection) -> None:
+    """Tokenise a source into a folder."""
+    ledger = SourceLedger(section.path, section.format, dict(source.hashes))
+    chunks = source.chunks(section.limit)
+    first = next(chunks, None)
+    if first is not None and ledger.format is None:
+        number, row = next(first.parsed())
+        with _named(first.file, number):
+            ledger.format = detect_format(_renamed(row, section.columns))
+    named = section.model_copy(update={"format": ledger.format})
+    work = functools.partial(prepare, template=recipe.template(), section=named, options=options)
+    writer, files = Writer(folder), list(source.hashes)
+    stamps = [(file, file.stat()) for file in source.files]
+    for done in _in_order(work, itertools.chain([first] if first else [], chunks), options.num_workers):
+        for number, bucket, lengths, supervised in done.rows:
+            ledger.count((done.file, number), bucket, lengths, supervised)
+        ledger.num_ended += done.num_ended
+        ledger.num_cut_tokens += done.num_cut_tokens
+        ledger.note(done.notes)
+        writer.add(done.examples, files.index(done.file))
+    for file, stamp in stamps:
+        now = file.stat()
+        if (now.st_size, now.st_mtime_ns) != (stamp.st_size, stamp.st_mtime_ns):
+            raise DataError(f"{file}: was written to while it was read; start again once it stands still")
+    writer.close(ledger.as_dict())
+
+
+def _in_order(
+    work: Callable[[Chunk], Prepared], chunks: Iterator[Chunk], num_workers: int | None
+) -> Iterator[Prepared]:
+    """Yield what becomes of each chunk, in order, so that the number of workers changes nothing."""
+    yield from map(work, itertools.islice(chunks, ALONE))
+    most = num_workers or _cores()
+    following = next(chunks, None)
+    if following is None or most == 1:
+        yield from map(work, itertools.chain([following] if following else [], chunks))
+        return
+    # A fork needs no import of what this process has, and does nothing but render and tokenise.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    waiting: deque[Future[Prepared]] = deque()
+    with ProcessPoolExecutor(most, context, initializer=_begin, initargs=(os.getpid(), work)) as pool:
+        try:
+            for chunk in itertools.chain([following], chunks):
+                waiting.append(pool.submit(_work, chunk))
+                if len(waiting) > 3 * most:  # so that memory does not grow with the file
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise DataError(
+                "a process that tokenises was killed, for want of memory perhaps; try data.num_workers=1"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_task: Callable[[Chunk], Prepared]
+"""What this process does with a chunk, if it is a worker: handed over once, since it holds a tokenizer."""
+
+
+def _begin(parent: int, task: Callable[[Chunk], Prepared]) -> None:
+    """Begin as a worker: Ctrl-C is the parent's affair, and so is its death."""
+    global _task
+    _task = task
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent(parent)
+
+
+def _work(chunk: Chunk) -> Prepared:
+    return _task(chunk)
+
+
+def prepare(chunk: Chunk, *, template: ChatTemplate, section: SourceSection, options: DataSection) -> Prepared:
+    """Tokenise a chunk."""
+    rows: list[tuple[int, str, list[int], list[int]]] = []
+    examples: list[Example] = []
+    notes: Counter[str] = Counter()
+    num_cut, ends = 0, template.end_ids
+    for number, row in chunk.parsed():
+        with _named(chunk.file, number):
+            bucket, made, cut = _examples(row, section, template, options)
+        rows.append((number, bucket, [len(x.input_ids) for x in made], [x.num_supervised for x in made]))
+        num_cut += cut
+        notes.update({note for example in made for note in example.notes})
+        examples += [example._replace(row=(chunk.file, number)) for example in made]
+    num_ended = sum(not ends.isdisjoint(example.labels) for example in examples)
+    return Prepared(chunk.file, rows, Packed.of(examples), num_ended, num_cut, notes)
+
+
+@contextlib.contextmanager
+def _named(file: str, number: int) -> Iterator[None]:
+    """Say of a malformed row where it stands."""
     try:
-        record = _record(row, source, ledger)
-        whole = encode_record(record, template, options.loss_on)
-        if not whole.num_supervised:
-            raise UnusableRow("no supervised token")
-        examples = [whole]
-        if len(whole.input_ids) > options.max_length:
-            bucket, examples = _shorten(record, whole, template, options)
-    except _TooLong:
-        raise DataError(
-            f"{file}, row {number}: {len(whole.input_ids):,} tokens, over data.max_length={options.max_length}; "
-            "raise it, or set data.overlong to truncate, drop or split"
-        ) from None
-    except UnusableRow as error:
-        bucket, examples = f"{DROPPED}{error}", []
-    lengths, supervised = [len(x.input_ids) for x in examples], [x.num_supervised for x in examples]
-    ledger.count((file, number), bucket, lengths, supervised)
-    return [example._replace(row=(file, number)) for example in examples]
-
-
-def _record(row: tuple[str, int, Row], source: SourceSection, ledger: SourceLedger) -> Record:
-    """Parse one row; a source has one format, found on its first row unless the config names it."""
-    file, number, values = row
-    try:
-        values = _renamed(values, source.columns)
-        if ledger.format is None:
-            ledger.format = detect_format(values)
-        return parse_row(values, ledger.format)
-    except MalformedRow as error:
+        yield
+    except (MalformedRow, TooLong) as error:
         raise DataError(f"{file}, row {number}: {error}") from None
 
 
-class _TooLong(ValueError):
-    """A row over max_length where the config says error."""
+def _examples(
+    row: Row, section: SourceSection, template: ChatTemplate, options: DataSection
+) -> tuple[str, list[Example], int]:
+    """Turn one row into examples; return its bucket, them, and how many tokens were cut off."""
+    assert section.format is not None  # found on the first row
+    try:
+        record = parse_row(_renamed(row, section.columns), section.format)
+        whole = encode_record(record, template, options.loss_on)
+        if not whole.num_supervised:
+            raise UnusableRow("no supervised token")
+        if len(whole.input_ids) <= options.max_length:
+            return USED, [whole], 0
+        return shorten(record, whole, template, options)
+    except UnusableRow as error:
+        return f"{DROPPED}{error}", [], 0
 
 
-def _shorten(record: Record, whole: Example, template: ChatTemplate, options: DataSection) -> tuple[str, list[Example]]:
-    """Do what `data.overlong` says with an example that is too long; return its bucket and what is left."""
-    if options.overlong == "error":
-        raise _TooLong
-    if options.overlong == "drop":
-        raise UnusableRow("longer than data.max_length")
-    if options.overlong == "split":
-        pieces = list(_split(record, whole, template, options))
-    else:
-        pieces = [_cut(whole, options.max_length)]
-    kept = [piece for piece in pieces if piece.num_supervised]
-    if not kept:
-        raise UnusableRow("no supervised token within data.max_length")
-    return (SPLIT if len(pieces) > 1 else TRUNCATED), kept
-
-
-def _split(record: Record, whole: Example, template: ChatTemplate, options: DataSection) -> Iterator[Example]:
-    """Cut text into blocks, and a conversation at its turns; the system text is repeated in each piece."""
-    length = options.max_length
-    if isinstance(record, PlainText):
-        for start in range(0, len(whole.input_ids), length):
-            input_ids, labels = (
-                whole.input_ids[start : start + length],
-                whole.labels[start : start + length],
-            )
-            yield Example(input_ids, [IGNORED, *labels[1:]])
-        return
-    if not isinstance(record, Conversation):
-        raise UnusableRow("a completion longer than data.max_length cannot be split")
-    system = tuple(message for message in record.messages[:1] if message.role == "system")
-    piece: tuple[Message, ...] = ()
-    for round_ in _rounds(record.messages[len(system) :]):
-        longer = encode_record(Conversation((*system, *piece, *round_)), template, options.loss_on)
-        if piece and len(longer.input_ids) > length:
-            yield _cut(encode_record(Conversation((*system, *piece)), template, options.loss_on), length)
-            piece = ()
-        piece += round_
-    yield _cut(encode_record(Conversation((*system, *piece)), template, options.loss_on), length)
-
-
-def _rounds(messages: tuple[Message, ...]) -> Iterator[tuple[Message, ...]]:
-    """Cut a conversation before each user message."""
-    starts = [i for i, message in enumerate(messages) if message.role == "user" or i == 0]
-    for start, end in zip(starts, [*starts[1:], len(messages)], strict=True):
-        yield messages[start:end]
-
-
-def _cut(example: Example, length: int) -> Example:
-    return Example(example.input_ids[:length], example.labels[:length])
+def _record(file: str, number: int, row: Row, section: SourceSection, ledger: SourceLedger) -> Record:
+    """Parse one row; a source has one format, found on its first row unless the config names it."""
+    with _named(file, number):
+        values = _renamed(row, section.columns)
+        ledger.format = ledger.format or detect_format(values)
+        return parse_row(values, ledger.format)
 
 
 def _renamed(row: Row, columns: dict[str, str]) -> Row:
@@ -207,158 +320,3 @@ def _renamed(row: Row, columns: dict[str, str]) -> Row:
     taken = set(columns.values())
     kept = {key: value for key, value in row.items() if key not in taken}
     return kept | {known: row[theirs] for known, theirs in columns.items()}
-
-
-def _rows(source: SourceSection, ledger: SourceLedger) -> Iterator[tuple[str, int, Row]]:
-    """Yield (file, row number, row) of a source, at most `source.limit` of them."""
-    files = _files(source.path)
-    rows = _file_rows(files, ledger) if files else _hub_rows(source, ledger)
-    yield from itertools.islice(rows, source.limit)
-
-
-def _files(path: str) -> list[Path]:
-    """Return the data files that a path means, sorted; none if it can only be a Hub id.
-
-    Raises:
-        DataError: the path is neither there nor a possible Hub id, or holds no data file.
-    """
-    here = Path(path)
-    try:
-        here.exists()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if here.is_file():
-        if here.suffix not in FILE_TYPES:
-            raise DataError(f"{path}: unknown file type {here.suffix!r}; known are {', '.join(FILE_TYPES)}")
-        return [here]
-    if here.is_dir():
-        found = sorted(file for file in here.rglob("*") if file.suffix in FILE_TYPES and file.is_file())
-    elif glob.has_magic(path):
-        found = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).suffix in FILE_TYPES)
-    else:
-        looks_like_hub_id = path.count("/") <= 1 and not path.startswith((".", "/", "~")) and not here.suffix
-        if looks_like_hub_id:
-            return []
-        raise DataError(f"{path}: no such file; paths are taken from the folder the command runs in")
-    if not found:
-        where = "in this folder" if here.is_dir() else "matches this pattern"
-        raise DataError(f"{path}: no {', '.join(FILE_TYPES)} file {where}")
-    return found
-
-
-def _file_rows(files: list[Path], ledger: SourceLedger) -> Iterator[tuple[str, int, Row]]:
-    for file in files:
-        data = _read_bytes(file)
-        ledger.add_file(str(file), hashlib.sha256(data).hexdigest())
-        for number, row in enumerate(_parsed(file, data), start=1):
-            if row is BLANK:
-                continue
-            if not isinstance(row, dict):
-                kind = "null" if row is None else f"a {type(row).__name__}"
-                raise DataError(f"{file}, row {number}: should be an object, not {kind}")
-            yield str(file), number, row
-
-
-def _parsed(file: Path, data: bytes) -> Iterator[Any]:
-    """Yield the rows of one file; BLANK for an empty line, which keeps the count of lines."""
-    if file.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        try:
-            yield from pq.read_table(file).to_pylist()
-        except (OSError, ValueError) as error:
-            raise DataError(f"{file}: not a parquet file: {error}") from None
-        return
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        broken = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file}, line {broken}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    if file.suffix == ".csv":
-        yield from _csv_rows(file, text)
-    elif file.suffix == ".json":
-        yield from _json_rows(file, text)
-    else:
-        # split("\n"), since splitlines() also cuts at U+2028, which JSON allows within a string.
-        for number, line in enumerate(text.split("\n"), start=1):
-            yield _json(line, f"{file}, line {number}") if line.strip() else BLANK
-
-
-def _json_rows(file: Path, text: str) -> list[Any]:
-    rows = _json(text, str(file))
-    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
-        rows = rows["data"]
-    if not isinstance(rows, list):
-        raise DataError(f"{file}: should be a list of rows; one object a line belongs into a .jsonl file")
-    return rows
-
-
-def _csv_rows(file: Path, text: str) -> Iterator[dict[str, Any]]:
-    csv.field_size_limit(MAX_FIELD)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    number = 0
-    try:
-        heading = list(reader.fieldnames or [])
-        if len(set(heading)) < len(heading):
-            raise DataError(f"{file}: column {_repeated(heading)!r} stands twice in the heading; keep one")
-        for number, row in enumerate(reader, start=1):
-            if None in row or None in row.values():
-                raise DataError(
-                    f"{file}, row {number}: has not as many fields as the heading; "
-                    "put quotes around a field that holds a comma or a line break"
-                )
-            yield row
-    except csv.Error as error:
-        raise DataError(f"{file}, row {number + 1}: not valid CSV: {error}; is a quote left open?") from None
-
-
-def _json(text: str, where: str) -> Any:
-    """Parse JSON as it was meant: a repeated key or a lone surrogate is an error, not a loss."""
-    try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
-        text.encode("utf-8")
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except json.JSONDecodeError as error:
-        line = f", line {error.lineno}" if error.lineno > 1 else ""
-        raise DataError(f"{where}{line}: not valid JSON: {error.msg} at column {error.colno}") from None
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: holds half of a surrogate pair, which is no character; leave it out") from None
-    except RecursionError:
-        raise DataError(f"{where}: nested too deep for a row") from None
-    except ValueError as error:
-        raise DataError(f"{where}: {error}") from None
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError(f"key {_repeated([key for key, _ in pairs])!r} stands twice in one object; keep one")
-    return row
-
-
-def _repeated(names: list[str]) -> str:
-    return next(name for name in names if names.count(name) > 1)
-
-
-def _hub_rows(source: SourceSection, ledger: SourceLedger) -> Iterator[tuple[str, int, Row]]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(source.path, split=source.split)
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(
-            f"{source.path}: no such file or folder, and not to be had as a data set of the Hub: {reason}"
-        ) from None
-    ledger.add_file(source.path, getattr(rows, "_fingerprint", ""))
-    for number, row in enumerate(rows, start=1):
-        yield source.path, number, row
-
-
-def _read_bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None

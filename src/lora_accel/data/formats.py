@@ -136,12 +136,11 @@ def _parse_sharegpt(row: Row) -> Conversation:
     joined: list[Message] = []
     for message in kept:
         last = joined[-1] if joined else None
-        if last and last.role == message.role != "tool" and not (last.tool_calls or message.tool_calls):
-            if last.learned == message.learned:
-                joined[-1] = last._replace(content=f"{last.content}\n\n{message.content}")
-                notes.append("turns in a row of one role are joined by an empty line")
-                continue
-        joined.append(message)
+        if last and last.role != "tool" and last == message._replace(content=last.content) and not last.tool_calls:
+            joined[-1] = last._replace(content=f"{last.content}\n\n{message.content}")
+            notes.append("turns in a row of one role are joined by an empty line")
+        else:
+            joined.append(message)
     return Conversation(_usable(joined), _tools(row), tuple(dict.fromkeys(notes)))
 
 
@@ -259,9 +258,10 @@ def _content(value: Any, where: str) -> str:
     """Return a content's text: a string, or OpenAI's list of parts, which are joined as they are."""
     if isinstance(value, list):
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in value]
-        if not all(isinstance(part, str) for part in parts):
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) < len(parts):
             raise MalformedRow(f"{where} has a part that is no text, {value!r:.60}")
-        return "".join(parts)
+        return "".join(texts)
     if not isinstance(value, str):
         raise MalformedRow(f"{where} should be text, not {value!r:.40}")
     return value

@@ -1,4 +1,4 @@
-"""The frozen base model and its tokenizer. The only place that knows bitsandbytes."""
+"""The frozen base model. The only place that knows bitsandbytes."""
 
 from __future__ import annotations
 
@@ -10,40 +10,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from lora_accel.config.schema import ModelSection, QuantizationSection
 from lora_accel.errors import ArtifactError, ConfigError
+from lora_accel.model.tokenizer import not_loaded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def load_tokenizer(section: ModelSection) -> Any:
-    """Load the tokenizer, with a pad token.
-
-    Where it has none, the end token pads: the vocabulary keeps its size, and since labels are masked by position the
-    end token is still learned where it belongs. The unknown token never pads, since it may stand in real text.
-
-    Raises:
-        ArtifactError: there is no such model, or its tokenizer has neither a pad nor an end token.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            section.name_or_path,
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-        )
-    except Exception as error:  # tokenizers, in Rust, raises no kind of its own
-        raise ArtifactError(_not_loaded(section, "tokenizer", error)) from None
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.unk_token_id:
-        if tokenizer.eos_token is None:
-            raise ArtifactError(
-                f"{section.name_or_path}: the tokenizer has neither a pad nor an end token; add an eos_token to it"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    return tokenizer
 
 
 def choose_dtype(section: ModelSection, mixed_precision: str) -> torch.dtype | str:
@@ -67,7 +41,7 @@ def refuse_upcast(section: ModelSection) -> None:
             section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
         ).dtype
     except (OSError, ValueError) as error:
-        raise ArtifactError(_not_loaded(section, "config", error)) from None
+        raise ArtifactError(not_loaded(section, "config", error)) from None
     if stored not in (None, torch.float32):
         raise ConfigError(
             f"model.dtype=auto: {section.name_or_path} is stored in {str(stored).removeprefix('torch.')}, but ZeRO-3 "
@@ -109,9 +83,9 @@ def load_base_model(
             **options,
         )
     except (ImportError, ValueError) as error:
-        raise ConfigError(_not_loaded(section, "model", error)) from None
+        raise ConfigError(not_loaded(section, "model", error)) from None
     except (OSError, SafetensorError, UnpicklingError) as error:
-        raise ArtifactError(_not_loaded(section, "model", error)) from None
+        raise ArtifactError(not_loaded(section, "model", error)) from None
     model.config.use_cache = False
     model.requires_grad_(False)
     return model
@@ -144,16 +118,4 @@ def _bitsandbytes_config(quantization: QuantizationSection, dtype: torch.dtype |
         bnb_4bit_quant_type=quantization.type,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=compute if isinstance(compute, torch.dtype) else torch.bfloat16,
-    )
-
-
-def _not_loaded(section: ModelSection, what: str, error: Exception) -> str:
-    reason = str(error).strip().split("\n")[0]
-    if section.attention != "auto" and section.attention in str(error):
-        return f"model.attention: {section.attention!r} cannot be used here: {reason} (auto lets transformers choose)"
-    if section.name_or_path.startswith((".", "/", "~")) and not Path(section.name_or_path).is_dir():
-        reason = "there is no such folder"
-    return (
-        f"model.name_or_path: the {what} of {section.name_or_path!r} cannot be loaded: {reason} "
-        "(give a Hub id or a folder with config.json, *.safetensors and tokenizer.json)"
     )

@@ -79,7 +79,7 @@ def refuse_full_disk(accelerator: Accelerator, model: torch.nn.Module, folder: P
     """
     parameters = adapter_parameters(unwrapped(accelerator, model)).values()
     one = 3 * 4 * sum(zero.whole_shape(p).numel() for p in parameters) + SPARE_BYTES  # float32, with two moments
-    standing = sum(file.stat().st_size for path in step_folders(folder) for file in path.iterdir())
+    standing = sum(file.lstat().st_size for path in step_folders(folder) for file in path.iterdir())
     needed = max((keep_last + 2) * one - standing, 2 * one)
     free = shutil.disk_usage(folder.parent).free
     if free < needed:

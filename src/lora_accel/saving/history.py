@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from pathlib import Path
@@ -16,6 +17,8 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 FILES = (WEIGHTS, CONFIG, OPTIMIZER, STATE)
 """What a checkpoint holds beside its manifest."""
+ASIDE = ("corrupt", "superseded")
+"""What the name of a checkpoint begins with that a run does not go on from."""
 
 
 class Checkpoint(NamedTuple):
@@ -42,6 +45,8 @@ class Found(NamedTuple):
     """None = it begins afresh."""
     begun_from: str | None
     """Hash of the manifest of the checkpoint that `checkpoint.resume` named, now or when the run began."""
+    begun_at: str | None
+    """Where that checkpoint was."""
     damaged: dict[Path, str]
     """Newer ones that cannot be used, with the reason."""
     superseded: list[Path]
@@ -62,40 +67,55 @@ def find_checkpoint(folder: Path, resume: str) -> Found:
         ArtifactError: the named one cannot be used, every one is damaged, or `never` meets a folder that has some.
     """
     own = step_folders(folder)
+    named = None if resume in ("auto", "never") else Path(resume)
+    if named is not None and not is_folder(named):
+        found = find_checkpoint(folder, "auto")
+        if found.checkpoint is not None and found.begun_at == resume:
+            return found  # it has been rotated away where it was, and what descends from it is here
+        raise ArtifactError(f"checkpoint.resume: {resume} is no folder; say auto, never, or a folder of checkpoints/")
     if resume == "never" and own:
         raise ArtifactError(
             f"checkpoint.resume=never, but {folder} holds {len(own)} checkpoints; "
             "choose another output_dir, or delete them"
         )
-    named = None if resume in ("auto", "never") else _named(Path(resume))
-    begun_from = None if named is None else sha256_of(named.folder / MANIFEST)
-    found = Found(named, begun_from, {}, [])
+    begin = None if named is None else _named(named)
+    begun_from, begun_at = (None, None) if begin is None else (sha256_of(begin.folder / MANIFEST), resume)
+    found = Found(begin, begun_from, begun_at, {}, [])
     for candidate in reversed(own):
-        if named is not None and _step_of(candidate) <= named.step:
-            break
+        if begin is not None and candidate.resolve() == begin.folder.resolve():
+            break  # all before it stay: it descends from them
         reason = why_invalid(candidate, required=FILES)
         if reason is not None:
             found.damaged[candidate] = reason
             continue
         checkpoint = _open(candidate)
-        if named is None:
-            return found._replace(checkpoint=checkpoint, begun_from=checkpoint.state.get("begun_from"))
+        if begin is None:
+            state = checkpoint.state
+            return found._replace(
+                checkpoint=checkpoint, begun_from=state.get("begun_from"), begun_at=state.get("begun_at")
+            )
         if checkpoint.state.get("begun_from") == begun_from:
             return found._replace(checkpoint=checkpoint)
         found.superseded.append(candidate)
-    set_aside = sorted(folder.glob("corrupt-step-*")) if folder.is_dir() else []
-    if named is None and (found.damaged or set_aside):
-        lines = [f"{path.name}: {reason}" for path, reason in found.damaged.items()]
+    aside = sorted(path for prefix in ASIDE for path in folder.glob(f"{prefix}-step-*")) if folder.is_dir() else []
+    if begin is None and resume == "auto" and (found.damaged or aside):
+        lines = [f"{path.name}: {reason}" for path, reason in found.damaged.items()] + [path.name for path in aside]
         raise ArtifactError(
-            f"{folder}: every checkpoint is damaged, and beginning afresh would write over them; choose another "
-            "output_dir, or move them away\n"
-            + "\n".join(f"  {line}" for line in [*lines, *(p.name for p in set_aside)])
+            f"{folder}: every checkpoint is damaged or set aside, and beginning afresh would write over them; "
+            "choose another output_dir, or move them away\n" + "\n".join(f"  {line}" for line in lines)
         )
     return found
 
 
-def step_aside(found: Found) -> list[str]:
-    """Rename what a run cannot go on from, so that nothing is written over it; return what was done."""
+def step_aside(found: Found, log: Path | None = None) -> list[str]:
+    """Rename what a run cannot go on from, so that nothing is written over it; return what was done.
+
+    Args:
+        log: the run's metrics.jsonl, which tells of other steps than those before a checkpoint of another run.
+    """
+    begins = found.checkpoint.folder.resolve().parent.parent if found.checkpoint else None
+    if log is not None and log.exists() and begins not in (None, log.parent.resolve()):
+        _renamed(log, "superseded")
     damaged = [
         f"passed over a damaged checkpoint: {path.name}: {reason}; it is kept as {_renamed(path, 'corrupt')}"
         for path, reason in found.damaged.items()
@@ -138,15 +158,18 @@ def list_checkpoints(run: Path, *, hashes: bool) -> list[Listed]:
     folder = run / "checkpoints"
     if not folder.is_dir():
         raise ArtifactError(f"{run}: has no checkpoints/ in it; give the output_dir of a run")
-    aside = sorted(path for path in folder.iterdir() if re.fullmatch(r"(corrupt|superseded)-step-\d{8,}.*", path.name))
+    aside = sorted(
+        path for path in folder.iterdir() if re.fullmatch(rf"({'|'.join(ASIDE)})-step-\d{{8,}}.*", path.name)
+    )
     listed = []
     for path in [*step_folders(folder), *aside]:
         reason = why_invalid(path, required=FILES, hashes=hashes)
         if path in aside:
             reason = f"set aside{'' if reason is None else f': {reason}'}"
-        size = sum(file.lstat().st_size for file in path.iterdir())
         step = int(re.sub(r".*step-(\d+).*", r"\1", path.name))
-        listed.append(Listed(path.name, step, time.time() - path.stat().st_mtime, size, reason))
+        with contextlib.suppress(FileNotFoundError):  # a run that lives may have deleted it meanwhile
+            size = sum(file.lstat().st_size for file in path.iterdir()) if path.is_dir() else 0
+            listed.append(Listed(path.name, step, time.time() - path.lstat().st_mtime, size, reason))
     return listed
 
 
@@ -169,9 +192,15 @@ def _renamed(path: Path, prefix: str) -> str:
     return target.name
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder; one that no file system takes is none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def _named(folder: Path) -> Checkpoint:
-    if not folder.is_dir():
-        raise ArtifactError(f"checkpoint.resume: {folder} is no folder; say auto, never, or a folder of checkpoints/")
     if reason := why_invalid(folder, required=FILES):
         raise ArtifactError(f"checkpoint.resume: {folder} cannot be used: {reason}")
     return _open(folder)

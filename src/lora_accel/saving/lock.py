@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_accel.errors import ConfigError
+from lora_accel.saving.history import step_folders
 
 LOCK = ".lock"
 
@@ -27,18 +28,24 @@ def refuse_output(folder: Path) -> None:
             f"output_dir: {folder}: a `[` in a name is a pattern to many programs, and `..` leads elsewhere once a "
             "folder above is a link; write the path without them"
         )
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    except OSError as error:
+        raise ConfigError(f"output_dir: {folder}: {error.strerror}; name another folder") from None
     if not nearest.is_dir():
         raise ConfigError(f"output_dir: {nearest} is a file; name a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"output_dir: {nearest} cannot be written to; name another folder")
     if not folder.is_dir():
         return
-    names = {path.name for path in folder.iterdir()}
-    ours = {"checkpoints", "adapter", "metrics.jsonl", "config.yaml", "status.json", ".lock", ".config.yaml.writing"}
-    if names and not names & ours:
+    names = {path.name for path in folder.iterdir()} - {LOCK, ".plan.json.writing"}
+    checkpoints = folder / "checkpoints"
+    if checkpoints.exists() and not checkpoints.is_dir():
+        raise ConfigError(f"output_dir: {checkpoints} is a file; name another folder, or move it away")
+    has_checkpoints = bool(step_folders(checkpoints))
+    if names and "plan.json" not in names and not has_checkpoints:
         raise ConfigError(f"output_dir: {folder} holds other things and no run; name a new or empty folder")
-    if "adapter" in names and "checkpoints" not in names:
+    if "adapter" in names and not has_checkpoints:
         raise ConfigError(
             f"output_dir: {folder} holds an adapter and no checkpoints; a run from the beginning would replace it. "
             "Name another folder, or move the adapter away"

@@ -46,10 +46,13 @@ def merge_adapter(
     read_adapter(adapter)
     made_from = read_json(adapter / "provenance.json") if (adapter / "provenance.json").exists() else None
     name = base or read_json(adapter / CONFIG).get("base_model_name_or_path")
-    if not name:
+    if not name or not isinstance(name, str):
         raise ArtifactError(f"{adapter}: names no base model; say --base")
     _refuse_out(out, {"adapter": adapter, "base": Path(name)}, overwrite=overwrite)
-    revision = None if base else (made_from or {}).get("base", {}).get("revision")
+    made_on = {} if made_from is None else made_from.get("base")
+    if not isinstance(made_on, dict) or not isinstance(made_on.get("revision"), (str, type(None))):
+        raise ArtifactError(f"{adapter / 'provenance.json'}: does not say what the adapter was made from")
+    revision = None if base else made_on.get("revision")
     model = load_base_model(ModelSection(name_or_path=name, revision=revision), QuantizationSection())
     weights = base_hashes(name, revision)
     _same_base(made_from, name, weights)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from pydantic import ValidationError
+from transformers.utils import cached_file
 
 from lora_accel.config.plan import Plan
 from lora_accel.config.schema import RunConfig
@@ -34,12 +36,14 @@ PACKAGES = (
 # Anchored at whole keys: a later key is harmful until it is named here.
 HARMLESS = re.compile(
     r"output_dir|model\.(name_or_path|revision|attention|chat_template|trust_remote_code)"
-    r"|data\.(train|eval|max_dropped|packing)"
+    r"|data\.(train|eval|max_dropped|packing|cache_dir|num_workers)"
     r"|training\.(epochs|max_steps|warmup_ratio|warmup_steps|batch_size|micro_batch_tokens|micro_batch_size"
     r"|gradient_accumulation_steps|mixed_precision|activation_checkpointing"  # the plan holds what they amount to
     r"|max_hours|skip_nonfinite)"
     r"|(checkpoint|evaluation|logging)\..*"
 )
+WHERE = ("path", "revision", "streaming")
+"""Keys of a source that say where its rows are; what they are, the hash of their bytes says."""
 _BATCH = ("training.batch_size", "training.micro_batch_size", "training.gradient_accumulation_steps")
 _LENGTH = ("training.epochs", "training.max_steps")
 # What several options amount to, and the options by which a change of it is allowed.
@@ -49,6 +53,7 @@ DERIVED = {
     "plan.total_steps": (*_LENGTH, *_BATCH, "data"),
     "plan.warmup_steps": ("training.warmup_ratio", "training.warmup_steps", *_LENGTH, *_BATCH, "data"),
     "model.weights": ("model.name_or_path", "model.revision"),
+    "model.config": ("model.name_or_path", "model.revision"),
     "model.tokenizer": ("model.name_or_path", "model.revision"),
 }
 
@@ -62,6 +67,7 @@ def describe_run(
     template: str,
     ledgers: list[SourceLedger],
     base: dict[str, str],
+    base_config: str,
 ) -> dict[str, Any]:
     """Return the provenance of a run.
 
@@ -69,6 +75,7 @@ def describe_run(
         precision: the mixed precision in force.
         template: the source of the chat template.
         base: hash of each weight file of the base, by name.
+        base_config: hash of its config.
     """
     return {
         "packages": versions(),
@@ -77,6 +84,7 @@ def describe_run(
             "name_or_path": config.model.name_or_path,
             "revision": config.model.revision,
             "sha256": base,
+            "config_sha256": base_config,
         },
         "tokenizer_sha256": sha256_of_text(tokenizer.backend_tokenizer.to_str()),
         "chat_template_sha256": sha256_of_text(template),
@@ -168,6 +176,18 @@ def base_hashes(name_or_path: str, revision: str | None) -> dict[str, str]:
     return {file.name: _hash_of_weights(file) for file in files}
 
 
+def config_hash(name_or_path: str, revision: str | None) -> str:
+    """Return a hash of what the config of a base model says of its mathematics, not of who wrote it."""
+    file = cached_file(name_or_path, "config.json", revision=revision)
+    try:
+        told = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{name_or_path}: config.json cannot be read: {error}") from None
+    for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"):
+        told.pop(key, None)
+    return sha256_of_text(json.dumps(told, sort_keys=True))
+
+
 def versions() -> dict[str, str]:
     """Return the versions of the packages that results depend on."""
     found = {}
@@ -196,19 +216,29 @@ def _hash_of_weights(file: Path) -> str:
 
 def _identity(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Return, flat, what the result is a function of."""
-    flat = {key: value for key, value in _flat(provenance["config"]) if not HARMLESS.fullmatch(key)}
-    plan, sources = provenance["plan"], provenance["config"]["data"]["train"]
+    config = _completed(provenance["config"])
+    flat = {key: value for key, value in _flat(config) if not HARMLESS.fullmatch(key)}
+    plan, sources = provenance["plan"], config["data"]["train"]
     flat |= {f"plan.{key}": plan[key] for key in ("batch_size", "total_steps", "warmup_steps", "num_examples")}
     flat |= {
         "training.mixed_precision": provenance["mixed_precision"],
         "model.weights": sorted(provenance["base"]["sha256"].values()),
+        "model.config": provenance["base"]["config_sha256"],
         "model.tokenizer": provenance["tokenizer_sha256"],
         "model.chat_template": provenance["chat_template_sha256"],
     }
     for number, (source, data) in enumerate(zip(sources, provenance["data"], strict=False)):
-        flat |= {f"data.train[{number}].{k}": v for k, v in source.items() if k != "path"}
+        flat |= {f"data.train[{number}].{k}": v for k, v in source.items() if k not in WHERE}
         flat[f"data.train[{number}].bytes"] = data["sha256"]
     return flat
+
+
+def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a config with the defaults of options that it does not know yet: it may be of an older version."""
+    try:
+        return RunConfig.model_validate(config).model_dump()
+    except ValidationError:
+        return config  # of a newer one, or changed by hand: compared as it stands
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

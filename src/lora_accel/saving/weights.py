@@ -14,12 +14,13 @@ from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from lora_accel.errors import ArtifactError
+from lora_accel.errors import ArtifactError, TrainingError
 from lora_accel.faults import reach
 from lora_accel.saving import zero
 from lora_accel.saving.commit import MANIFEST, committed_folder, write_json
 from lora_accel.saving.foreign import refuse_hostile_config
 from lora_accel.saving.history import CONFIG, WEIGHTS
+from lora_accel.saving.ranks import together
 
 State = dict[str, torch.Tensor]
 
@@ -44,14 +45,15 @@ def save_adapter(
     Raises:
         ArtifactError: the folder holds anything else than an adapter saved before, an argument is none of these, or a
             tensor is empty or missing, or was not written as it is.
+        TrainingError: a disk is full, a tensor is not finite, or another process has failed.
     """
     final = Path(folder).resolve()
     _refuse_to_replace(final)
     state = gather_adapter(accelerator, model, bias=bias, gather=gather)
-    if accelerator.is_main_process:
-        with committed_folder(final) as temporary:
-            write_adapter(unwrapped(accelerator, model), state, temporary, bias=bias)
-    accelerator.wait_for_everyone()
+    with together(accelerator, f"saving {final.name}"):
+        if accelerator.is_main_process:
+            with committed_folder(final) as temporary:
+                write_adapter(unwrapped(accelerator, model), state, temporary, bias=bias)
 
 
 def load_adapter(base: torch.nn.Module, folder: str | Path, *, trainable: bool = False) -> PeftModel:
@@ -133,10 +135,16 @@ def write_adapter(model: PeftModel, state: State, folder: Path, *, bias: str | N
 
     Raises:
         ArtifactError: a tensor is empty, PEFT would leave one out, or the file does not hold what was written.
+        TrainingError: a tensor is not finite.
     """
     empty = [name for name, tensor in state.items() if tensor.numel() == 0]
     if empty:
         raise ArtifactError(f"{folder}: {len(empty)} tensors are empty, {empty[0]} among them; they were not gathered")
+    not_finite = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if not_finite:
+        raise TrainingError(
+            f"{not_finite[0]} is not finite after the update, so it is not saved; lower the learning rate"
+        )
     saved = _peft_state(model, state)
     if len(saved) != len(state):
         raise ArtifactError(f"{folder}: PEFT saves {len(saved)} of {len(state)} tensors of this adapter")

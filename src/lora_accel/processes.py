@@ -1,0 +1,33 @@
+"""A process and the one that began it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+def end_with_parent(parent: int) -> None:
+    """Ask the kernel to send SIGTERM to this process when its parent dies, however it dies.
+
+    Args:
+        parent: process id, as known before it could have died. (Linux only: prctl(2), PR_SET_PDEATHSIG.)
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() != parent:  # it died meanwhile
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def is_python(pid: int) -> bool:
+    """Whether a process is a Python program, as launchers are, and not what adopts orphans. (Linux only: else True.)"""
+    if sys.platform != "linux":
+        return True
+    try:
+        program = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+    except OSError:
+        return False
+    return Path(os.fsdecode(program)).name.startswith(("python", "accelerate", "torchrun", "deepspeed"))
