@@ -153,6 +153,7 @@ def test_a_second_ctrl_c_aborts(runs: Runs) -> None:
 def test_two_runs_do_not_share_a_folder(runs: Runs) -> None:
     straight = runs.straight("cpu")
     with in_its_third_step(runs) as process:
+        send(process, signal.SIGSTOP)  # it holds the folder however long the second run takes to begin
         before = sorted(path for path in runs.output.rglob("*") if path.is_file())
         second = run_module("lora_accel.train", *runs.words)
         assert second.returncode == 2

@@ -34,6 +34,8 @@ class Rendered(NamedTuple):
     spans: list[Span | None]
     data: list[Span]
     """Where messages' words stand, in order: all else the template wrote."""
+    values: list[dict[str, Any]]
+    """The messages as the template saw them."""
     notes: tuple[str, ...] = ()
     """What the template did to the messages that a person should know."""
 
@@ -75,6 +77,7 @@ class ChatTemplate:
         self.tokens = TextTokenizer(tokenizer, parse_special_tokens=parse_special_tokens)
         self._built_in = name in BUILT_IN_TEMPLATES
         self.source = template_source(name) or _own_template(tokenizer)
+        self._specials: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._asks = "add_generation_prompt" in self.source
         self.end_of_turn = self._find_end_of_turn() if self.source else ""
 
@@ -95,8 +98,9 @@ class ChatTemplate:
             UnusableRow: the template refuses the conversation, or changes a message so that its place
                 cannot be proven.
         """
-        plain = self._apply([message.for_template() for message in messages], tools, asks)
-        marked, parts = mark(messages)
+        values = [message.for_template() for message in messages]
+        plain = self._apply(values, tools, asks)
+        marked, parts = mark(messages, values)
         self._refuse_hidden_specials(messages, tools)
         spans = locate(plain, self._apply(marked, tools, asks), parts, messages)
         contents: list[Span | None] = [None] * len(messages)
@@ -109,9 +113,9 @@ class ChatTemplate:
                 notes.append(f"the template leaves out the {what}")
         _refuse_tools_left_out(plain, tools)
         data = sorted(span for span in spans if span)
-        if any(self.tokens.find_special(message.content + message.reasoning) for message in messages):
+        if self.tokens.find_special("\n".join(message.content + message.reasoning for message in messages)):
             notes.append("the text of a special token is read as text")
-        return Rendered(plain, contents, data, tuple(dict.fromkeys(notes)))
+        return Rendered(plain, contents, data, values, tuple(dict.fromkeys(notes)))
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
         """Return the text after which the assistant's next words are generated.
@@ -161,7 +165,8 @@ class ChatTemplate:
         """
         text, content = rendered.text, rendered.spans[number]
         if any(message.role in ("user", "tool") for message in messages[:number]):
-            prompt = self.prompt(messages[:number], tools)
+            asked = rendered.values[:number]
+            prompt = self._apply(asked, tools, asks=True) if self._asks else self.prompt(messages[:number], tools)
             if not text.startswith(prompt):
                 raise UnusableRow(
                     f"the text before message {number + 1} is not the prompt that the chat template makes for it"
@@ -189,21 +194,27 @@ class ChatTemplate:
                 "the tokenizer has no chat template; set model.chat_template to one of "
                 f"{', '.join(BUILT_IN_TEMPLATES)} or to a .jinja file"
             )
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         try:
-            (text,), _ = render_jinja_template(
-                conversations=[messages],
-                chat_template=self.source,
-                tools=tools,
-                add_generation_prompt=asks,
-                **self.tokenizer.special_tokens_map,
+            text = self._jinja.render(
+                messages=messages, tools=tools, documents=None, add_generation_prompt=asks, **self._specials
             )
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"model.chat_template: not valid Jinja, line {error.lineno}: {error.message}") from None
         except Exception as error:  # a template is somebody's program and may raise anything
             raise UnusableRow(f"the chat template refuses it: {error}") from None
-        return str(text)
+        return text
+
+    @property
+    def _jinja(self) -> jinja2.Template:
+        """The template as transformers compiles it, sandboxed.
+
+        Its public `render_jinja_template` copies every message at every rendering, as rich objects might need; ours are
+        plain already, and are rendered once for each answer. (It keeps what it has compiled.)
+        """
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        template: jinja2.Template = _compile_jinja_template(self.source)
+        return template
 
     def _find_end_of_turn(self) -> str:
         """Return what closes an assistant turn: a special token, with any white space before it, or else the text that
@@ -226,8 +237,8 @@ class ChatTemplate:
 
     def _refuse_hidden_specials(self, messages: Sequence[Message], tools: Any) -> None:
         """Refuse the text of a special token where a template writes data that cannot be marked."""
-        for where in (tools, *({"calls": m.tool_calls, "name": m.name, "id": m.tool_call_id} for m in messages)):
-            found = self.tokens.find_special(json.dumps(where, ensure_ascii=False)) if where else None
+        for where in (tools, *((m.tool_calls, m.name, m.tool_call_id) for m in messages)):
+            found = self.tokens.find_special(json.dumps(where, ensure_ascii=False)) if where and any(where) else None
             if found:
                 raise UnusableRow(f"a tool, or a call of one, holds the text of the special token {found}")
 

@@ -31,7 +31,8 @@ class Message(NamedTuple):
     def for_template(self) -> dict[str, Any]:
         """Return what a chat template sees."""
         values = {"role": self.role, "content": self.content, "tool_calls": list(self.tool_calls)}
-        values |= {"reasoning_content": self.reasoning, "name": self.name, "tool_call_id": self.tool_call_id}
+        values |= {"reasoning_content": self.reasoning, "thinking": self.reasoning}  # two names that templates read
+        values |= {"name": self.name, "tool_call_id": self.tool_call_id}
         return {key: value for key, value in values.items() if value or key in ("role", "content")}
 
 

@@ -9,7 +9,7 @@ a content may be stripped, and the reasoning of an answer may be moved or left o
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_accel.data.formats import Message, UnusableRow
@@ -39,10 +39,13 @@ class Part(NamedTuple):
     is_reasoning: bool = False
 
 
-def mark(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Part]]:
+def mark(messages: Sequence[Message], values: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Part]]:
     """Return the messages for a template, marked, and the parts in the order of their marks.
 
     An empty content is not marked: templates ask whether there is one.
+
+    Args:
+        values: the messages for a template, as they are.
 
     Raises:
         UnusableRow: a message holds characters that serve as marks, or there are more messages than marks.
@@ -58,19 +61,20 @@ def mark(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Part]]
 
     marked = []
     for i, message in enumerate(messages):
-        values = message.for_template()
+        told = dict(values[i])
         if OURS.search(message.content) or OURS.search(message.reasoning):
             raise UnusableRow("a message holds characters of private use area B")
         if message.reasoning:
-            values["reasoning_content"] = between_marks(Part(i, message.reasoning, is_reasoning=True))
+            reasoning = between_marks(Part(i, message.reasoning, is_reasoning=True))
+            told |= {"reasoning_content": reasoning, "thinking": reasoning}
         thinks = REASONING.fullmatch(message.content) if message.role == "assistant" else None
         if thinks:
             before, thought, after, answer = thinks.groups()
             thought, answer = between_marks(Part(i, thought, is_reasoning=True)), between_marks(Part(i, answer))
-            values["content"] = before + thought + after + answer
+            told["content"] = before + thought + after + answer
         else:
-            values["content"] = between_marks(Part(i, message.content))
-        marked.append(values)
+            told["content"] = between_marks(Part(i, message.content))
+        marked.append(told)
     if len(parts) > MAX_PARTS:
         raise UnusableRow(f"more than {MAX_PARTS} messages")
     return marked, parts

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from lora_accel.data.spans import FIRST_MARK, MAX_PARTS, Span
 from lora_accel.errors import DataError
@@ -24,26 +22,48 @@ FIRST_NAME = FIRST_MARK + 2 * MAX_PARTS
 """Where the names of special tokens begin: one character each, repeated. Marks end before it."""
 
 
-class Tokens(NamedTuple):
-    """The tokens of a text, and the characters that each covers."""
+class Tokens:
+    """The tokens of a text, and the characters that each covers.
 
-    ids: list[int]
-    starts: list[int]
-    ends: list[int]
-    """Neither of the two ever falls: a token begins where the one before it has ended, at the latest."""
+    Places are looked up as they are asked for, which costs much less than a list of all offsets.
+    """
+
+    def __init__(self, encoding: Encoding, length: int) -> None:
+        """Wrap an encoding of a text of so many characters."""
+        self.ids: list[int] = encoding.ids
+        self._encoding, self._length = encoding, length
 
     def within(self, span: Span, foreign: Sequence[Span]) -> range:
         """Return the tokens that cover a character of a span and none of the foreign spans beside it."""
-        first, last = bisect_right(self.ends, span.start), bisect_left(self.starts, span.end)
         if span.start == span.end:
             return range(0)
+        first, last = self._token_at(span.start), self._token_at(span.end)
+        if last < len(self.ids) and self._start(last) < span.end:
+            last += 1
         before = max((other.end for other in foreign if other.end <= span.start), default=0)
-        after = min((other.start for other in foreign if other.start >= span.end), default=None)
-        while first < last and self.starts[first] < before:
+        after = min((other.start for other in foreign if other.start >= span.end), default=self._length)
+        while first < last and self._start(first) < before:
             first += 1
-        while after is not None and first < last and self.ends[last - 1] > after:
+        while first < last and self._end(last - 1) > after:
             last -= 1
         return range(first, last)
+
+    def _token_at(self, place: int) -> int:
+        """Return the first token that covers a character, or, where none does, one after it."""
+        for character in range(place, self._length):
+            found = self._encoding.char_to_token(character)
+            if found is not None:
+                return int(found)
+        return len(self.ids)
+
+    def _start(self, token: int) -> int:
+        return min(self._chars(token)[0], self._end(token - 1)) if token else 0
+
+    def _end(self, token: int) -> int:
+        return self._chars(token)[1]
+
+    def _chars(self, token: int) -> tuple[int, int]:
+        return self._encoding.token_to_chars(token) or (0, 0)  # (0, 0) of a token that stands for no text
 
 
 class TextTokenizer:
@@ -88,11 +108,7 @@ class TextTokenizer:
         Args:
             data: where others' words stand, in order: no special token is looked for there.
         """
-        encoding = self._copy.encode(self._with_names(text, data), add_special_tokens=False)
-        starts, ends = zip(*encoding.offsets, strict=True) if encoding.ids else ((), ())
-        # Offsets of byte-level tokens leave out leading spaces; what lies before a token belongs to it.
-        reached = list(accumulate(ends, max))
-        return Tokens(encoding.ids, [*map(min, starts, [0, *reached])], reached)
+        return Tokens(self._copy.encode(self._with_names(text, data), add_special_tokens=False), len(text))
 
     def _with_names(self, text: str, data: Sequence[Span]) -> str:
         if self._parse_special_tokens:
@@ -115,7 +131,8 @@ def special_tokens(tokenizer: Any) -> set[str]:
 def _renamed(tokenizer: Tokenizer, names: dict[str, str]) -> Tokenizer:
     """Return a copy in which tokens have other names under the same ids: as added tokens, and in the vocabulary."""
     described = json.loads(tokenizer.to_str())
-    described["truncation"] = described["padding"] = None
+    # The post-processor would only trim spaces from offsets: begin and end tokens are not asked of it.
+    described["truncation"] = described["padding"] = described["post_processor"] = None
     for token in described["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
     model = described["model"]
