@@ -62,6 +62,27 @@ def plan(
 
 
 @app.command()
+def inspect(
+    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="Run config, YAML.")],
+    overrides: Overrides = None,
+    rows: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Examples of each source. Without it 3, with --json all."),
+    ] = None,
+    source: Annotated[Optional[str], typer.Option(metavar="PATH", help="Only the source of this path.")] = None,  # noqa: UP045
+    html: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write a page for a browser, too.")] = None,  # noqa: UP045
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")] = False,
+) -> None:
+    """Show the data as they are learned: every token, the ledger, lengths. No model is loaded."""
+    from lora_accel.config.files import read_config
+
+    asked = read_config(config, overrides or [])
+    from lora_accel.inspection import inspect as show
+
+    show(asked, rows=rows, source=source, html=html, as_json=as_json)
+
+
+@app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of the adapter.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from lora_accel.data.chat import IGNORED, Example
 from lora_accel.data.dataset import Dataset, Source
 from lora_accel.data.order import epoch_order, permutation, source_count
 from lora_accel.data.store import Examples
+from lora_accel.train import prepare_data, show_data
+from tests.conftest import chat_rows, write_jsonl
 
 PAD = 999
 
@@ -309,3 +313,58 @@ def test_moving_a_batch_changes_nothing() -> None:
     moved = batch.to(torch.device("cpu"))
     assert torch.equal(moved.targets, batch.targets)
     assert torch.equal(moved.input_ids, batch.input_ids)
+
+
+# Several sources.
+
+
+@pytest.fixture
+def three_sources(make_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., RunConfig]:
+    """12 rows seen twice, 9 once, 20 a quarter of them: 24 + 9 + 5 examples an epoch."""
+    parts = {"twice": (12, 2.0), "once": (9, 1.0), "quarter": (20, 0.25)}
+    sources = [
+        {"path": str(write_jsonl(tmp_path / f"{name}.jsonl", chat_rows(rows))), "weight": weight}
+        for name, (rows, weight) in parts.items()
+    ]
+
+    def make(**data: Any) -> RunConfig:
+        return make_config(data={"train": sources} | data, training={"epochs": 4, "batch_size": 5})
+
+    return make
+
+
+def order_of(config: RunConfig, num_ranks: int) -> list[list[tuple[str, int]]]:
+    """The rows of each epoch, as the steps take them, agreed upon by all ranks; each taken by one of them."""
+    data = prepare_data(config, num_ranks)
+    ranks = [
+        Batches(data.dataset, config.training, data.plan, seed=config.seed, rank=rank, pad_id=PAD)
+        for rank in range(num_ranks)
+    ]
+    epochs: list[list[tuple[str, int]]] = [[] for _ in range(4)]
+    for step in range(data.plan.total_steps):
+        shares = [batches.step(step) for batches in ranks]
+        (rows,) = {tuple((Path(file).stem, row) for file, row in (x.row for x in s.examples)) for s in shares}
+        taken = sum(int(m.attention_mask.any(dim=1).sum()) for s in shares for m in s.micro_batches)
+        padding = sum(m.input_ids.numel() == 1 for s in shares for m in s.micro_batches)
+        assert taken - padding == len(rows)
+        epochs[data.plan.place(step)[0]] += rows
+    return epochs
+
+
+def test_three_weighted_sources_give_what_is_stated_in_the_same_order_on_any_number_of_processes(
+    three_sources: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    epochs = order_of(three_sources(num_workers=1, cache_dir=str(tmp_path / "1")), num_ranks=1)
+    assert epochs == order_of(three_sources(num_workers=1, cache_dir=str(tmp_path / "1")), num_ranks=2)
+    assert epochs == order_of(three_sources(num_workers=2, cache_dir=str(tmp_path / "2")), num_ranks=2)
+    for epoch in epochs:
+        assert Counter(name for name, _ in epoch) == {"twice": 24, "once": 9, "quarter": 5}
+        assert set(Counter(row for row in epoch if row[0] == "twice").values()) == {2}
+    quarters = [row for epoch in epochs for row in epoch if row[0] == "quarter"]
+    assert len(set(quarters)) == 20, "four epochs see all of it once"
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+    show_data(prepare_data(three_sources(), 1))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "24 of 12 examples (weight 2)" in told
+    assert "5 of 20 examples (weight 0.25)" in told

@@ -76,6 +76,7 @@ FOUND: list[tuple[Change, str]] = [
     ((("config", "data", "train", 0, "limit"), 3), "data.train[0].limit"),
     ((("config", "data", "train", 0, "columns"), {"messages": "talk"}), "data.train[0].columns"),
     ((("data", 0, "sha256"), "0" * 64), "data.train[0].bytes"),
+    ((("data", 0, "tokens_sha256"), "0" * 64), "data.train[0].tokens"),
     ((("config", "training", "learning_rate"), 1.0), "training.learning_rate"),
     ((("config", "training", "scheduler"), "linear"), "training.scheduler"),
     ((("config", "training", "weight_decay"), 0.1), "training.weight_decay"),
@@ -236,7 +237,9 @@ def test_provenance_names_versions_hashes_and_config(
     assert set(provenance["packages"]) == set(PACKAGES)
     assert provenance["packages"] == versions()
     assert provenance["base"]["sha256"] == {"model.safetensors": sha256_of(tiny_model() / "model.safetensors")}
-    assert provenance["data"] == [{"path": str(rows_file), "num_files": 1, "sha256": sha256_of(rows_file)}]
+    (told,) = provenance["data"]
+    assert len(told.pop("tokens_sha256")) == 64
+    assert told == {"path": str(rows_file), "num_files": 1, "sha256": sha256_of(rows_file)}
     assert RunConfig.model_validate(provenance["config"]).training.max_steps == 1
     assert provenance["plan"]["total_steps"] == 1
 

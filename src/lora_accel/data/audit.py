@@ -33,6 +33,8 @@ class SourceLedger:
     """Examples in which the end of an answer is supervised: from these a model learns to stop."""
     num_cut_tokens: int = 0
     """Tokens that data.max_length cut off."""
+    tokens_sha256: str = ""
+    """Hash of all tokens and masks: a template may ask for the date, or a library change its ways."""
     notes: dict[str, int] = dataclasses.field(default_factory=dict)
     """What was done to rows that a person should know, with the number of rows."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -111,6 +112,7 @@ class Writer:
     def __init__(self, folder: Path) -> None:
         self._folder, self._table, self._end = folder, array("q"), 0
         self._input_ids, self._supervised = (folder / INPUT_IDS).open("wb"), (folder / SUPERVISED).open("wb")
+        self._digest = hashlib.sha256()
 
     def add(self, part: Packed, file: int) -> None:
         """Append examples of one file."""
@@ -121,9 +123,11 @@ class Writer:
         table[:, 2] = file
         self._table.frombytes(table.tobytes())
         self._end += len(part.supervised)
+        self._digest.update(part.input_ids + part.supervised + part.table)
 
     def close(self, ledger: dict[str, Any]) -> None:
-        """Write the rest, and sync all."""
+        """Write the rest, the ledger with the hash of all tokens and masks, and sync all."""
+        ledger = ledger | {"tokens_sha256": self._digest.hexdigest()}
         table = np.asarray(self._table, np.int64).reshape(-1, FIELDS)
         with (self._folder / TABLE).open("wb") as file, (self._folder / LEDGER).open("w", encoding="utf-8") as text:
             np.save(file, table)

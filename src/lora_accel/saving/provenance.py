@@ -89,7 +89,12 @@ def describe_run(
         "tokenizer_sha256": sha256_of_text(tokenizer.backend_tokenizer.to_str()),
         "chat_template_sha256": sha256_of_text(template),
         "data": [
-            {"path": ledger.path, "num_files": len(ledger.sha256), "sha256": _hash_of_files(ledger.sha256)}
+            {
+                "path": ledger.path,
+                "num_files": len(ledger.sha256),
+                "sha256": _hash_of_files(ledger.sha256),
+                "tokens_sha256": ledger.tokens_sha256,
+            }
             for ledger in ledgers
         ],
         "seed": config.seed,
@@ -230,6 +235,7 @@ def _identity(provenance: Mapping[str, Any]) -> dict[str, Any]:
     for number, (source, data) in enumerate(zip(sources, provenance["data"], strict=False)):
         flat |= {f"data.train[{number}].{k}": v for k, v in source.items() if k not in WHERE}
         flat[f"data.train[{number}].bytes"] = data["sha256"]
+        flat[f"data.train[{number}].tokens"] = data["tokens_sha256"]
     return flat
 
 
