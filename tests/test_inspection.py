@@ -204,7 +204,7 @@ def test_what_was_cut_is_told(inspect: Inspect, tokenizer: PreTrainedTokenizerFa
     assert "\n│ … cut at data.max_length=60: 61 tokens left out\n" in out
     assert out.count("… cut at") == 1
     split = inspect("--source", "others.jsonl", "--rows", "9", "data.overlong=split").out
-    assert "… cut at" not in split
+    assert "… cut at data.max_length=60: 1 tokens left out" in split, "a block of one token teaches nothing"
     assert len(re.findall("row 2, .* supervised, split\n", split)) == 2
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lora_accel.errors import Interrupted, LoraAccelError, TrainingError, is_full_disk
 
@@ -26,11 +27,11 @@ NOISE = (
 
 def print_table(title: str, rows: Iterable[tuple[str, ...]], heads: tuple[str, ...] | None = None) -> None:
     """Print rows under a title; without heads, as names and values."""
-    table = Table(title=title, title_justify="left", show_header=heads is not None)
+    table = Table(title=Text(title), title_justify="left", show_header=heads is not None)
     for head in heads or ("", ""):
         table.add_column(head, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # anybody's words, a path with brackets say, and no markup
     Console(soft_wrap=False).print(table)
 
 

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from rich import markup
 from rich.console import Console
 from rich.text import Text
 
@@ -313,14 +312,10 @@ def marked(pieces: Sequence[Piece], specials: set[str]) -> str:
 def show_audit(splits: Sequence[Split]) -> None:
     """Print the ledgers, their sums, and how long examples are."""
     print()
-    print_table("rows", [(_plain(path), _plain(told)) for path, told in ledger_lines(_ledgers(splits))])
+    print_table("rows", [(visible(path), visible(told)) for path, told in ledger_lines(_ledgers(splits))])
     print_table("total", total_lines(_ledgers(splits)))
     for name, bins in _histograms(splits):
         print_table(name, bins, heads=("tokens", "examples", ""))
-
-
-def _plain(text: str) -> str:
-    return markup.escape(visible(text))
 
 
 def total_lines(ledgers: Sequence[SourceLedger]) -> list[tuple[str, str]]:

@@ -102,12 +102,35 @@ def learned_of(template: ChatTemplate, messages: tuple[Message, ...], loss_on: s
             TWO_ROUNDS[:2],
             "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\na1<|im_end|>\n",
         ),
+        (
+            "llama-2",
+            (("system", "Be."), *TWO_ROUNDS),
+            "[INST] <<SYS>>\nBe.\n<</SYS>>\n\nq1 [/INST] a1 </s><s>[INST] q2 [/INST] a2 </s>",
+        ),
+        ("llama-2", TWO_ROUNDS[:2], "[INST] q1 [/INST] a1 </s>"),
+        (
+            "llama-3",
+            (("system", "Be."), *TWO_ROUNDS[:2]),
+            "<|start_header_id|>system<|end_header_id|>\n\nBe.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+            "q1<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\na1<|eot_id|>",
+        ),
+        (
+            "zephyr",
+            (("system", "Be."), *TWO_ROUNDS[:2]),
+            "<|system|>\nBe.</s>\n<|user|>\nq1</s>\n<|assistant|>\na1</s>\n",
+        ),
+        (
+            "gemma",
+            TWO_ROUNDS,
+            "<start_of_turn>user\nq1<end_of_turn>\n<start_of_turn>model\na1<end_of_turn>\n"
+            "<start_of_turn>user\nq2<end_of_turn>\n<start_of_turn>model\na2<end_of_turn>\n",
+        ),
     ],
 )
 def test_built_in_templates_to_the_letter(
     tokenizer_factory: Factory, name: str, turns: tuple[tuple[str, str], ...], text: str
 ) -> None:
-    template = template_of(tokenizer_factory, name, eos_token="</s>", pad_token="</s>")
+    template = template_of(tokenizer_factory, name, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     rendered = template.render(chat(*turns))
     assert rendered.text == text
     assert [text[span.start : span.end] for span in rendered.spans if span] == [content for _, content in turns]
@@ -139,7 +162,13 @@ def test_the_prompt_is_what_training_saw_before_the_answer(
         assert template.prompt(messages[: end - 1]) == rendered.text[: span.start].rstrip(" ")
 
 
-@pytest.mark.parametrize(("name", "role"), [("vicuna_v1.1", "tool"), ("alpaca", "tool"), ("alpaca", "system")])
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        *((name, "tool") for name in ("vicuna_v1.1", "alpaca", "gemma", "llama-2", "zephyr")),
+        *((name, "system") for name in ("alpaca", "gemma", "llama-2")),
+    ],
+)
 def test_a_role_that_a_template_has_no_place_for_is_refused(tokenizer_factory: Factory, name: str, role: str) -> None:
     template = template_of(tokenizer_factory, name, eos_token="</s>", pad_token="</s>")
     with pytest.raises(UnusableRow, match=f"the chat template refuses it: {name} has no place for a {role} message"):

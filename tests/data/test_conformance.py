@@ -1,7 +1,7 @@
 """Every row format by every chat template by every kind of tokenizer: what is learned is the answers, to the letter.
 
-Texts are rendered anew by transformers, and places of tokens are found here, by the bytes that tokens stand for: nothing
-of the code under test is used to judge it.
+Texts are rendered anew by transformers, and places of tokens are found here, by the bytes that tokens stand for:
+nothing of the code under test is used to judge it.
 """
 
 from __future__ import annotations
@@ -21,24 +21,19 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lora_accel.config.schema import DataFormat
 from lora_accel.data.chat import (
     BUILT_IN_TEMPLATES,
     IGNORED,
     ChatTemplate,
     Example,
     encode_record,
-    question_of,
     template_source,
 )
 from lora_accel.data.formats import (
     FORMATS,
-    Completion,
     Conversation,
     MalformedRow,
     Message,
-    PlainText,
-    Pretokenized,
     UnusableRow,
     detect_format,
     parse_row,
@@ -62,7 +57,8 @@ LINES = [
 NEWLINES = ["so:\n\n", "so.\n\n\n", "\n\n"] * 9
 """For tokens that a template and an answer may share. Not for GPT-2's words, whose last newline stands alone."""
 LLAMA_3_WORDS = (  # its newlines stay together, as Qwen's do
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -367,7 +363,9 @@ STYLES = {
         "<|im_start|>assistant\n<think>\n",
     ),
     "raises": Style(RAISES),
-    "tail": Style(OPEN + TURN + CLOSE + "{% if not add_generation_prompt %}<|im_start|>over<|im_end|>{% endif %}" + ASKS),
+    "tail": Style(
+        OPEN + TURN + CLOSE + "{% if not add_generation_prompt %}<|im_start|>over<|im_end|>{% endif %}" + ASKS
+    ),
     "words only": Style(
         OPEN
         + "## {{ m.role }}:\n{{ m.content }}\n###\n\n"
@@ -447,7 +445,10 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[Message, ...]]] = {
     "messages, parts": (
         {
             "messages": [
-                {"role": "user", "content": [{"type": "text", "text": "First "}, {"type": "text", "text": "question?"}]},
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "First "}, {"type": "text", "text": "question?"}],
+                },
                 {"role": "assistant", "content": ["First ", {"text": "answer."}]},
                 {"role": "user", "content": "Second one?"},
                 {"role": "assistant", "content": [{"type": "text", "text": "Second answer."}]},
@@ -682,7 +683,9 @@ def test_the_answers_and_their_ends_are_learned_whole_in_order_and_nothing_else(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_without_turns_are_the_same_by_every_template(family: str, begin: str) -> None:
     prefix = [1] if begin in ("BOS added", "BOS written") else []
-    for style, (prompt, words) in itertools.product(STYLES, (("", "A text."), ("So </s> it", " is."), ("a:\n", "\n b "))):
+    for style, (prompt, words) in itertools.product(
+        STYLES, (("", "A text."), ("So </s> it", " is."), ("a:\n", "\n b "))
+    ):
         template = template_of(family, style, begin)
         row = {"prompt": prompt, "completion": words} if prompt else {"text": words}
         example = encode_record(parse_row(row, detect_format(row)), template, "assistant")
@@ -840,7 +843,15 @@ ROLES = st.one_of(
 FLAGS = st.sampled_from([{}, {}, {}, {"weight": 0}, {"weight": 1}, {"train": False}, {"train": True}])
 
 
-ONLY_A_THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+def is_known(style: str, begin: str, messages: Sequence[Message]) -> bool:
+    """Whether the tests at the end of this file, which are expected to fail, show what is wrong here."""
+    for i, message in enumerate(messages):
+        thinks = re.fullmatch(r"\s*<think>.*?</think>\s*(.*)", message.content, re.DOTALL)
+        if message.role == "assistant" and thinks and not (thinks[1] and asked_before(messages, i)):
+            return True
+    if style == "strips thoughts" and not messages[-1].content.strip("\n"):
+        return True
+    return style == "vicuna_v1.1" and begin == "BOS added" and messages[0].content.startswith("<s>")
 
 
 @st.composite
@@ -849,8 +860,6 @@ def hostile_rows(draw: st.DrawFn) -> dict[str, Any]:
     messages = []
     for role in draw(ROLES):
         content = draw(CONTENTS)
-        if ONLY_A_THOUGHT.fullmatch(content):
-            content += "so"  # see test_an_answer_that_is_only_a_thought_is_learned
         parts = [{"type": "text", "text": letter} for letter in content]
         flags = draw(FLAGS) if role == "assistant" else {}
         messages.append({"role": role, "content": draw(st.sampled_from([content, content, parts])), **flags})
@@ -892,7 +901,9 @@ def stands(template: ChatTemplate, style: str, family: str, begin: str, row: dic
         pieces = BY_HAND[style](messages)
         example = encode_record(record, template, "assistant")
     except (UnusableRow, MalformedRow, DataError) as error:
-        text = "".join(part if isinstance(part, str) else part["text"] for m in row["messages"] for part in m["content"])
+        text = "".join(
+            part if isinstance(part, str) else part["text"] for m in row["messages"] for part in m["content"]
+        )
         documented = (
             ("private use area B", any(letter >= "\U00100000" for letter in text)),
             ("no assistant turn", True),
@@ -901,11 +912,10 @@ def stands(template: ChatTemplate, style: str, family: str, begin: str, row: dic
             (NOT_THE_PROMPT, style == "strips thoughts"),
             ("the chat template", style == "strips thoughts" and ("think>" in text or "\n" in text)),
         )
-        assert any(re.search(reason, str(error)) and may for reason, may in documented), str(error)
+        if not any(re.search(reason, str(error)) and may for reason, may in documented):
+            raise
         return False
     assert pieces is not None
-    if style == "strips thoughts" and not messages[-1].content.strip("\n"):
-        return False  # see test_an_empty_answer_in_which_a_template_writes_teaches_its_end
 
     bos = begin == "BOS written"
     pieces = [Piece("<s>")] * bos + pieces
@@ -930,8 +940,7 @@ def stands(template: ChatTemplate, style: str, family: str, begin: str, row: dic
         assert tokens == template.tokenizer(text, add_special_tokens=False).input_ids
     places = covered(family, begin, tokens, text, named)
     labels = [
-        token if place & wanted and not place & others else IGNORED
-        for token, place in zip(tokens, places, strict=True)
+        token if place & wanted and not place & others else IGNORED for token, place in zip(tokens, places, strict=True)
     ]
     assert example.labels == [IGNORED, *([IGNORED] * len(prefix) + labels)[1:]]
     for number, start in starts.items():

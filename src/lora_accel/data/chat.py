@@ -181,7 +181,8 @@ class ChatTemplate:
         end = text.find(self.end_of_turn, written, following) if self.end_of_turn else -1
         calls = messages[number].tool_calls
         if not calls:
-            closed = end == written or text[written:end].isspace()
+            # What a template writes into an empty answer (an empty thought, say) the model has to write, too.
+            closed = content is None or end == written or text[written:end].isspace()
             return Span(start, end + len(self.end_of_turn) if closed and end >= 0 else written)
         if end < 0:
             raise UnusableRow(f"nothing ends message {number + 1}, so the place of its tool calls cannot be proven")

@@ -20,7 +20,8 @@ def shorten(
     """Do what `data.overlong` says with a row that is too long.
 
     Returns:
-        Its bucket, the examples that are left, each with supervised tokens, and how many tokens were cut off.
+        Its bucket, the examples that are left, each with supervised tokens, and how many tokens were cut off or left
+        with a piece that has none.
 
     Raises:
         UnusableRow: nothing to learn is left.
@@ -37,7 +38,7 @@ def shorten(
     kept = [cut for cut in (_cut(piece, options.max_length) for piece in pieces) if cut.num_supervised]
     if not kept:
         raise UnusableRow("no supervised token within data.max_length")
-    num_cut = sum(max(0, len(piece.input_ids) - options.max_length) for piece in pieces)
+    num_cut = sum(len(piece.input_ids) for piece in pieces) - sum(len(cut.input_ids) for cut in kept)
     return (SPLIT if len(pieces) > 1 else TRUNCATED), kept, num_cut
 
 
