@@ -28,16 +28,22 @@ BUILT_IN_TEMPLATES = ("alpaca", "chatml", "gemma", "llama-2", "llama-3", "vicuna
 
 
 class Rendered(NamedTuple):
-    """A text, and for each message where its content stands (None: it is empty, or the template left it out)."""
+    """A text, and where each message stands in it."""
 
     text: str
     spans: list[Span | None]
-    data: list[Span]
-    """Where messages' words stand, in order: all else the template wrote."""
+    """Of each message its content; None: it is empty, or the template left it out."""
+    words: list[list[Span]]
+    """Of each message all of its words, reasoning among them. What is none's the template wrote."""
     values: list[dict[str, Any]]
     """The messages as the template saw them."""
     notes: tuple[str, ...] = ()
     """What the template did to the messages that a person should know."""
+
+    @property
+    def data(self) -> list[Span]:
+        """Return where anybody's words stand, in order."""
+        return sorted(span for spans in self.words for span in spans)
 
 
 class Example(NamedTuple):
@@ -104,18 +110,20 @@ class ChatTemplate:
         self._refuse_hidden_specials(messages, tools)
         spans = locate(plain, self._apply(marked, tools, asks), parts, messages)
         contents: list[Span | None] = [None] * len(messages)
+        words: list[list[Span]] = [[] for _ in messages]
         notes = []
         for part, span in zip(parts, spans, strict=True):
             if not part.is_reasoning:
                 contents[part.message] = span
-            if span is None:
+            if span is not None:
+                words[part.message].append(span)
+            else:
                 what = "reasoning of an earlier answer" if part.is_reasoning else "system text"
                 notes.append(f"the template leaves out the {what}")
         _refuse_tools_left_out(plain, tools)
-        data = sorted(span for span in spans if span)
         if self.tokens.find_special("\n".join(message.content + message.reasoning for message in messages)):
             notes.append("the text of a special token is read as text")
-        return Rendered(plain, contents, data, values, tuple(dict.fromkeys(notes)))
+        return Rendered(plain, contents, words, values, tuple(dict.fromkeys(notes)))
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
         """Return the text after which the assistant's next words are generated.
@@ -176,7 +184,7 @@ class ChatTemplate:
             start = content.start  # nothing asks for it
         else:
             raise UnusableRow(f"message {number + 1} is empty, and nothing asks for it")
-        written = max(start, content.end if content else start)
+        written = max([start, *(span.end for span in rendered.words[number])])
         following = min((span.start for span in rendered.data if span.end > written), default=len(text))
         end = text.find(self.end_of_turn, written, following) if self.end_of_turn else -1
         calls = messages[number].tool_calls
@@ -285,7 +293,7 @@ def _encode_conversation(record: Conversation, template: ChatTemplate, loss_on: 
         answers = answers[-1:]
     answers = [i for i in answers if messages[i].learned]
     spans = [template.answer_span(messages, i, rendered, record.tools) for i in answers]
-    foreign = [span for i, span in enumerate(rendered.spans) if span and i not in answers]
+    foreign = [span for i, words in enumerate(rendered.words) if i not in answers for span in words]
     return _example(tokens, [tokens.within(span, foreign) for span in spans], prefix, notes)
 
 
