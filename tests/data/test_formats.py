@@ -189,3 +189,77 @@ def test_no_row_does_anything_but_parse_or_say_what_is_wrong(row: dict[str, Any]
         assert len(record.input_ids) == len(record.labels)
     else:
         assert all(isinstance(text, str) for text in record)
+
+
+# Stated rules.
+
+
+def test_answers_before_the_first_question_are_left_out() -> None:
+    row = sharegpt(("gpt", "Hi!"), ("system", "s"), ("gpt", "Well?"), ("human", "q"), ("gpt", "a"))
+    record = parse_row(row, "sharegpt")
+    assert isinstance(record, Conversation)
+    assert record.messages == (Message("system", "s"), *QUESTION_AND_ANSWER.messages)
+    assert record.notes == ("answers before the first question are left out",)
+    with pytest.raises(UnusableRow, match="^no assistant turn$"):
+        parse_row(sharegpt(("gpt", "Hi!"), ("gpt", "a")), "sharegpt")
+
+
+def test_turns_in_a_row_of_one_role_are_one() -> None:
+    row = sharegpt(("human", "q"), ("user", "r"), ("gpt", "a"), ("chatgpt", "b"), ("observation", "o"), ("tool", "p"))
+    record = parse_row(row, "sharegpt")
+    assert isinstance(record, Conversation)
+    assert record.messages == conversation(
+        ("user", "q\n\nr"), ("assistant", "a\n\nb"), ("tool", "o"), ("tool", "p")
+    ).messages  # fmt: skip
+    assert record.notes == ("turns in a row of one role are joined by an empty line",)
+    # An answer that is not to be learned is not joined to one that is.
+    turns = [{"from": "gpt", "value": "a", "weight": 0}, {"from": "gpt", "value": "b"}]
+    record = parse_row({"conversations": [{"from": "human", "value": "q"}, *turns]}, "sharegpt")
+    assert isinstance(record, Conversation)
+    assert [(m.content, m.learned) for m in record.messages] == [("q", True), ("a", False), ("b", True)]
+
+
+@pytest.mark.parametrize("role", ["Human", "prompter", "USER"])
+@pytest.mark.parametrize("answers", ["GPT", "bot", "bard", "ai"])
+def test_usual_names_of_roles_are_known(role: str, answers: str) -> None:
+    assert parse_row(sharegpt((role, "q"), (answers, "a")), "sharegpt") == QUESTION_AND_ANSWER
+
+
+@pytest.mark.parametrize(
+    ("more", "learned"),
+    [({}, True), ({"weight": 0}, False), ({"weight": 1.0}, True), ({"train": False}, False), ({"train": None}, True)],
+)
+def test_an_answer_may_say_that_it_is_not_learned(more: dict[str, Any], learned: bool) -> None:
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **more}]}
+    record = parse_row(row, "messages")
+    assert isinstance(record, Conversation)
+    assert record.messages[1].learned == learned
+
+
+def test_of_lists_of_messages_only_the_completion_is_learned() -> None:
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
+    record = parse_row({"prompt": turns[:3], "completion": turns[3:]}, "prompt_completion")
+    assert isinstance(record, Conversation)
+    assert [m.learned for m in record.messages if m.role == "assistant"] == [False, True]
+
+
+def test_parts_of_text_are_joined_as_they_are() -> None:
+    parts = [{"type": "text", "text": "a "}, "b", {"type": "text", "text": "\nc"}]
+    record = parse_row({"messages": [{"role": "assistant", "content": parts}]}, "messages")
+    assert record == conversation(("assistant", "a b\nc"))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "'weight' should be 0 or 1"),
+        ({"messages": [{"role": "assistant", "content": "a", "train": "no"}]}, "'train' should be 0 or 1"),
+        ({"input_ids": [1, 2], "labels": [1]}, "input_ids holds 2 tokens and labels 1"),
+        ({"input_ids": [1, 2], "labels": [2, -100]}, "labels should hold the token of its own place or -100"),
+        ({"input_ids": "1 2", "labels": [1, 2]}, "key 'input_ids' should be a list of integers"),
+        ({"input_ids": [True], "labels": [1]}, "key 'input_ids' should be a list of integers"),
+    ],
+)
+def test_a_flag_or_token_that_is_none_is_named(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(MalformedRow, match=reason):
+        parse_row(row, detect_format(row))
