@@ -133,6 +133,8 @@ def _parse_sharegpt(row: Row) -> Conversation:
     asked = next((i for i, message in enumerate(messages) if message.role in ("user", "tool")), len(messages))
     kept = [m for i, m in enumerate(messages) if m.role != "assistant" or i > asked]
     if len(kept) < len(messages):
+        if asked == len(messages):
+            raise UnusableRow("nothing is asked")
         notes.append("answers before the first question are left out")
     joined: list[Message] = []
     for message in kept:
