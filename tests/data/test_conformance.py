@@ -38,6 +38,7 @@ from lora_accel.data.formats import (
     detect_format,
     parse_row,
 )
+from lora_accel.data.tokens import FIRST_NAME
 from lora_accel.errors import DataError
 
 # Tokenizers.
@@ -844,13 +845,11 @@ FLAGS = st.sampled_from([{}, {}, {}, {"weight": 0}, {"weight": 1}, {"train": Fal
 
 
 def is_known(style: str, begin: str, messages: Sequence[Message]) -> bool:
-    """Whether the tests at the end of this file, which are expected to fail, show what is wrong here."""
+    """Whether a test at the end of this file, which is expected to fail, shows what is wrong here."""
     for i, message in enumerate(messages):
-        thinks = re.fullmatch(r"\s*<think>.*?</think>\s*(.*)", message.content, re.DOTALL)
-        if message.role == "assistant" and thinks and not (thinks[1] and asked_before(messages, i)):
+        thinks = re.match(r"\s*<think>.*</think>", message.content, re.DOTALL)
+        if message.role == "assistant" and thinks and not asked_before(messages, i):
             return True
-    if style == "strips thoughts" and not messages[-1].content.strip("\n"):
-        return True
     return style == "vicuna_v1.1" and begin == "BOS added" and messages[0].content.startswith("<s>")
 
 
@@ -875,6 +874,8 @@ def hostile_rows(draw: st.DrawFn) -> dict[str, Any]:
         ("llama-2", "sentencepiece, first", "BOS added"),
         ("system in the question", "bytes, NFC", "no BOS"),
         ("vicuna_v1.1", "sentencepiece, always", "BOS added"),
+        ("vicuna_v1.1", "bytes", "no BOS"),
+        ("strips thoughts", "sentencepiece, llama-2", "BOS written"),
         ("strips thoughts", "bytes, NFC", "pad = eos"),
     ],
 )
@@ -883,7 +884,7 @@ def test_no_conversation_can_move_a_mask_or_write_a_special_token(style: str, fa
     outcomes: list[bool] = []
 
     @given(row=hostile_rows())
-    @settings(max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     def check(row: dict[str, Any]) -> None:
         outcomes.append(stands(template, style, family, begin, row))
 
@@ -916,6 +917,8 @@ def stands(template: ChatTemplate, style: str, family: str, begin: str, row: dic
             raise
         return False
     assert pieces is not None
+    if is_known(style, begin, messages):
+        return False
 
     bos = begin == "BOS written"
     pieces = [Piece("<s>")] * bos + pieces
@@ -947,3 +950,48 @@ def stands(template: ChatTemplate, style: str, family: str, begin: str, row: dic
         if asked_before(messages, number):
             assert template.prompt(messages[:number]) == text[:start]
     return True
+
+
+# What is wrong yet. Each of these is expected to fail; one that no longer does says so.
+
+
+@pytest.mark.xfail(strict=True, reason="where nothing is asked, the mask begins behind the thought")
+def test_a_thought_of_an_answer_that_nothing_asks_for_is_learned() -> None:
+    template = template_of("bytes", "chatml", "no BOS")
+    example = encode_record(Conversation(said(f"a: {THOUGHTS[0]}")), template, "assistant")
+    assert [template.tokenizer.decode(run) for run in runs_of(example)] == [f"{THOUGHTS[0]}<|im_end|>"]
+
+
+@pytest.mark.xfail(strict=True, reason="a system text that looks like the begin token is taken for one")
+@pytest.mark.parametrize("style", ["alpaca", "vicuna_v1.1"])
+def test_a_begin_token_is_not_left_out_for_a_text_that_looks_like_it(style: str) -> None:
+    template = template_of("bytes", style, "BOS added")
+    example = encode_record(Conversation(said("s: <s>Be brief.", *TWO_ROUNDS)), template, "assistant")
+    assert example.input_ids[0] == 1
+    assert example.input_ids.count(1) == 1
+
+
+@pytest.mark.xfail(strict=True, reason="what stands for special tokens is looked for in text that no template wrote")
+@pytest.mark.parametrize("key", ["text", "completion"])
+def test_no_text_can_write_a_special_token(key: str) -> None:
+    template = template_of("bytes", "chatml", "pad = eos")
+    for number, token in itertools.product(range(len(SPECIALS)), SPECIALS):
+        row = {"prompt": "So", key: chr(FIRST_NAME + number) * len(token)}
+        try:
+            example = encode_record(parse_row(row, detect_format(row)), template, "assistant")
+        except UnusableRow:
+            continue
+        assert min(example.input_ids[:-1]) >= len(SPECIALS)
+
+
+@pytest.mark.xfail(strict=True, reason="GPT-2's words: two newlines are one token at the end of a prompt, else two")
+def test_a_prompt_that_ends_in_newlines_has_the_tokens_of_training() -> None:
+    backend = Tokenizer.from_str(described("bytes"))
+    words = json.loads(backend.to_str())
+    words["model"]["vocab"]["ĊĊ"] = len(words["model"]["vocab"])
+    words["model"]["merges"].append(["Ċ", "Ċ"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(words)), eos_token="</s>")
+    template = ChatTemplate(tokenizer, "llama-3")
+    example = encode_record(Conversation(said(*TWO_ROUNDS)), template, "assistant")
+    prompt = template.encode_prompt(said(*TWO_ROUNDS[:1]))
+    assert example.input_ids[: len(prompt)] == prompt

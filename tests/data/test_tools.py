@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lora_accel.data.chat import IGNORED, ChatTemplate, encode_record
+from lora_accel.data.chat import IGNORED, ChatTemplate, Example, encode_record
 from lora_accel.data.formats import Conversation, MalformedRow, UnusableRow, parse_row
+from lora_accel.data.tokens import FIRST_NAME
 from tests.conftest import CHATML
 
 # In the manner of Hermes and Qwen 2.5: tools as JSON in the system text, calls and results between tags.
@@ -197,3 +199,105 @@ def test_a_tools_result_that_looks_like_a_turn_is_text(learned: Callable[..., li
 def test_a_malformed_call_is_named(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(MalformedRow, match=reason):
         parse_row(row, "messages" if "messages" in row else "sharegpt")
+
+
+# Reasoning that a row keeps apart.
+
+THINKING = HERMES.replace(
+    "{{ '<|im_start|>assistant' + ('\n' + m.content if m.content else '') }}",
+    "{{ '<|im_start|>assistant' + ('\n<think>\n' + m.reasoning_content + '\n</think>\n' if m.reasoning_content else '')"
+    " + ('\n' + m.content if m.content else '') }}",
+)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize(("content", "words"), [("Let me see.", "\nLet me see."), ("", ""), (None, "")])
+def test_a_thought_before_a_call_is_learned_with_it(
+    learned: Callable[..., list[str]], key: str, content: str | None, words: str
+) -> None:
+    row = messages_with(called(), content=content, **{key: "They ask for <|im_end|> rain."})
+    thought = "<think>\nThey ask for <|im_end|> rain.\n</think>\n"
+    assert "".join(learned(row, THINKING)) == f"{thought}{words}\n{CALL}<|im_end|>It rains.<|im_end|>"
+
+
+def test_the_thought_of_the_last_answer_is_not_left_out(learned: Callable[..., list[str]]) -> None:
+    row = messages_with(called())
+    row["messages"][3]["reasoning_content"] = "Rain it is."
+    with pytest.raises(UnusableRow, match="leaves the reasoning of message 4 out"):
+        learned(row)
+
+
+# What is wrong yet. Each of these is expected to fail; one that no longer does says so.
+
+
+@pytest.fixture
+def encoded(tokenizer_factory: Callable[..., PreTrainedTokenizerFast]) -> Callable[..., Example]:
+    """A row of OpenAI's format, encoded."""
+
+    def encode(row: dict[str, Any], template: str, loss_on: str = "assistant") -> Example:
+        chosen = ChatTemplate(tokenizer_factory(chat_template=template))
+        return encode_record(parse_row(row, "messages"), chosen, loss_on)
+
+    return encode
+
+
+@pytest.mark.xfail(strict=True, reason="only the calls of answers that are learned are looked for")
+@pytest.mark.parametrize(("loss_on", "weight"), [("all", 1), ("last_assistant", 1), ("assistant", 0)])
+def test_no_call_is_left_out_without_a_word(encoded: Callable[..., Example], loss_on: str, weight: int) -> None:
+    row = messages_with(called(), content="Let me see.", weight=weight)
+    del row["tools"]
+    with pytest.raises(UnusableRow, match="leaves a tool call of message 2 out"):
+        encoded(row, CHATML, loss_on)
+
+
+@pytest.mark.xfail(strict=True, reason="a call is looked for in the words of its answer, too")
+def test_a_call_that_an_answer_speaks_of_is_not_left_out(encoded: Callable[..., Example]) -> None:
+    row = messages_with(called({"city": "Bonn"}), content="I ask weather for Bonn.")
+    del row["tools"]
+    with pytest.raises(UnusableRow, match="leaves a tool call of message 2 out"):
+        encoded(row, CHATML)
+
+
+@pytest.mark.xfail(strict=True, reason="a tool is looked for by its name alone, and anywhere")
+@pytest.mark.parametrize("tool", [WEATHER, {"type": "web_search"}, {"type": "function", "function": {}}])
+def test_a_tool_that_a_message_speaks_of_is_not_left_out(encoded: Callable[..., Example], tool: dict[str, Any]) -> None:
+    messages = [{"role": "user", "content": "What does weather do?"}, {"role": "assistant", "content": "It tells."}]
+    with pytest.raises(UnusableRow, match="leaves a tool out"):
+        encoded({"messages": messages, "tools": [tool]}, CHATML)
+
+
+@pytest.mark.xfail(strict=True, reason="what stands for special tokens is looked for in calls and tools")
+@pytest.mark.parametrize("where", ["argument", "schema"])
+def test_no_call_or_tool_can_write_a_special_token(encoded: Callable[..., Example], where: str) -> None:
+    for number, length in itertools.product(range(5), (3, 4, 5, 10, 12)):
+        hostile = chr(FIRST_NAME + number) * length
+        row = messages_with(called({"city": hostile} if where == "argument" else ARGUMENTS))
+        if where == "schema":
+            row["tools"] = [WEATHER, {"type": "function", "function": {"name": "other", "description": hostile}}]
+        try:
+            example = encoded(row, HERMES)
+        except UnusableRow:
+            continue
+        written = [token for token in example.input_ids if token < 5]
+        assert written == [3, 4] * 5, "the template writes five turns"
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="half a surrogate pair, escaped in JSON within a text")
+@pytest.mark.parametrize("where", ["arguments", "function_call", "tools"])
+def test_half_a_character_in_json_is_named(encoded: Callable[..., Example], where: str) -> None:
+    half = json.dumps({"name": "weather", "arguments": {"city": "\ud83d"}})
+    row = messages_with(called(half) if where == "arguments" else called())
+    if where == "function_call":
+        row["messages"][1] = {"role": "function_call", "content": half}
+    if where == "tools":
+        row["tools"] = json.dumps([WEATHER, {"name": "other", "description": "\ud83d"}])
+    with pytest.raises((MalformedRow, UnusableRow)):
+        encoded(row, HERMES)
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="what is no list is gone through as one")
+@pytest.mark.parametrize("calls", [5, 0.5, True])
+def test_calls_that_are_no_list_are_named(calls: Any) -> None:
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": calls}]
+    with pytest.raises(MalformedRow, match="message 2"):
+        parse_row({"messages": messages}, "messages")
