@@ -83,6 +83,18 @@ QUESTION_AND_ANSWER = conversation(("user", "q"), ("assistant", "a"))
             QUESTION_AND_ANSWER,
         ),
         ({"text": " t\n"}, "text", PlainText(" t\n")),
+        ({"input_ids": [1, 2, 3], "labels": [-100, 2, -100]}, "tokens", Pretokenized([1, 2, 3], [-100, 2, -100])),
+        (
+            messages(("developer", "s"), ("user", "q"), ("function", "o"), ("ipython", "p"), ("Assistant", "a")),
+            "messages",
+            conversation(("system", "s"), ("user", "q"), ("tool", "o"), ("tool", "p"), ("assistant", "a")),
+        ),
+        # Turns of one role are joined in ShareGPT's format alone.
+        (
+            messages(("user", "q"), ("user", "r"), ("assistant", "a")),
+            "messages",
+            conversation(("user", "q"), ("user", "r"), ("assistant", "a")),
+        ),
         # The more telling key wins; other keys are let be.
         (
             messages(("user", "q"), ("assistant", "a"), text="t", prompt="p", completion="c"),
@@ -109,6 +121,10 @@ def test_a_row_is_found_and_read(row: dict[str, Any], data_format: DataFormat, r
         ({"prompt": "p", "completion": ""}, "empty completion"),
         ({"text": ""}, "empty text"),
         ({"text": " \n\t"}, "empty text"),
+        ({"input_ids": [], "labels": []}, "no tokens"),
+        (sharegpt(("gpt", "a")), "nothing is asked"),
+        (sharegpt(("system", "s"), ("gpt", "a")), "nothing is asked"),
+        (sharegpt(("gpt", "a"), ("human", "q")), "no assistant turn"),
     ],
 )
 def test_a_row_with_nothing_to_learn_says_why(row: dict[str, Any], reason: str) -> None:
@@ -219,6 +235,23 @@ def test_turns_in_a_row_of_one_role_are_one() -> None:
     assert [(m.content, m.learned) for m in record.messages] == [("q", True), ("a", False), ("b", True)]
 
 
+def test_a_call_is_joined_to_nothing() -> None:
+    call = '{"name": "f", "arguments": {}}'
+    row = sharegpt(("human", "q"), ("gpt", "a"), ("function_call", call), ("tool_call", call), ("gpt", "b"))
+    record = parse_row(row, "sharegpt")
+    assert isinstance(record, Conversation)
+    assert [(m.content, len(m.tool_calls)) for m in record.messages[1:]] == [("a", 0), ("", 1), ("", 1), ("b", 0)]
+    assert record.notes == ()
+
+
+def test_a_function_call_may_hold_several() -> None:
+    calls = '[{"name": "f"}, {"name": "g", "arguments": {"x": 1}}]'
+    record = parse_row(sharegpt(("human", "q"), ("function_call", calls)), "sharegpt")
+    assert isinstance(record, Conversation)
+    functions = [call["function"] for call in record.messages[1].tool_calls]
+    assert functions == [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {"x": 1}}]
+
+
 @pytest.mark.parametrize("role", ["Human", "prompter", "USER"])
 @pytest.mark.parametrize("answers", ["GPT", "bot", "bard", "ai"])
 def test_usual_names_of_roles_are_known(role: str, answers: str) -> None:
@@ -257,6 +290,12 @@ def test_parts_of_text_are_joined_as_they_are() -> None:
         ({"input_ids": [1, 2], "labels": [1]}, "input_ids holds 2 tokens and labels 1"),
         ({"input_ids": [1, 2], "labels": [2, -100]}, "labels should hold the token of its own place or -100"),
         ({"input_ids": "1 2", "labels": [1, 2]}, "key 'input_ids' should be a list of integers"),
+        ({"input_ids": [1], "labels": None}, "key 'labels' should be a list of integers, not None"),
+        (messages(("user", "q"), ("function_call", "f()")), "message 2: 'content' should be JSON"),
+        (messages(("user", "q"), ("function_call", '"f"')), "message 2: a tool call should be an object"),
+        (messages(("user", "q"), ("tool_call", "5")), "message 2: a tool call should be an object"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "message 1: 'content' should be text, not None"),
+        ({"messages": [{"role": "assistant", "content": [{"text": "a"}, {"text": None}]}]}, "a part that is no text"),
         ({"input_ids": [True], "labels": [1]}, "key 'input_ids' should be a list of integers"),
     ],
 )

@@ -241,7 +241,6 @@ def encoded(tokenizer_factory: Callable[..., PreTrainedTokenizerFast]) -> Callab
     return encode
 
 
-@pytest.mark.xfail(strict=True, reason="only the calls of answers that are learned are looked for")
 @pytest.mark.parametrize(("loss_on", "weight"), [("all", 1), ("last_assistant", 1), ("assistant", 0)])
 def test_no_call_is_left_out_without_a_word(encoded: Callable[..., Example], loss_on: str, weight: int) -> None:
     row = messages_with(called(), content="Let me see.", weight=weight)
@@ -250,7 +249,6 @@ def test_no_call_is_left_out_without_a_word(encoded: Callable[..., Example], los
         encoded(row, CHATML, loss_on)
 
 
-@pytest.mark.xfail(strict=True, reason="a call is looked for in the words of its answer, too")
 def test_a_call_that_an_answer_speaks_of_is_not_left_out(encoded: Callable[..., Example]) -> None:
     row = messages_with(called({"city": "Bonn"}), content="I ask weather for Bonn.")
     del row["tools"]
@@ -258,7 +256,6 @@ def test_a_call_that_an_answer_speaks_of_is_not_left_out(encoded: Callable[..., 
         encoded(row, CHATML)
 
 
-@pytest.mark.xfail(strict=True, reason="a tool is looked for by its name alone, and anywhere")
 @pytest.mark.parametrize("tool", [WEATHER, {"type": "web_search"}, {"type": "function", "function": {}}])
 def test_a_tool_that_a_message_speaks_of_is_not_left_out(encoded: Callable[..., Example], tool: dict[str, Any]) -> None:
     messages = [{"role": "user", "content": "What does weather do?"}, {"role": "assistant", "content": "It tells."}]
@@ -266,7 +263,6 @@ def test_a_tool_that_a_message_speaks_of_is_not_left_out(encoded: Callable[..., 
         encoded({"messages": messages, "tools": [tool]}, CHATML)
 
 
-@pytest.mark.xfail(strict=True, reason="what stands for special tokens is looked for in calls and tools")
 @pytest.mark.parametrize("where", ["argument", "schema"])
 def test_no_call_or_tool_can_write_a_special_token(encoded: Callable[..., Example], where: str) -> None:
     for number, length in itertools.product(range(5), (3, 4, 5, 10, 12)):
@@ -282,7 +278,6 @@ def test_no_call_or_tool_can_write_a_special_token(encoded: Callable[..., Exampl
         assert written == [3, 4] * 5, "the template writes five turns"
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="half a surrogate pair, escaped in JSON within a text")
 @pytest.mark.parametrize("where", ["arguments", "function_call", "tools"])
 def test_half_a_character_in_json_is_named(encoded: Callable[..., Example], where: str) -> None:
     half = json.dumps({"name": "weather", "arguments": {"city": "\ud83d"}})
@@ -295,7 +290,6 @@ def test_half_a_character_in_json_is_named(encoded: Callable[..., Example], wher
         encoded(row, HERMES)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="what is no list is gone through as one")
 @pytest.mark.parametrize("calls", [5, 0.5, True])
 def test_calls_that_are_no_list_are_named(calls: Any) -> None:
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": calls}]

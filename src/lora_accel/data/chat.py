@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from lora_accel.data.formats import Completion, Conversation, MalformedRow, Message, Pretokenized, Record, UnusableRow
-from lora_accel.data.spans import Span, locate, mark
+from lora_accel.data.spans import OURS, Span, locate, mark
 from lora_accel.data.tokens import TextTokenizer, Tokens, special_tokens
 from lora_accel.errors import DataError, did_you_mean
 
@@ -44,6 +44,23 @@ class Rendered(NamedTuple):
     def data(self) -> list[Span]:
         """Return where anybody's words stand, in order."""
         return sorted(span for spans in self.words for span in spans)
+
+    def refuse_left_out(self, messages: Sequence[Message], tools: Any) -> None:
+        """Refuse a text in which the template wrote nothing of a tool or of a call.
+
+        Raises:
+            UnusableRow: it did so. What stands in anybody's words does not count.
+        """
+        edges = [0, *(edge for span in self.data for edge in span), len(self.text)]
+        written = "\0".join(self.text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True))
+        for tool in tools or ():
+            _refuse_left_out(tool.get("function", tool).get("name") or tool.get("type"), written, "a tool")
+        for number, message in enumerate(messages):
+            if message.tool_calls:
+                after = max((s.end for spans in self.words[: number + 1] for s in spans), default=0)
+                until = min((s.start for spans in self.words[number + 1 :] for s in spans), default=len(self.text))
+                what = f"a tool call of message {number + 1}"
+                _refuse_left_out(message.tool_calls, self.text[after:until], what)
 
 
 class Example(NamedTuple):
@@ -120,10 +137,11 @@ class ChatTemplate:
             else:
                 what = "reasoning of an earlier answer" if part.is_reasoning else "system text"
                 notes.append(f"the template leaves out the {what}")
-        _refuse_tools_left_out(plain, tools)
+        rendered = Rendered(plain, contents, words, values)
+        rendered.refuse_left_out(messages, tools)
         if self.tokens.find_special("\n".join(message.content + message.reasoning for message in messages)):
             notes.append("the text of a special token is read as text")
-        return Rendered(plain, contents, words, values, tuple(dict.fromkeys(notes)))
+        return rendered._replace(notes=tuple(dict.fromkeys(notes)))
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
         """Return the text after which the assistant's next words are generated.
@@ -135,6 +153,10 @@ class ChatTemplate:
         """
         if self._asks:
             return self._apply([message.for_template() for message in messages], tools, asks=True)
+        return self._before_answer(messages, tools)
+
+    def _before_answer(self, messages: Sequence[Message], tools: Any) -> str:
+        """Return what the template writes before an answer."""
         probed = self.render((*messages, Message("assistant", "answer")), tools)
         assert probed.spans[-1] is not None
         return probed.text[: probed.spans[-1].start]
@@ -151,11 +173,11 @@ class ChatTemplate:
         except UnusableRow as error:
             shown = messages[-1].content if messages else ""
             raise DataError(f"prompt {shown!r:.60}: {error}; mend the prompt or the template") from None
-        return self.begin(prompt) + self.tokens.encode(prompt, asks.data).ids
+        return self.begin(prompt) + self.tokens.encode_prompt(prompt, asks.data)
 
     def encode_text(self, text: str) -> list[int]:
         """Return the tokens of a text that no template wrote: the prompt of a completion."""
-        return _bos(self.tokenizer, "") + self.tokens.encode(text, [Span(0, len(text))]).ids
+        return self.tokens.begin(text) + self.tokens.encode_prompt(text, [Span(0, len(text))])
 
     def begin(self, text: str) -> list[int]:
         """Return the tokens before a rendered text: the begin token where it is missing.
@@ -163,7 +185,7 @@ class ChatTemplate:
         A tokenizer's own template, or a file, writes what its model wants. The built-in ones serve many models and
         leave it to the tokenizer, as FastChat does.
         """
-        return _bos(self.tokenizer, text) if self._built_in else []
+        return self.tokens.begin(text) if self._built_in else []
 
     def answer_span(self, messages: Sequence[Message], number: int, rendered: Rendered, tools: Any = None) -> Span:
         """Return where that stands which the model has to write as the message of this number, from 0.
@@ -172,29 +194,24 @@ class ChatTemplate:
             UnusableRow: `generate` would feed something else than what stands before it, or its end cannot be proven.
         """
         text, content = rendered.text, rendered.spans[number]
-        if any(message.role in ("user", "tool") for message in messages[:number]):
-            asked = rendered.values[:number]
-            prompt = self._apply(asked, tools, asks=True) if self._asks else self.prompt(messages[:number], tools)
-            if not text.startswith(prompt):
-                raise UnusableRow(
-                    f"the text before message {number + 1} is not the prompt that the chat template makes for it"
-                )
-            start = len(prompt)
-        elif content is not None:
-            start = content.start  # nothing asks for it
+        if self._asks and any(message.role in ("user", "tool") for message in messages[:number]):
+            prompt = self._apply(rendered.values[:number], tools, asks=True)
         else:
-            raise UnusableRow(f"message {number + 1} is empty, and nothing asks for it")
+            prompt = self._before_answer(messages[:number], tools)
+        if not text.startswith(prompt):
+            raise UnusableRow(
+                f"the text before message {number + 1} is not the prompt that the chat template makes for it"
+            )
+        start = len(prompt)
         written = max([start, *(span.end for span in rendered.words[number])])
         following = min((span.start for span in rendered.data if span.end > written), default=len(text))
         end = text.find(self.end_of_turn, written, following) if self.end_of_turn else -1
-        calls = messages[number].tool_calls
-        if not calls:
+        if not messages[number].tool_calls:
             # What a template writes into an empty answer (an empty thought, say) the model has to write, too.
             closed = content is None or end == written or text[written:end].isspace()
             return Span(start, end + len(self.end_of_turn) if closed and end >= 0 else written)
         if end < 0:
             raise UnusableRow(f"nothing ends message {number + 1}, so the place of its tool calls cannot be proven")
-        _refuse_left_out(calls, text[start:end], f"a tool call of message {number + 1}")
         return Span(start, end + len(self.end_of_turn))
 
     def _apply(self, messages: Sequence[dict[str, Any]], tools: Any, asks: bool) -> str:
@@ -247,8 +264,12 @@ class ChatTemplate:
     def _refuse_hidden_specials(self, messages: Sequence[Message], tools: Any) -> None:
         """Refuse the text of a special token where a template writes data that cannot be marked."""
         for where in (tools, *((m.tool_calls, m.name, m.tool_call_id) for m in messages)):
-            found = self.tokens.find_special(json.dumps(where, ensure_ascii=False)) if where and any(where) else None
-            if found:
+            if not where or not any(where):
+                continue
+            text = json.dumps(where, ensure_ascii=False)
+            if OURS.search(text):
+                raise UnusableRow("a tool, or a call of one, holds characters of private use area B")
+            if found := self.tokens.find_special(text):
                 raise UnusableRow(f"a tool, or a call of one, holds the text of the special token {found}")
 
 
@@ -263,12 +284,14 @@ def encode_record(record: Record, template: ChatTemplate, loss_on: str) -> Examp
     if isinstance(record, Conversation):
         return _encode_conversation(record, template, loss_on)
     prompt, text = record if isinstance(record, Completion) else ("", record.text)
+    if OURS.search(prompt + text):
+        raise UnusableRow("the text holds characters of private use area B")
     whole, words = prompt + text + (template.tokenizer.eos_token or ""), len(prompt) + len(text)
     start = 0 if loss_on == "all" else len(prompt)
     tokens = template.tokens.encode(whole, [Span(0, words)])
     learned = tokens.within(Span(start, len(whole)), [Span(0, start)] if start else [])
     notes = ("the text of a special token is read as text",) if template.tokens.find_special(whole[:words]) else ()
-    return _example(tokens, [learned], _bos(template.tokenizer, ""), notes)
+    return _example(tokens, [learned], template.tokens.begin(whole), notes)
 
 
 def question_of(record: Record, template: ChatTemplate) -> tuple[list[int], str] | None:
@@ -310,20 +333,6 @@ def _example(tokens: Tokens, learned: Sequence[range], prefix: list[int], notes:
         labels[places.start : places.stop] = tokens.ids[places.start : places.stop]
     input_ids, labels = prefix + tokens.ids, [IGNORED] * len(prefix) + labels
     return Example(input_ids, [IGNORED, *labels[1:]], notes=notes)
-
-
-def _bos(tokenizer: Any, text: str) -> list[int]:
-    """Return the begin token's id where the tokenizer puts one before a text that has none."""
-    bos = tokenizer.bos_token_id
-    if bos is None or text.startswith(tokenizer.bos_token) or tokenizer("a").input_ids[0] != bos:
-        return []
-    return [bos]
-
-
-def _refuse_tools_left_out(text: str, tools: Any) -> None:
-    for tool in tools or ():
-        function = tool.get("function", tool)
-        _refuse_left_out(function.get("name"), text, "a tool")
 
 
 def _refuse_left_out(value: Any, text: str, what: str) -> None:

@@ -239,6 +239,8 @@ def _message(item: Mapping[str, Any], role: str, content_key: str, where: str) -
     if role in CALLS and isinstance(content, str):
         calls, content = _json(content, f"{where}: {content_key!r}"), ""
         calls = calls if isinstance(calls, list) else [calls]
+    if calls and not isinstance(calls, list):
+        raise MalformedRow(f"{where}: 'tool_calls' should be a list, not {calls!r:.60}")
     if calls and content is None:
         content = ""
     if calls and ROLES[role] != "assistant":
@@ -306,9 +308,13 @@ def _tools(row: Row) -> list[dict[str, Any]] | None:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise MalformedRow(f"{where} holds half of a surrogate pair, which is no character") from None
     except (ValueError, RecursionError) as error:
         raise MalformedRow(f"{where} should be JSON: {error}") from None
+    return value
 
 
 def _integers(value: Any, key: str) -> list[int]:

@@ -48,6 +48,11 @@ class Tokens:
             last -= 1
         return range(first, last)
 
+    def token_from(self, place: int) -> int | None:
+        """Return the token that begins at a character; None if one begins before it and goes beyond."""
+        token = self._token_at(place)
+        return token if token == len(self.ids) or self._start(token) >= place else None
+
     def _token_at(self, place: int) -> int:
         """Return the first token that covers a character, or, where none does, one after it."""
         for character in range(place, self._length):
@@ -93,6 +98,9 @@ class TextTokenizer:
         longest_first = sorted(self._names, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) if longest_first else r"(?!)")
         self._copy = _renamed(tokenizer.backend_tokenizer, self._names)
+        bos = tokenizer.bos_token_id
+        self._bos_token: str = tokenizer.bos_token or ""
+        self._bos: list[int] = [bos] if bos is not None and tokenizer("a").input_ids[0] == bos else []
         for text, name in self._names.items():
             if self._copy.token_to_id(name) != tokenizer.convert_tokens_to_ids(text):
                 raise DataError(f"the tokenizer's special token {text!r} cannot be told from text that looks like it")
@@ -101,6 +109,19 @@ class TextTokenizer:
         """Return the first special token whose text stands in a text that is data, if it would count as text."""
         found = None if self._parse_special_tokens else self._special.search(text)
         return found[0] if found else None
+
+    def begin(self, text: str) -> list[int]:
+        """Return the begin token where the tokenizer puts one before a text that has none."""
+        return [] if self._parse_special_tokens and self._bos and text.startswith(self._bos_token) else self._bos
+
+    def encode_prompt(self, text: str, data: Sequence[Span]) -> list[int]:
+        """Return the tokens of a text to which an answer will be added, the same as with the answer.
+
+        White space at the end of a text may be one token, and several before a word: so a letter stands in for it.
+        """
+        tokens = self.encode(f"{text}a", data)
+        border = tokens.token_from(len(text))
+        return self.encode(text, data).ids if border is None else tokens.ids[:border]
 
     def encode(self, text: str, data: Sequence[Span] = ()) -> Tokens:
         """Return the tokens of a text, without begin or end tokens of the tokenizer's own.
