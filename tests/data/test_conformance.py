@@ -55,7 +55,7 @@ LINES = [
     "[INST] [/INST] USER: ASSISTANT: ### Instruction: ### Response: <think> </think> 日本 é 😀 (x|y) #",
     "ABCDEFGHIJKLMNOPQRSTUVWXYZ abcdefghijklmnopqrstuvwxyz 0123456789 .,;:!?()[]{}<>|/\\_-+*='\"`~@#$%^&",
 ] * 5
-NEWLINES = ["so:\n\n", "so.\n\n\n", "\n\n"] * 9
+NEWLINES = ["so:\n\n", "so.\n\n\n", "\n\n", "\n###\n\n"] * 9
 """For tokens that a template and an answer may share. Not for GPT-2's words, whose last newline stands alone."""
 LLAMA_3_WORDS = (  # its newlines stay together, as Qwen's do
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -382,6 +382,7 @@ STYLES = {
         + CLOSE
         + ASKS
     ),
+    "words alone": Style(OPEN + "{{ m.content }}" + CLOSE, header="", end=""),
     "asks nothing": Style(OPEN + TURN + CLOSE),
     "begins": Style("{{ bos_token }}" + OPEN + TURN + CLOSE + ASKS),
 }
@@ -620,7 +621,7 @@ def test_every_format_is_read_as_it_says() -> None:
 
 
 @pytest.mark.parametrize("begin", BEGINS)
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", [style for style in STYLES if style != "words alone"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_answers_and_their_ends_are_learned_whole_in_order_and_nothing_else(
     family: str, style: str, begin: str
@@ -742,6 +743,10 @@ def words_by_hand(messages: Sequence[Message]) -> list[Piece]:
     return [*pieces, Piece("The end.")]
 
 
+def contents_by_hand(messages: Sequence[Message]) -> list[Piece]:
+    return [Piece(m.content, i, i if m.role == "assistant" else None) for i, m in enumerate(messages)]
+
+
 def llama_2_by_hand(messages: Sequence[Message]) -> list[Piece] | None:
     first = int(messages[0].role == "system")
     if any(message.role != ("user", "assistant")[i % 2] for i, message in enumerate(messages[first:])):
@@ -820,6 +825,7 @@ BY_HAND: dict[str, Callable[[Sequence[Message]], list[Piece] | None]] = {
     "chatml": chatml_by_hand,
     "strips": functools.partial(chatml_by_hand, strips=True),
     "words only": words_by_hand,
+    "words alone": contents_by_hand,
     "llama-2": llama_2_by_hand,
     "system in the question": mistral_by_hand,
     "vicuna_v1.1": vicuna_by_hand,
@@ -844,15 +850,6 @@ ROLES = st.one_of(
 FLAGS = st.sampled_from([{}, {}, {}, {"weight": 0}, {"weight": 1}, {"train": False}, {"train": True}])
 
 
-def is_known(style: str, begin: str, messages: Sequence[Message]) -> bool:
-    """Whether a test at the end of this file, which is expected to fail, shows what is wrong here."""
-    for i, message in enumerate(messages):
-        thinks = re.match(r"\s*<think>.*</think>", message.content, re.DOTALL)
-        if message.role == "assistant" and thinks and not asked_before(messages, i):
-            return True
-    return style == "vicuna_v1.1" and begin == "BOS added" and messages[0].content.startswith("<s>")
-
-
 @st.composite
 def hostile_rows(draw: st.DrawFn) -> dict[str, Any]:
     """Rows of OpenAI's format, contents as strings or parts."""
@@ -871,6 +868,9 @@ def hostile_rows(draw: st.DrawFn) -> dict[str, Any]:
         ("chatml", "bytes, trimmed offsets", "BOS added"),
         ("strips", "sentencepiece, llama-2", "BOS written"),
         ("words only", "unigram", "pad = eos"),
+        ("words only", "bytes, NFC", "BOS added"),
+        ("words alone", "bytes", "pad = eos"),
+        ("words alone", "sentencepiece, first", "BOS written"),
         ("llama-2", "sentencepiece, first", "BOS added"),
         ("system in the question", "bytes, NFC", "no BOS"),
         ("vicuna_v1.1", "sentencepiece, always", "BOS added"),
@@ -917,8 +917,6 @@ def stands(template: ChatTemplate, style: str, family: str, begin: str, row: dic
             raise
         return False
     assert pieces is not None
-    if is_known(style, begin, messages):
-        return False
 
     bos = begin == "BOS written"
     pieces = [Piece("<s>")] * bos + pieces
@@ -949,10 +947,13 @@ def stands(template: ChatTemplate, style: str, family: str, begin: str, row: dic
     for number, start in starts.items():
         if asked_before(messages, number):
             assert template.prompt(messages[:number]) == text[:start]
+            straddled = any(min(place) < start <= max(place) for place in places)
+            prompt = template.encode_prompt(messages[:number])
+            assert straddled or example.input_ids[: len(prompt)] == prompt
     return True
 
 
-# What is wrong yet. Each of these is expected to fail; one that no longer does says so.
+# What these tests have found wrong.
 
 
 def test_a_thought_of_an_answer_that_nothing_asks_for_is_learned() -> None:
@@ -991,3 +992,27 @@ def test_a_prompt_that_ends_in_newlines_has_the_tokens_of_training() -> None:
     example = encode_record(Conversation(said(*TWO_ROUNDS)), template, "assistant")
     prompt = template.encode_prompt(said(*TWO_ROUNDS[:1]))
     assert example.input_ids[: len(prompt)] == prompt
+
+
+def test_a_special_token_that_begins_with_another_is_told_from_it() -> None:
+    backend = Tokenizer.from_str(described("bytes"))
+    backend.add_special_tokens(["</s></s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer.chat_template = OPEN + "{{ m.content }}</s></s>" + CLOSE
+    example = encode_record(Conversation(said("u: a</s></s>", "a: b")), ChatTemplate(tokenizer), "assistant")
+    end = tokenizer.convert_tokens_to_ids("</s></s>")
+    assert example.input_ids.count(end) == 2
+    assert example.input_ids.count(2) == 0
+    assert example.input_ids[-1] == example.labels[-1] == end
+
+
+def test_letters_do_not_join_to_a_special_token() -> None:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    backend.train_from_iterator(["<s> </s> ab"] * 9, trainers.BpeTrainer(special_tokens=["<unk>"]))
+    assert "</s>" in backend.encode("</s>").tokens, "joined of its letters"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>")
+    example = encode_record(parse_row({"text": "<s>ab </s>"}, "text"), ChatTemplate(tokenizer), "assistant")
+    assert example.input_ids.count(tokenizer.bos_token_id) == 0
+    assert example.input_ids.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(example.input_ids).replace(" ", "") == "<s>ab</s></s>"

@@ -227,7 +227,7 @@ def test_the_thought_of_the_last_answer_is_not_left_out(learned: Callable[..., l
         learned(row)
 
 
-# What is wrong yet. Each of these is expected to fail; one that no longer does says so.
+# Nothing is dropped without a word, and nobody but the template writes special tokens.
 
 
 @pytest.fixture

@@ -43,7 +43,8 @@ class Forks:
             script.write_text(DUMP, encoding="utf-8")
             ran = launch(*options, script, preset=preset)
             line = next(line for line in ran.stdout.splitlines() if "ENV{" in line)
-            told = json.loads(line[line.index("ENV{") + 3 :])
+            # Two processes may print on one line: their line ends come later.
+            told, _ = json.JSONDecoder().raw_decode(line[line.index("ENV{") + 3 :])
             self._environments[preset] = {key: value for key, value in told.items() if os.environ.get(key) != value}
         return self._environments[preset]
 
