@@ -909,7 +909,6 @@ def stands(template: ChatTemplate, style: str, family: str, begin: str, row: dic
             ("private use area B", any(letter >= "\U00100000" for letter in text)),
             ("no assistant turn", True),
             ("the chat template refuses it: ", pieces is None),
-            ("is empty, and nothing asks for it", True),
             (NOT_THE_PROMPT, style == "strips thoughts"),
             ("the chat template", style == "strips thoughts" and ("think>" in text or "\n" in text)),
         )
@@ -917,6 +916,9 @@ def stands(template: ChatTemplate, style: str, family: str, begin: str, row: dic
             raise
         return False
     assert pieces is not None
+    only_thoughts = [re.fullmatch(r"\s*<think>.*</think>\s*", m.content, re.DOTALL) for m in messages]
+    if style == "words alone" and any(only_thoughts):
+        return False  # where nothing ends an answer, what closes a thought without words after it is not learned
 
     bos = begin == "BOS written"
     pieces = [Piece("<s>")] * bos + pieces
@@ -950,6 +952,7 @@ def stands(template: ChatTemplate, style: str, family: str, begin: str, row: dic
             straddled = any(min(place) < start <= max(place) for place in places)
             prompt = template.encode_prompt(messages[:number])
             assert straddled or example.input_ids[: len(prompt)] == prompt
+            covered(family, begin, prompt[len(prefix) :], text[:start], [name for name in named if name[1] <= start])
     return True
 
 
@@ -1016,3 +1019,19 @@ def test_letters_do_not_join_to_a_special_token() -> None:
     assert example.input_ids.count(tokenizer.bos_token_id) == 0
     assert example.input_ids.count(tokenizer.eos_token_id) == 1
     assert tokenizer.decode(example.input_ids).replace(" ", "") == "<s>ab</s></s>"
+
+
+@pytest.mark.parametrize(
+    ("turns", "learned"),
+    [
+        (TWO_ROUNDS, ["First answer.", "Second answer.<|im_end|>"]),
+        (("u: q", "a: First answer.", "u: ", "a: Second answer."), ["First answer.", "Second answer.<|im_end|>"]),
+        (("u: q", "a: ", "u: q", "a: Second answer."), ["Second answer.<|im_end|>"]),
+    ],
+)
+def test_the_end_of_another_turn_is_not_an_answers(turns: tuple[str, ...], learned: list[str]) -> None:
+    tokenizer = copy.copy(tokenizer_of("bytes", "pad = eos"))
+    ended = TURN.replace("<|im_end|>", "{% if m.role == 'user' or loop.last %}<|im_end|>{% endif %}")
+    tokenizer.chat_template = OPEN + ended + CLOSE + ASKS
+    example = encode_record(Conversation(said(*turns)), ChatTemplate(tokenizer), "assistant")
+    assert [tokenizer.decode(run) for run in runs_of(example)] == learned

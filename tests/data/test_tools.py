@@ -249,6 +249,13 @@ def test_no_call_is_left_out_without_a_word(encoded: Callable[..., Example], los
         encoded(row, CHATML, loss_on)
 
 
+def test_a_call_is_not_found_in_the_next_one(encoded: Callable[..., Example]) -> None:
+    row = messages_with(called())
+    row["messages"] += [{"role": "user", "content": "And now?"}, {"role": "assistant", "tool_calls": [called()]}]
+    with pytest.raises(UnusableRow, match="leaves a tool call of message 2 out"):
+        encoded(row, HERMES.replace("and m.tool_calls", "and m.tool_calls and loop.last"))
+
+
 def test_a_call_that_an_answer_speaks_of_is_not_left_out(encoded: Callable[..., Example]) -> None:
     row = messages_with(called({"city": "Bonn"}), content="I ask weather for Bonn.")
     del row["tools"]
