@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import AddedToken, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lora_accel.data.chat import (
@@ -417,6 +417,37 @@ def test_the_question_of_a_record_is_what_stands_before_its_last_answer(tokenize
     assert question_of(Conversation(chat(*TWO_ROUNDS, ("user", "q3"))), template) == (prompt, "a2")
     assert question_of(Completion("p", "c"), template) == (tokenizer("p").input_ids, "c")
     assert question_of(PlainText("t"), template) is None
+
+
+# Ends and borders that only some templates and tokenizers have.
+
+
+def test_the_end_of_another_turn_is_not_an_answers(tokenizer_factory: Factory) -> None:
+    ends_the_last = CHATML.replace("<|im_end|>\n", "{% if loop.last or m.role == 'user' %}<|im_end|>{% endif %}\n")
+    template = template_of(tokenizer_factory, chat_template=ends_the_last)
+    messages = chat(("user", "q"), ("assistant", ""), ("user", ""), ("assistant", "x"))
+    assert learned_of(template, messages) == ["x<|im_end|>"]
+
+
+def test_the_end_of_a_thought_that_no_answer_follows_is_learned(tokenizer_factory: Factory) -> None:
+    thought = "<think>\nso\n</think>\n\n"
+    template = template_of(tokenizer_factory, chat_template=BARE)
+    assert "".join(learned_of(template, chat(("user", "q."), ("assistant", thought)))) == thought
+
+
+def test_a_special_token_that_swallows_white_space_is_not_learned(tokenizer_factory: Factory) -> None:
+    tokenizer = tokenizer_factory(
+        chat_template="{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    tokenizer.add_tokens([AddedToken("<|im_start|>", rstrip=True, special=True)], special_tokens=True)
+    assert learned_of(ChatTemplate(tokenizer), chat(("user", "q"), ("assistant", "  x y"))) == ["x y<|im_end|>"]
+
+
+def test_normalised_letters_before_an_answer_take_nothing_of_it(tokenizer_factory: Factory) -> None:
+    tokenizer = tokenizer_factory(chat_template=BARE)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    template = ChatTemplate(tokenizer)
+    assert "".join(learned_of(template, chat(("user", "he\u0301"), ("assistant", "x yes")))) == "x yes"
 
 
 # Any conversation at all.

@@ -253,7 +253,9 @@ def test_the_first_wrong_row_is_named_by_a_worker_too(
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_a_file_that_is_written_to_meanwhile_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_file_that_is_written_to_meanwhile_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", chat_rows(9))
 
     def writes() -> ChatTemplate:
@@ -269,12 +271,9 @@ def test_a_file_that_is_written_to_meanwhile_is_refused(tmp_path: Path, tokenize
                     opened.write(json.dumps(chat_rows(1)[0]) + "\n")
             yield chunk
 
-    rows.Input.chunks = chunks  # type: ignore[method-assign]
-    try:
-        with pytest.raises(DataError, match="was written to while it was read"):
-            load(section, writes)
-    finally:
-        rows.Input.chunks = original  # type: ignore[method-assign]
+    monkeypatch.setattr(rows.Input, "chunks", chunks)
+    with pytest.raises(DataError, match="was written to while it was read"):
+        load(section, writes)
 
 
 # A plan of data that are in the cache.

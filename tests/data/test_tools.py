@@ -302,3 +302,10 @@ def test_calls_that_are_no_list_are_named(calls: Any) -> None:
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": calls}]
     with pytest.raises(MalformedRow, match="message 2"):
         parse_row({"messages": messages}, "messages")
+
+
+def test_arguments_of_any_name_are_looked_for(encoded: Callable[..., Example]) -> None:
+    row = messages_with(called({"type": "sunny", "city": "Bonn"}))
+    partly = HERMES.replace("(call.function.arguments | tojson)", "({'city': call.function.arguments.city} | tojson)")
+    with pytest.raises(UnusableRow, match="leaves a tool call of message 2 out, or writes 'sunny' otherwise"):
+        encoded(row, partly)

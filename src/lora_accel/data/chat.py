@@ -60,7 +60,7 @@ class Rendered(NamedTuple):
                 after = max((s.end for spans in self.words[: number + 1] for s in spans), default=0)
                 until = min((s.start for spans in self.words[number + 1 :] for s in spans), default=len(self.text))
                 what = f"a tool call of message {number + 1}"
-                _refuse_left_out(message.tool_calls, self.text[after:until], what)
+                _refuse_left_out([c["function"] for c in message.tool_calls], self.text[after:until], what)
 
 
 class Example(NamedTuple):
@@ -206,6 +206,8 @@ class ChatTemplate:
         written = max([start, *(span.end for span in rendered.words[number])])
         following = min((span.start for span in rendered.data if span.end > written), default=len(text))
         end = text.find(self.end_of_turn, written, following) if self.end_of_turn else -1
+        if end >= 0 and number + 1 < len(messages) and not rendered.words[number + 1]:
+            end = end if self._ends_its_turn(messages, number, rendered, tools, end + len(self.end_of_turn)) else -1
         if not messages[number].tool_calls:
             # What a template writes into an empty answer (an empty thought, say) the model has to write, too.
             closed = content is None or end == written or text[written:end].isspace()
@@ -213,6 +215,20 @@ class ChatTemplate:
         if end < 0:
             raise UnusableRow(f"nothing ends message {number + 1}, so the place of its tool calls cannot be proven")
         return Span(start, end + len(self.end_of_turn))
+
+    def _ends_its_turn(
+        self, messages: Sequence[Message], number: int, rendered: Rendered, tools: Any, end: int
+    ) -> bool:
+        """Whether a turn ends where its end token was found, when no words of the next message stand behind it.
+
+        One with calls does if it ends there as the last one, too; one with words or none, if words in their place are
+        followed by the end token.
+        """
+        if messages[number].tool_calls:
+            return self._apply(rendered.values[: number + 1], tools, asks=False)[:end] == rendered.text[:end]
+        probed = self.render([*messages[:number], Message("assistant", "answer"), *messages[number + 1 :]], tools)
+        span = probed.spans[number]
+        return span is not None and probed.text.startswith(self.end_of_turn, span.end)
 
     def _apply(self, messages: Sequence[dict[str, Any]], tools: Any, asks: bool) -> str:
         if not self.source:
@@ -345,8 +361,8 @@ def _refuse_left_out(value: Any, text: str, what: str) -> None:
 
 def _leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _leaves(item) if key not in ("type", "id") else ()
+        for item in value.values():
+            yield from _leaves(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _leaves(item)

@@ -42,7 +42,7 @@ class Part(NamedTuple):
 def mark(messages: Sequence[Message], values: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Part]]:
     """Return the messages for a template, marked, and the parts in the order of their marks.
 
-    An empty content is not marked: templates ask whether there is one.
+    An empty content is not marked: templates ask whether there is one. After a thought it is, for the thought's end.
 
     Args:
         values: the messages for a template, as they are.
@@ -52,8 +52,8 @@ def mark(messages: Sequence[Message], values: Sequence[Mapping[str, Any]]) -> tu
     """
     parts: list[Part] = []
 
-    def between_marks(part: Part) -> str:
-        if not part.text:
+    def between_marks(part: Part, *, even_empty: bool = False) -> str:
+        if not part.text and not even_empty:
             return ""
         parts.append(part)
         opening, closing = _marks(len(parts) - 1)
@@ -70,7 +70,10 @@ def mark(messages: Sequence[Message], values: Sequence[Mapping[str, Any]]) -> tu
         thinks = REASONING.fullmatch(message.content) if message.role == "assistant" else None
         if thinks:
             before, thought, after, answer = thinks.groups()
-            thought, answer = between_marks(Part(i, thought, is_reasoning=True)), between_marks(Part(i, answer))
+            thought, answer = (
+                between_marks(Part(i, thought, is_reasoning=True)),
+                between_marks(Part(i, answer), even_empty=True),
+            )
             told["content"] = before + thought + after + answer
         else:
             told["content"] = between_marks(Part(i, message.content))

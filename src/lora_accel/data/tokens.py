@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from tokenizers import Encoding, Tokenizer
@@ -28,10 +28,10 @@ class Tokens:
     Places are looked up as they are asked for, which costs much less than a list of all offsets.
     """
 
-    def __init__(self, encoding: Encoding, length: int) -> None:
+    def __init__(self, encoding: Encoding, length: int, special_ids: Collection[int]) -> None:
         """Wrap an encoding of a text of so many characters."""
         self.ids: list[int] = encoding.ids
-        self._encoding, self._length = encoding, length
+        self._encoding, self._length, self._special_ids = encoding, length, special_ids
 
     def within(self, span: Span, foreign: Sequence[Span]) -> range:
         """Return the tokens that cover a character of a span and none of the foreign spans beside it."""
@@ -42,7 +42,7 @@ class Tokens:
             last += 1
         before = max((other.end for other in foreign if other.end <= span.start), default=0)
         after = min((other.start for other in foreign if other.start >= span.end), default=self._length)
-        while first < last and self._start(first) < before:
+        while first < last and (self._start(first) < before or self._swallows(first, span.start)):
             first += 1
         while first < last and self._end(last - 1) > after:
             last -= 1
@@ -61,8 +61,12 @@ class Tokens:
                 return int(found)
         return len(self.ids)
 
+    def _swallows(self, token: int, place: int) -> bool:
+        """Whether a special token that begins before a place has taken the white space after it for its own."""
+        return self._start(token) < place and self.ids[token] in self._special_ids
+
     def _start(self, token: int) -> int:
-        return min(self._chars(token)[0], self._end(token - 1)) if token else 0
+        return self._chars(token)[0]
 
     def _end(self, token: int) -> int:
         return self._chars(token)[1]
@@ -98,6 +102,7 @@ class TextTokenizer:
         longest_first = sorted(self._names, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) if longest_first else r"(?!)")
         self._copy = _renamed(tokenizer.backend_tokenizer, self._names)
+        self._special_ids = frozenset(tokenizer.convert_tokens_to_ids(list(self._names)))
         bos = tokenizer.bos_token_id
         self._bos_token: str = tokenizer.bos_token or ""
         self._bos: list[int] = [bos] if bos is not None and tokenizer("a").input_ids[0] == bos else []
@@ -129,7 +134,9 @@ class TextTokenizer:
         Args:
             data: where others' words stand, in order: no special token is looked for there.
         """
-        return Tokens(self._copy.encode(self._with_names(text, data), add_special_tokens=False), len(text))
+        return Tokens(
+            self._copy.encode(self._with_names(text, data), add_special_tokens=False), len(text), self._special_ids
+        )
 
     def _with_names(self, text: str, data: Sequence[Span]) -> str:
         if self._parse_special_tokens:
