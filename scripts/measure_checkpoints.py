@@ -86,7 +86,8 @@ def main() -> int:
     # All ranks need one name; only the first may make it.
     folder = Path(tempfile.gettempdir()) / f"measure-checkpoints-{os.environ.get('MASTER_PORT', os.getpid())}"
     words = [f"output_dir={folder}", "training.max_steps=2", "checkpoint.every_steps=2", "logging.trackers=[]"]
-    train.run_training(read_config(asked.config, [*asked.overrides, *words, "data.eval=[]", "evaluation.prompts=[]"]))
+    words += ["data.eval=[]", "evaluation.prompts=[]", "evaluation.every_steps=null"]
+    train.run_training(read_config(asked.config, [*asked.overrides, *words]))
     return 0
 
 
