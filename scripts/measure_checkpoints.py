@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -84,10 +85,14 @@ def main() -> int:
     if os.environ.get("RANK", "0") == "0":
         print("| processes | bytes | / adapter | save_state bytes | s | write s | beyond it s | save_state s |")
     # All ranks need one name; only the first may make it.
-    folder = Path(tempfile.gettempdir()) / f"measure-checkpoints-{os.environ.get('MASTER_PORT', os.getpid())}"
+    folder = Path(tempfile.gettempdir()) / f"measure-checkpoints-{os.getppid()}"  # the launcher's number
     words = [f"output_dir={folder}", "training.max_steps=2", "checkpoint.every_steps=2", "logging.trackers=[]"]
     words += ["data.eval=[]", "evaluation.prompts=[]", "evaluation.every_steps=null"]
-    train.run_training(read_config(asked.config, [*asked.overrides, *words]))
+    try:
+        train.run_training(read_config(asked.config, [*asked.overrides, *words]))
+    finally:
+        if os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(folder, ignore_errors=True)
     return 0
 
 

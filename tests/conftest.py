@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Tokenised data of tests go with them; set before the Hub's library reads it.
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lora-accel-tests-")
-atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+# Tokenised data of tests go with them; set before the Hub's library reads it. Processes that tests start, and
+# kill, have it from them.
+if "lora-accel-tests-" not in os.environ.get("HF_HOME", ""):
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lora-accel-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest
 import torch

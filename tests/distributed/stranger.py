@@ -1,11 +1,13 @@
 """Launched by tests: somebody's own Accelerate script, which knows of this package only `save_adapter`.
 
-accelerate launch … tests/distributed/stranger.py MODEL OUT
+accelerate launch … tests/distributed/stranger.py MODEL OUT [no-room: of the first process]
 """
 
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import sys
 
 import torch
@@ -20,7 +22,7 @@ from lora_accel import save_adapter
 from lora_accel.launch import leave
 
 
-def main(name: str, out: str) -> int:
+def main(name: str, out: str, room: str = "") -> int:
     """Train two steps and save, gathered both ways and under another bias rule."""
     several, deepspeed = "WORLD_SIZE" in os.environ, "ACCELERATE_USE_DEEPSPEED" in os.environ
     gloo = [InitProcessGroupKwargs(backend="gloo")] if several else None
@@ -35,6 +37,9 @@ def main(name: str, out: str) -> int:
         accelerator.backward(model(input_ids=batch, labels=batch).loss)
         optimizer.step()
         optimizer.zero_grad()
+    if room == "no-room" and accelerator.is_main_process:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     save_adapter(accelerator, model, f"{out}/auto")
     save_adapter(accelerator, model, f"{out}/parameters", gather="parameters")
     save_adapter(accelerator, model, f"{out}/none", bias="none")
@@ -51,4 +56,4 @@ def main(name: str, out: str) -> int:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1], sys.argv[2]))
+    leave(main(*sys.argv[1:]))

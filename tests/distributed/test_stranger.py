@@ -45,3 +45,10 @@ def test_an_adapter_is_saved_whole_from_a_script_of_its_own(
     with torch.no_grad():
         logits = model(input_ids=torch.arange(5, 37)[None]).logits
     assert torch.allclose(logits, load_file(tmp_path / "logits.safetensors")["logits"], atol=1e-5)
+
+
+def test_where_the_first_cannot_write_no_other_waits(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    ran = launch("tests/distributed/stranger.py", tiny_model("gpt2"), tmp_path, "no-room", preset="cpu_ddp", timeout=90)
+    assert ran.returncode != 0
+    assert "saving auto failed on rank 0" in ran.stderr
+    assert not list(tmp_path.iterdir()), "nothing half-made stays"

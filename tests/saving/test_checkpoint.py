@@ -20,9 +20,20 @@ from transformers import AutoModelForCausalLM
 from lora_accel import RunConfig, faults, run_training
 from lora_accel.errors import ArtifactError, ConfigError, TrainingError
 from lora_accel.saving import checkpoint as checkpoints
+from lora_accel.saving import history
 from lora_accel.saving.checkpoint import SPARE_BYTES, load_checkpoint, refuse_full_disk, save_checkpoint
 from lora_accel.saving.commit import MANIFEST, sha256_of, why_invalid, write_manifest
-from lora_accel.saving.history import OPTIMIZER, STATE, WEIGHTS, Checkpoint, Found, find_checkpoint, prune, step_aside
+from lora_accel.saving.history import (
+    OPTIMIZER,
+    STATE,
+    WEIGHTS,
+    Checkpoint,
+    Found,
+    find_checkpoint,
+    list_checkpoints,
+    prune,
+    step_aside,
+)
 from tests.conftest import read_metrics
 
 Made = tuple[Accelerator, PeftModel, torch.optim.Optimizer]
@@ -622,3 +633,17 @@ def test_a_refused_change_is_told_with_the_words_that_allow_it(
     assert told
     for key, values in told:
         assert f"changed, as checkpoint.allow_changes says:  {key}: {values}\n" in said
+
+
+def test_a_checkpoint_that_goes_while_it_is_listed_is_left_out(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that lives rotates its checkpoints."""
+    look = history.why_invalid
+
+    def rotated(folder: Path, **options: Any) -> str | None:
+        reason = look(folder, **options)
+        if folder.name == "step-00000001":
+            shutil.rmtree(folder)
+        return reason
+
+    monkeypatch.setattr(history, "why_invalid", rotated)
+    assert [entry.step for entry in list_checkpoints(three.parent, hashes=True)] == [2, 3]

@@ -258,6 +258,17 @@ def test_an_adapter_config_that_names_no_base_is_refused(
     assert nothing_made(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "told", [[], 3, {"base": []}, {"base": {"revision": 3}}, {"base": {"sha256": 3, "name_or_path": "x"}}, {"base": {}}]
+)
+def test_a_provenance_that_tells_nothing_is_refused(trained: Callable[..., Path], tmp_path: Path, told: object) -> None:
+    adapter = trained()
+    (adapter / "provenance.json").write_text(json.dumps(told))
+    with pytest.raises(ArtifactError, match=r"provenance\.json"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert nothing_made(tmp_path)
+
+
 def test_a_base_that_is_gone_is_refused(trained: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
         merge_adapter(trained(), tmp_path / "merged", base=str(tmp_path / "absent"))

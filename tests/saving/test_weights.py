@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_accel import load_adapter, save_adapter
-from lora_accel.errors import ArtifactError
+from lora_accel.errors import ArtifactError, TrainingError
 from lora_accel.saving.commit import why_invalid
 from lora_accel.saving.history import WEIGHTS
 from lora_accel.saving.weights import read_adapter, refuse_what_would_be_lost, write_adapter
@@ -202,6 +202,17 @@ def test_an_empty_tensor_is_refused(tiny_model: Callable[..., Path], tmp_path: P
     parameter.data = torch.empty(0)
     with pytest.raises(ArtifactError, match="1 tensors are empty") as refused:
         save_adapter(accelerator, model, tmp_path / "adapter")
+    assert name in str(refused.value)
+    assert not list(tmp_path.glob("*adapter*")), "nothing half-made stays"
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = adapted(tiny_model(), TARGETS["llama"])
+    name, parameter = next((n, p) for n, p in model.named_parameters() if "lora_B" in n)
+    with torch.no_grad():
+        parameter[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match="is not finite after the update, so it is not saved") as refused:
+        save_adapter(Accelerator(), model, tmp_path / "adapter")
     assert name in str(refused.value)
     assert not list(tmp_path.glob("*adapter*")), "nothing half-made stays"
 
