@@ -51,8 +51,7 @@ class Examples(Sequence[Example]):
         files = list(dict.fromkeys(example.row[0] for example in examples))
         arrays = _Arrays()
         for example in examples:
-            supervised = [label != IGNORED for label in example.labels]
-            arrays.add(example.input_ids, supervised, files.index(example.row[0]), example.row[1])
+            arrays.add(example, files.index(example.row[0]))
         table = np.asarray(arrays.table, np.int64).reshape(-1, FIELDS)
         return cls(np.asarray(arrays.input_ids, np.int32), np.frombuffer(arrays.supervised, np.bool_), table, files)
 
@@ -99,11 +98,13 @@ class _Arrays:
         self.input_ids, self.supervised, self.table = array("i"), bytearray(), array("q")
         self._end = 0
 
-    def add(self, input_ids: Sequence[int], supervised: Sequence[bool], file: int, row: int) -> None:
-        self.input_ids.extend(input_ids)
-        self.supervised += bytes(supervised)
-        self._end += len(input_ids)
-        self.table.extend((self._end, sum(supervised), file, row))
+    def add(self, example: Example, file: int) -> None:
+        # Through arrays, since these take a list whole: a third of the time of a comprehension.
+        supervised = np.frombuffer(array("i", example.labels), np.int32) != IGNORED
+        self.input_ids += array("i", example.input_ids)
+        self.supervised += supervised.tobytes()
+        self._end += len(supervised)
+        self.table.extend((self._end, int(supervised.sum()), file, example.row[1]))
 
 
 class Writer:
@@ -152,7 +153,7 @@ class Packed:
         """Pack."""
         arrays = _Arrays()
         for example in examples:
-            arrays.add(example.input_ids, [label != IGNORED for label in example.labels], 0, example.row[1])
+            arrays.add(example, 0)
         return cls(arrays.input_ids.tobytes(), bytes(arrays.supervised), arrays.table.tobytes())
 
 
