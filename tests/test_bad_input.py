@@ -123,9 +123,6 @@ def test_the_good_input_works(folder: Path) -> None:
         ),
         pytest.param("batch_size: 4", "batch_size: null", ("line 11: training: batch_size is null",), id="no habit"),
         pytest.param(
-            "max_length: 200", "packing: true", ("line 10: data.packing", "not available yet", "false"), id="packing"
-        ),
-        pytest.param(
             "max_length: 200", "eval: [{path: rows.jsonl}]\n  eval_fraction: 0.1",
             ("line 8: data: give eval or eval_fraction, not both",), id="two ways to evaluate",
         ),
@@ -205,7 +202,7 @@ def test_a_file_that_is_no_config(
 
 
 def test_all_problems_are_reported_at_once(refuse: Refuse) -> None:
-    said = refuse("adapter.r=0", "training.max_step=3", "data.packing=true", "model.dtype=int8")
+    said = refuse("adapter.r=0", "training.max_step=3", "data.packing=maybe", "model.dtype=int8")
     names_all(said, ("adapter.r", "training.max_step", "data.packing", "model.dtype"))
     assert len(said.splitlines()) == 4
 

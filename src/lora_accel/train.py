@@ -94,7 +94,7 @@ def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path) -> 
     data = prepare_data(config, accelerator.num_processes)
     if main:
         show_data(data)
-    model, optimizer, dropout = prepare_model(config, accelerator)
+    model, optimizer, dropout, packed = prepare_model(config, accelerator)
     provenance = describe(config, data, accelerator)
     start = go_on(config, accelerator, model, optimizer, provenance, data.plan)
     if main:
@@ -105,7 +105,7 @@ def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path) -> 
         listening(config.training.max_hours) as stop,
         running(folder, start.step, start.checkpoint, pids=pids, enabled=main) as status,
     ):
-        run = make_run(config, data, accelerator, model, optimizer, dropout, provenance, status, start, stop)
+        run = make_run(config, data, accelerator, model, optimizer, dropout, packed, provenance, status, start, stop)
         # Accelerate puts the trackers' files into a folder of the project's name: OUTPUT_DIR/tensorboard.
         accelerator.init_trackers("tensorboard")
         run.metrics.log_event(start.step, "resume" if start.step else "start")
@@ -196,12 +196,14 @@ def show_data(data: Data) -> None:
 
 def prepare_model(
     config: RunConfig, accelerator: Accelerator
-) -> tuple[torch.nn.Module, torch.optim.Optimizer, TokenKeys]:
-    """Load the base, put the adapter on it, and prepare both for this machine."""
+) -> tuple[torch.nn.Module, torch.optim.Optimizer, TokenKeys, bool]:
+    """Load the base, put the adapter on it, and prepare both for this machine; last, whether rows may be packed."""
     from lora_accel.model.adapter import add_adapter, count_parameters, key_dropout, trainable_parameters
+    from lora_accel.model.attention import can_pack, pack_attention
     from lora_accel.model.base import load_base_model, refuse_upcast
     from lora_accel.saving.weights import refuse_what_would_be_lost
     from lora_accel.saving.zero import begin_moments
+    from lora_accel.training.loss import return_loss
     from lora_accel.training.optimizer import make_optimizer
 
     sharded = accelerator.distributed_type.value == "DEEPSPEED"
@@ -213,6 +215,11 @@ def prepare_model(
         mixed_precision=accelerator.mixed_precision,
         device=accelerator.device,
     )
+    packed = config.data.packing and can_pack(base)
+    if packed:
+        pack_attention(base)
+    elif config.data.packing:
+        accelerator.print(f"note: rows are padded, since no row of a {base.config.model_type} can be packed here")
     model = add_adapter(
         base,
         config.adapter,
@@ -224,12 +231,13 @@ def prepare_model(
     trained, total = count_parameters(model)
     accelerator.print(f"trainable: {trained:,} of {total:,} parameters ({trained / total:.3%})")
     refuse_what_would_be_lost(model)
+    return_loss(model.get_base_model())
     optimizer = make_optimizer(trainable_parameters(model).values(), config.training)
     dropout = key_dropout(model)
     model, optimizer = accelerator.prepare(model, optimizer)
     if sharded:
         begin_moments(optimizer)
-    return model, optimizer, dropout
+    return model, optimizer, dropout, packed
 
 
 def describe(config: RunConfig, data: Data, accelerator: Accelerator) -> dict[str, Any]:
@@ -346,6 +354,7 @@ def make_run(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     dropout: TokenKeys,
+    packed: bool,
     provenance: dict[str, Any],
     status: Callable[[int, Path | None], None],
     start: Start,
@@ -360,10 +369,10 @@ def make_run(
     from lora_accel.training.metrics import Metrics
 
     folder, tokenizer = Path(config.output_dir), data.template.tokenizer
-    rank, pad_id = accelerator.process_index, tokenizer.pad_token_id
-    batches = Batches(data.dataset, config.training, data.plan, seed=config.seed, rank=rank, pad_id=pad_id)
+    cut: dict[str, Any] = {"rank": accelerator.process_index, "pad_id": tokenizer.pad_token_id, "packed": packed}
+    batches = Batches(data.dataset, config.training, data.plan, seed=config.seed, **cut)
     eval_batches = {
-        name: step_batch(examples, config.training, rank=rank, num_ranks=data.plan.num_ranks, pad_id=pad_id)
+        name: step_batch(examples, config.training, num_ranks=data.plan.num_ranks, **cut)
         for name, examples in data.eval_sources.items()
     }
 

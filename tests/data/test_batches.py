@@ -14,7 +14,7 @@ import torch
 
 from lora_accel.config.plan import make_plan
 from lora_accel.config.schema import RunConfig, TrainingSection
-from lora_accel.data.batches import Batches, StepBatch, collate, cut, step_batch
+from lora_accel.data.batches import Batches, StepBatch, cut_packed, cut_padded, nothing, pack, pad, step_batch
 from lora_accel.data.chat import IGNORED, Example
 from lora_accel.data.dataset import Dataset, Source
 from lora_accel.data.order import epoch_order, permutation, source_count
@@ -222,7 +222,7 @@ def test_a_rank_without_examples_gets_micro_batches_without_targets() -> None:
 @pytest.mark.parametrize("most_tokens", [1, 10, 30, 64, 90, 200, 10_000])
 def test_no_group_is_wider_than_the_limit_in_tokens(most_tokens: int) -> None:
     examples = examples_of(UNEVEN)
-    groups = cut(examples, most_tokens, None)
+    groups = cut_padded(examples, most_tokens, None)
     assert sorted(example for group in groups for example in group) == sorted(examples)
     for group in groups:
         padded = len(group) * max(len(example.input_ids) for example in group)
@@ -231,19 +231,19 @@ def test_no_group_is_wider_than_the_limit_in_tokens(most_tokens: int) -> None:
 
 @pytest.mark.parametrize("most_examples", [1, 2, 5, 14, 100])
 def test_no_group_has_more_examples_than_the_limit(most_examples: int) -> None:
-    groups = cut(examples_of(UNEVEN), 1, most_examples)
+    groups = cut_padded(examples_of(UNEVEN), 1, most_examples)
     assert sorted(example.input_ids[0] for group in groups for example in group) == list(range(len(UNEVEN)))
     assert [len(group) for group in groups[:-1]] == [most_examples] * (len(groups) - 1)
     assert 1 <= len(groups[-1]) <= most_examples
 
 
 def test_a_long_example_is_a_group_of_its_own() -> None:
-    groups = cut(examples_of([4, 300, 4, 4]), 12, None)
+    groups = cut_padded(examples_of([4, 300, 4, 4]), 12, None)
     assert [[len(example.input_ids) for example in group] for group in groups] == [[300], [4, 4, 4]]
 
 
 def test_groups_hold_examples_of_like_length() -> None:
-    lengths = [[len(example.input_ids) for example in group] for group in cut(examples_of(UNEVEN), 100, None)]
+    lengths = [[len(example.input_ids) for example in group] for group in cut_padded(examples_of(UNEVEN), 100, None)]
     flat = list(itertools.chain(*lengths))
     assert flat == sorted(UNEVEN, reverse=True)
 
@@ -251,11 +251,11 @@ def test_groups_hold_examples_of_like_length() -> None:
 def test_groups_do_not_depend_on_the_order_of_a_step_but_for_ties() -> None:
     distinct = examples_of([3, 50, 7, 22, 1, 9, 30, 2, 15])
     shuffled = [distinct[i] for i in permutation(len(distinct), 1)]
-    assert cut(distinct, 64, None) == cut(shuffled, 64, None)
+    assert cut_padded(distinct, 64, None) == cut_padded(shuffled, 64, None)
 
 
 def test_nothing_is_cut_into_nothing() -> None:
-    assert cut([], 10, None) == []
+    assert cut_padded([], 10, None) == []
 
 
 # Tensors.
@@ -271,7 +271,7 @@ def supervised_anywhere(length: int, number: int, key: int) -> Example:
 @pytest.mark.parametrize("lengths", [[5], [1], [1, 1], [7, 3, 2], [20, 20, 1]])
 def test_tensors_are_what_a_loop_would_write(lengths: list[int], key: int) -> None:
     examples = [supervised_anywhere(length, number, key) for number, length in enumerate(lengths)]
-    batch = collate(examples, PAD)
+    batch = pad(examples, PAD)
     width = max(lengths)
 
     target = {}  # (row, position) -> the token that is to be predicted from there
@@ -295,7 +295,7 @@ def test_tensors_are_what_a_loop_would_write(lengths: list[int], key: int) -> No
 
 
 def test_no_example_is_one_token_without_a_target() -> None:
-    batch = collate([], PAD)
+    batch = pad(nothing(PAD), PAD)
     assert batch.input_ids.tolist() == [[PAD]]
     assert batch.attention_mask.tolist() == [[1]]
     assert batch.columns.tolist() == [0]
@@ -303,13 +303,13 @@ def test_no_example_is_one_token_without_a_target() -> None:
 
 
 def test_a_pad_token_within_an_example_is_a_token_like_any_other() -> None:
-    batch = collate([Example([1, PAD, 2, PAD], [IGNORED, PAD, 2, PAD]), Example([1, 2], [IGNORED, 2])], PAD)
+    batch = pad([Example([1, PAD, 2, PAD], [IGNORED, PAD, 2, PAD]), Example([1, 2], [IGNORED, 2])], PAD)
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.targets.tolist() == [[PAD, 2, PAD], [2, IGNORED, IGNORED]]
 
 
 def test_moving_a_batch_changes_nothing() -> None:
-    batch = collate(examples_of([3, 2]), PAD)
+    batch = pad(examples_of([3, 2]), PAD)
     moved = batch.to(torch.device("cpu"))
     assert torch.equal(moved.targets, batch.targets)
     assert torch.equal(moved.input_ids, batch.input_ids)
@@ -368,3 +368,26 @@ def test_three_weighted_sources_give_what_is_stated_in_the_same_order_on_any_num
     told = " ".join(capsys.readouterr().out.split())
     assert "24 of 12 examples (weight 2)" in told
     assert "5 of 20 examples (weight 0.25)" in told
+
+
+@pytest.mark.parametrize("most_tokens", [1, 12, 64, 299, 300, 10_000])
+def test_packed_groups_hold_each_example_once_and_keep_the_limit(most_tokens: int) -> None:
+    examples = examples_of([4, 300, 4, 60, 7, 7, 31])
+    groups = cut_packed(examples, most_tokens, None)
+    assert sorted(map(id, examples)) == sorted(id(example) for group in groups for example in group)
+    sizes = [sum(len(example.input_ids) for example in group) for group in groups]
+    assert max(sizes) <= max(most_tokens, 300)
+    assert sorted(len(group) for group in cut_packed(examples, most_tokens, 3)) == [1, 3, 3]
+    assert cut_packed([], most_tokens, None) == []
+
+
+def test_packed_examples_lie_end_to_end() -> None:
+    first, second = Example([5, 6, 7], [IGNORED, 6, 7], key=3), Example([8, 9], [IGNORED, 9], key=4)
+    batch = pack([first, second], PAD)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch.segments == (3, 2)
+    assert batch.columns.tolist() == [0, 1, 3], "an example's last token predicts nothing of the next"
+    assert batch.targets.tolist() == [[6, 7, 9]]
+    assert batch.token_keys[0, :3].tolist() == pad([first], PAD).token_keys[0].tolist()
+    assert batch.token_keys[0, 3:].tolist() == pad([second], PAD).token_keys[0].tolist()

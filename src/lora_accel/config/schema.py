@@ -180,21 +180,15 @@ class DataSection(Section):
     parse_special_tokens: bool = False
     """Whether the text of a special token, such as <|im_end|>, counts as that token in rows, too. Text that a template
     has rendered before needs it; in what users wrote it would let them end their own turn."""
-    packing: bool = False
-    """Examples end to end in one row. Not available yet."""
+    packing: bool = True
+    """No padding: examples lie end to end in one row and cannot see each other. A model that cannot do so is given
+    padded rows, and the run says so."""
     max_dropped: float = Field(0.05, ge=0, le=1)
     """More unusable rows than this share stop the run before the model loads."""
     cache_dir: str | None = None
     """Where tokenised data are kept; null = lora_accel in the Hugging Face cache folder (HF_HOME)."""
     num_workers: int | None = Field(None, ge=1)
     """Processes that tokenise; null = one for each core. Their number changes nothing but the time."""
-
-    @field_validator("packing")
-    @classmethod
-    def _not_yet(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("true is not available yet; leave it out or set false (padded batches)")
-        return value
 
     @model_validator(mode="after")
     def _one_way_to_evaluate(self) -> Self:

@@ -1,0 +1,191 @@
+"""Packed attention: examples lie end to end in one row, and each attends to itself only.
+
+There is no mask that could be wrong: keys of other examples are never read. A forward is given the lengths of its row's
+segments, transformers' attention interface hands them on to each layer, and `packed_attention` takes one of two roads:
+torch's variable-length flash kernel on CUDA in 16 bits, else products over one block of queries after the other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+PACKING = frozenset(
+    """
+    apertus arcee cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text glm gpt2 gpt_neox granite helium
+    hunyuan_v1_dense llama ministral mistral mixtral olmo olmo2 olmo3 olmoe opt phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe
+    seed_oss smollm3 starcoder2
+    """.split()  # noqa: SIM905  a list would fill a page
+)
+"""Model types of which tests/model/test_attention.py proves that no example sees another."""
+
+BLOCK = 256
+"""Queries that are worked on together: few, so that most products with later keys are never made; and enough for a
+matrix product at full speed."""
+
+
+class Block(NamedTuple):
+    """Queries [first, last) of a row, and the first key that any of them may see; the last is their own."""
+
+    first: int
+    last: int
+    first_key: int
+
+
+class Options(NamedTuple):
+    """What a model's attention does beside the usual."""
+
+    scaling: float
+    sliding_window: int | None
+    softcap: float | None
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether a model takes packed rows: its type is known to, its attention has no dropout, and is a usual one."""
+    config = model.config
+    drops = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
+    return config.model_type in PACKING and config._attn_implementation in ("sdpa", "eager") and not drops
+
+
+def pack_attention(model: PreTrainedModel) -> None:
+    """Let a model take packed rows: `segments`, their lengths, in its forward. Without them it attends as before."""
+    own = model.config._attn_implementation
+    usual = ALL_ATTENTION_FUNCTIONS.get(own)
+
+    def attention(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
+    ) -> tuple[torch.Tensor, Any]:
+        if options.get("segments") is not None:
+            return packed_attention(query, key, value, **options), None
+        # A model's own eager attention is a function of its module's file.
+        attend = usual or sys.modules[type(module).__module__].eager_attention_forward
+        attended: tuple[torch.Tensor, Any] = attend(module, query, key, value, mask, **options)
+        return attended
+
+    name = f"packed_{own}"
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    model.set_attn_implementation(name)
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    segments: Sequence[int],
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """Return causal attention within each segment, [1, T, H, D].
+
+    Args:
+        query: [1, H, T, D].
+        key: [1, G, T, D]; each of its G heads serves H / G of the query's. `value` likewise.
+        segments: lengths, in order; their sum is T.
+        scaling: of the products of query and key; None = 1 / sqrt(D).
+        sliding_window: how many keys a query sees at most, its own among them.
+        softcap: products are squeezed to ±softcap by tanh (Gemma 2).
+    """
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    query, key, value = (x[0].to(dtype) for x in (query, key, value))
+    options = Options(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    if kind == "cuda" and dtype != torch.float32 and softcap is None and query.shape[-1] <= 256:
+        return _flash(query, key, value, segments, options)[None]
+    blocks = list(_blocks(segments, sliding_window))
+    attended: torch.Tensor = _Blockwise.apply(query, key, value, blocks, options)  # type: ignore[no-untyped-call]
+    return attended[None]
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Sequence[int], options: Options
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    edges = torch.tensor([0, *itertools.accumulate(segments)], dtype=torch.int32).to(query.device, non_blocking=True)
+    sees = (-1 if options.sliding_window is None else options.sliding_window - 1, 0)
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # [T, H, D]
+    attended = varlen_attn(
+        *(query, key, value, edges, edges, max(segments), max(segments)),
+        scale=options.scaling,
+        window_size=sees,
+        enable_gqa=True,
+    )
+    assert isinstance(attended, torch.Tensor)
+    return attended
+
+
+def _blocks(segments: Sequence[int], window: int | None) -> Iterator[Block]:
+    start = 0
+    for length in segments:
+        for first in range(start, start + length, BLOCK):
+            first_key = start if window is None else max(start, first - window + 1)
+            yield Block(first, min(first + BLOCK, start + length), first_key)
+        start += length
+
+
+class _Blockwise(torch.autograd.Function):
+    """Keeps query, key and value for the way back, and makes each block's weights again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[Block], options: Options
+    ) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.blocks, ctx.options = blocks, options
+        attended = query.new_empty((query.shape[1], query.shape[0], value.shape[-1]))  # [T, H, D]
+        with torch.autocast(query.device.type, enabled=False):
+            for first, last, first_key in blocks:
+                q, k, v = query[:, first:last], key[:, first_key:last], value[:, first_key:last]
+                attended[first:last] = _attend(q, k, v, options)
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+        query, key, value = ctx.saved_tensors
+        of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for first, last, first_key in ctx.blocks:
+            with torch.enable_grad():
+                q = query[:, first:last].detach().requires_grad_()
+                k = key[:, first_key:last].detach().requires_grad_()
+                v = value[:, first_key:last].detach().requires_grad_()
+                attended = _attend(q, k, v, ctx.options)
+            grads = torch.autograd.grad(attended, (q, k, v), grad[first:last])
+            of_query[:, first:last] = grads[0]
+            of_key[:, first_key:last] += grads[1]
+            of_value[:, first_key:last] += grads[2]
+        return of_query, of_key, of_value, None, None
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> torch.Tensor:
+    """Return [N, H, D] of queries [H, N, D] and keys [G, M, D], of which the last N are the queries' own."""
+    (heads, n, width), (groups, m, _) = query.shape, key.shape
+    query = (query * options.scaling).reshape(groups, heads // groups * n, width)
+    products = query @ key.mT  # [G, H / G * N, M]
+    if options.softcap is not None:
+        products = torch.tanh(products / options.softcap) * options.softcap
+    if options.sliding_window is None:
+        products.view(groups, -1, n, m)[..., m - n :].add_(_unseen(n, n, None, query))
+    else:
+        products.view(groups, -1, n, m).add_(_unseen(n, m, options.sliding_window, query))
+    return (torch.softmax(products, dim=-1) @ value).view(heads, n, -1).transpose(0, 1)
+
+
+def _unseen(n: int, m: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    """Return [N, M], -inf where one of the last N of M tokens may not see another, to be added: on CPU four times
+    as fast as filling in."""
+    unseen = torch.ones((n, m), dtype=torch.bool, device=like.device).triu_(m - n + 1)
+    if window is not None:
+        unseen |= torch.ones_like(unseen).tril_(m - n - window)
+    return torch.zeros((n, m), dtype=like.dtype, device=like.device).masked_fill_(unseen, float("-inf"))
