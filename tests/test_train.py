@@ -240,6 +240,23 @@ def test_activation_checkpointing_changes_no_loss(make_config: Callable[..., Run
     assert exact(Path(plain.output_dir)) == exact(Path(saved.output_dir))
 
 
+@pytest.mark.parametrize(("free", "again"), [(2**40, False), (2**20, True)])
+def test_activations_are_kept_where_they_fit(
+    make_config: Callable[..., RunConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    free: int,
+    again: bool,
+) -> None:
+    monkeypatch.setattr("lora_accel.training.memory.free_bytes", lambda device, processes: free)
+    layers = []
+    monkeypatch.setattr("lora_accel.training.loop.train", lambda run, *_: layers.extend(run.model.modules()))
+    run_training(make_config(output_dir=str(tmp_path / "auto"), training={"activation_checkpointing": "auto"}))
+    assert any(getattr(module, "gradient_checkpointing", False) for module in layers) == again
+    assert ("made again on the way back" in capsys.readouterr().out) == again
+
+
 # What a run folder may be
 
 

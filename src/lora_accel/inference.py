@@ -13,6 +13,7 @@ from lora_accel.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from lora_accel.data.chat import ChatTemplate
 
@@ -22,6 +23,8 @@ class Candidate(NamedTuple):
 
     name: str
     model: torch.nn.Module
+    packed: bool
+    """Whether it takes rows with examples end to end."""
 
 
 class Score(NamedTuple):
@@ -65,7 +68,7 @@ def generate(
     turns = (Message("system", system),) if system else ()
     asked = [template.encode_prompt((*turns, Message("user", prompt))) for prompt in prompts]
     answers: list[dict[str, str]] = [{} for _ in prompts]
-    for name, model in _candidates(section, QuantizationSection(), adapter, merged, with_base=compare):
+    for name, model, _ in _candidates(section, QuantizationSection(), adapter, merged, with_base=compare):
         replies = replies_to(model, template.tokenizer, asked, max_new_tokens=max_new_tokens)
         for answer, reply in zip(answers, replies, strict=True):
             answer[name] = reply
@@ -99,14 +102,14 @@ def evaluate(
     recipe = make_recipe(config)
     template, dataset = recipe.template(), load_dataset(config.data.eval, recipe, config.data)
     dataset.check(config.data.max_dropped)
-    pad_id = template.tokenizer.pad_token_id
-    batch = step_batch(dataset.examples, config.training, rank=0, num_ranks=1, pad_id=pad_id)
+    cut: dict[str, Any] = {"rank": 0, "num_ranks": 1, "pad_id": template.tokenizer.pad_token_id}
     records = [record for source in config.data.eval for record in load_records(source)]
     questions = [question for record in records if (question := question_of(record, template))]
 
     scores = []
-    for name, model in _candidates(config.model, config.quantization, adapter, merged, with_base=True):
+    for name, model, packed in _candidates(config.model, config.quantization, adapter, merged, with_base=True):
         model.to(accelerator.device)
+        batch = step_batch(dataset.examples, config.training, **cut, packed=packed)
         loss = evaluation.evaluate(accelerator, model, batch.micro_batches, batch.num_supervised_tokens)
         matches = _exact_matches(model, template, questions, batch_size, max_new_tokens)
         share = matches / len(questions) if questions else None
@@ -141,8 +144,18 @@ def _candidates(
     with_base: bool,
 ) -> Iterator[Candidate]:
     """Load and give one candidate after the other; base and adapter share one copy of the base."""
+    from lora_accel.model.attention import can_pack, pack_attention
     from lora_accel.model.base import load_base_model
     from lora_accel.saving.weights import load_adapter, read_adapter
+    from lora_accel.training.loss import return_loss
+
+    def load(section: ModelSection, quantization: QuantizationSection) -> tuple[PreTrainedModel, bool]:
+        model = load_base_model(section, quantization)
+        packed = can_pack(model)
+        if packed:
+            pack_attention(model)
+        return_loss(model)
+        return model, packed
 
     # What is missing is told before a model is loaded.
     if adapter:
@@ -151,19 +164,19 @@ def _candidates(
         raise ArtifactError(f"{merged}: no config.json in it, so it is no merged model")
 
     if with_base or adapter:
-        model = load_base_model(section, quantization)
+        model, packed = load(section, quantization)
         if adapter is None:
-            yield Candidate("base", model)
+            yield Candidate("base", model, packed)
         else:
             peft_model = load_adapter(model, adapter)
             if with_base:
                 with peft_model.disable_adapter():
-                    yield Candidate("base", peft_model)
-            yield Candidate("base + adapter", peft_model)
+                    yield Candidate("base", peft_model, packed)
+            yield Candidate("base + adapter", peft_model, packed)
             del peft_model
         del model
     if merged:
-        yield Candidate("merged", load_base_model(ModelSection(name_or_path=str(merged)), QuantizationSection()))
+        yield Candidate("merged", *load(ModelSection(name_or_path=str(merged)), QuantizationSection()))
 
 
 def _base_of(adapter: Path, base: str | None) -> str:

@@ -95,6 +95,8 @@ def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path) -> 
     if main:
         show_data(data)
     model, optimizer, dropout, packed = prepare_model(config, accelerator)
+    if recomputes(config, data, accelerator, model, dropout, packed):
+        accelerator.unwrap_model(model).gradient_checkpointing_enable({"use_reentrant": False})
     provenance = describe(config, data, accelerator)
     start = go_on(config, accelerator, model, optimizer, provenance, data.plan)
     if main:
@@ -201,6 +203,7 @@ def prepare_model(
     from lora_accel.model.adapter import add_adapter, count_parameters, key_dropout, trainable_parameters
     from lora_accel.model.attention import can_pack, pack_attention
     from lora_accel.model.base import load_base_model, refuse_upcast
+    from lora_accel.model.fused import fuse
     from lora_accel.saving.weights import refuse_what_would_be_lost
     from lora_accel.saving.zero import begin_moments
     from lora_accel.training.loss import return_loss
@@ -219,12 +222,14 @@ def prepare_model(
     if packed:
         pack_attention(base)
     elif config.data.packing:
-        accelerator.print(f"note: rows are padded, since no row of a {base.config.model_type} can be packed here")
+        accelerator.print(
+            f"note: rows are padded, since a {base.config.model_type} with this attention takes no packed ones"
+        )
+    fuse(base)
     model = add_adapter(
         base,
         config.adapter,
         seed=config.seed,
-        activation_checkpointing=config.training.activation_checkpointing,
         autocast=accelerator.mixed_precision != "no" and not sharded,
         masters=accelerator.mixed_precision != "no" and sharded,
     )
@@ -238,6 +243,42 @@ def prepare_model(
     if sharded:
         begin_moments(optimizer)
     return model, optimizer, dropout, packed
+
+
+def recomputes(
+    config: RunConfig,
+    data: Data,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    dropout: TokenKeys,
+    packed: bool,
+) -> bool:
+    """Whether activations are made again on the way back; `auto`: if on any rank they would not fit."""
+    import torch
+
+    from lora_accel.data.batches import step_batch
+    from lora_accel.data.chat import Example
+    from lora_accel.training.memory import free_bytes, wanted_bytes
+
+    if config.training.activation_checkpointing != "auto":
+        return config.training.activation_checkpointing
+    longest = max(int(source.examples.lengths.max()) for source in data.dataset.sources)
+    few = data.dataset.example(0)
+    few = Example(few.input_ids[:256], few.labels[:256])
+    pad_id = data.template.tokenizer.pad_token_id
+    (batch,) = step_batch([few], config.training, rank=0, num_ranks=1, pad_id=pad_id, packed=packed).micro_batches
+    batch = batch.to(accelerator.device)
+    dropout.keys = batch.token_keys
+    model.train()
+    by_examples = config.training.micro_batch_size
+    tokens = by_examples * longest if by_examples else max(longest, config.training.micro_batch_tokens)
+    wanted = wanted_bytes(model, batch, tokens)
+    free = free_bytes(accelerator.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    short = torch.tensor(float(wanted > free), device=accelerator.device)
+    again = bool(accelerator.reduce(short) > 0)
+    what = "made again on the way back" if again else "kept"
+    accelerator.print(f"activations: {wanted / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free; {what}")
+    return again
 
 
 def describe(config: RunConfig, data: Data, accelerator: Accelerator) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def adapt(
 ) -> torch.nn.Module:
     base = load_base_model(ModelSection(name_or_path=str(folder)), QuantizationSection.model_validate({"bits": bits}))
     section = AdapterSection.model_validate(adapter)
-    return add_adapter(base, section, seed=seed, activation_checkpointing=False, autocast=autocast)
+    return add_adapter(base, section, seed=seed, autocast=autocast)
 
 
 def test_only_the_adapter_is_trained_and_it_is_float32_on_any_base(tiny_model: Callable[..., Path]) -> None:

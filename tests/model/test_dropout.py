@@ -24,7 +24,7 @@ def dropped(p: float, *, seed: int = 0, step: int = 0, example: int = 0, layer: 
     """Return [T, F]: 1 where a value is zeroed."""
     keys = torch.from_numpy(token_keys(derive(seed, step, example), TOKENS))
     features = KeyedDropout(p, layer, FEATURES, TokenKeys()).feature_keys
-    return (~keep_mask(keys, features, p)).float()
+    return 1.0 - keep_mask(keys, features, p).float()
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5])
@@ -91,7 +91,7 @@ def test_a_layer_that_sees_other_tokens_than_the_batch_is_refused() -> None:
 def test_every_lora_layer_gets_its_own_and_no_other_dropout_stays(tiny_model: Callable[..., Path]) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model())
     section = AdapterSection(dropout=0.1, target_modules="all-linear")
-    model = add_adapter(base, section, seed=0, activation_checkpointing=False, autocast=False)
+    model = add_adapter(base, section, seed=0, autocast=False)
     key_dropout(model)
     keyed = [module for module in model.modules() if isinstance(module, KeyedDropout)]
     assert len(keyed) == 14

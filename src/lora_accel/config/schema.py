@@ -226,8 +226,8 @@ class TrainingSection(Section):
     """Gradients are scaled down to this norm."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """null = what accelerate launch says."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_checkpointing: bool | Literal["auto"] = False
+    """Recompute activations in the backward pass: less memory, a third more time. auto = where they would not fit."""
     max_hours: float | None = Field(None, gt=0)
     """Stop after so many hours of training as at a signal: save, exit 143; the same command goes on."""
     skip_nonfinite: int = Field(0, ge=0)

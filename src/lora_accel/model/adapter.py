@@ -20,7 +20,6 @@ def add_adapter(
     section: AdapterSection,
     *,
     seed: int,
-    activation_checkpointing: bool,
     autocast: bool,
     masters: bool = False,
 ) -> PeftModel:
@@ -37,8 +36,6 @@ def add_adapter(
     """
     if getattr(base, "is_quantized", False):
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    if activation_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(seed)
     try:
         with warnings.catch_warnings(record=True) as caught:

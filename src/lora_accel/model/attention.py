@@ -7,6 +7,7 @@ torch's variable-length flash kernel on CUDA in 16 bits, else products over one 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ PACKING = frozenset(
 )
 """Model types of which tests/model/test_attention.py proves that no example sees another."""
 
-BLOCK = 256
+BLOCK = 128
 """Queries that are worked on together: few, so that most products with later keys are never made; and enough for a
 matrix product at full speed."""
 
@@ -156,12 +157,8 @@ class _Blockwise(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for first, last, first_key in ctx.blocks:
-            with torch.enable_grad():
-                q = query[:, first:last].detach().requires_grad_()
-                k = key[:, first_key:last].detach().requires_grad_()
-                v = value[:, first_key:last].detach().requires_grad_()
-                attended = _attend(q, k, v, ctx.options)
-            grads = torch.autograd.grad(attended, (q, k, v), grad[first:last])
+            q, k, v = query[:, first:last], key[:, first_key:last], value[:, first_key:last]
+            grads = _attend_backward(q, k, v, grad[first:last], ctx.options)
             of_query[:, first:last] = grads[0]
             of_key[:, first_key:last] += grads[1]
             of_value[:, first_key:last] += grads[2]
@@ -170,16 +167,43 @@ class _Blockwise(torch.autograd.Function):
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> torch.Tensor:
     """Return [N, H, D] of queries [H, N, D] and keys [G, M, D], of which the last N are the queries' own."""
+    _, weights, _ = _weigh(query, key, options)
+    return (weights @ value).view(*query.shape[:2], -1).transpose(0, 1)
+
+
+def _attend_backward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad: torch.Tensor, options: Options
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of query, key and value for that of `_attend`, [N, H, D]."""
+    scaled, weights, slope = _weigh(query, key, options)
+    grad = grad.transpose(0, 1).reshape(len(key), -1, value.shape[-1])  # [G, H / G * N, D]
+    of_products = torch.ops.aten._softmax_backward_data(grad @ value.mT, weights, -1, weights.dtype)
+    if slope is not None:
+        of_products = of_products * slope
+    of_query = (of_products @ key).mul_(options.scaling)
+    return of_query.view(query.shape), of_products.mT @ scaled, weights.mT @ grad
+
+
+def _weigh(
+    query: torch.Tensor, key: torch.Tensor, options: Options
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return the scaled queries [G, H / G * N, D], their weights [G, H / G * N, M], and the slope of the cap."""
     (heads, n, width), (groups, m, _) = query.shape, key.shape
-    query = (query * options.scaling).reshape(groups, heads // groups * n, width)
-    products = query @ key.mT  # [G, H / G * N, M]
+    scaled = (query * options.scaling).reshape(groups, heads // groups * n, width)
+    products, slope = scaled @ key.mT, None
     if options.softcap is not None:
-        products = torch.tanh(products / options.softcap) * options.softcap
+        capped = torch.tanh(products / options.softcap)
+        products, slope = capped * options.softcap, 1 - capped.square()
     if options.sliding_window is None:
-        products.view(groups, -1, n, m)[..., m - n :].add_(_unseen(n, n, None, query))
+        products.view(groups, -1, n, m)[..., m - n :].add_(_later(BLOCK, query.dtype, query.device)[:n, :n])
     else:
         products.view(groups, -1, n, m).add_(_unseen(n, m, options.sliding_window, query))
-    return (torch.softmax(products, dim=-1) @ value).view(heads, n, -1).transpose(0, 1)
+    return scaled, torch.softmax(products, dim=-1), slope
+
+
+@functools.lru_cache(maxsize=8)
+def _later(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return _unseen(n, n, None, torch.empty(0, dtype=dtype, device=device))
 
 
 def _unseen(n: int, m: int, window: int | None, like: torch.Tensor) -> torch.Tensor:

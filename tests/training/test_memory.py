@@ -1,0 +1,55 @@
+"""What a forward keeps is measured: by known sizes, and in proportion to tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lora_accel.data.batches import MicroBatch, pack
+from lora_accel.data.chat import Example
+from lora_accel.model.attention import pack_attention
+from lora_accel.model.fused import fuse
+from lora_accel.training.loss import CHUNK, return_loss
+from lora_accel.training.memory import free_bytes, kept_bytes, wanted_bytes
+from tests.families import SIZES, model_of
+
+
+def batch_of(tokens: int) -> MicroBatch:
+    ids = [1 + i % 90 for i in range(tokens)]
+    return pack([Example(ids, ids)], 0)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    model = model_of("llama", max_position_embeddings=512).requires_grad_(False)
+    pack_attention(model)
+    fuse(model)
+    return_loss(model)
+    return model
+
+
+def test_kept_is_what_the_layers_need(model: nn.Module) -> None:
+    model.model.embed_tokens.requires_grad_(True)  # so that every layer has a way back
+    h, i, kv = SIZES["hidden_size"], SIZES["intermediate_size"], SIZES["num_key_value_heads"] * SIZES["head_dim"]
+    layer = 2 * h + 2 * i + h + 2 * kv + 2  # what norms, the gate and attention are given, and a scale for each norm
+    rest = h + 1 + h  # the last norm's, and the loss's gradient
+    tokens, more = 64, 128
+    slope = (kept_bytes(model, batch_of(more)) - kept_bytes(model, batch_of(tokens))) / (more - tokens) / 4
+    expected = SIZES["num_hidden_layers"] * layer + rest
+    assert expected <= slope <= 1.1 * expected + 16  # keys, positions and the angles of rotary embeddings
+
+
+def test_nothing_is_kept_where_nothing_is_trained(model: nn.Module) -> None:
+    assert kept_bytes(model, batch_of(64)) == 0
+
+
+def test_a_whole_micro_batch_is_reckoned_from_a_small_one(model: nn.Module) -> None:
+    model.model.embed_tokens.requires_grad_(True)
+    activations = wanted_bytes(model, batch_of(64), 256) - 3 * 4 * CHUNK
+    assert 1.0 <= activations / kept_bytes(model, batch_of(256)) <= 1.5
+
+
+def test_memory_is_shared_among_a_machines_processes() -> None:
+    cpu = torch.device("cpu")
+    assert free_bytes(cpu, 4) == pytest.approx(free_bytes(cpu, 1) / 4, rel=0.2)
