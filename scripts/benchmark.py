@@ -89,10 +89,11 @@ def run_config(asked: argparse.Namespace, **changes: Any) -> dict[str, Any]:
 def trainers(asked: argparse.Namespace, _: Path) -> Table:
     """Return this package and the others, each as a person would use it; 16 examples a step."""
     config, packed = run_config(asked), {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
-    keep = {"gradient_checkpointing": False}
+    keep, compiled = {"gradient_checkpointing": False}, run_config(asked, training={"compile": True})
     return Table(
         [
             Case("lora_accel", "lora_accel", config),
+            Case("lora_accel, compiled", "lora_accel", compiled),
             Case("TRL, packing", "trl", config, {"packing": True} | packed),
             Case("TRL, packing, activations kept", "trl", config, {"packing": True} | packed | keep),
             Case("TRL", "trl", config),

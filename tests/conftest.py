@@ -190,6 +190,19 @@ def config_file(tmp_path: Path) -> Callable[[RunConfig], Path]:
     return write
 
 
+def run_code(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a few lines in a process of their own."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""} | environment,
+        cwd=ROOT,
+        check=False,
+    )
+
+
 def run_module(
     *words: str | Path, env: dict[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:

@@ -25,25 +25,12 @@ from lora_accel.console import run_command
 from lora_accel.errors import ConfigError, Interrupted, LoraAccelError, TrainingError
 from lora_accel.launch import STALE_SECONDS, leave, look_for_stale_builds, refuse_launch
 from lora_accel.train import main
-from tests.conftest import ROOT
+from tests.conftest import run_code
 
 
 def launch_of(num_processes: int = 1, stage: int | None = None) -> Launch:
     deepspeed = None if stage is None else {"zero_optimization": {"stage": stage}}
     return Launch(num_processes=num_processes, mixed_precision="no", deepspeed=deepspeed, source="accelerate launch")
-
-
-def run_code(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a few lines in a process of their own."""
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""} | environment,
-        cwd=ROOT,
-        check=False,
-    )
 
 
 # --- an Accelerator that is not what was asked for

@@ -240,6 +240,18 @@ def test_activation_checkpointing_changes_no_loss(make_config: Callable[..., Run
     assert exact(Path(plain.output_dir)) == exact(Path(saved.output_dir))
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_compiled_layers_learn_the_same(make_config: Callable[..., RunConfig], tmp_path: Path, again: bool) -> None:
+    folders, dropout = [tmp_path / "plain", tmp_path / "compiled"], {"dropout": 0.1}
+    for folder in folders:
+        training = {"compile": folder.name == "compiled", "activation_checkpointing": again}
+        run_training(make_config(output_dir=str(folder), adapter=dropout, training=training))
+    plain, compiled = ([line["loss"] for line in read_metrics(folder)] for folder in folders)
+    assert compiled == pytest.approx(plain, rel=1e-5)
+    first, second = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders)
+    assert first.keys() == second.keys()
+
+
 @pytest.mark.parametrize(("free", "again"), [(2**40, False), (2**20, True)])
 def test_activations_are_kept_where_they_fit(
     make_config: Callable[..., RunConfig],

@@ -109,7 +109,7 @@ def evaluate(
     scores = []
     for name, model, packed in _candidates(config.model, config.quantization, adapter, merged, with_base=True):
         model.to(accelerator.device)
-        batch = step_batch(dataset.examples, config.training, **cut, packed=packed)
+        batch = step_batch(dataset.examples, config.training, **cut, packed=packed and config.data.packing)
         loss = evaluation.evaluate(accelerator, model, batch.micro_batches, batch.num_supervised_tokens)
         matches = _exact_matches(model, template, questions, batch_size, max_new_tokens)
         share = matches / len(questions) if questions else None

@@ -203,6 +203,7 @@ def prepare_model(
     from lora_accel.model.adapter import add_adapter, count_parameters, key_dropout, trainable_parameters
     from lora_accel.model.attention import can_pack, pack_attention
     from lora_accel.model.base import load_base_model, refuse_upcast
+    from lora_accel.model.compiled import compile_layers
     from lora_accel.model.fused import fuse
     from lora_accel.saving.weights import refuse_what_would_be_lost
     from lora_accel.saving.zero import begin_moments
@@ -225,7 +226,8 @@ def prepare_model(
         accelerator.print(
             f"note: rows are padded, since a {base.config.model_type} with this attention takes no packed ones"
         )
-    fuse(base)
+    # The compiler does by itself what `fuse` does by hand.
+    (compile_layers if config.training.compile else fuse)(base)
     model = add_adapter(
         base,
         config.adapter,

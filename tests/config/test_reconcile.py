@@ -776,6 +776,12 @@ def test_single_trained_tokens_are_refused_under_zero3_alone() -> None:
     settle(zero(2), adapter=adapter)
 
 
+def test_compiled_layers_are_refused_under_zero3_alone() -> None:
+    (said,) = refused(zero(3), training={"compile": True})
+    assert said.startswith("training.compile with ZeRO-3")
+    settle(zero(2), training={"compile": True})
+
+
 @pytest.mark.parametrize(
     ("zero_optimization", "said"),
     [

@@ -14,7 +14,7 @@ import torch
 
 from lora_accel.config.plan import make_plan
 from lora_accel.config.schema import RunConfig, TrainingSection
-from lora_accel.data.batches import Batches, StepBatch, cut_packed, cut_padded, nothing, pack, pad, step_batch
+from lora_accel.data.batches import Batches, Segments, StepBatch, cut_packed, cut_padded, nothing, pack, pad, step_batch
 from lora_accel.data.chat import IGNORED, Example
 from lora_accel.data.dataset import Dataset, Source
 from lora_accel.data.order import epoch_order, permutation, source_count
@@ -386,7 +386,7 @@ def test_packed_examples_lie_end_to_end() -> None:
     batch = pack([first, second], PAD)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
-    assert batch.segments == (3, 2)
+    assert batch.segments == Segments((3, 2))
     assert batch.columns.tolist() == [0, 1, 3], "an example's last token predicts nothing of the next"
     assert batch.targets.tolist() == [[6, 7, 9]]
     assert batch.token_keys[0, :3].tolist() == pad([first], PAD).token_keys[0].tolist()

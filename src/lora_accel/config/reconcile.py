@@ -91,7 +91,10 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
                 "under one process, DDP, or DeepSpeed ZeRO. To shard the base, use accelerate_configs/zero3.yaml"
             )
     if environment.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
-        raise ConfigError("accelerate launch asks for torch.compile (dynamo_backend), which is not supported; say 'no'")
+        raise ConfigError(
+            "accelerate launch asks for torch.compile (dynamo_backend) of a whole model, which is not supported; say "
+            "'no' there, and training.compile=true for its layers"
+        )
     num_processes = next((_number(environment, name) for name in WORLD_SIZES if environment.get(name)), None)
     if num_processes is None and environment.get("MASTER_ADDR"):
         raise ConfigError(
@@ -218,6 +221,11 @@ def _unworkable(config: RunConfig, launch: Launch, precision: str) -> list[str]:
         found.append(
             f"quantization.bits={config.quantization.bits} with ZeRO-3: packed weights cannot be partitioned. ZeRO-2 "
             "and a quantised base save more memory (accelerate_configs/zero2.yaml), or set quantization.bits=null"
+        )
+    if stage == 3 and config.training.compile:
+        found.append(
+            "training.compile with ZeRO-3: weights are gathered between a layer's products, which leaves nothing to "
+            "fuse (measured: no faster); set it to false, or use ZeRO-2"
         )
     if stage == 3 and config.adapter.trainable_token_indices is not None:
         found.append("adapter.trainable_token_indices: PEFT cannot gather them under ZeRO-3; use ZeRO-2 or DDP")

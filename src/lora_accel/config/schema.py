@@ -228,6 +228,8 @@ class TrainingSection(Section):
     """null = what accelerate launch says."""
     activation_checkpointing: bool | Literal["auto"] = False
     """Recompute activations in the backward pass: less memory, a third more time. auto = where they would not fit."""
+    compile: bool = False
+    """Layers through torch.compile: a few percent to a quarter faster, after a minute or so at the start."""
     max_hours: float | None = Field(None, gt=0)
     """Stop after so many hours of training as at a signal: save, exit 143; the same command goes on."""
     skip_nonfinite: int = Field(0, ge=0)

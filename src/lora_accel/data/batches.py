@@ -8,7 +8,7 @@ changes neither the order nor the mathematics.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,19 @@ from lora_accel.data.audit import name_rows
 from lora_accel.data.chat import IGNORED, Example
 from lora_accel.data.dataset import Dataset
 from lora_accel.data.order import epoch_order
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """Lengths of examples that lie end to end, in order.
+
+    An object, which torch.compile does not look into: of a tuple it would compile a layer for each number of examples.
+    """
+
+    lengths: tuple[int, ...]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.lengths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +52,8 @@ class MicroBatch:
     """[B, T] int32, odd: what dropout hashes; a function of (seed, step, example, position)."""
     position_ids: torch.Tensor | None = None
     """[1, T], if packed: each example's from 0."""
-    segments: tuple[int, ...] | None = None
-    """Lengths of the examples that lie end to end; None = padded."""
+    segments: Segments | None = None
+    """None = padded."""
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -51,8 +64,10 @@ class MicroBatch:
         return inputs
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Return the same on a device."""
+        """Return the same on a device. To a GPU it is copied from pinned memory, so that the host need not wait."""
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        if device.type == "cuda":
+            tensors = {name: x.pin_memory() for name, x in tensors.items()}
         moved: dict[str, Any] = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
         return dataclasses.replace(self, **moved)
 
@@ -216,7 +231,7 @@ def pack(examples: Sequence[Example], _pad_id: int) -> MicroBatch:
     mask = np.full((1, 1, 1, 1), np.nan, np.float32)
     positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])[None])
     packed = _micro_batch(input_ids[None], mask, targets[None], keys[None])
-    return dataclasses.replace(packed, position_ids=positions, segments=lengths)
+    return dataclasses.replace(packed, position_ids=positions, segments=Segments(lengths))
 
 
 def pad(examples: Sequence[Example], pad_id: int) -> MicroBatch:

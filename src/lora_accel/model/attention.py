@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -77,12 +77,13 @@ def pack_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation(name)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     *,
-    segments: Sequence[int],
+    segments: Iterable[int],
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -110,7 +111,7 @@ def packed_attention(
 
 
 def _flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Sequence[int], options: Options
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Iterable[int], options: Options
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -127,7 +128,7 @@ def _flash(
     return attended
 
 
-def _blocks(segments: Sequence[int], window: int | None) -> Iterator[Block]:
+def _blocks(segments: Iterable[int], window: int | None) -> Iterator[Block]:
     start = 0
     for length in segments:
         for first in range(start, start + length, BLOCK):

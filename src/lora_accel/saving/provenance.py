@@ -39,7 +39,7 @@ HARMLESS = re.compile(
     r"|data\.(train|eval|max_dropped|packing|cache_dir|num_workers)"
     r"|training\.(epochs|max_steps|warmup_ratio|warmup_steps|batch_size|micro_batch_tokens|micro_batch_size"
     r"|gradient_accumulation_steps|mixed_precision|activation_checkpointing"  # the plan holds what they amount to
-    r"|max_hours|skip_nonfinite)"
+    r"|compile|max_hours|skip_nonfinite)"
     r"|(checkpoint|evaluation|logging)\..*"
 )
 WHERE = ("path", "revision", "streaming")
