@@ -9,6 +9,7 @@ import atexit
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,9 @@ from typing import Any
 if "lora-accel-tests-" not in os.environ.get("HF_HOME", ""):
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lora-accel-tests-")
     atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+# Where tests are begun with nohup, this signal is ignored, by all processes that they start too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 import torch
