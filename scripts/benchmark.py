@@ -1,7 +1,7 @@
 """Measure training beside other trainers, on the same rows, alternating, each in a process of its own.
 
     python scripts/benchmark.py --model models/SmolLM2-135M-Instruct --data rows.json [--rows 256] [--rounds 3]
-        [--parts trainers processes …] [--json results.json] [--docs docs/benchmarks.md]
+        [--parts trainers processes …] [--cases NAME …] [--json results.json] [--docs docs/benchmarks.md]
 
 Prints a table for each part; `--docs` also puts it between that part's marks in a Markdown file. A ratio is that of two
 runs of one round, so a machine that slows down for a while slows both. Needs the extra `bench`. Everything runs on CPU.
@@ -303,6 +303,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256, help="take only the first so many")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["trainers"])
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="only these of each part, beside the reference")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     parser.add_argument("--docs", type=Path, metavar="FILE", help="put the tables between its marks")
     asked = parser.parse_args()
@@ -310,6 +311,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         for part in asked.parts:
             table = PARTS[part](asked, Path(folder))
+            wanted = {table.reference, *(asked.cases or [case.name for case in table.cases])}
+            table = table._replace(cases=[case for case in table.cases if case.name in wanted])
             found: dict[str, list[Result]] = {case.name: [] for case in table.cases}
             ceilings = []
             for _ in range(1 if part in ("curves", "profile") else asked.rounds):
