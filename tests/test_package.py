@@ -195,7 +195,7 @@ def test_merge_makes_a_folder_and_tells_how_near_it_is(
     out = tmp_path / "merged"
     told = command("merge", adapter_of(trained), out, "--json")
     assert told.returncode == 0, told.stderr
-    assert json.loads(told.stdout)["merged"]["logits_moved"] < 1e-4
+    assert json.loads(told.stdout)["merged"]["agreement"]["moved"] < 1e-4
     assert why_invalid(out) is None
     again = command("merge", adapter_of(trained), out)
     assert again.returncode == 2
@@ -203,6 +203,32 @@ def test_merge_makes_a_folder_and_tells_how_near_it_is(
     replaced = command("merge", adapter_of(trained), out, "--overwrite")
     assert replaced.returncode == 0
     assert replaced.stdout.startswith(f"merged: {out}")
+
+
+def test_merge_takes_a_whole_run_and_a_weighted_combination_and_fastchats_names(
+    command: Callable[..., Told], trained: RunConfig, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.output_dir, run)
+    told = command("merge", "--all", run)
+    assert told.returncode == 0, told.stderr
+    made = {path.name for path in (run / "merged").iterdir()}
+    assert made == {"adapter", *(path.name for path in (run / "checkpoints").iterdir())}
+    assert sum(line.startswith("merged: ") for line in told.stdout.splitlines()) == len(made)
+    assert command("merge", "--all", run).stdout.count("merged already: ") == len(made)
+
+    words = ("--lora-path", run / "adapter", "--base-model-path", trained.model.name_or_path)
+    told = command("merge", *words, "--target-model-path", tmp_path / "fastchat")
+    assert told.returncode == 0, told.stderr
+    weights = "model.safetensors"
+    assert (tmp_path / "fastchat" / weights).read_bytes() == (run / "merged" / "adapter" / weights).read_bytes()
+
+    checkpoint = min((run / "checkpoints").iterdir())
+    words = ("--adapter", f"{run / 'adapter'}=0.7", "--adapter", f"{checkpoint}=0.3")
+    told = command("merge", *words, tmp_path / "combined", "--json", "--max-shard-size", "50KB")
+    assert told.returncode == 0, told.stderr
+    assert json.loads(told.stdout)["merged"]["adapter"] == {str(run / "adapter"): 0.7, str(checkpoint): 0.3}
+    assert len(list((tmp_path / "combined").glob("*.safetensors"))) > 1
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +347,7 @@ def test_plan_without_a_config_is_one_message(command: Callable[..., Told]) -> N
     refused(command("plan"), "--config FILE is missing")
 
 
-@pytest.mark.parametrize("words", [("plam",), ("merge", "one"), ("plan", "--rnaks", "2"), ("plan", "--ranks", "0")])
+@pytest.mark.parametrize("words", [("plam",), ("merge", "--outt"), ("plan", "--rnaks", "2"), ("plan", "--ranks", "0")])
 def test_a_word_that_the_command_line_does_not_know_is_exit_code_2(
     command: Callable[..., Told], words: tuple[str, ...]
 ) -> None:

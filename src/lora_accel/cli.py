@@ -11,6 +11,7 @@ import typer
 
 from lora_accel.console import hush_libraries, print_table, run_command
 from lora_accel.errors import ConfigError, LoraAccelError
+from lora_accel.processes import keep_freed_memory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -84,91 +85,198 @@ def inspect(
 
 @app.command()
 def merge(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of the adapter.")],
+    adapter: Annotated[Optional[str], typer.Argument(metavar="ADAPTER", help="Folder of the adapter.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Argument(metavar="OUT", help="Folder to make.")] = None,  # noqa: UP045
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--base", "--base-model-path", metavar="PATH", help="Base, instead of the one that it names."),
+    ] = None,
+    adapters: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--adapter", metavar="DIR=WEIGHT", help="Several, weighted; then OUT is the only word."),
+    ] = None,
+    combine: Annotated[str, typer.Option(help="How: linear, svd, ties, dare_linear or dare_ties.")] = "linear",
+    density: Annotated[Optional[float], typer.Option(help="Part of the values that ties and dare keep.")] = None,  # noqa: UP045
+    every: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--all", metavar="RUN", help="Every checkpoint of a run and its adapter, into RUN/merged/."),
+    ] = None,
+    base_weights: Annotated[
+        str, typer.Option(help="original, or dequantized: what the adapter of a QLoRA run was trained on.")
+    ] = "original",
+    verify: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--verify/--no-verify", help="Compare with base + adapter. Without either: if memory allows."),
+    ] = None,
+    max_shard_size: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="5GB", help="Of a weight file; without it files are as the base has them."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Take a base that the adapter was not trained on.")] = False,
+    lora_path: Annotated[Optional[str], typer.Option("--lora-path", help="ADAPTER, in FastChat's words.")] = None,  # noqa: UP045
+    target_model_path: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--target-model-path", help="OUT, in FastChat's words."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its base: an ordinary model folder."""
+    from lora_accel.merging import merge_lines, parse_merge
+
+    words = [word for word in (adapter, None if out is None else str(out)) if word is not None]
+    asked = parse_merge(words, adapters or [], every, lora_path, target_model_path, max_shard_size)
+    hush_libraries()
+    keep_freed_memory()
+    from lora_accel.saving.merge import Options, merge_adapter, merge_checkpoints, merge_weighted
+
+    options = Options(base_weights, verify, asked.max_shard_bytes, overwrite, force)
+    if asked.run is not None:
+        made = merge_checkpoints(asked.run, base=base, options=options)
+    elif adapters:
+        made = [merge_weighted(asked.adapters, asked.out, how=combine, density=density, base=base, options=options)]
+    else:
+        made = [merge_adapter(asked.adapters[0][0], asked.out, base=base, options=options)]
+    if as_json:
+        print(json.dumps(made if asked.run is not None else made[0], indent=2))
+    else:
+        print("\n".join(merge_lines(made, asked)))
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of the adapter, or a file of loralib's.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    format: Annotated[
+        str,
+        typer.Option("--format", metavar="NAME", help="peft, peft-bin (an older pickle) or loralib (microsoft/LoRA)."),
+    ],
     base: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="PATH", help="Base model, instead of the one that the adapter names."),
+    ] = None,
+    alpha: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="NUMBER", help="lora_alpha of a file of loralib's, which does not tell it."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Merge an adapter into its base: an ordinary model folder."""
+    """Write an adapter in another tool's format, or take one of loralib's over."""
     hush_libraries()
-    from lora_accel.saving.merge import merge_adapter
+    from lora_accel.saving.export import export_adapter
 
-    provenance = merge_adapter(adapter, out, base=base, overwrite=overwrite)
-    moved = provenance["merged"]["logits_moved"]
-    print(
-        json.dumps(provenance, indent=2) if as_json else f"merged: {out} (logits moved by {moved:.2g} of their spread)"
-    )
+    written = export_adapter(adapter, out, format=format, base=base, alpha=alpha, overwrite=overwrite)
+    print(json.dumps(written, indent=2) if as_json else f"{format}: {out} ({written['num_tensors']} tensors)")
 
 
 @app.command()
 def generate(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT …", help="User messages.")],
-    adapter: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the adapter.")],
+    adapter: Annotated[list[Path], typer.Option(metavar="DIR", help="Folder of an adapter; may be repeated.")],
+    prompts: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[PROMPT …]", help="User messages."),
+    ] = None,
+    prompts_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="More prompts: one a line (.txt), or a text, {prompt} or {messages} a line (.jsonl).",
+        ),
+    ] = None,
     base: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="PATH", help="Base model, instead of the one that the adapter names."),
+        typer.Option(metavar="PATH", help="Base model, instead of the one that the adapters name."),
     ] = None,
     merged: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Merged model to compare with.")] = None,  # noqa: UP045
-    compare: Annotated[bool, typer.Option("--compare", help="Show base, adapter and merged side by side.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Show base, adapters and merged side by side.")] = False,
     system: Annotated[Optional[str], typer.Option(metavar="TEXT", help="System message.")] = None,  # noqa: UP045
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 128,
+    streamed: Annotated[
+        bool, typer.Option("--stream", help="Show replies of one adapter as they are written.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Reply to prompts, greedily, with the chat template of training."""
-    hush_libraries()
     from lora_accel.inference import generate as replies
+    from lora_accel.inference import stream
+    from lora_accel.prompts import last_words, read_prompts
 
+    asked = read_prompts(prompts or [], prompts_file)
+    if streamed and (len(adapter) > 1 or compare or merged or as_json):
+        raise ConfigError("--stream: shows one adapter alone; leave out --compare, --merged, --json, other --adapter")
+    hush_libraries()
+    if streamed:
+        stream(asked, adapter=adapter[0], base=base, system=system, max_new_tokens=max_new_tokens)
+        return
     answers = replies(
-        prompts,
-        adapter=adapter,
+        asked,
+        adapters=adapter,
         base=base,
         merged=merged,
         compare=compare or merged is not None,
         system=system,
+        batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
+    named = [(last_words(prompt), answer) for prompt, answer in zip(asked, answers, strict=True)]
     if as_json:
-        print(json.dumps([{"prompt": p, **a} for p, a in zip(prompts, answers, strict=True)], indent=2))
+        print(json.dumps([{"prompt": prompt, **answer} for prompt, answer in named], indent=2))
         return
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in named:
         print_table(prompt, list(answer.items()))
+
+
+@app.command()
+def chat(
+    adapter: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Folder of the adapter.")] = None,  # noqa: UP045
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="PATH", help="Base model, instead of the one that the adapter names."),
+    ] = None,
+    merged: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="DIR", help="Merged model to talk to, instead of base + adapter."),
+    ] = None,
+    system: Annotated[Optional[str], typer.Option(metavar="TEXT", help="System message.")] = None,  # noqa: UP045
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 512,
+) -> None:
+    """Talk with what was trained: replies are greedy, and shown as they are written."""
+    hush_libraries()
+    from lora_accel.inference import chat as talk
+
+    talk(adapter=adapter, base=base, merged=merged, system=system, max_new_tokens=max_new_tokens)
 
 
 @app.command()
 def evaluate(
     config: Annotated[Path, typer.Option("--config", metavar="FILE", help="Run config, YAML; data.eval is used.")],
     overrides: Overrides = None,
-    adapter: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Folder of the adapter.")] = None,  # noqa: UP045
+    adapter: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(metavar="DIR", help="Folder of an adapter; may be repeated."),
+    ] = None,
     merged: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Merged model.")] = None,  # noqa: UP045
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows generated at once.")] = 25,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows answered at once.")] = 25,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 128,
     as_json: Json = False,
 ) -> None:
-    """Score base, base + adapter and a merged model on the evaluation rows."""
+    """Score base, base + each adapter and a merged model on the evaluation rows."""
     from lora_accel.config.files import read_config
 
     asked = read_config(config, overrides or [])
     hush_libraries()
     from lora_accel.inference import evaluate as score
-    from lora_accel.inference import scores_as_json
+    from lora_accel.inference import scores_as_json, scores_as_table
 
-    scores = score(asked, adapter=adapter, merged=merged, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    scores = score(asked, adapters=adapter or [], merged=merged, batch_size=batch_size, max_new_tokens=max_new_tokens)
     if as_json:
         print(scores_as_json(scores))
         return
-    rows = [
-        (
-            s.name,
-            f"{s.eval_loss:.4f}",
-            "-" if s.exact_match is None else f"{s.exact_match:.0%} of {s.rows}",
-        )
-        for s in scores
-    ]
-    print_table("evaluation", rows, heads=("model", "loss", "exact match"))
+    heads, *rows = scores_as_table(scores)
+    print_table("evaluation", rows, heads=heads)
 
 
 @app.command()

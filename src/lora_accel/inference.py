@@ -1,30 +1,24 @@
-"""Use what was trained: replies and scores of base, base + adapter and merged model, with the template of training."""
+"""Use what was trained: replies, conversations and scores, with the template of training."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lora_accel.candidates import base_of, candidates, name_adapters, refuse_unusable, template_of
 from lora_accel.config.schema import ModelSection, QuantizationSection, RunConfig
-from lora_accel.errors import ArtifactError, ConfigError
+from lora_accel.data.formats import Conversation, Message
+from lora_accel.errors import ConfigError, DataError
+from lora_accel.prompts import encoded, last_words
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
     from lora_accel.data.chat import ChatTemplate
-
-
-class Candidate(NamedTuple):
-    """A model to ask, under the name that tables show."""
-
-    name: str
-    model: torch.nn.Module
-    packed: bool
-    """Whether it takes rows with examples end to end."""
 
 
 class Score(NamedTuple):
@@ -32,166 +26,317 @@ class Score(NamedTuple):
 
     name: str
     eval_loss: float
+    """Mean per supervised token, in nats."""
+    eval_perplexity: float
     eval_tokens: int
+    """How many tokens were supervised."""
     exact_match: float | None
     """Share of rows whose greedy reply is the last answer to the letter; None where rows have no answer."""
     rows: int
+    """How many rows have an answer."""
+    sources: dict[str, dict[str, Any]]
+    """Loss and tokens of each source of rows, where there are several."""
+
+
+# Replies
 
 
 def generate(
-    prompts: Sequence[str],
+    prompts: Sequence[str | Conversation],
     *,
-    adapter: Path,
+    adapters: Sequence[Path],
     base: str | None = None,
     merged: Path | None = None,
     compare: bool = False,
     system: str | None = None,
+    batch_size: int = 8,
     max_new_tokens: int = 128,
 ) -> list[dict[str, str]]:
-    """Reply to user messages greedily.
+    """Reply to prompts greedily, each adapter with the template that it was trained with.
 
     Args:
+        prompts: user messages, or whole conversations.
+        adapters: folders; the first one's template asks the base and the merged model, too.
+        base: a Hub id or folder instead of the one that the adapters name.
         compare: also ask the base alone, and the merged model if one is given.
-        base: a Hub id or folder instead of the one that the adapter names.
+        system: a system message for what has none.
+        batch_size: how many prompts are answered at once.
+        max_new_tokens: length of the longest reply.
 
     Returns:
-        For each prompt the replies, by candidate: `base`, `base + adapter`, `merged`.
+        For each prompt the replies, by candidate: `base`, `base + adapter` (of several: `base + FOLDER`), `merged`.
+
+    Raises:
+        ConfigError: an adapter is given twice, or two are for different bases.
+        ArtifactError: an adapter or a model cannot be used.
+        DataError: a template refuses a prompt.
     """
-    from lora_accel.data.chat import ChatTemplate
-    from lora_accel.data.formats import Message
-    from lora_accel.model.tokenizer import load_tokenizer
+    named = name_adapters(adapters)
+    refuse_unusable(adapters, merged)
+    section = ModelSection(name_or_path=base_of(adapters, base))
+    templates = {name: template_of(folder, section) for name, folder in named.items()}
+    asked = {name: encoded(prompts, template, system) for name, template in templates.items()}
+    first = next(iter(named))
+    answers: list[dict[str, str]] = [{} for _ in prompts]
+    for name, model, _ in candidates(section, QuantizationSection(), named, merged, with_base=compare):
+        of = name if name in named else first
+        for answer, reply in zip(
+            answers, _replies(model, templates[of], asked[of], batch_size, max_new_tokens), strict=True
+        ):
+            answer[name] = reply
+        del model  # makes room for the merged one
+    return answers
+
+
+def stream(
+    prompts: Sequence[str | Conversation],
+    *,
+    adapter: Path,
+    base: str | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 128,
+) -> None:
+    """Print the reply to each prompt while it is written, one after the other.
+
+    Raises:
+        ArtifactError: the adapter or its base cannot be used.
+        DataError: the template refuses a prompt.
+    """
+    refuse_unusable([adapter], None)
+    section = ModelSection(name_or_path=base_of([adapter], base))
+    template = template_of(adapter, section)
+    asked = encoded(prompts, template, system)
+    for _, model, _ in candidates(section, QuantizationSection(), {"adapter": adapter}, None, with_base=False):
+        for prompt, ids in zip(prompts, asked, strict=True):
+            print(f"> {last_words(prompt)}")
+            _say(model, template, ids, max_new_tokens, _Writer(template))
+
+
+def chat(
+    *,
+    adapter: Path | None = None,
+    base: str | None = None,
+    merged: Path | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+) -> None:
+    """Talk with base + adapter, or with a merged model, line by line, until `/quit` or the end of input.
+
+    Args:
+        adapter: a folder; beside a merged model it only tells the template.
+        base: a Hub id or folder instead of the one that the adapter names.
+        max_new_tokens: length of the longest reply.
+
+    Raises:
+        ConfigError: neither adapter nor merged model is given.
+        ArtifactError: one of them cannot be used.
+        DataError: the template refuses the system message.
+    """
+    told_by = adapter or merged
+    if told_by is None:
+        raise ConfigError("say whom to talk to: --adapter DIR, or --merged DIR")
+    refuse_unusable([adapter] if adapter else [], merged)
+    name = str(merged) if merged or adapter is None else base_of([adapter], base)
+    section = ModelSection(name_or_path=name)
+    template = template_of(told_by, section)
+    begin = (Message("system", system),) if system else ()
+    template.encode_prompt((*begin, Message("user", "hello")))  # what it refuses is told before a model is loaded
+    adapters = {} if merged or adapter is None else {"adapter": adapter}
+    for _, model, _ in candidates(section, QuantizationSection(), adapters, merged, with_base=False):
+        _talk(model, template, begin, max_new_tokens)
+
+
+def _talk(model: torch.nn.Module, template: ChatTemplate, begin: tuple[Message, ...], max_new_tokens: int) -> None:
+    print("/reset begins anew, /quit ends; Ctrl-C stops a reply")
+    turns = begin
+    while (line := _next_line()) is not None and line != "/quit":
+        if line == "/reset":
+            turns = begin
+        elif line:
+            asked = (*turns, Message("user", line))
+            try:
+                ids = template.encode_prompt(asked)
+                room = _room(model, ids, max_new_tokens)
+            except DataError as error:
+                print(f"error: {error}", file=sys.stderr)
+                continue
+            writer = _Writer(template)
+            try:
+                _say(model, template, ids, room, writer)
+            except KeyboardInterrupt:
+                writer.end()
+            # What was stopped before its first word was not said.
+            turns = (*asked, Message("assistant", writer.text)) if writer.text else turns
+
+
+def _next_line() -> str | None:
+    """Return what is typed; None at the end of input. Ctrl-C here gives up the line."""
+    while True:
+        try:
+            return input("> ").strip()
+        except EOFError:
+            print()
+            return None
+        except KeyboardInterrupt:
+            print("\n/quit ends")
+        except UnicodeDecodeError:
+            raise DataError("standard input: not UTF-8; set the terminal, or the file, to UTF-8") from None
+
+
+def _room(model: Any, ids: list[int], max_new_tokens: int) -> int:
+    """Return how many tokens a reply may have, so that a long conversation ends before the model's last place.
+
+    Raises:
+        DataError: there is no room.
+    """
+    places = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    if len(ids) >= places:
+        raise DataError(f"the conversation has {len(ids)} tokens, and the model {places} places; /reset begins anew")
+    return min(max_new_tokens, places - len(ids))
+
+
+class _Writer:
+    """Prints a reply while it is written: transformers' `generate` hands it the prompt, then token after token."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.text = ""
+        """The reply so far."""
+        self._template = template
+        self._ids: list[int] | None = None
+
+    def put(self, ids: torch.Tensor) -> None:
+        if self._ids is None:  # the prompt
+            self._ids = []
+            return
+        self._ids += ids.flatten().tolist()
+        if not self._decoded().endswith("\N{REPLACEMENT CHARACTER}"):  # half a character, whose rest is to come
+            self._print()
+
+    def end(self) -> None:
+        self._print()
+        print()
+
+    def _decoded(self) -> str:
+        from lora_accel.training.evaluate import decode_reply
+
+        return decode_reply(self._template.tokenizer, self._ids or [], self._template.end_ids)
+
+    def _print(self) -> None:
+        text = self._decoded()
+        print(text[len(self.text) :], end="", flush=True)
+        self.text = text
+
+
+def _say(model: torch.nn.Module, template: ChatTemplate, ids: list[int], max_new_tokens: int, writer: _Writer) -> None:
     from lora_accel.training.evaluate import replies_to
 
-    section = ModelSection(name_or_path=_base_of(adapter, base))
-    own = (adapter / "tokenizer_config.json").is_file()
-    template = ChatTemplate(load_tokenizer(ModelSection(name_or_path=str(adapter)) if own else section))
-    turns = (Message("system", system),) if system else ()
-    asked = [template.encode_prompt((*turns, Message("user", prompt))) for prompt in prompts]
-    answers: list[dict[str, str]] = [{} for _ in prompts]
-    for name, model, _ in _candidates(section, QuantizationSection(), adapter, merged, with_base=compare):
-        replies = replies_to(model, template.tokenizer, asked, max_new_tokens=max_new_tokens)
-        for answer, reply in zip(answers, replies, strict=True):
-            answer[name] = reply
-    return answers
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "streamer": writer}
+    replies_to(model, template.tokenizer, [ids], ends=template.end_ids, **options)
+
+
+def _replies(
+    model: torch.nn.Module,
+    template: ChatTemplate,
+    prompts: Sequence[list[int]],
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """Reply to prompts, several at once: those of like length, which takes little padding."""
+    from lora_accel.training.evaluate import replies_to
+
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    replies = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        asked = [prompts[number] for number in part]
+        found = replies_to(model, template.tokenizer, asked, ends=template.end_ids, max_new_tokens=max_new_tokens)
+        for number, reply in zip(part, found, strict=True):
+            replies[number] = reply
+    return replies
+
+
+# Scores
 
 
 def evaluate(
     config: RunConfig,
     *,
-    adapter: Path | None = None,
+    adapters: Sequence[Path] = (),
     merged: Path | None = None,
     batch_size: int = 25,
     max_new_tokens: int = 128,
 ) -> list[Score]:
-    """Score the base, base + adapter and a merged model on the evaluation rows of a run config.
+    """Score the base, base + each adapter and a merged model on the evaluation rows of a run config.
+
+    Args:
+        batch_size: how many rows are answered at once.
+        max_new_tokens: length of the longest reply.
 
     Raises:
-        ConfigError: the config names no evaluation rows.
+        ConfigError: the config names no evaluation rows, or an adapter is given twice.
+        ArtifactError: an adapter or a model cannot be used.
+        DataError: rows cannot be used.
     """
+    if not config.data.eval:
+        raise ConfigError("data.eval: names no rows to evaluate on")
+    named = name_adapters(adapters)
+    refuse_unusable(adapters, merged)
+
     from accelerate import Accelerator
 
     from lora_accel.data.batches import step_batch
-    from lora_accel.data.chat import question_of
+    from lora_accel.data.chat import Example, question_of
     from lora_accel.data.dataset import load_dataset, load_records
     from lora_accel.recipe import make_recipe
-    from lora_accel.training import evaluate as evaluation
+    from lora_accel.training.evaluate import evaluate_sources
 
-    if not config.data.eval:
-        raise ConfigError("data.eval: names no rows to evaluate on")
     accelerator = Accelerator(cpu=None)
     recipe = make_recipe(config)
     template, dataset = recipe.template(), load_dataset(config.data.eval, recipe, config.data)
     dataset.check(config.data.max_dropped)
-    cut: dict[str, Any] = {"rank": 0, "num_ranks": 1, "pad_id": template.tokenizer.pad_token_id}
-    records = [record for source in config.data.eval for record in load_records(source)]
+    examples: dict[str, list[Example]] = {}
+    for source, section in zip(dataset.sources, config.data.eval, strict=True):
+        examples.setdefault(section.path, []).extend(source.examples)
+    records = [record for section in config.data.eval for record in load_records(section)]
     questions = [question for record in records if (question := question_of(record, template))]
+    prompts, answers = [prompt for prompt, _ in questions], [answer for _, answer in questions]
 
     scores = []
-    for name, model, packed in _candidates(config.model, config.quantization, adapter, merged, with_base=True):
-        model.to(accelerator.device)
-        batch = step_batch(dataset.examples, config.training, **cut, packed=packed and config.data.packing)
-        loss = evaluation.evaluate(accelerator, model, batch.micro_batches, batch.num_supervised_tokens)
-        matches = _exact_matches(model, template, questions, batch_size, max_new_tokens)
-        share = matches / len(questions) if questions else None
-        scores.append(Score(name, loss, batch.num_supervised_tokens, share, len(questions)))
+    for name, model, packed in candidates(config.model, config.quantization, named, merged, with_base=True):
+        cut: dict[str, Any] = {"rank": 0, "num_ranks": 1, "pad_id": template.tokenizer.pad_token_id}
+        cut["packed"] = packed and config.data.packing
+        batches = {path: step_batch(found, config.training, **cut) for path, found in examples.items()}
+        values = evaluate_sources(accelerator, model, batches)
+        replies = _replies(model, template, prompts, batch_size, max_new_tokens)
+        matches = sum(reply == answer for reply, answer in zip(replies, answers, strict=True))
+        scores.append(
+            Score(
+                name,
+                eval_loss=values["eval_loss"],
+                eval_perplexity=math.exp(min(values["eval_loss"], 700.0)),
+                eval_tokens=values["eval_tokens"],
+                exact_match=matches / len(questions) if questions else None,
+                rows=len(questions),
+                sources=values.get("sources", {}),
+            )
+        )
+        del model  # makes room for the merged one
     return scores
-
-
-def _exact_matches(
-    model: torch.nn.Module,
-    template: ChatTemplate,
-    questions: list[tuple[list[int], str]],
-    batch_size: int,
-    max_new_tokens: int,
-) -> int:
-    from lora_accel.training.evaluate import replies_to
-
-    ordered = sorted(questions, key=lambda question: len(question[0]))  # of like length: little padding
-    matches = 0
-    for start in range(0, len(ordered), batch_size):
-        part = ordered[start : start + batch_size]
-        replies = replies_to(model, template.tokenizer, [prompt for prompt, _ in part], max_new_tokens=max_new_tokens)
-        matches += sum(reply == answer for reply, (_, answer) in zip(replies, part, strict=True))
-    return matches
-
-
-def _candidates(
-    section: ModelSection,
-    quantization: QuantizationSection,
-    adapter: Path | None,
-    merged: Path | None,
-    *,
-    with_base: bool,
-) -> Iterator[Candidate]:
-    """Load and give one candidate after the other; base and adapter share one copy of the base."""
-    from lora_accel.model.attention import can_pack, pack_attention
-    from lora_accel.model.base import load_base_model
-    from lora_accel.saving.weights import load_adapter, read_adapter
-    from lora_accel.training.loss import return_loss
-
-    def load(section: ModelSection, quantization: QuantizationSection) -> tuple[PreTrainedModel, bool]:
-        model = load_base_model(section, quantization)
-        packed = can_pack(model)
-        if packed:
-            pack_attention(model)
-        return_loss(model)
-        return model, packed
-
-    # What is missing is told before a model is loaded.
-    if adapter:
-        read_adapter(adapter)
-    if merged and not (merged / "config.json").is_file():
-        raise ArtifactError(f"{merged}: no config.json in it, so it is no merged model")
-
-    if with_base or adapter:
-        model, packed = load(section, quantization)
-        if adapter is None:
-            yield Candidate("base", model, packed)
-        else:
-            peft_model = load_adapter(model, adapter)
-            if with_base:
-                with peft_model.disable_adapter():
-                    yield Candidate("base", peft_model, packed)
-            yield Candidate("base + adapter", peft_model, packed)
-            del peft_model
-        del model
-    if merged:
-        yield Candidate("merged", *load(ModelSection(name_or_path=str(merged)), QuantizationSection()))
-
-
-def _base_of(adapter: Path, base: str | None) -> str:
-    if base:
-        return base
-    from lora_accel.saving.commit import read_json
-
-    with contextlib.suppress(ArtifactError):
-        name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-        if name:
-            return str(name)
-    raise ArtifactError(f"{adapter}: is no adapter, or names no base model; say --base")
 
 
 def scores_as_json(scores: list[Score]) -> str:
     """Return scores for a script to read."""
     values: list[dict[str, Any]] = [score._asdict() for score in scores]
     return json.dumps(values, indent=2)
+
+
+def scores_as_table(scores: list[Score]) -> list[tuple[str, ...]]:
+    """Return scores for a person to read, the heads first; exact match where rows have answers."""
+    sources, answered = list(scores[0].sources), scores[0].exact_match is not None
+    heads = ("model", "loss", "perplexity", *(["exact match"] if answered else []), *(f"loss on {s}" for s in sources))
+    rows = [heads]
+    for score in scores:
+        matched = [] if score.exact_match is None else [f"{score.exact_match:.0%} of {score.rows}"]
+        losses = [f"{score.sources[source]['eval_loss']:.4f}" for source in sources]
+        rows.append((score.name, f"{score.eval_loss:.4f}", f"{score.eval_perplexity:,.3f}", *matched, *losses))
+    return rows

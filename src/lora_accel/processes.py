@@ -22,6 +22,15 @@ def end_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def keep_freed_memory() -> None:
+    """Let this process use freed memory again instead of giving it back to the kernel: fresh pages are dear, above all
+    in a virtual machine. (glibc only, mallopt(3): M_MMAP_MAX and M_TRIM_THRESHOLD.)"""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)
+        mallopt(-1, 2**31 - 1)
+
+
 def is_python(pid: int) -> bool:
     """Whether a process is a Python program, as launchers are, and not what adopts orphans. (Linux only: else True.)"""
     if sys.platform != "linux":

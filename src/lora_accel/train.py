@@ -205,6 +205,7 @@ def prepare_model(
     from lora_accel.model.base import load_base_model, refuse_upcast
     from lora_accel.model.compiled import compile_layers
     from lora_accel.model.fused import fuse
+    from lora_accel.saving.provenance import serving_note
     from lora_accel.saving.weights import refuse_what_would_be_lost
     from lora_accel.saving.zero import begin_moments
     from lora_accel.training.loss import return_loss
@@ -237,6 +238,7 @@ def prepare_model(
     )
     trained, total = count_parameters(model)
     accelerator.print(f"trainable: {trained:,} of {total:,} parameters ({trained / total:.3%})")
+    accelerator.print(f"afterwards, {serving_note(config.adapter.model_dump())}")
     refuse_what_would_be_lost(model)
     return_loss(model.get_base_model())
     optimizer = make_optimizer(trainable_parameters(model).values(), config.training)

@@ -106,7 +106,7 @@ def test_a_failure_while_committing_leaves_the_older_folder(
 
     if at == "manifest":
 
-        def full(folder: Path) -> None:
+        def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(commit, "write_manifest", full)

@@ -82,7 +82,7 @@ def use(config: RunConfig, file: Path, out: Path) -> dict[str, int]:
 
     return {
         "merge": code(lambda: merge_adapter(adapter, out)),
-        "generate": code(lambda: generate(["hello"], adapter=adapter, max_new_tokens=2)),
+        "generate": code(lambda: generate(["hello"], adapters=[adapter], max_new_tokens=2)),
         "train": train.main(["--config", str(file)]),
     }
 
@@ -227,7 +227,7 @@ def test_tensors_that_are_not_what_the_model_expects_are_refused(adapter: Path, 
     else:
         del tensors[name]
     save_file(tensors, adapter / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(ArtifactError, match=r"not finite|int32|do not belong|are missing"):
+    with pytest.raises(ArtifactError, match=r"not finite|int32|not those of this base|are missing"):
         load_adapter(base, adapter)
 
 
@@ -289,3 +289,37 @@ def test_the_config_of_a_run_has_no_room_for_objects(tmp_path: Path, finished: R
     file.write_text(config_to_yaml(finished) + f"seed: !!python/object/apply:os.mkdir ['{tmp_path / 'canary'}']\n")
     assert train.main(["--config", str(file)]) == 2
     assert not (tmp_path / "canary").exists()
+
+
+# Pickles that are read: bases and adapters of older tools
+
+
+@pytest.mark.parametrize("make", [plain_pickle, torch_pickle])
+@pytest.mark.parametrize("what", ["adapter", "base", "part of a base"])
+def test_code_in_a_pickled_model_is_not_run(
+    adapter: Path, tmp_path: Path, what: str, make: Callable[[Path], bytes]
+) -> None:
+    canary, base = tmp_path / "canary", tmp_path / "base"
+    shutil.copytree(json.loads((adapter / CONFIG).read_text())["base_model_name_or_path"], base)
+    place = {"adapter": adapter / "adapter_model.bin", "base": base / "pytorch_model.bin"}.get(what)
+    if place is None:
+        place = base / "pytorch_model-00001-of-00001.bin"
+        weight_map = dict.fromkeys(load_file(base / "model.safetensors"), place.name)
+        (base / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (adapter / WEIGHTS if what == "adapter" else base / "model.safetensors").unlink()
+    place.write_bytes(make(canary))
+    with pytest.raises(ArtifactError, match="code in a pickle is not run"):
+        merge_adapter(adapter, tmp_path / "merged", base=str(base))
+    assert not canary.exists()
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_pickle_that_holds_no_tensors_is_refused(adapter: Path, tmp_path: Path) -> None:
+    (adapter / WEIGHTS).unlink()
+    for value in ([torch.ones(2)], {"a": 3}, {3: torch.ones(2)}):
+        torch.save(value, adapter / "adapter_model.bin")
+        with pytest.raises(ArtifactError, match="should hold tensors by their names"):
+            merge_adapter(adapter, tmp_path / "merged")
+    (adapter / "adapter_model.bin").write_bytes(b"PK no archive")
+    with pytest.raises(ArtifactError, match=r"adapter_model\.bin"):
+        merge_adapter(adapter, tmp_path / "merged")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,11 +17,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lora_accel import RunConfig, merge_adapter, run_training
+from lora_accel.config.schema import ModelSection, QuantizationSection
 from lora_accel.errors import ArtifactError, LoraAccelError, UserError
+from lora_accel.model.base import load_base_model
 from lora_accel.saving import merge
 from lora_accel.saving.commit import why_invalid
 from lora_accel.saving.history import WEIGHTS
-from tests.conftest import CHATML, fill_by_formula
+from lora_accel.saving.merge import merge_checkpoints
+from lora_accel.saving.shards import Weights
+from lora_accel.saving.streamed import MergedTensors
+from tests.conftest import CHATML
 
 IDS = torch.arange(5, 29).reshape(2, 12)
 
@@ -39,8 +47,8 @@ def trained(
     """Train an adapter on a tiny model; return its folder."""
 
     def train(family: str = "llama", dtype: torch.dtype = torch.float32, **changes: object) -> Path:
-        model = {"name_or_path": str(tiny_model(family, dtype))}
-        return run_training(make_config(output_dir=str(tmp_path / "run"), model=model, **changes))
+        changes = {"model": {"name_or_path": str(tiny_model(family, dtype))}} | changes
+        return run_training(make_config(output_dir=str(tmp_path / "run"), **changes))
 
     return train
 
@@ -59,7 +67,7 @@ def test_in_float32_it_is_exactly_what_peft_merges(
     torch.testing.assert_close(logits(merged), answers, rtol=1e-5, atol=1e-5)
     moved = (answers - logits(AutoModelForCausalLM.from_pretrained(tiny_model(family)))).abs().max()
     assert moved > 1e-2, "the adapter does something, so that agreeing says something"
-    assert 0 <= told["merged"]["logits_moved"] < 1e-5
+    assert 0 <= told["merged"]["agreement"]["moved"] < 1e-5
 
     by_peft = both.merge_and_unload().state_dict()
     ours = merged.state_dict()
@@ -97,6 +105,37 @@ def test_other_forms_of_lora_merge(trained: Callable[..., Path], tmp_path: Path,
     torch.testing.assert_close(merged, answers, rtol=1e-5, atol=1e-5)
 
 
+def test_dequantized_weights_are_those_that_a_qlora_run_computes_with(
+    trained: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = trained(quantization={"bits": 4})
+    told = merge_adapter(adapter, tmp_path / "merged", base_weights="dequantized")
+    assert told["merged"]["base_weights"] == "dequantized"
+    assert told["merged"]["agreement"]["moved"] < 1e-4
+    packed = load_base_model(ModelSection(name_or_path=str(tiny_model())), QuantizationSection(bits=4))
+    layer = packed.model.layers[0].mlp.down_proj
+    unpacked = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    delta = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model()), adapter)
+    delta = delta.base_model.model.model.layers[0].mlp.down_proj.get_delta_weight("default")
+    ours = load_file(tmp_path / "merged" / "model.safetensors")
+    torch.testing.assert_close(ours["model.layers.0.mlp.down_proj.weight"], unpacked + delta, rtol=0, atol=1e-6)
+    base = load_file(tiny_model() / "model.safetensors")
+    assert (ours["model.layers.0.mlp.down_proj.weight"] - base["model.layers.0.mlp.down_proj.weight"]).std() > 1e-3
+    assert torch.equal(ours["lm_head.weight"], base["lm_head.weight"]), "the head is not packed"
+
+
+def test_dequantized_is_refused_where_nothing_was_quantised(trained: Callable[..., Path], tmp_path: Path) -> None:
+    adapter = trained()
+    with pytest.raises(ArtifactError, match="was not held in 4 bits; say --base-weights original"):
+        merge_adapter(adapter, tmp_path / "merged", base_weights="dequantized")
+    (adapter / "provenance.json").unlink()
+    with pytest.raises(ArtifactError, match="does not say how its base was quantised"):
+        merge_adapter(adapter, tmp_path / "merged", base_weights="dequantized")
+    with pytest.raises(UserError, match="say original or dequantized"):
+        merge_adapter(adapter, tmp_path / "merged", base_weights="rounded")
+    assert nothing_made(tmp_path)
+
+
 def test_an_adapter_trained_on_a_quantised_base_is_merged_into_the_whole_base(
     trained: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -113,11 +152,16 @@ def test_an_adapter_trained_on_a_quantised_base_is_merged_into_the_whole_base(
 def test_the_folder_is_complete_and_says_what_it_was_made_from(
     trained: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
+    licence = tiny_model() / "LICENSE.txt"
+    licence.write_text("free")
     adapter = trained()
     told = merge_adapter(adapter, tmp_path / "merged")
+    licence.unlink()
     out = tmp_path / "merged"
     assert why_invalid(out) is None
-    assert {"model.safetensors", "config.json", "tokenizer.json", "provenance.json", "manifest.json"} <= contents(out)
+    files = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "provenance.json"}
+    assert files | {"manifest.json", "README.md", "LICENSE.txt"} <= contents(out)
+    assert str(tiny_model()) in (out / "README.md").read_text()
     assert not any("adapter" in name for name in contents(out))
     assert AutoTokenizer.from_pretrained(out).chat_template == CHATML
     assert AutoConfig.from_pretrained(out).use_cache
@@ -227,6 +271,33 @@ def test_another_base_than_that_of_training_is_refused(
         merge_adapter(adapter, tmp_path / "merged", base=str(other))
     assert nothing_made(tmp_path)
 
+    told = merge_adapter(adapter, tmp_path / "merged", base=str(other), force=True)
+    assert told["merged"]["same_base"] is False
+    assert told["merged"]["agreement"]["moved"] < 1e-4, "it is base + adapter all the same"
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 1}, {"hidden_size": 48}, {"intermediate_size": 32}])
+def test_a_base_of_another_shape_is_refused(
+    trained: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path, change: dict[str, int]
+) -> None:
+    adapter, other = trained(), tmp_path / "other"
+    shutil.copytree(tiny_model(), other)
+    config = AutoConfig.from_pretrained(tiny_model(), **change)
+    config.layer_types = None
+    AutoModelForCausalLM.from_config(config).save_pretrained(other)
+    for force in (False, True):
+        with pytest.raises(ArtifactError, match=r"adapter: .*(do not belong to this adapter|has shape)"):
+            merge_adapter(adapter, tmp_path / "merged", base=str(other), force=force)
+    assert nothing_made(tmp_path)
+
+
+def test_another_kind_of_model_is_refused(
+    trained: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ArtifactError, match="does not fit this base"):
+        merge_adapter(trained(), tmp_path / "merged", base=str(tiny_model("gpt2")))
+    assert nothing_made(tmp_path)
+
 
 def test_the_same_base_in_another_place_is_taken(
     trained: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path
@@ -285,18 +356,40 @@ def test_nan_is_refused(trained: Callable[..., Path], tmp_path: Path) -> None:
     assert nothing_made(tmp_path)
 
 
-def test_a_merge_that_answers_otherwise_is_not_written(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """PEFT merges LoRA on one of two tied embeddings wrong, with a warning only."""
-    tied = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model(), tie_word_embeddings=True))
-    fill_by_formula(tied)
-    tied.save_pretrained(tmp_path / "tied")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False)
-    get_peft_model(base, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    with pytest.raises(LoraAccelError, match=r"differ from base \+ adapter by .* nothing was written") as refused:
-        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
-    assert refused.value.exit_code == 1
-    assert nothing_made(tmp_path)
+def test_a_merge_that_answers_otherwise_is_not_written(
+    trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One value of one tensor, and a sum that is not a number."""
+    adapter = trained()
+    real = MergedTensors.read
+
+    def wrong(by: float) -> Callable[..., torch.Tensor]:
+        def read(self: MergedTensors, name: str) -> torch.Tensor:
+            tensor = real(self, name).clone()
+            if name == "model.layers.1.mlp.down_proj.weight":
+                tensor[3, 5] += by
+            return tensor
+
+        return read
+
+    for by in (0.1, float("nan")):
+        monkeypatch.setattr(MergedTensors, "read", wrong(by))
+        with pytest.raises(LoraAccelError, match=r"differ from base \+ adapter by .* nothing was written") as refused:
+            merge_adapter(adapter, tmp_path / "merged", verify=True)
+        assert refused.value.exit_code == 1
+        assert nothing_made(tmp_path)
+    monkeypatch.setattr(MergedTensors, "read", wrong(0.1))
+    told = merge_adapter(adapter, tmp_path / "merged", verify=False)
+    assert told["merged"]["agreement"] is None
+
+
+def test_a_model_that_does_not_fit_into_memory_is_not_compared(
+    trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    told = merge_adapter(trained(), tmp_path / "merged")
+    assert told["merged"]["agreement"] is None
+    assert "It was not compared" in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_nothing_is_half_made_when_saving_fails(
@@ -311,3 +404,77 @@ def test_nothing_is_half_made_when_saving_fails(
     with pytest.raises(OSError, match="No space left"):
         merge_adapter(adapter, tmp_path / "merged")
     assert nothing_made(tmp_path)
+
+
+# All of a run
+
+
+@pytest.fixture
+def run(trained: Callable[..., Path]) -> Path:
+    """A run with two checkpoints, and its adapter."""
+    return trained(adapter={"bias": "all", "use_dora": True}, checkpoint={"every_steps": 3}).parent
+
+
+def test_every_checkpoint_is_merged_and_the_base_is_read_once(
+    run: Path, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: Counter[str] = Counter()
+    real = Weights._read
+
+    def counted(self: Weights, file: Path, name: str) -> torch.Tensor:
+        read[name] += file.parent == tiny_model()
+        return real(self, file, name)
+
+    monkeypatch.setattr(Weights, "_read", counted)
+    made = merge_checkpoints(run)
+    assert set(read.values()) == {1}
+    assert contents(run / "merged") == {"step-00000003", "step-00000006", "adapter"}
+    assert [Path(told["merged"]["adapter"]).name for told in made] == ["step-00000003", "step-00000006", "adapter"]
+    for folder, name in [(run / "checkpoints" / "step-00000003", "step-00000003"), (run / "adapter", "adapter")]:
+        merge_adapter(folder, tmp_path / "one", overwrite=True)
+        one = load_file(tmp_path / "one" / "model.safetensors")
+        ours = load_file(run / "merged" / name / "model.safetensors")
+        assert all(torch.equal(ours[key], tensor) for key, tensor in one.items())
+        assert why_invalid(run / "merged" / name) is None
+        assert AutoTokenizer.from_pretrained(run / "merged" / name).chat_template == CHATML
+    first, last = (load_file(run / "merged" / name / "model.safetensors") for name in ("step-00000003", "adapter"))
+    assert not torch.equal(first["model.layers.0.mlp.up_proj.weight"], last["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_what_is_merged_already_is_left_and_what_is_damaged_is_made_again(run: Path) -> None:
+    merge_checkpoints(run)
+    stamps = {path: path.stat().st_mtime_ns for path in (run / "merged").glob("*/model.safetensors")}
+    damaged = run / "merged" / "adapter" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    stamps[damaged] = damaged.stat().st_mtime_ns
+    made = merge_checkpoints(run)
+    assert [told.get("already", False) for told in made] == [True, True, False]
+    changed = [path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp]
+    assert changed == [damaged]
+    assert why_invalid(run / "merged" / "adapter") is None
+
+
+def test_a_checkpoint_has_the_template_of_its_run_when_there_is_no_adapter_yet(
+    trained: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = trained(model={"name_or_path": str(tiny_model()), "chat_template": "alpaca"})
+    run = adapter.parent
+    shutil.rmtree(adapter)
+    merge_checkpoints(run)
+    for merged in (run / "merged").iterdir():
+        assert "### Response" in AutoTokenizer.from_pretrained(merged).chat_template
+    provenance = json.loads((run / "provenance.json").read_text())
+    provenance["config"]["model"]["chat_template"] = "chatml"
+    (run / "provenance.json").write_text(json.dumps(provenance))
+    with pytest.raises(ArtifactError, match="the chat template of its training is not to be found"):
+        merge_adapter(run / "checkpoints" / "step-00000006", tmp_path / "merged")
+
+
+def test_a_folder_without_anything_to_merge_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="has no checkpoints/ in it"):
+        merge_checkpoints(tmp_path / "absent")
+    shutil.rmtree(run / "adapter")
+    for checkpoint in (run / "checkpoints").iterdir():
+        (checkpoint / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match="neither a whole checkpoint nor an adapter"):
+        merge_checkpoints(run)

@@ -22,6 +22,7 @@ from lora_accel.saving.provenance import (
     is_allowed,
     model_card,
     options_behind,
+    serving_note,
     versions,
 )
 from tests.conftest import chat_rows, write_jsonl
@@ -273,3 +274,16 @@ def test_a_file_in_the_hubs_cache_is_named_by_its_hash_already(tmp_path: Path) -
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / "model.safetensors").symlink_to(blob)
     assert base_hashes(str(tmp_path / "snapshot"), None) == {"model.safetensors": "ab" * 32}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "told"),
+    [
+        ({"r": 8}, "vllm serve BASE --enable-lora --lora-modules NAME=DIR"),
+        ({"r": 8, "rank_pattern": {"q_proj": 64}}, "--enable-lora --max-lora-rank 64"),
+        ({"r": 8, "use_dora": True, "bias": "all"}, "merge it first: vLLM takes no adapter with DoRA, biases (all)"),
+        ({"r": 8, "modules_to_save": ["lm_head"]}, "merge it first: vLLM takes no adapter with modules_to_save"),
+    ],
+)
+def test_whether_a_server_can_load_it_is_told(adapter: dict[str, object], told: str) -> None:
+    assert told in serving_note(adapter)

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lora_accel.config.schema import ModelSection, QuantizationSection
 from lora_accel.errors import ArtifactError, ConfigError
@@ -89,6 +92,50 @@ def load_base_model(
     model.config.use_cache = False
     model.requires_grad_(False)
     return model
+
+
+def build_without_memory(config: PretrainedConfig) -> PreTrainedModel:
+    """Return a model of a config whose tensors have shapes and nothing in them (torch's meta device).
+
+    Raises:
+        ArtifactError: it is no config of a causal language model.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+            )
+    except ValueError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ArtifactError(f"{config.name_or_path or 'config.json'}: no model can be built: {reason}") from None
+    return model.eval()
+
+
+def packed_names(model: PreTrainedModel) -> set[str]:
+    """Return the names of the weights that loading in 4 bits packs: those of linear layers, the head apart."""
+    kept = get_keys_to_not_convert(model)
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept)
+    }
+
+
+def unpacked(weight: torch.Tensor, quantization: QuantizationSection, *, transposed: bool = False) -> torch.Tensor:
+    """Return a weight as a 4-bit base computes with it: packed, and unpacked to the dtype it had.
+
+    Args:
+        weight: out x in, or in x out if `transposed` (transformers' Conv1D), in the dtype of training.
+    """
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(
+        (weight.T if transposed else weight).contiguous(),
+        compress_statistics=quantization.double_quant,
+        quant_type=quantization.type,
+    )
+    whole: torch.Tensor = dequantize_4bit(packed, state)
+    return whole.T if transposed else whole
 
 
 def refuse_index_that_leaves(folder: Path) -> None:

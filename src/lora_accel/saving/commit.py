@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,11 +21,14 @@ LEFTOVER = re.compile(r"\.(?P<name>.+)\.(writing|older|deleting)")
 
 
 @contextlib.contextmanager
-def committed_folder(final: Path) -> Iterator[Path]:
+def committed_folder(final: Path, hashes: Mapping[str, str] | None = None) -> Iterator[Path]:
     """Give a temporary folder to write into, and put it in place of `final` if the block ends well.
 
     Files are synced, then the manifest with their sizes and SHA-256 is written, then one rename makes the folder
     appear. An older folder of that name is moved away first and deleted last. If the block raises, nothing stays.
+
+    Args:
+        hashes: SHA-256 of files that are synced and hashed already when the block ends, by name.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     recover(final)
@@ -35,7 +38,7 @@ def committed_folder(final: Path) -> Iterator[Path]:
         yield temporary
         _fix_modes(temporary)
         reach("save.before_manifest")
-        write_manifest(temporary)
+        write_manifest(temporary, hashes or {})
         reach("save.after_manifest")
         if final.exists():
             final.rename(older)
@@ -48,7 +51,7 @@ def committed_folder(final: Path) -> Iterator[Path]:
             raise
         reach("save.after_rename")
         reach("save.before_fsync_dir")
-        _sync(final.parent)
+        sync(final.parent)
         shutil.rmtree(older, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -84,15 +87,17 @@ def recover_all(folder: Path) -> None:
                 recover(folder / match["name"])
 
 
-def write_manifest(folder: Path) -> None:
-    """Sync every file of a folder, then write the manifest that makes them count."""
-    files = {}
+def write_manifest(folder: Path, hashes: Mapping[str, str] | None = None) -> None:
+    """Sync every file of a folder, then write the manifest that makes them count. `hashes`: see `committed_folder`."""
+    files, known = {}, hashes or {}
     for path in sorted(folder.rglob("*")):
         if path.name == MANIFEST and path.parent == folder:
             continue
-        _sync(path)
+        name = path.relative_to(folder).as_posix()
+        if name not in known:
+            sync(path)
         if path.is_file():
-            files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            files[name] = {"bytes": path.stat().st_size, "sha256": known.get(name) or sha256_of(path)}
     write_json(folder / MANIFEST, {"files": files})
 
 
@@ -162,7 +167,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def sha256_of(path: Path) -> str:
@@ -178,7 +183,8 @@ def _beside(path: Path, what: str) -> Path:
     return path.with_name(f".{path.name}.{what}")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or the names in a folder are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

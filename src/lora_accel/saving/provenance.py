@@ -32,6 +32,15 @@ PACKAGES = (
     "safetensors",
 )
 
+VLLM_RANK = 16
+"""The largest rank that vLLM takes without being told."""
+UNSERVED = {
+    "use_dora": "DoRA",
+    "modules_to_save": "modules_to_save",
+    "trainable_token_indices": "trained tokens",
+    "target_parameters": "target_parameters",
+}
+
 # Keys that may change between a checkpoint and its resumption: they say where and how it runs, not what is learned.
 # Anchored at whole keys: a later key is harmful until it is named here.
 HARMLESS = re.compile(
@@ -133,8 +142,58 @@ model = AutoPeftModelForCausalLM.from_pretrained(".")
 tokenizer = AutoTokenizer.from_pretrained(".")  # with the chat template of training
 ```
 
-`lora-accel merge . OUT` makes an ordinary model of it. `provenance.json` holds the config, the versions, and the
-hashes of base, tokenizer, template and data.
+`lora-accel merge . OUT` makes an ordinary model of it; {serving_note(adapter)}.
+`provenance.json` holds the config, the versions, and the hashes of base, tokenizer, template and data.
+"""
+
+
+def serving_note(adapter: Mapping[str, Any]) -> str:
+    """Return whether a server can load an adapter as it is, or it should be merged first.
+
+    What vLLM checks: https://docs.vllm.ai/en/latest/api/vllm/lora/peft_helper/ (as of 2026-11).
+
+    Args:
+        adapter: section `adapter` of a run config, or PEFT's config.
+    """
+    obstacles = [word for key, word in UNSERVED.items() if adapter.get(key)]
+    if adapter.get("bias", "none") != "none":
+        obstacles.append(f"biases ({adapter['bias']})")
+    if obstacles:
+        return f"to serve it, merge it first: vLLM takes no adapter with {', '.join(obstacles)}"
+    rank = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
+    option = "" if rank <= VLLM_RANK else f" --max-lora-rank {rank}"
+    return f"servers can load it as an adapter: vllm serve BASE --enable-lora{option} --lora-modules NAME=DIR"
+
+
+def merged_card(provenance: Mapping[str, Any]) -> str:
+    """Return the README.md of a merged model: what it is, what it was made from, how near it is to that."""
+    merged, agreement = provenance["merged"], provenance["merged"]["agreement"]
+    if agreement is None:
+        checked = "It was not compared with base + adapter."
+    else:
+        checked = (
+            f"Beside base + adapter its logits move by at most {agreement['moved']:.2g} of their spread "
+            f"({agreement['top1']:.0%} of {agreement['num_tokens']} tokens have the same first choice)."
+        )
+    return f"""---
+base_model: {merged["base"]}
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {merged["base"]} with a LoRA adapter merged into it
+
+The adapter is `{merged["adapter"]}`, the base's weights are the {merged["base_weights"]} ones, stored as
+{merged["dtype"]}. {checked}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")  # with the chat template of training
+```
+
+`provenance.json` holds versions, hashes, and what the adapter was made from.
 """
 
 

@@ -17,12 +17,20 @@ from safetensors.torch import load_file, save
 from lora_accel.errors import ArtifactError, TrainingError
 from lora_accel.faults import reach
 from lora_accel.saving import zero
-from lora_accel.saving.commit import MANIFEST, committed_folder, write_json
+from lora_accel.saving.commit import MANIFEST, committed_folder, read_json, write_json
 from lora_accel.saving.foreign import refuse_hostile_config
 from lora_accel.saving.history import CONFIG, WEIGHTS
 from lora_accel.saving.ranks import together
+from lora_accel.saving.shards import read_pickle
 
 State = dict[str, torch.Tensor]
+PICKLED = "adapter_model.bin"
+PREFIX = "base_model.model."
+"""What PEFT puts before the base's names."""
+UNCHANGING = ("gaussian", "orthogonal", "eva")
+"""Ways to begin (init_lora_weights) that leave the base's weights alone, beside true and false."""
+REPEATABLE = ("pissa", "olora")
+"""Ways that change them, by a function of the weights alone: PEFT does it again when it puts the adapter on."""
 
 
 def save_adapter(
@@ -63,17 +71,92 @@ def load_adapter(base: torch.nn.Module, folder: str | Path, *, trainable: bool =
         ArtifactError: the folder holds no adapter, its config is out of bounds (foreign.py), or its tensors are not
             those that this base expects.
     """
-    read_adapter(Path(folder))
-    refuse_hostile_config(Path(folder) / CONFIG, [name for name, _ in base.named_modules()])
+    folder = Path(folder)
+    state = read_adapter(folder)
+    rows = {name: len(weight) for name, weight in _embeddings(base).items()}
+    follow_vocabulary(base, state)
+    model = put_adapter(base, folder, trainable=trainable)
+    # PEFT's own from_pretrained would load base tensors that stand in the file over the base, and tell afterwards.
+    for name, tensor in take_plain_embeddings(model, state).items():
+        weight = _base_parameter(model, name).data
+        refuse_other_embeddings(weight[: rows[name.removesuffix(".weight")]], tensor, f"{folder}: {name}")
+        weight.copy_(tensor)
+    _restore(model, state, str(folder))
+    return model if trainable else model.eval()
+
+
+def put_adapter(
+    base: torch.nn.Module,
+    folder: Path,
+    *,
+    name: str = "default",
+    trainable: bool = False,
+    without_memory: bool = False,
+) -> PeftModel:
+    """Put the adapter that a saved config describes on a base model; its tensors are still to come.
+
+    Args:
+        base: or a PeftModel, which then has one more.
+        without_memory: the base has none, so nothing can be computed from its weights.
+
+    Raises:
+        ArtifactError: the config is out of bounds, PEFT refuses it, or it says that training began with a change of
+            the base that cannot be repeated.
+    """
+    inner = base.get_base_model() if isinstance(base, PeftModel) else base
+    refuse_hostile_config(folder / CONFIG, [module for module, _ in inner.named_modules()])
+    _refuse_changed_base(folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not trainable
-        model: PeftModel = get_peft_model(base, config, autocast_adapter_dtype=True)
+        if without_memory:
+            config.init_lora_weights = False
+        if isinstance(base, PeftModel):
+            base.add_adapter(name, config)
+            base.set_adapter(name)
+            return base
+        return get_peft_model(base, config, adapter_name=name, autocast_adapter_dtype=True)
     except Exception as error:  # PEFT and torch raise many kinds at what a config may say
         raise ArtifactError(f"{folder}: does not fit this base: {_first_line(error)}") from None
-    # PEFT's own from_pretrained would load base tensors that stand in the file over the base, and tell afterwards.
-    restore_adapter(model, Path(folder))
-    return model if trainable else model.eval()
+
+
+def leaves_base_alone(folder: Path) -> bool:
+    """Whether PEFT puts an adapter on without changing the base's weights first, as PiSSA and OLoRA do."""
+    return read_json(folder / CONFIG).get("init_lora_weights") not in REPEATABLE
+
+
+def follow_vocabulary(base: torch.nn.Module, state: State) -> None:
+    """Give a base as many tokens as the embeddings in an adapter's file have."""
+    for name, weight in _embeddings(base).items():
+        rows = [state[key].shape[0] for key in _plain_keys(name) if key in state]
+        rows += [state[key].shape[1] for key in (f"{PREFIX}{name}.lora_embedding_A",) if key in state]
+        if rows and rows[0] != len(weight):
+            base.resize_token_embeddings(rows[0], mean_resizing=False)  # type: ignore[operator]
+
+
+def take_plain_embeddings(model: PeftModel, state: State) -> State:
+    """Take the base's own embeddings out of an adapter's tensors; return them by their names in the base.
+
+    PEFT saves them beside the adapter where the vocabulary was resized.
+    """
+    trained = adapter_parameters(model).keys()
+    found = {
+        f"{name}.weight": key
+        for name in _embeddings(model.get_base_model())
+        for key in _plain_keys(name)
+        if key in state and key not in trained
+    }
+    return {name: state.pop(key) for name, key in found.items()}
+
+
+def refuse_other_embeddings(base: torch.Tensor, saved: torch.Tensor, where: str) -> None:
+    """Refuse embeddings in an adapter's file that are not those of the base, as far as both reach."""
+    rows, coarse = min(len(base), len(saved)), min(base.dtype, saved.dtype, key=lambda dtype: dtype.itemsize)
+    if base.shape[1:] != saved.shape[1:] or not torch.equal(base[:rows].cpu().to(coarse), saved[:rows].to(coarse)):
+        raise ArtifactError(
+            f"{where}: the embeddings saved with the adapter are not those of this base, though they were not trained; "
+            "is this the base that it was trained on? (What is trained belongs into modules_to_save.)"
+        )
 
 
 def adapter_names(model: PeftModel, bias: str) -> list[str]:
@@ -145,9 +228,10 @@ def write_adapter(model: PeftModel, state: State, folder: Path, *, bias: str | N
         raise TrainingError(
             f"{not_finite[0]} is not finite after the update, so it is not saved; lower the learning rate"
         )
-    saved = _peft_state(model, state)
-    if len(saved) != len(state):
-        raise ArtifactError(f"{folder}: PEFT saves {len(saved)} of {len(state)} tensors of this adapter")
+    saved: State = {}
+    for key, name in _keys(model, list(state)).items():
+        again = any(state[name] is tensor for tensor in saved.values())  # tied, and written under both names
+        saved[key] = state[name].clone() if again else state[name]
     write_tensors(folder / WEIGHTS, saved)
 
     config = model.active_peft_config.to_dict()
@@ -164,8 +248,11 @@ def read_adapter(folder: Path) -> State:
     """Read an adapter's tensors by their names in the file.
 
     Raises:
-        ArtifactError: the folder has no adapter, or its file cannot be read.
+        ArtifactError: the folder has no adapter, or its file cannot be read. An older `adapter_model.bin`, a pickle,
+            is read as data only.
     """
+    if (folder / CONFIG).is_file() and not (folder / WEIGHTS).exists() and (folder / PICKLED).is_file():
+        return read_pickle(folder / PICKLED)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder}: no {name} in it, so it is no adapter")
@@ -202,22 +289,14 @@ def restore_adapter(model: PeftModel, folder: Path) -> None:
     Raises:
         ArtifactError: the file's tensors are not those of this adapter.
     """
-    state = read_adapter(folder)
-    parameters = adapter_parameters(model)
-    _same_keys({key: zero.whole_shape(parameter) for key, parameter in parameters.items()}, state, str(folder))
-    for key, parameter in parameters.items():
-        zero.write_parameter(parameter, state[key])
+    _restore(model, read_adapter(folder), str(folder))
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     """Return the parameters that an adapter consists of, by their names in the file."""
     parameters = dict(model.named_parameters())
     names = adapter_names(model, model.active_peft_config.bias)
-    # PEFT renames tensors, so it is handed numbers in their place and tells where each went.
-    keys = _peft_state(model, {name: torch.tensor(number) for number, name in enumerate(names)})
-    if len(keys) != len(names):
-        raise ArtifactError(f"adapter: PEFT has names for {len(keys)} of its {len(names)} tensors in a file")
-    return {key: parameters[names[int(number)]] for key, number in keys.items()}
+    return {key: parameters[name] for key, name in _keys(model, names).items()}
 
 
 def refuse_what_would_be_lost(model: PeftModel) -> None:
@@ -274,8 +353,24 @@ def _added_names(model: PeftModel) -> set[str]:
     }
 
 
+def _keys(model: PeftModel, names: list[str]) -> dict[str, str]:
+    """Return under which names in a file PEFT saves which parameters; of tied ones it may save both."""
+    # PEFT renames tensors, so it is handed numbers in their place and tells where each went.
+    numbers = _peft_state(model, {name: torch.tensor(number) for number, name in enumerate(names)})
+    keys = {key: names[int(number)] for key, number in numbers.items()}
+    lost = sorted(set(names) - set(keys.values()))
+    if lost:
+        kept = len(names) - len(lost)
+        raise ArtifactError(f"adapter: PEFT saves {kept} of {len(names)} tensors of this adapter, and not {lost[0]}")
+    return keys
+
+
 def _peft_state(model: PeftModel, state: Mapping[str, torch.Tensor]) -> State:
     """Return tensors under the names that PEFT gives them in a file."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first[id(parameter)] in state:  # tied: PEFT looks for it under every name
+            state = {name: state[first[id(parameter)]], **state}
     # What is saved has been decided. PEFT would leave out the base's biases by the rule it was trained with, or take
     # one twice, so it sees none; save_embedding_layers, when asked to decide for itself, would ask the Hub.
     added = _added_names(model)
@@ -294,7 +389,8 @@ def _peft_state(model: PeftModel, state: Mapping[str, torch.Tensor]) -> State:
     return named | biases
 
 
-def _same_keys(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Tensor], where: str) -> None:
+def refuse_other_tensors(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Tensor], where: str) -> None:
+    """Refuse tensors that are not those of an adapter: by name, shape, kind, and whether they are finite."""
     missing, unexpected = (
         sorted(expected.keys() - found.keys()),
         sorted(found.keys() - expected.keys()),
@@ -313,6 +409,45 @@ def _same_keys(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Ten
             raise ArtifactError(f"{where}: {name} holds {tensor.dtype}, not floating point")
         if not torch.isfinite(tensor).all():
             raise ArtifactError(f"{where}: {name} holds values that are not finite")
+
+
+def _restore(model: PeftModel, state: State, where: str) -> None:
+    parameters = adapter_parameters(model)
+    refuse_other_tensors({key: zero.whole_shape(parameter) for key, parameter in parameters.items()}, state, where)
+    for key, parameter in parameters.items():
+        zero.write_parameter(parameter, state[key])
+
+
+def _refuse_changed_base(folder: Path) -> None:
+    how = read_json(folder / CONFIG).get("init_lora_weights", True)
+    if isinstance(how, str) and how not in (*UNCHANGING, *REPEATABLE):
+        raise ArtifactError(
+            f"{folder / CONFIG}: init_lora_weights={how!r} changed the base's weights when training began, in a way "
+            "that cannot be repeated; convert the adapter where it was trained (PEFT's save_pretrained, "
+            "path_initial_model_for_weight_conversion)"
+        )
+
+
+def _embeddings(base: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights of input and output embeddings by the modules' names; the latter may be none."""
+    ends = [getattr(base, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    return {
+        name: getattr(module, "weight", torch.empty(0))  # PEFT's wrappers show the weight that they wrap
+        for name, module in base.named_modules()
+        if any(module is end for end in ends)
+    }
+
+
+def _plain_keys(name: str) -> tuple[str, str]:
+    return f"{PREFIX}{name}.weight", f"{PREFIX}{name}.base_layer.weight"
+
+
+def _base_parameter(model: PeftModel, name: str) -> torch.nn.Parameter:
+    module = model.get_base_model().get_submodule(name.rpartition(".")[0])
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    parameter: torch.nn.Parameter = getattr(module, "original_module", module).weight
+    return parameter
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -59,11 +59,14 @@ def evaluate(
 
 
 @torch.no_grad()
-def replies_to(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[list[int]], **options: Any) -> list[str]:
+def replies_to(
+    model: torch.nn.Module, tokenizer: Any, prompts: Sequence[list[int]], *, ends: Collection[int] = (), **options: Any
+) -> list[str]:
     """Return for each prompt the text that the model writes after it, up to and without the end token.
 
     Args:
         prompts: token ids; they are padded on the left to one batch.
+        ends: tokens that end a reply, beside those that the tokenizer and the model itself know.
         options: of transformers' `generate`; greedy unless it says otherwise.
     """
     model.eval()
@@ -72,18 +75,23 @@ def replies_to(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[list[in
         tokenizer.pad_token_id,
         next(model.parameters()).device,
     )
+    config: Any = model.generation_config
+    own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = {*ends, *own, tokenizer.eos_token_id} - {None}
     output = model.generate(  # type: ignore[operator]
         input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device),
         attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device),
         pad_token_id=pad,
+        eos_token_id=sorted(ends) or None,
         use_cache=True,
         **({"do_sample": False} | options),
     )
-    return [
-        tokenizer.decode(_until_end(ids, tokenizer), skip_special_tokens=True) for ids in output[:, width:].tolist()
-    ]
+    return [decode_reply(tokenizer, ids, ends) for ids in output[:, width:].tolist()]
 
 
-def _until_end(ids: list[int], tokenizer: Any) -> list[int]:
-    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
+def decode_reply(tokenizer: Any, ids: Sequence[int], ends: Collection[int]) -> str:
+    """Return the text of a reply's tokens, up to and without the first that ends it or pads."""
+    stops = {*ends, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    text: str = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    return text

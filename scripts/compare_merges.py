@@ -1,0 +1,62 @@
+"""Say which merge of a QLoRA adapter is nearer to what was trained: into the original weights, or the dequantized ones.
+
+    python scripts/compare_merges.py --run runs/qlora
+
+RUN is the folder of a finished run with quantization.bits=4 whose config names evaluation rows. Prints, for the 4-bit
+base + adapter and for both merged models: loss on the evaluation rows; and beside the 4-bit base + adapter how far
+logits move (as a share of their spread), the divergence of the next token's distribution in nats, and how often the
+first choice is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from lora_accel import merge_adapter, read_config
+from lora_accel.console import hush_libraries
+from lora_accel.inference import evaluate
+from lora_accel.model.base import load_base_model
+from lora_accel.saving.agreement import compare, logits_of, logits_of_folder, token_ids
+from lora_accel.saving.weights import load_adapter
+
+
+def main() -> None:
+    """Merge both ways, compare, print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    asked = parser.parse_args()
+    hush_libraries()
+    config, adapter = read_config(asked.run / "config.yaml", []), asked.run / "adapter"
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    model = load_adapter(load_base_model(config.model, config.quantization), adapter)
+    rows = token_ids(tokenizer, model.config.vocab_size)
+    reference = logits_of(model, rows)
+    del model
+    lines = ["| | loss | exact match | logits moved | mean | KL, nats | first choice the same |", "| --- " * 7 + "|"]
+    with tempfile.TemporaryDirectory(prefix="compare-merges-") as folder:
+        for number, weights in enumerate(("original", "dequantized")):
+            out = Path(folder) / weights
+            merge_adapter(adapter, out, base_weights=weights)
+            scores = evaluate(config, adapters=[adapter], merged=out, max_new_tokens=asked.max_new_tokens)
+            base, both, merged = scores
+            if number == 0:
+                lines += [
+                    f"| 4-bit {score.name} | {score.eval_loss:.4f} | {score.exact_match} | | | | |"
+                    for score in (base, both)
+                ]
+            agreement = compare(reference, logits_of_folder(out, rows), torch.bfloat16)
+            lines.append(
+                f"| merged, {weights} | {merged.eval_loss:.4f} | {merged.exact_match} | {agreement.moved:.3f} | "
+                f"{agreement.mean_moved:.4f} | {agreement.kl:.5f} | {agreement.top1:.1%} |"
+            )
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
