@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lora_accel import RunConfig, cli, inference, load_adapter, run_training, save_adapter
+from lora_accel import RunConfig, inference, load_adapter, run_training, save_adapter
 from lora_accel.candidates import name_adapters, template_of
 from lora_accel.config.files import config_to_yaml
 from lora_accel.config.schema import ModelSection
@@ -32,7 +32,7 @@ from lora_accel.prompts import read_prompts
 from lora_accel.train import prepare_data
 from lora_accel.training import evaluate as evaluation
 from lora_accel.training.evaluate import replies_to
-from tests.conftest import CHATML, ROOT, TINY, chat_rows, fill_by_formula, run_module, write_jsonl
+from tests.conftest import CHATML, ROOT, TINY, Told, chat_rows, fill_by_formula, run_module, write_jsonl
 from tests.data.test_chat import with_begin_token
 from tests.test_package import CLI, imported_by
 from tests.training.test_evaluate import brute_force
@@ -125,28 +125,6 @@ def scored(make_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[..
         return make_config(data={"eval": [{"path": str(rows)}]} | changes.pop("data", {}), **changes)
 
     return make
-
-
-class Told(NamedTuple):
-    """What a command answered."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Told]:
-    """Run `lora-accel …` within this process."""
-
-    def run(*words: str | Path) -> Told:
-        monkeypatch.setattr(sys, "argv", ["lora-accel", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return Told(int(stopped.value.code or 0), *capsys.readouterr())
-
-    return run
 
 
 def refused(told: Told, *parts: str) -> None:

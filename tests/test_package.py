@@ -9,15 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 import lora_accel
-from lora_accel import RunConfig, cli, run_training
+from lora_accel import RunConfig, run_training
 from lora_accel.config.files import config_to_yaml
 from lora_accel.saving.commit import why_invalid
-from tests.conftest import ROOT, chat_rows, read_metrics, run_module, write_jsonl
+from tests.conftest import ROOT, Told, chat_rows, read_metrics, run_module, write_jsonl
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes")
 
@@ -135,28 +134,6 @@ def adapter_of(config: RunConfig) -> Path:
 
 def file_of(config: RunConfig) -> Path:
     return Path(config.output_dir).parent / "config.yaml"
-
-
-class Told(NamedTuple):
-    """What a command answered."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Told]:
-    """Run `lora-accel …` within this process, which saves the seconds that importing takes."""
-
-    def run(*words: str | Path) -> Told:
-        monkeypatch.setattr(sys, "argv", ["lora-accel", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return Told(int(stopped.value.code or 0), *capsys.readouterr())
-
-    return run
 
 
 def test_plan_tells_the_plan_that_the_run_wrote(command: Callable[..., Told], trained: RunConfig) -> None:

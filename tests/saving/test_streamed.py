@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from lora_accel import merge_adapter
 from lora_accel.errors import ArtifactError
-from lora_accel.saving import merge
+from lora_accel.saving import merge, streamed
+from lora_accel.saving.shards import Weights
+from lora_accel.saving.streamed import MergedTensors
 from tests.families import model_of
 
 IDS = torch.arange(5, 29).reshape(2, 12)
@@ -98,6 +102,37 @@ def test_it_is_what_peft_merges_to_the_last_bit(place: Path, family: str, form: 
     for name, tensor in expected.items():
         assert torch.equal(ours[name], tensor), name
     assert found.config.tie_word_embeddings == (form == "tied")
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": "all"}, {"bias": "lora_only"}], ids=["none", "all", "lora_only"])
+def test_a_layer_is_added_to_a_few_rows_at_a_time(
+    place: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Layers of these sizes are one block otherwise. 7 rows: the last block is a shorter one."""
+    monkeypatch.setattr(streamed, "BLOCK", 7 * 32)
+    both = saved(model_of("qwen2"), place, target_modules=TARGETS["qwen2"], **options)
+    ours = merged_model(place).state_dict()
+    for name, tensor in both.merge_and_unload().state_dict().items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_what_is_done_to_the_base_first_is_kept_in_the_dtype_that_the_base_is_stored_in(place: Path) -> None:
+    """A QLoRA run in bfloat16 on a base in float32: weights pass through bfloat16, sums do not."""
+    both = saved(model_of("llama"), place, target_modules=["q_proj"])
+
+    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+        return weight.to(torch.bfloat16) if "_proj" in name else weight
+
+    tensors = MergedTensors(
+        place / "adapter", Weights(place / "base"), AutoConfig.from_pretrained(place / "base"), change=change
+    )
+    base = load_file(place / "base" / "model.safetensors")
+    for layer in ("q_proj", "k_proj"):
+        name = f"model.layers.0.self_attn.{layer}.weight"
+        expected = base[name].to(torch.bfloat16).float()
+        if layer == "q_proj":
+            expected += both.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("default")
+        assert torch.equal(tensors.read(name), expected)
 
 
 def test_all_of_these_but_the_experts_are_streamed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,8 +261,6 @@ def test_a_base_in_pickles_is_read_as_data(place: Path, index: bool) -> None:
     tensors = load_file(place / "base" / "model.safetensors")
     (place / "base" / "model.safetensors").unlink()
     if index:
-        import json
-
         names = sorted(tensors)
         parts = {"pytorch_model-00001-of-00002.bin": names[:5], "pytorch_model-00002-of-00002.bin": names[5:]}
         for file, part in parts.items():
@@ -251,10 +284,6 @@ def test_an_adapter_in_a_pickle_is_read_as_data(place: Path) -> None:
 
 
 def test_a_tensor_of_the_base_is_read_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from collections import Counter
-
-    from lora_accel.saving.shards import Weights
-
     in_shards(place)
     read: Counter[str] = Counter()
     real: Callable[..., torch.Tensor] = Weights._read

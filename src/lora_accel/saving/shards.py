@@ -64,7 +64,6 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         refuse_index_that_leaves(folder)
-        self.folder = folder
         self.files: dict[str, list[str]] = {}
         """Names of tensors by the file that holds them, in the order in which they lie there."""
         self.kinds: dict[str, Kind] = {}

@@ -32,7 +32,7 @@ from lora_accel.saving.weights import (
 Change = Callable[[str, torch.Tensor], torch.Tensor]
 """What a base weight is replaced by before the adapter is added to it: (name, weight as stored) -> weight."""
 BLOCK = 2**20
-"""How many values of a weight are merged at once: with what PEFT makes on the way 12 MB."""
+"""How many values of a weight are added to at once: 4 MB, which stay in the cache."""
 INSIDE = {"base_layer", "original_module", "token_adapter"}
 """What PEFT puts into the path of a base parameter."""
 
@@ -76,6 +76,8 @@ class MergedTensors:
             module._parameters |= {name: real[id(p)] for name, p in module._parameters.items() if id(p) in real}
         self._base = self._peft.get_base_model()
         self._units = _outermost(self._base)
+        self._biases = {name: p for name, p in self._base.named_parameters() if not p.is_meta}
+        """What was trained beside LoRA, among the tensors of modules that are to be merged."""
         self._ready: dict[str, torch.Tensor] = {}
         self.config: PretrainedConfig = self._base.config
         self.config.dtype, self.config.use_cache = stored, use_cache
@@ -99,10 +101,9 @@ class MergedTensors:
         """Return the tensors of the module that a tensor belongs to: PEFT merges modules."""
         unit = next((unit for unit in self._units if name.startswith(f"{unit}.")), None)
         if unit is None:
-            learned = self._base.get_parameter(name) if _has_parameter(self._base, name) else None
-            if learned is not None and not learned.is_meta:  # a bias that was trained beside LoRA
-                return {name: self._stored(name, learned)}
-            return {name: self._read_base(name)}
+            if name in self._biases:
+                return {name: self._stored(name, self._biases[name])}
+            return {name: self._read_base(name).to(self._kind(name).dtype)}
         return {
             full: self._stored(full, tensor)
             for inner, tensor in self._merged(unit).items()
@@ -113,7 +114,7 @@ class MergedTensors:
         """Merge one module, and leave it without memory again."""
         module: Any = self._units.pop(unit)
         if _is_plain(module):
-            return self._merged_by_rows(unit, module)
+            return self._added(unit, module)
         filled = []
         if not isinstance(module, ModulesToSaveWrapper):  # whose own copy stands in the adapter
             for owner_name, owner in module.named_modules():
@@ -134,23 +135,21 @@ class MergedTensors:
             owner._parameters[leaf] = parameter
         return state
 
-    def _merged_by_rows(self, unit: str, module: Any) -> dict[str, torch.Tensor]:
-        """Let PEFT merge a linear layer a few rows at a time: each is a sum of its own, and the cache holds them."""
-        base, b = module.get_base_layer(), module.lora_B[module.active_adapters[0]]
-        weight, whole_b = self._read_base(f"{unit}.weight"), b.weight
-        merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        empty, size = base.weight, max(1, BLOCK // weight.shape[1])
+    def _added(self, unit: str, module: Any) -> dict[str, torch.Tensor]:
+        """Add to a linear layer what PEFT says, a few rows at a time: the whole layer is never there in float32.
+
+        The product is PEFT's own and formed whole: a part of one may be rounded otherwise.
+        """
+        weight = self._read_base(f"{unit}.weight")
+        delta = module.get_delta_weight(module.active_adapters[0])
+        merged = torch.empty(weight.shape, dtype=self._kind(f"{unit}.weight").dtype)
+        size = max(1, BLOCK // weight.shape[1])
         for start in range(0, len(weight), size):
-            rows = weight[start : start + size].to(torch.float32, copy=True)
-            base._parameters["weight"] = torch.nn.Parameter(rows, requires_grad=False)
-            b._parameters["weight"] = torch.nn.Parameter(whole_b[start : start + size], requires_grad=False)
-            module.merge()
-            module.merged_adapters.clear()
-            merged[start : start + size] = base.weight
-        base._parameters["weight"], b._parameters["weight"] = empty, whole_b
+            rows = slice(start, start + size)
+            merged[rows] = weight[rows].float() + delta[rows]
         state = {"weight": merged}
-        if base.bias is not None:
-            state["bias"] = self._read_base(f"{unit}.bias") if base.bias.is_meta else base.bias
+        if (bias := module.get_base_layer().bias) is not None:
+            state["bias"] = self._read_base(f"{unit}.bias") if bias.is_meta else bias
         return state
 
     def _read_base(self, name: str) -> torch.Tensor:
@@ -212,7 +211,7 @@ class MergedTensors:
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether a module is a linear layer with LoRA and nothing else, whose rows are sums of their own."""
+    """Whether a module is a linear layer with LoRA and nothing else, so that merging is one sum."""
     return (
         type(module) is Linear
         and type(module.get_base_layer()) is torch.nn.Linear
@@ -236,11 +235,3 @@ def _outermost(base: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 def _base_name(unit: str, owner: str, leaf: str) -> str:
     return ".".join([unit, *(part for part in owner.split(".") if part and part not in INSIDE), leaf])
-
-
-def _has_parameter(base: torch.nn.Module, name: str) -> bool:
-    owner, _, leaf = name.rpartition(".")
-    try:
-        return leaf in base.get_submodule(owner)._parameters
-    except AttributeError:
-        return False
