@@ -162,7 +162,7 @@ def serving_note(adapter: Mapping[str, Any]) -> str:
         return f"to serve it, merge it first: vLLM takes no adapter with {', '.join(obstacles)}"
     rank = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
     option = "" if rank <= VLLM_RANK else f" --max-lora-rank {rank}"
-    return f"servers can load it as an adapter: vllm serve BASE --enable-lora{option} --lora-modules NAME=DIR"
+    return f"servers can load it as it is, with vllm serve BASE --enable-lora{option} --lora-modules NAME=DIR"
 
 
 def merged_card(provenance: Mapping[str, Any]) -> str:
