@@ -72,7 +72,8 @@ def merge_lines(made: Sequence[dict[str, Any]], asked: Asked) -> list[str]:
             told = "not compared with base + adapter: --no-verify, or too little memory for it"
         else:
             told = (
-                f"logits moved by at most {agreement['moved']:.2g} of their spread, limit {agreement['limit']:.2g}; "
+                f"logits moved by {agreement['mean_moved']:.2g} of their spread on average, "
+                f"limit {agreement['limit']:.2g}; "
                 f"same first choice for {agreement['top1']:.1%} of {agreement['num_tokens']} tokens"
             )
         lines.append(f"merged: {out} ({told})")

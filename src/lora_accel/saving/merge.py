@@ -296,8 +296,8 @@ def _agreement(made: Made, base: Base, options: Options, reference: list[torch.T
     agreement = compare(reference, logits_of_folder(made.folder, rows), coarsest)
     if not agreement.holds:
         raise LoraAccelError(
-            f"{made.job.out}: the merged model's logits differ from base + adapter by {agreement.moved:.3g} of their "
-            f"spread, over the limit of {agreement.limit:.3g}; nothing was written"
+            f"{made.job.out}: the merged model's logits differ from base + adapter by {agreement.mean_moved:.3g} of "
+            f"their spread on average, over the limit of {agreement.limit:.3g}; nothing was written"
         )
     return agreement
 

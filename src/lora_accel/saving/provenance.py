@@ -172,7 +172,7 @@ def merged_card(provenance: Mapping[str, Any]) -> str:
         checked = "It was not compared with base + adapter."
     else:
         checked = (
-            f"Beside base + adapter its logits move by at most {agreement['moved']:.2g} of their spread "
+            f"Beside base + adapter its logits move by {agreement['mean_moved']:.2g} of their spread on average "
             f"({agreement['top1']:.0%} of {agreement['num_tokens']} tokens have the same first choice)."
         )
     return f"""---
