@@ -10,7 +10,6 @@ Heavy libraries are imported once the config has been read and found good.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from lora_accel.console import hush_libraries, print_table, run_command
 from lora_accel.errors import ConfigError
 from lora_accel.faults import armed, reach
 from lora_accel.launch import follow_launcher, leave, make_accelerator, settle
-from lora_accel.saving.lock import locked, refuse_output
+from lora_accel.saving.lock import held, refuse_output
 
 if TYPE_CHECKING:
     import torch
@@ -76,12 +75,12 @@ def run_training(config: RunConfig) -> Path:
     hush_libraries()
 
     accelerator = make_accelerator(config, launch, settings)
-    with locked(folder) if accelerator.is_main_process else contextlib.nullcontext():
-        return run_in_folder(config, accelerator, folder)
+    with held(folder, enabled=accelerator.is_main_process) as begin:
+        return run_in_folder(config, accelerator, folder, begin)
 
 
-def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path) -> Path:
-    """Train in a folder that is this run's alone."""
+def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path, begin: Callable[[], None]) -> Path:
+    """Train in a folder that is this run's alone, from the call of `begin` on if it was not there before."""
     from accelerate.utils import gather_object
 
     from lora_accel.saving.checkpoint import refuse_full_disk
@@ -99,6 +98,7 @@ def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path) -> 
         accelerator.unwrap_model(model).gradient_checkpointing_enable({"use_reentrant": False})
     provenance = describe(config, data, accelerator)
     start = go_on(config, accelerator, model, optimizer, provenance, data.plan)
+    begin()
     if main:
         refuse_full_disk(accelerator, model, checkpoints, keep_last=max(2, config.checkpoint.keep_last))
         write_run_folder(folder, config, data, provenance)

@@ -10,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lora_accel import RunConfig, run_training
+from lora_accel import RunConfig, run_training, train
 from lora_accel.errors import ConfigError
-from lora_accel.saving.lock import LOCK, locked
+from lora_accel.saving.lock import LOCK, held, locked
 from tests.conftest import ROOT
 
 HOLD = """
@@ -150,6 +151,56 @@ def test_a_run_that_is_refused_leaves_the_folders_as_they_were(
     with pytest.raises(Exception, match="none"):
         run_training(config)
     assert names(tmp_path) == before
+
+
+def test_a_new_folder_is_made_when_all_may_begin_and_not_before(tmp_path: Path) -> None:
+    """Else it would stay where the launcher kills the main process because another one has failed."""
+    folder = tmp_path / "made" / "run"
+    with held(folder, enabled=True) as begin:
+        assert names(tmp_path) == set()
+        begin()
+        assert names(folder) == {LOCK}
+        assert "is in use by another run" in attempt(folder)
+    assert names(tmp_path) == set()
+    with held(folder, enabled=False) as begin:
+        begin()
+        assert names(tmp_path) == set()
+
+
+def test_a_run_has_made_nothing_until_all_processes_agree(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    agree, there = train.agree, []
+
+    def watched(*words: Any) -> None:
+        there.append((tmp_path / "run").exists())
+        agree(*words)
+
+    monkeypatch.setattr(train, "agree", watched)
+    run_training(make_config())
+    assert there == [False]
+
+
+def test_a_folder_that_is_there_is_held_from_the_beginning(tmp_path: Path) -> None:
+    with held(tmp_path, enabled=True) as begin:
+        assert "is in use by another run" in attempt(tmp_path)
+        begin()
+        assert "is in use by another run" in attempt(tmp_path)
+
+
+@pytest.mark.parametrize("writes", ["", "plan.json"])
+def test_of_two_runs_that_begin_in_one_new_folder_one_is_refused(tmp_path: Path, writes: str) -> None:
+    """Whether the other still runs or has ended: what to go on from was looked for before it began."""
+    folder = tmp_path / "run"
+    with held(folder, enabled=True) as begin:
+        if writes:
+            folder.mkdir()
+            (folder / writes).write_text("{}")
+            with pytest.raises(ConfigError, match=r"another run has begun in .* meanwhile"):
+                begin()
+        else:
+            with locked(folder), pytest.raises(ConfigError, match="is in use by another run"):
+                begin()
 
 
 def test_a_lock_file_that_its_holder_deletes_after_it_was_opened_holds_nothing(

@@ -7,7 +7,7 @@ import fcntl
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lora_accel.errors import ConfigError
@@ -50,6 +50,33 @@ def refuse_output(folder: Path) -> None:
             f"output_dir: {folder} holds an adapter and no checkpoints; a run from the beginning would replace it. "
             "Name another folder, or move the adapter away"
         )
+
+
+@contextlib.contextmanager
+def held(folder: Path, *, enabled: bool) -> Iterator[Callable[[], None]]:
+    """Hold a run folder: at once if it is there, else once what is yielded makes it. To be called when all may begin.
+
+    Until then nothing is written, so that nothing stays of a run that one process alone cannot begin: the launcher may
+    kill this one at any moment.
+
+    Raises:
+        ConfigError: another process holds it, now or by then.
+    """
+    is_new = not folder.exists()
+    with contextlib.ExitStack() as stack:
+        if enabled and not is_new:
+            stack.enter_context(locked(folder))
+
+        def begin() -> None:
+            if not (enabled and is_new):
+                return
+            stack.enter_context(locked(folder))
+            if {path.name for path in folder.iterdir()} != {LOCK}:
+                raise ConfigError(
+                    f"output_dir: another run has begun in {folder} meanwhile; start again, or name another"
+                )
+
+        yield begin
 
 
 @contextlib.contextmanager
