@@ -75,12 +75,10 @@ def run_command(
 
 def hush_libraries() -> None:
     """Keep warnings and bars of other libraries away that tell a user of this package nothing."""
-    import datasets
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     for name in ("DeepSpeed", "bitsandbytes", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).addFilter(_is_no_noise)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|deepspeed|bitsandbytes)\b")

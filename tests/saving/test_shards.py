@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,8 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 def test_what_is_written_safetensors_reads(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
     layout = shard_layout([[(name, kind(tensor)) for name, tensor in TENSORS.items()]], None)
-    assert [file for file in writing(tmp_path, layout, TENSORS.__getitem__, pool) if file] == ["model.safetensors"]
+    whole = [told for told in writing(tmp_path, layout, TENSORS.__getitem__, pool) if told is not None]
+    assert whole == [("model.safetensors", hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest())]
     found = load_file(tmp_path / "model.safetensors")
     assert found.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
@@ -49,7 +51,7 @@ def test_what_is_written_safetensors_reads(tmp_path: Path, pool: ThreadPoolExecu
 
 def test_several_files_have_an_index_and_are_read_again(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
     layout = shard_layout([[(name, kind(tensor)) for name, tensor in TENSORS.items()]], 24)
-    files = [file for file in writing(tmp_path, layout, TENSORS.__getitem__, pool) if file]
+    files = [told[0] for told in writing(tmp_path, layout, TENSORS.__getitem__, pool) if told is not None]
     assert files == sorted(layout)
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())

@@ -97,6 +97,7 @@ def find_input(source: SourceSection) -> Input:
 def _hub(source: SourceSection) -> Input:
     import datasets
 
+    datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(
             source.path, split=source.split, revision=source.revision, streaming=source.streaming

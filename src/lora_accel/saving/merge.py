@@ -229,7 +229,7 @@ def _write_weights(
 ) -> list[list[torch.Tensor] | None]:
     """Write weights and configs; return the logits of base + adapter for those whose base had to be loaded whole.
 
-    Files are synced and hashed by threads while the next are written: neither needs Python's lock.
+    Threads write and hash a tensor while the next is formed, and sync files: none of it needs Python's lock.
     """
     try:
         if not all(leaves_base_alone(each.job.adapter) for each in made):
@@ -238,27 +238,40 @@ def _write_weights(
         merged = [MergedTensors(m.job.adapter, weights, _config_of(base), change=m.change) for m in made]
     except NotStreamableError:
         return [_write_whole(each, base, options) for each in made]
-    writer = ThreadPoolExecutor(1)
-    running: dict[int, Iterator[str | None]] = {}
-    for number, (each, tensors) in enumerate(zip(made, merged, strict=True)):
-        tensors.config.save_pretrained(each.folder)
-        layout = shard_layout(list(tensors.groups()), options.max_shard_bytes)
-        running[number] = writing(each.folder, layout, tensors.read, writer)
-    waiting: list[tuple[dict[str, str], str, Future[str]]] = []
-    while running:  # in turn, a tensor each, so that a tensor of the base is read once for all
-        for number in list(running):
-            file = next(running[number], "")
-            if file == "":
-                del running[number]
-            elif file is not None:
-                reach("merge.mid")
-                waiting.append((made[number].hashes, file, pool.submit(_synced, made[number].folder / file)))
-                if hashed.done():
-                    _same_base([each.job for each in made], base, hashed.result(), options)
-    writer.shutdown()
-    for hashes, file, future in waiting:
-        hashes[file] = future.result()
+    with ThreadPoolExecutor(1) as writer, _threads_spared(2):  # one writes and one hashes the base meanwhile
+        running: dict[int, Iterator[tuple[str, str] | None]] = {}
+        for number, (each, tensors) in enumerate(zip(made, merged, strict=True)):
+            tensors.config.save_pretrained(each.folder)
+            layout = shard_layout(list(tensors.groups()), options.max_shard_bytes)
+            running[number] = writing(each.folder, layout, tensors.read, writer)
+        syncing: list[Future[None]] = []
+        while running:  # in turn, a tensor each, so that a tensor of the base is read once for all
+            for number in list(running):
+                try:
+                    whole = next(running[number])
+                except StopIteration:
+                    del running[number]
+                    continue
+                if whole is not None:
+                    reach("merge.mid")
+                    file, made[number].hashes[file] = whole
+                    syncing.append(pool.submit(sync, made[number].folder / file))
+                    if hashed.done():
+                        _same_base([each.job for each in made], base, hashed.result(), options)
+    for synced in syncing:
+        synced.result()
     return [None] * len(made)
+
+
+@contextlib.contextmanager
+def _threads_spared(number: int) -> Iterator[None]:
+    """Leave torch that many threads less."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - number))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _write_whole(made: Made, base: Base, options: Options) -> list[torch.Tensor]:
@@ -461,11 +474,6 @@ def _tokenizer_of(job: Job, base: Base) -> Any:
 
 def _adapter_hash(adapter: Path) -> str:
     return sha256_of(next(path for name in (WEIGHTS, PICKLED) if (path := adapter / name).is_file()))
-
-
-def _synced(file: Path) -> str:
-    sync(file)
-    return sha256_of(file)
 
 
 def _options(options: Options | None, changes: dict[str, Any]) -> Options:

@@ -6,6 +6,7 @@ Memory holds one tensor, whatever the size of model and files. Format: https://g
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import pickle
@@ -130,30 +131,36 @@ class ShardWriter:
         text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
         self._left = list(reversed(layout))
         self._file: BinaryIO = path.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._hash = hashlib.sha256()
+        self._put(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write the next tensor; it must be the one that was announced."""
         expected, kind = self._left.pop()
         if (name, tensor.dtype, tuple(tensor.shape)) != (expected, kind.dtype, kind.shape):
             raise AssertionError(f"{name} {tensor.dtype} {tuple(tensor.shape)}: {expected} {kind} was announced")
-        self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._put(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
-    def close(self) -> None:
-        """End the file."""
+    def close(self) -> str:
+        """End the file; return its SHA-256."""
         self._file.close()
+        return self._hash.hexdigest()
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._hash.update(data)  # here, not from the file: it costs no reading, and tells what should stand there
 
 
 def writing(
     folder: Path, layout: Layout, read: Callable[[str], torch.Tensor], pool: ThreadPoolExecutor
-) -> Iterator[str | None]:
+) -> Iterator[tuple[str, str] | None]:
     """Write weight files, and their index if they are several; one tensor at each turn.
 
     Args:
         pool: writes a tensor while the next is made.
 
     Yields:
-        None after a tensor, and the name of each file when it is whole.
+        None after a tensor, and the name and the SHA-256 of each file when it is whole.
     """
     for file, group in layout.items():
         writer = ShardWriter(folder / file, group)
@@ -168,8 +175,8 @@ def writing(
         finally:
             if written is not None:
                 written.result()
-            writer.close()
-        yield file
+            sha256 = writer.close()
+        yield file, sha256
     if len(layout) > 1:
         weight_map = {name: file for file, group in layout.items() for name, _ in group}
         size = sum(kind.num_bytes for group in layout.values() for _, kind in group)

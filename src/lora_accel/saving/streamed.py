@@ -136,17 +136,17 @@ class MergedTensors:
         return state
 
     def _added(self, unit: str, module: Any) -> dict[str, torch.Tensor]:
-        """Add to a linear layer what PEFT says, a few rows at a time: the whole layer is never there in float32.
+        """Add to a linear layer what PEFT adds, a few rows at a time: the whole layer is never there in float32.
 
-        The product is PEFT's own and formed whole: a part of one may be rounded otherwise.
+        Its `get_delta_weight` is (B @ A) * scaling. The product is formed whole: a part may be rounded otherwise.
         """
-        weight = self._read_base(f"{unit}.weight")
-        delta = module.get_delta_weight(module.active_adapters[0])
+        name, weight = module.active_adapters[0], self._read_base(f"{unit}.weight")
+        product, scaling = module.lora_B[name].weight @ module.lora_A[name].weight, module.scaling[name]
         merged = torch.empty(weight.shape, dtype=self._kind(f"{unit}.weight").dtype)
         size = max(1, BLOCK // weight.shape[1])
         for start in range(0, len(weight), size):
             rows = slice(start, start + size)
-            merged[rows] = weight[rows].float() + delta[rows]
+            merged[rows] = product[rows].mul_(scaling).add_(weight[rows])
         state = {"weight": merged}
         if (bias := module.get_base_layer().bias) is not None:
             state["bias"] = self._read_base(f"{unit}.bias") if bias.is_meta else bias
