@@ -60,3 +60,12 @@ def test_what_was_not_checked_is_told() -> None:
     assert "b is not the base that the adapter was trained on" in lines[3]
     again = merge_lines([{"merged": merged, "already": True}], parsed(run=Path("run")))
     assert again == ["merged already: run/merged/a"]
+
+
+@pytest.mark.parametrize(("bits", "weights", "told"), [(4, "original", 1), (4, "dequantized", 0), (8, "original", 0)])
+def test_of_a_qlora_adapter_it_is_told_which_weights_are_nearer(bits: int, weights: str, told: int) -> None:
+    merged = {"adapter": "a", "base": "b", "same_base": True, "agreement": None, "base_weights": weights}
+    made = {"merged": merged, "adapter": {"config": {"quantization": {"bits": bits}}}}
+    notes = [line for line in merge_lines([made], parsed("a", "out")) if "--base-weights dequantized is nearer" in line]
+    assert len(notes) == told
+    assert len(merge_lines([made | {"adapter": {"config": "none"}}], parsed("a", "out"))) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Sequence
@@ -81,6 +82,9 @@ def merge_lines(made: Sequence[dict[str, Any]], asked: Asked) -> list[str]:
             lines.append("note: the adapter tells nothing of its base: only names and shapes could be checked")
         elif not merged["same_base"]:
             lines.append(f"note: forced: {merged['base']} is not the base that the adapter was trained on")
+        with contextlib.suppress(KeyError, TypeError):  # a stranger's provenance
+            if provenance["adapter"]["config"]["quantization"]["bits"] == 4 and merged["base_weights"] == "original":
+                lines.append("note: it was trained on 4-bit weights; --base-weights dequantized is nearer to these")
     return lines
 
 
