@@ -27,6 +27,7 @@ State = dict[str, torch.Tensor]
 PICKLED = "adapter_model.bin"
 PREFIX = "base_model.model."
 """What PEFT puts before the base's names."""
+ITS_OWN = "are these the base and the adapter_config.json that it was trained with?"
 UNCHANGING = ("gaussian", "orthogonal", "eva")
 """Ways to begin (init_lora_weights) that leave the base's weights alone, beside true and false."""
 REPEATABLE = ("pissa", "olora")
@@ -398,12 +399,12 @@ def refuse_other_tensors(expected: Mapping[str, torch.Size], found: Mapping[str,
     if missing or unexpected:
         raise ArtifactError(
             f"{where}: {len(missing)} tensors are missing{_example(missing)}, "
-            f"{len(unexpected)} do not belong to this adapter{_example(unexpected)}"
+            f"{len(unexpected)} do not belong to this adapter{_example(unexpected)}; {ITS_OWN}"
         )
     for name, tensor in found.items():
         if tensor.shape != expected[name]:
             raise ArtifactError(
-                f"{where}: {name} has shape {tuple(tensor.shape)}, the model expects {tuple(expected[name])}"
+                f"{where}: {name} has shape {tuple(tensor.shape)}, the model expects {tuple(expected[name])}; {ITS_OWN}"
             )
         if not tensor.dtype.is_floating_point:
             raise ArtifactError(f"{where}: {name} holds {tensor.dtype}, not floating point")
