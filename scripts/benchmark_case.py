@@ -81,9 +81,9 @@ def train_here(config: RunConfig, watch: Watch, profile: Path | None) -> None:
 
     train, train_step = loop.train, loop.train_step
 
-    def watched_train(run: loop.Run, start: int, skipped: int = 0) -> None:
+    def watched_train(run: loop.Run, progress: loop.Progress) -> None:
         watch.begin(run.model)
-        train(run, start, skipped)
+        train(run, progress)
 
     def watched_step(run: loop.Run, step: int) -> loop.StepResult:
         if profile is not None and step == 1:

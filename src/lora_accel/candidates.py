@@ -97,7 +97,7 @@ def candidates(
                 del model
         del base
     if merged:
-        whole, packed = _load(ModelSection(name_or_path=str(merged)), QuantizationSection())
+        whole, packed = _load(ModelSection(name_or_path=str(merged), dtype=section.dtype), QuantizationSection())
         return_loss(whole)
         yield Candidate("merged", whole, packed)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from lora_accel.config.schema import Dtype
 from lora_accel.console import hush_libraries, print_table, run_command
 from lora_accel.errors import ConfigError, LoraAccelError
 from lora_accel.processes import keep_freed_memory
@@ -25,6 +26,12 @@ Config = Annotated[Optional[Path], typer.Option("--config", metavar="FILE", help
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Argument(metavar="[section.key=value …]", help="What differs from the file."),
+]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        "--dtype", help="What models compute in. auto: as stored, or float32 where the device only emulates that."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script to read.")]
 # typer evaluates these annotations, so they must hold on Python 3.10 as they stand.
@@ -197,6 +204,7 @@ def generate(
     streamed: Annotated[
         bool, typer.Option("--stream", help="Show replies of one adapter as they are written.")
     ] = False,
+    dtype: DtypeOption = "auto",
     as_json: Json = False,
 ) -> None:
     """Reply to prompts, greedily, with the chat template of training."""
@@ -209,7 +217,7 @@ def generate(
         raise ConfigError("--stream: shows one adapter alone; leave out --compare, --merged, --json, other --adapter")
     hush_libraries()
     if streamed:
-        stream(asked, adapter=adapter[0], base=base, system=system, max_new_tokens=max_new_tokens)
+        stream(asked, adapter=adapter[0], base=base, system=system, max_new_tokens=max_new_tokens, dtype=dtype)
         return
     answers = replies(
         asked,
@@ -220,6 +228,7 @@ def generate(
         system=system,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        dtype=dtype,
     )
     named = [(last_words(prompt), answer) for prompt, answer in zip(asked, answers, strict=True)]
     if as_json:
@@ -242,12 +251,13 @@ def chat(
     ] = None,
     system: Annotated[Optional[str], typer.Option(metavar="TEXT", help="System message.")] = None,  # noqa: UP045
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 512,
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Talk with what was trained: replies are greedy, and shown as they are written."""
     hush_libraries()
     from lora_accel.inference import chat as talk
 
-    talk(adapter=adapter, base=base, merged=merged, system=system, max_new_tokens=max_new_tokens)
+    talk(adapter=adapter, base=base, merged=merged, system=system, max_new_tokens=max_new_tokens, dtype=dtype)
 
 
 @app.command()
@@ -261,12 +271,13 @@ def evaluate(
     merged: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Merged model.")] = None,  # noqa: UP045
     batch_size: Annotated[int, typer.Option(min=1, help="Rows answered at once.")] = 25,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 128,
+    dtype: DtypeOption = "auto",
     as_json: Json = False,
 ) -> None:
     """Score base, base + each adapter and a merged model on the evaluation rows."""
     from lora_accel.config.files import read_config
 
-    asked = read_config(config, overrides or [])
+    asked = read_config(config, [*(overrides or []), *([] if dtype == "auto" else [f"model.dtype={dtype}"])])
     hush_libraries()
     from lora_accel.inference import evaluate as score
     from lora_accel.inference import scores_as_json, scores_as_table

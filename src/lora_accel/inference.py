@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_accel.candidates import base_of, candidates, name_adapters, refuse_unusable, template_of
-from lora_accel.config.schema import ModelSection, QuantizationSection, RunConfig
+from lora_accel.config.schema import Dtype, ModelSection, QuantizationSection, RunConfig
 from lora_accel.data.formats import Conversation, Message
 from lora_accel.errors import ConfigError, DataError
 from lora_accel.prompts import encoded, last_words
@@ -51,6 +51,7 @@ def generate(
     system: str | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 128,
+    dtype: Dtype = "auto",
 ) -> list[dict[str, str]]:
     """Reply to prompts greedily, each adapter with the template that it was trained with.
 
@@ -62,6 +63,7 @@ def generate(
         system: a system message for what has none.
         batch_size: how many prompts are answered at once.
         max_new_tokens: length of the longest reply.
+        dtype: what models compute in; auto = as stored, or float32 where the device only emulates that.
 
     Returns:
         For each prompt the replies, by candidate: `base`, `base + adapter` (of several: `base + FOLDER`), `merged`.
@@ -73,7 +75,7 @@ def generate(
     """
     named = name_adapters(adapters)
     refuse_unusable(adapters, merged)
-    section = ModelSection(name_or_path=base_of(adapters, base))
+    section = ModelSection(name_or_path=base_of(adapters, base), dtype=dtype)
     templates = {name: template_of(folder, section) for name, folder in named.items()}
     asked = {name: encoded(prompts, template, system) for name, template in templates.items()}
     first = next(iter(named))
@@ -95,6 +97,7 @@ def stream(
     base: str | None = None,
     system: str | None = None,
     max_new_tokens: int = 128,
+    dtype: Dtype = "auto",
 ) -> None:
     """Print the reply to each prompt while it is written, one after the other.
 
@@ -103,7 +106,7 @@ def stream(
         DataError: the template refuses a prompt.
     """
     refuse_unusable([adapter], None)
-    section = ModelSection(name_or_path=base_of([adapter], base))
+    section = ModelSection(name_or_path=base_of([adapter], base), dtype=dtype)
     template = template_of(adapter, section)
     asked = encoded(prompts, template, system)
     for _, model, _ in candidates(section, QuantizationSection(), {"adapter": adapter}, None, with_base=False):
@@ -119,6 +122,7 @@ def chat(
     merged: Path | None = None,
     system: str | None = None,
     max_new_tokens: int = 512,
+    dtype: Dtype = "auto",
 ) -> None:
     """Talk with base + adapter, or with a merged model, line by line, until `/quit` or the end of input.
 
@@ -126,6 +130,7 @@ def chat(
         adapter: a folder; beside a merged model it only tells the template.
         base: a Hub id or folder instead of the one that the adapter names.
         max_new_tokens: length of the longest reply.
+        dtype: as in `generate`.
 
     Raises:
         ConfigError: neither adapter nor merged model is given.
@@ -137,7 +142,7 @@ def chat(
         raise ConfigError("say whom to talk to: --adapter DIR, or --merged DIR")
     refuse_unusable([adapter] if adapter else [], merged)
     name = str(merged) if merged or adapter is None else base_of([adapter], base)
-    section = ModelSection(name_or_path=name)
+    section = ModelSection(name_or_path=name, dtype=dtype)
     template = template_of(told_by, section)
     begin = (Message("system", system),) if system else ()
     template.encode_prompt((*begin, Message("user", "hello")))  # what it refuses is told before a model is loaded

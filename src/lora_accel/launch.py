@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lora_accel.config.reconcile import Launch, Settings, read_launch, reconcile
+from lora_accel.config.reconcile import Launch, Precision, Settings, read_launch, reconcile
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import print_table
 from lora_accel.errors import ConfigError, did_you_mean
 from lora_accel.processes import end_with_parent, is_python
+from lora_accel.saving.history import precision_of_run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,13 +27,28 @@ STALE_SECONDS = 600
 
 
 def settle(config: RunConfig) -> tuple[Launch, Settings]:
-    """Read what the launcher left in the environment and bring it together with the run config. Imports nothing heavy.
+    """Read what the launcher left in the environment and bring it together with the run config.
+
+    Imports torch only once everything else has been checked, and only if the device decides the precision.
 
     Raises:
         ConfigError: they cannot agree.
     """
     launch = read_launch(os.environ)
-    return launch, reconcile(config, launch)
+    return launch, reconcile(config, launch, lambda: default_precision(config, launch))
+
+
+def default_precision(config: RunConfig, launch: Launch) -> Precision:
+    """Return the mixed precision where nobody asks for one: the resumed checkpoint's, else what the device has."""
+    kept = precision_of_run(Path(config.output_dir) / "checkpoints", config.checkpoint.resume)
+    if kept is not None:
+        return Precision(kept.mixed_precision, "the checkpoint")
+    import torch
+
+    from lora_accel.model.device import detect_device, native_precision
+
+    value, reason = native_precision(detect_device(torch.device("cpu") if launch.use_cpu else None))
+    return Precision(value, "this machine", reason)
 
 
 def follow_launcher() -> None:
@@ -67,6 +83,7 @@ def make_accelerator(config: RunConfig, launch: Launch, settings: Settings) -> A
     from accelerate.utils import (
         DistributedDataParallelKwargs,
         GradientAccumulationPlugin,
+        GradScalerKwargs,
         InitProcessGroupKwargs,
         ProjectConfiguration,
     )
@@ -75,7 +92,8 @@ def make_accelerator(config: RunConfig, launch: Launch, settings: Settings) -> A
     on_cpu = not torch.accelerator.is_available()
     joins_on_cpu = on_cpu and (launch.num_processes > 1 or launch.zero_stage > 0)
     # All buffers are constant, so DDP need not send them round before each forward.
-    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    # The loop scales the loss itself: the scale is part of a checkpoint, and the same on every backend.
+    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False), GradScalerKwargs(enabled=False)]
     if joins_on_cpu:
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     accelerator = Accelerator(
@@ -90,11 +108,36 @@ def make_accelerator(config: RunConfig, launch: Launch, settings: Settings) -> A
         log_with=config.logging.trackers or None,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir),
     )
+    if settings.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        emulate_fp16(accelerator)
     refuse_launch(accelerator, launch)
     refuse_offload(launch.offload)
     if accelerator.is_main_process:
         print_table("how it runs", settings.rows, heads=("setting", "value", "decided by"))
+        warn_of_emulation(accelerator)
     return accelerator
+
+
+def emulate_fp16(accelerator: Accelerator) -> None:
+    """Let a CPU train in float16: Accelerate would leave autocast out without a word, and DeepSpeed raises."""
+    import torch
+
+    if accelerator.distributed_type.value != "DEEPSPEED":
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", enabled=False)
+        return
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+
+
+def warn_of_emulation(accelerator: Accelerator) -> None:
+    """Warn if the device only emulates the mixed precision: it was asked for, or comes from a checkpoint."""
+    from lora_accel.model.device import detect_device, emulation_warning
+
+    option = "training.mixed_precision=auto (in another output_dir, if this run is resumed)"
+    warning = emulation_warning(detect_device(accelerator.device), accelerator.mixed_precision, option)
+    if warning is not None:
+        print(warning, file=sys.stderr, flush=True)
 
 
 def refuse_trackers(names: list[str]) -> None:

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from lora_accel.data.chat import ChatTemplate, Example
     from lora_accel.data.dataset import Dataset, Recipe
     from lora_accel.model.dropout import TokenKeys
-    from lora_accel.training.loop import Run
+    from lora_accel.training.loop import Progress, Run
+    from lora_accel.training.loss_scale import LossScale
     from lora_accel.training.stopping import Stop
 
 EVAL_SPLIT = 0x5EED
@@ -96,7 +97,7 @@ def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path, beg
     model, optimizer, dropout, packed = prepare_model(config, accelerator)
     if recomputes(config, data, accelerator, model, dropout, packed):
         accelerator.unwrap_model(model).gradient_checkpointing_enable({"use_reentrant": False})
-    provenance = describe(config, data, accelerator)
+    provenance = describe(config, data, accelerator, model)
     start = go_on(config, accelerator, model, optimizer, provenance, data.plan)
     begin()
     if main:
@@ -105,16 +106,16 @@ def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path, beg
     pids = gather_object([os.getpid()])
     with (
         listening(config.training.max_hours) as stop,
-        running(folder, start.step, start.checkpoint, pids=pids, enabled=main) as status,
+        running(folder, start.progress.step, start.checkpoint, pids=pids, enabled=main) as status,
     ):
         run = make_run(config, data, accelerator, model, optimizer, dropout, packed, provenance, status, start, stop)
         # Accelerate puts the trackers' files into a folder of the project's name: OUTPUT_DIR/tensorboard.
         accelerator.init_trackers("tensorboard")
-        run.metrics.log_event(start.step, "resume" if start.step else "start")
+        run.metrics.log_event(start.progress.step, "resume" if start.progress.step else "start")
         try:
             if start.checkpoint is not None and start.checkpoint.parent.resolve() != checkpoints.resolve():
-                run.save(start.step, start.skipped)  # another run's; from here on this one has its own
-            train(run, start.step, start.skipped)
+                run.save(start.progress)  # another run's; from here on this one has its own
+            train(run, start.progress)
             export_adapter(folder / "adapter", data.template, accelerator, model, provenance, config.checkpoint.gather)
             if main:
                 prune(checkpoints, config.checkpoint.keep_last, spare=config.checkpoint.resume)
@@ -202,9 +203,11 @@ def prepare_model(
     """Load the base, put the adapter on it, and prepare both for this machine; last, whether rows may be packed."""
     from lora_accel.model.adapter import add_adapter, count_parameters, key_dropout, trainable_parameters
     from lora_accel.model.attention import can_pack, pack_attention
-    from lora_accel.model.base import load_base_model, refuse_upcast
+    from lora_accel.model.base import check_zero3_dtype, load_base_model
     from lora_accel.model.compiled import compile_layers
+    from lora_accel.model.device import detect_device, has_fused_adamw
     from lora_accel.model.fused import fuse
+    from lora_accel.saving.history import precision_of_run
     from lora_accel.saving.provenance import serving_note
     from lora_accel.saving.weights import refuse_what_would_be_lost
     from lora_accel.saving.zero import begin_moments
@@ -212,13 +215,16 @@ def prepare_model(
     from lora_accel.training.optimizer import make_optimizer
 
     sharded = accelerator.distributed_type.value == "DEEPSPEED"
+    kept = precision_of_run(Path(config.output_dir) / "checkpoints", config.checkpoint.resume)
+    kept_dtype = None if kept is None else kept.base_dtype
     if sharded and accelerator.deepspeed_plugin.zero_stage == 3 and accelerator.mixed_precision == "no":
-        refuse_upcast(config.model)
+        check_zero3_dtype(config.model, accelerator.device, kept_dtype)
     base = load_base_model(
         config.model,
         config.quantization,
         mixed_precision=accelerator.mixed_precision,
         device=accelerator.device,
+        kept_dtype=kept_dtype,
     )
     packed = config.data.packing and can_pack(base)
     if packed:
@@ -241,7 +247,8 @@ def prepare_model(
     accelerator.print(f"afterwards, {serving_note(config.adapter.model_dump())}")
     refuse_what_would_be_lost(model)
     return_loss(model.get_base_model())
-    optimizer = make_optimizer(trainable_parameters(model).values(), config.training)
+    fused = has_fused_adamw(detect_device(accelerator.device))
+    optimizer = make_optimizer(trainable_parameters(model).values(), config.training, fused=fused)
     dropout = key_dropout(model)
     model, optimizer = accelerator.prepare(model, optimizer)
     if sharded:
@@ -285,7 +292,7 @@ def recomputes(
     return again
 
 
-def describe(config: RunConfig, data: Data, accelerator: Accelerator) -> dict[str, Any]:
+def describe(config: RunConfig, data: Data, accelerator: Accelerator, model: torch.nn.Module) -> dict[str, Any]:
     """Return what this run is made from."""
     from lora_accel.saving.provenance import base_hashes, config_hash, describe_run
 
@@ -293,6 +300,7 @@ def describe(config: RunConfig, data: Data, accelerator: Accelerator) -> dict[st
         config,
         data.plan,
         precision=accelerator.mixed_precision,
+        base_dtype=str(accelerator.unwrap_model(model).config.dtype).removeprefix("torch."),
         tokenizer=data.template.tokenizer,
         template=data.template.source,
         ledgers=data.dataset.ledgers,
@@ -304,9 +312,9 @@ def describe(config: RunConfig, data: Data, accelerator: Accelerator) -> dict[st
 class Start(NamedTuple):
     """Where a run begins."""
 
-    step: int
-    skipped: int
-    """How many of the steps so far were left out, their loss not being finite."""
+    progress: Progress
+    loss_scale: LossScale | None
+    """In float16 only."""
     checkpoint: Path | None
     begun_from: str | None
     """Hash of the checkpoint that `checkpoint.resume` named, here or when the run began."""
@@ -326,6 +334,8 @@ def go_on(
     from lora_accel.saving.checkpoint import load_checkpoint, refuse_changes
     from lora_accel.saving.commit import recover_all
     from lora_accel.saving.history import find_checkpoint, step_aside
+    from lora_accel.training.loop import Progress
+    from lora_accel.training.loss_scale import LossScale
 
     folder = Path(config.output_dir)
     if accelerator.is_main_process:
@@ -347,12 +357,16 @@ def go_on(
     if accelerator.is_main_process:
         for line in step_aside(found, folder / "metrics.jsonl"):
             print(line)
+    scale = None if accelerator.mixed_precision != "fp16" else LossScale()
     if checkpoint is None:
-        return Start(0, 0, None, None, None)
+        return Start(Progress(), scale, None, None, None)
     accelerator.print(f"resuming after step {checkpoint.step} from {checkpoint.folder}")
     for line in changed:
         accelerator.print(f"changed, as checkpoint.allow_changes says:{line}")
-    return Start(checkpoint.step, checkpoint.skipped, checkpoint.folder, found.begun_from, found.begun_at)
+    if scale is not None:
+        scale = LossScale.from_state(checkpoint.state.get("loss_scale"))
+    progress = Progress(checkpoint.step, checkpoint.skipped, checkpoint.overflowed)
+    return Start(progress, scale, checkpoint.folder, found.begun_from, found.begun_at)
 
 
 def agree(provenance: dict[str, Any], step: int | None) -> None:
@@ -409,7 +423,7 @@ def make_run(
     from lora_accel.data.batches import Batches, step_batch
     from lora_accel.model.adapter import trainable_parameters
     from lora_accel.saving.checkpoint import save_checkpoint
-    from lora_accel.training.evaluate import evaluate_sources, replies_to
+    from lora_accel.training.evaluate import evaluate_sources, sample_replies
     from lora_accel.training.loop import Run
     from lora_accel.training.metrics import Metrics
 
@@ -426,20 +440,22 @@ def make_run(
         if eval_batches:
             values = evaluate_sources(accelerator, model, eval_batches)
         if config.evaluation.prompts:
-            prompts, most = config.evaluation.prompts, config.evaluation.max_new_tokens
-            replies = replies_to(accelerator.unwrap_model(model), tokenizer, data.prompts, max_new_tokens=most)
-            values["replies"] = list(zip(prompts, replies, strict=True))
+            most = config.evaluation.max_new_tokens
+            replies = sample_replies(accelerator, model, tokenizer, data.prompts, max_new_tokens=most)
+            values["replies"] = list(zip(config.evaluation.prompts, replies, strict=True))
         return values
 
-    metrics = Metrics(accelerator, folder, data.plan, start.step)
+    metrics = Metrics(accelerator, folder, data.plan, start.progress.step)
 
-    def save(step: int, skipped: int) -> None:
+    def save(progress: Progress) -> None:
         metrics.sync()
         state: dict[str, Any] = {
-            "step": step,
-            "epoch": data.plan.place(step)[0],
-            "examples": data.plan.examples_after(step),
-            "skipped": skipped,
+            "step": progress.step,
+            "epoch": data.plan.place(progress.step)[0],
+            "examples": data.plan.examples_after(progress.step),
+            "skipped": progress.skipped,
+            "overflowed": progress.overflowed,
+            "loss_scale": None if start.loss_scale is None else start.loss_scale.state(),
             "seed": config.seed,
             "begun_from": start.begun_from,
             "begun_at": start.begun_at,
@@ -455,7 +471,7 @@ def make_run(
             gather=config.checkpoint.gather,
             spare=config.checkpoint.resume,
         )
-        status(step, saved)
+        status(progress.step, saved)
 
     return Run(
         accelerator=accelerator,
@@ -471,6 +487,7 @@ def make_run(
         save=save,
         metrics=metrics,
         stop=stop,
+        loss_scale=start.loss_scale,
     )
 
 

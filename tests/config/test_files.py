@@ -62,7 +62,6 @@ def test_what_is_written_reads_back_as_the_same_config(file: Path, words: tuple[
         ("training.epochs=2", "training.epochs", 2),
         ("training.mixed_precision=no", "training.mixed_precision", "no"),
         ("training.mixed_precision=bf16", "training.mixed_precision", "bf16"),
-        ("training.mixed_precision=null", "training.mixed_precision", None),
         ("adapter.target_modules=all-linear", "adapter.target_modules", "all-linear"),
         ("adapter.target_modules=[k_proj, o_proj]", "adapter.target_modules", ["k_proj", "o_proj"]),
         ("adapter.alpha_pattern={q_proj: 2.0}", "adapter.alpha_pattern", {"q_proj": 2.0}),
@@ -95,7 +94,9 @@ def test_a_bare_no_in_yaml_is_the_word(file: Path) -> None:
 
 
 def test_a_bare_yes_is_refused(file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"training\.mixed_precision: should be 'no', 'bf16' or 'fp16', not True"):
+    with pytest.raises(
+        ConfigError, match=r"training\.mixed_precision: should be 'auto', 'no', 'bf16' or 'fp16', not True"
+    ):
         read_config(file, ["training.mixed_precision=yes"])
 
 

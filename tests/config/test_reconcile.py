@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from accelerate.utils import DeepSpeedPlugin
 
-from lora_accel.config.reconcile import Launch, Settings, read_launch, reconcile
+from lora_accel.config.reconcile import Launch, Precision, Settings, read_launch, reconcile
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ConfigError
 from tests.conftest import ROOT, run_module
@@ -55,8 +55,13 @@ def zero(stage: int, **more: str) -> dict[str, str]:
     return TORCHRUN | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)} | more
 
 
+def of_machine() -> Precision:
+    """The precision of a device without bfloat16."""
+    return Precision("no", "this machine")
+
+
 def settle(environment: dict[str, str], **sections: Any) -> Settings:
-    return reconcile(config_of(**sections), read_launch(environment))
+    return reconcile(config_of(**sections), read_launch(environment), of_machine)
 
 
 def rows_of(settings: Settings) -> dict[str, tuple[str, str]]:
@@ -69,7 +74,7 @@ def refused(environment: dict[str, str], **sections: Any) -> list[str]:
     """Return the reasons why the two sides cannot agree, each a line."""
     launch = read_launch(environment)
     with pytest.raises(ConfigError) as caught:
-        reconcile(config_of(**sections), launch)
+        reconcile(config_of(**sections), launch, of_machine)
     return str(caught.value).split("\n")
 
 
@@ -101,12 +106,12 @@ def test_without_a_launcher_one_process_runs() -> None:
     assert launch == Launch(num_processes=1, mixed_precision="no", deepspeed=None, source="accelerate launch")
     assert (launch.zero, launch.zero_stage, launch.gathers_16bit) == ({}, 0, False)
     assert launch.offload == {"optimizer": "none", "param": "none"}
-    settings = reconcile(config_of(), launch)
+    settings = reconcile(config_of(), launch, of_machine)
     assert (settings.mixed_precision, settings.deepspeed) == ("no", {})
     assert settings.rows == [
         ("processes", "1", "accelerate launch"),
         ("backend", "one process", "accelerate launch"),
-        ("mixed precision", "no", "accelerate launch"),
+        ("mixed precision", "no", "this machine"),
         ("gradient accumulation", "as many micro-batches as a step needs", "run config"),
         ("gradient clipping", "1", "run config"),
         ("batch size", "16 examples a step", "run config"),
@@ -221,14 +226,14 @@ def test_what_another_backend_could_not_do_is_no_problem_without_deepspeed() -> 
             3,
             ("none", "none"),
             False,
-            {"base held in": "float32", "gather 16-bit on save": "false"},
+            {"base dtype": "float32", "gather 16-bit on save": "false"},
         ),
         (
             zero(3, ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL="true", ACCELERATE_MIXED_PRECISION="bf16"),
             3,
             ("none", "none"),
             True,
-            {"base held in": "bfloat16", "gather 16-bit on save": "true"},
+            {"base dtype": "bfloat16", "gather 16-bit on save": "true"},
         ),
         (
             zero(
@@ -251,10 +256,10 @@ def test_deepspeed_from_accelerates_own_variables(
     assert (launch.zero_stage, launch.source) == (stage, "accelerate launch")
     assert (launch.offload["optimizer"], launch.offload["param"]) == offload
     assert launch.gathers_16bit is gathers
-    told = rows_of(reconcile(config_of(), launch))
+    told = rows_of(reconcile(config_of(), launch, of_machine))
     assert told["backend"] == (f"DeepSpeed ZeRO-{stage}", "accelerate launch")
     assert {name: told[name] for name in rows} == {name: (value, "accelerate launch") for name, value in rows.items()}
-    assert ("base held in" in told, "gather 16-bit on save" in told) == (stage == 3, stage == 3)
+    assert ("base dtype" in told, "gather 16-bit on save" in told) == (stage == 3, stage == 3)
 
 
 @pytest.mark.parametrize(
@@ -403,7 +408,7 @@ def test_what_the_json_decides_is_told_with_its_name(write_json: WriteJson) -> N
         ("processes", "2", "accelerate launch"),
         ("backend", "DeepSpeed ZeRO-3", file),
         ("offload", "optimizer none, parameters cpu", file),
-        ("base held in", "bfloat16", file),
+        ("base dtype", "bfloat16", file),
         ("gather 16-bit on save", "true", file),
         ("mixed precision", "bf16", file),
         ("gradient accumulation", "as many micro-batches as a step needs", "run config"),
@@ -506,7 +511,7 @@ def test_values_of_the_json_that_differ_are_refused(
     asked = write_json(2, **values)
     (said,) = refused(asked, training=training)
     assert said.startswith(asked["ACCELERATE_DEEPSPEED_CONFIG_FILE"] + ": ")
-    assert 'say "auto" there, or the same in both' in said
+    assert re.search(r'(say|use) "auto" there, or the same in both', said)
     for bit in bits:
         assert bit in said
 
@@ -650,7 +655,7 @@ def test_a_state_dict_is_gathered_under_zero3_only_where_deepspeed_gathers_it(wr
 def test_a_dtype_that_deepspeed_would_not_hold_is_refused(stage: int, precision: str, dtype: str) -> None:
     (said,) = refused(zero(stage, ACCELERATE_MIXED_PRECISION=precision), model=model_of(dtype))
     held = {"no": "float32", "bf16": "bfloat16"}[precision]
-    assert f"model.dtype={dtype} under DeepSpeed, which holds all weights in {held} at mixed precision" in said
+    assert f"model.dtype={dtype} under DeepSpeed, which keeps all weights in {held} at mixed precision" in said
     assert "let model.dtype be auto, or change training.mixed_precision" in said
 
 
@@ -668,17 +673,20 @@ def test_a_dtype_that_deepspeed_holds(precision: str, dtype: str) -> None:
 @pytest.mark.parametrize(
     ("asked", "launched", "of_json", "decided"),
     [
-        (None, None, None, ("no", "accelerate launch")),
-        (None, "no", None, ("no", "accelerate launch")),
-        (None, "bf16", None, ("bf16", "accelerate launch")),
-        (None, "BF16", None, ("bf16", "accelerate launch")),
+        ("auto", None, None, ("no", "this machine")),
+        ("auto", "no", None, ("no", "this machine")),  # Accelerate writes it where nobody has asked for anything
+        (None, "no", None, ("no", "this machine")),  # what auto was called before
+        ("auto", "bf16", None, ("bf16", "accelerate launch")),
+        ("auto", "BF16", None, ("bf16", "accelerate launch")),
+        ("auto", "fp16", None, ("fp16", "accelerate launch")),
         ("bf16", "no", None, ("bf16", "run config")),
+        ("fp16", "bf16", None, ("fp16", "run config")),
         ("no", "bf16", None, ("no", "run config")),
-        ("no", "fp16", None, ("no", "run config")),  # what the launcher says does not matter any more
-        (None, "bf16", AUTO, ("bf16", "accelerate launch")),
-        (None, "no", True, ("bf16", "the JSON")),
-        (None, "bf16", True, ("bf16", "the JSON")),
-        (None, "no", False, ("no", "accelerate launch")),
+        ("no", "fp16", None, ("no", "run config")),  # what the launcher asks for does not matter any more
+        ("auto", "bf16", AUTO, ("bf16", "accelerate launch")),
+        ("auto", "no", True, ("bf16", "the JSON")),
+        ("auto", "bf16", True, ("bf16", "the JSON")),
+        ("auto", "no", False, ("no", "this machine")),
         ("bf16", "no", True, ("bf16", "run config")),
         ("bf16", "no", AUTO, ("bf16", "run config")),
     ],
@@ -700,30 +708,61 @@ def test_who_decides_the_precision(
     assert rows_of(settings)["mixed precision"] == (precision, who.replace("the JSON", file))
 
 
+def test_a_default_that_the_json_switches_off_is_not_taken(write_json: WriteJson) -> None:
+    launch = read_launch(write_json(2, bf16={"enabled": False}))
+    settings = reconcile(config_of(), launch, lambda: Precision("bf16", "this machine", "native"))
+    value, who = rows_of(settings)["mixed precision"]
+    assert settings.mixed_precision == "no"
+    assert value == "no (bf16.enabled is false)"
+    assert who == launch.source
+
+
+def test_the_machine_is_asked_last_and_only_if_nobody_else_decides(write_json: WriteJson) -> None:
+    def unasked() -> Precision:
+        raise AssertionError("asked")
+
+    launch = read_launch(write_json(2))
+    assert reconcile(config_of(training={"mixed_precision": "bf16"}), launch, unasked).mixed_precision == "bf16"
+    with pytest.raises(ConfigError, match="gradient_clipping is 5"):  # a mistake costs no import of torch
+        reconcile(config_of(), read_launch(write_json(2, gradient_clipping=5)), unasked)
+
+
+def test_the_reason_stands_in_the_table() -> None:
+    settings = reconcile(config_of(), read_launch({}), lambda: Precision("bf16", "this machine", "it is native"))
+    assert rows_of(settings)["mixed precision"] == ("bf16 (it is native)", "this machine")
+
+
 @pytest.mark.parametrize(
     ("environment", "training", "precision"),
     [
-        ({}, {"mixed_precision": "fp16"}, "fp16"),
-        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, {}, "fp16"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, {}, "fp8"),
-        (TORCHRUN | {"ACCELERATE_MIXED_PRECISION": "fp16"}, {}, "fp16"),
-        (zero(2), {"mixed_precision": "fp16"}, "fp16"),
-        (zero(3, ACCELERATE_MIXED_PRECISION="fp16"), {}, "fp16"),
         (zero(3, ACCELERATE_MIXED_PRECISION="fp8"), {}, "fp8"),
     ],
 )
-def test_a_precision_that_could_not_be_resumed_is_refused(
+def test_a_precision_that_is_not_supported(
     environment: dict[str, str], training: dict[str, Any], precision: str
 ) -> None:
     (said,) = refused(environment, training=training)
-    assert re.match(rf"(mixed precision |training\.mixed_precision=){precision} is not supported", said)
-    assert said.endswith("use bf16, or no")
+    assert said == f"mixed precision {precision} is not supported; use bf16, fp16, or no"
 
 
 @pytest.mark.parametrize("training", [{}, {"mixed_precision": "fp16"}])
-def test_fp16_of_the_json_is_refused(write_json: WriteJson, training: dict[str, Any]) -> None:
-    (said,) = refused(write_json(2, fp16={"enabled": True}), training=training)
-    assert re.match(r"(mixed precision |training\.mixed_precision=)fp16 is not supported", said)
+def test_fp16_under_deepspeed_leaves_the_scale_to_the_loop(write_json: WriteJson, training: dict[str, Any]) -> None:
+    """Hugging Face's usual JSON names a window and a first scale; the rule is the loop's all the same."""
+    usual = {"enabled": True, "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 12, "hysteresis": 2}
+    settings = settle(write_json(2, fp16=usual), training=training)
+    assert settings.mixed_precision == "fp16"
+    assert settings.deepspeed["bf16"]["enabled"] is False
+    fp16 = settings.deepspeed["fp16"]
+    assert (fp16["enabled"], fp16["loss_scale"], fp16["hysteresis"], fp16["initial_scale_power"]) == (True, 0, 1, 16)
+    assert fp16["loss_scale_window"] >= 10**9
+    assert settle(zero(3), training={"mixed_precision": "fp16"}).deepspeed["fp16"] == fp16
+
+
+def test_a_fixed_loss_scale_is_not_supported(write_json: WriteJson) -> None:
+    (said,) = refused(write_json(2, fp16={"enabled": True, "loss_scale": 128}))
+    assert "fp16.loss_scale is fixed" in said
+    assert "set it to 0" in said
 
 
 # --- all at once
@@ -733,7 +772,11 @@ def test_fp16_of_the_json_is_refused(write_json: WriteJson, training: dict[str, 
     ("sections", "environment", "said"),
     [
         ({"bf16": {"enabled": False}}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, "bf16.enabled is false, but accelerate"),
-        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, {}, "fp16.enabled is true, but bf16.enabled is bf16"),
+        (
+            {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
+            {},
+            "fp16.enabled is true, but mixed precision is bf16",
+        ),
         ({"bf16": {"enabled": "false"}}, {}, 'bf16.enabled is "false"'),
     ],
 )
@@ -848,6 +891,7 @@ def test_every_problem_is_told_in_one_message(write_json: WriteJson) -> None:
     expected = [
         f"{file}: bf16.enabled is true",
         f"{file}: fp16.enabled is true",
+        "model.dtype=bfloat16",
         f"{file}: gradient_accumulation_steps is 8",
         f"{file}: gradient_clipping is 0.5",
         f"{file}: train_batch_size is 32",
@@ -858,7 +902,6 @@ def test_every_problem_is_told_in_one_message(write_json: WriteJson) -> None:
         f"{file}: offload_optimizer to nvme",
         f"{file}: offload_param to nvme",
         "checkpoint.gather=state_dict",
-        "model.dtype=bfloat16",
     ]
     for line, pattern in zip(said, expected, strict=True):
         assert re.match(pattern, line), line
@@ -867,11 +910,12 @@ def test_every_problem_is_told_in_one_message(write_json: WriteJson) -> None:
 def test_reading_a_launch_and_reconciling_imports_no_torch() -> None:
     code = (
         "import sys\n"
-        "from lora_accel.config.reconcile import read_launch, reconcile\n"
+        "from lora_accel.config.reconcile import Precision, read_launch, reconcile\n"
         "from lora_accel.config.schema import RunConfig\n"
         "needed = {'output_dir': 'run', 'model': {'name_or_path': 'm'}, 'data': {'train': [{'path': 'x'}]}}\n"
         f"asked = {TORCHRUN | {'ACCELERATE_USE_DEEPSPEED': 'true'}}\n"
-        "print(reconcile(RunConfig.model_validate(needed), read_launch(asked)).rows[1][1])\n"
+        "default = lambda: Precision('no', 'this machine')\n"
+        "print(reconcile(RunConfig.model_validate(needed), read_launch(asked), default).rows[1][1])\n"
         "heavy = ('torch', 'numpy', 'transformers', 'accelerate', 'deepspeed')\n"
         "print(*[name for name in heavy if name in sys.modules])\n"
     )

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from tests.distributed.launching import free_port, launch
 
@@ -145,8 +146,46 @@ def _keeps_the_log() -> None:
     metrics.keep_until = lambda *_, **__: None
 
 
+def _overflows() -> None:
+    """The loss of some steps is so large that gradients leave float16's range at any scale above 1."""
+    import torch
+
+    from lora_accel.training import loop
+
+    steps = {int(step) for step in os.environ["OVERFLOW_STEPS"].split(",")}
+    own_step, own_loss = loop.train_step, loop.summed_token_loss
+
+    def train_step(run: Any, step: int) -> Any:
+        def loss(model: Any, batch: Any) -> torch.Tensor:
+            found = own_loss(model, batch)
+            too_large = found * 1e30
+            return found + (too_large - too_large.detach()) if step + 1 in steps else found  # the value stays
+
+        loop.summed_token_loss = loss
+        return own_step(run, step)
+
+    loop.train_step = train_step
+
+
+def _second_reply_fails() -> None:
+    """Generation raises for one prompt of two."""
+    from lora_accel.training import evaluate
+
+    own, calls = evaluate.replies_to, []
+
+    def replies_to(*arguments: Any, **options: Any) -> list[str]:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("out of luck")
+        return own(*arguments, **options)
+
+    evaluate.replies_to = replies_to
+
+
 SABOTAGES = {
     "none": lambda: None,
+    "second reply fails": _second_reply_fails,
+    "overflows": _overflows,
     "writes in place": _writes_in_place,
     "forgets moments": _forgets_moments,
     "keeps the log": _keeps_the_log,

@@ -1,16 +1,16 @@
 """What the launcher says and what the run config says, brought to one value each. Pure; refuses what cannot agree.
 
 The launcher owns processes, ZeRO stage and offload. The run config owns accumulation, clipping and batch sizes, and
-precision where it is not null. DeepSpeed's `auto` is filled from it; another explicit value is an error.
+precision where it is not auto. DeepSpeed's `auto` is filled from it; another explicit value is an error.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ConfigError
@@ -29,6 +29,10 @@ CHANGES_THE_RESULT = (
     *("compression_training", "curriculum_learning", "data_efficiency", "progressive_layer_drop"),
 )
 """Keys of a DeepSpeed config that would change what is computed, or which rank computes what."""
+LOSS_SCALE = {"loss_scale": 0, "initial_scale_power": 16, "hysteresis": 1, "min_loss_scale": 1}
+"""DeepSpeed's part of the loss scale: it scales, unscales and skips; training/loss_scale.py sets the value."""
+NEVER_GROWS = 2**30
+"""Steps after which DeepSpeed would raise the loss scale by itself: it does so before it unscales that step."""
 LAUNCHER = "accelerate launch"
 RUN_CONFIG = "run config"
 
@@ -44,6 +48,8 @@ class Launch:
     """DeepSpeed's config as it was asked for; None = DeepSpeed does not run."""
     source: str
     """Who asked: accelerate launch, or the DeepSpeed JSON."""
+    use_cpu: bool = False
+    """Whether a GPU that is there is left alone."""
 
     @property
     def zero(self) -> dict[str, Any]:
@@ -65,6 +71,14 @@ class Launch:
     def gathers_16bit(self) -> bool:
         """Whether a ZeRO-3 model may be collected whole on one rank."""
         return self.zero.get("stage3_gather_16bit_weights_on_model_save") is True
+
+
+class Precision(NamedTuple):
+    """A mixed precision: no | bf16 | fp16, who decided it, and why."""
+
+    value: str
+    decided_by: str
+    reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,50 +132,82 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
         else:
             deepspeed = _from_environment(environment)
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "").lower() or "no"
-    return Launch(num_processes or 1, precision, deepspeed, source)
+    return Launch(num_processes or 1, precision, deepspeed, source, _is_true(environment.get("ACCELERATE_USE_CPU")))
 
 
-def reconcile(config: RunConfig, launch: Launch) -> Settings:
+def reconcile(config: RunConfig, launch: Launch, default: Callable[[], Precision]) -> Settings:
     """Bring both sides to one value for each setting.
+
+    Args:
+        default: the precision where neither side names one; asked only then, and after all else has been checked.
 
     Raises:
         ConfigError: they cannot agree, or what they agree on cannot work; every reason in one message.
     """
     problems: list[str] = []
-    precision, precision_by = _precision(config, launch, problems)
-    overwrite: dict[str, Any] = {}
     if launch.deepspeed is not None:
         problems += _disagreements(config, launch)
-        problems += _unworkable(config, launch, precision)
-        overwrite = _owned_by_the_run(config, launch, precision)
-    if precision not in ("no", "bf16"):
-        why = (
-            ": its loss scale is no function of the step, so a resumed run would differ" if precision == "fp16" else ""
-        )
-        asked = "training.mixed_precision=" if precision_by == RUN_CONFIG else "mixed precision "
-        problems.append(f"{asked}{precision} is not supported{why}; use bf16, or no")
+        problems += _unworkable(config, launch)
+    asked = _asked_precision(config, launch)
+    if problems and asked is None:
+        raise ConfigError("\n".join(problems))  # before torch is imported to see what the device computes
+    precision = asked or _unless_excluded(default(), launch)
+    problems = _precision_problems(config, launch, precision) + problems
     if problems:
         raise ConfigError("\n".join(problems))
-    return Settings(precision, overwrite, _rows(config, launch, precision, precision_by))
+    overwrite = {} if launch.deepspeed is None else _owned_by_the_run(config, launch, precision.value)
+    return Settings(precision.value, overwrite, _rows(config, launch, precision))
 
 
-def _precision(config: RunConfig, launch: Launch, problems: list[str]) -> tuple[str, str]:
-    """Return the mixed precision and who decided it."""
-    explicit = {name: _value(launch.deepspeed, f"{name}.enabled") for name in ("bf16", "fp16")}
-    enabled = [name for name, value in explicit.items() if value is True]
-    if config.training.mixed_precision is not None:
-        precision, decided_by, option = str(config.training.mixed_precision), RUN_CONFIG, "training.mixed_precision"
-    elif enabled:
-        precision, decided_by, option = enabled[0], launch.source, f"{enabled[0]}.enabled"
-    else:
-        precision, decided_by, option = launch.mixed_precision, LAUNCHER, "accelerate launch's mixed_precision"
-    for name, value in explicit.items():
-        if value not in (None, "auto") and value is not (precision == name):
-            problems.append(
-                f"{launch.source}: {name}.enabled is {json.dumps(value)}, but {option} is {precision}; "
-                'say "auto" there, or the same in both'
+def _asked_precision(config: RunConfig, launch: Launch) -> Precision | None:
+    """Return the mixed precision that one side names; None if neither does.
+
+    A launcher's `no` is none: Accelerate writes it where nobody has asked for anything.
+    """
+    enabled = [name for name in ("bf16", "fp16") if _value(launch.deepspeed, f"{name}.enabled") is True]
+    if config.training.mixed_precision != "auto":
+        return Precision(config.training.mixed_precision, RUN_CONFIG)
+    if enabled:
+        return Precision(enabled[0], launch.source)
+    if launch.mixed_precision != "no":
+        return Precision(launch.mixed_precision, LAUNCHER)
+    return None
+
+
+def _unless_excluded(precision: Precision, launch: Launch) -> Precision:
+    """Return no mixed precision where a DeepSpeed JSON switches the default one off."""
+    if _value(launch.deepspeed, f"{precision.value}.enabled") is False:
+        return Precision("no", launch.source, f"{precision.value}.enabled is false")
+    return precision
+
+
+def _precision_problems(config: RunConfig, launch: Launch, precision: Precision) -> list[str]:
+    """Return what contradicts the mixed precision."""
+    value, decided_by, _ = precision
+    option = {
+        RUN_CONFIG: "training.mixed_precision",
+        LAUNCHER: "accelerate launch's mixed_precision",
+    }.get(decided_by, "mixed precision")
+    found = []
+    for name in ("bf16", "fp16"):
+        explicit = _value(launch.deepspeed, f"{name}.enabled")
+        if explicit not in (None, "auto") and explicit is not (value == name):
+            found.append(
+                f"{launch.source}: {name}.enabled is {json.dumps(explicit)}, but {option} is {value}; "
+                'use "auto" there, or the same in both'
             )
-    return precision, decided_by
+    if value not in ("no", "bf16", "fp16"):
+        asked = "training.mixed_precision=" if decided_by == RUN_CONFIG else "mixed precision "
+        found.append(f"{asked}{value} is not supported; use bf16, fp16, or no")
+    if _value(launch.deepspeed, "fp16.loss_scale") not in (None, "auto", 0) and value == "fp16":
+        found.append(f"{launch.source}: fp16.loss_scale is fixed, but the loss scale is dynamic here; set it to 0")
+    held = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(value)
+    if launch.deepspeed is not None and held and config.model.dtype not in ("auto", held):
+        found.append(
+            f"model.dtype={config.model.dtype} under DeepSpeed, which keeps all weights in {held} at mixed precision "
+            f"{value}; let model.dtype be auto, or change training.mixed_precision"
+        )
+    return found
 
 
 def _disagreements(config: RunConfig, launch: Launch) -> list[str]:
@@ -211,7 +257,7 @@ def _disagreements(config: RunConfig, launch: Launch) -> list[str]:
     return found
 
 
-def _unworkable(config: RunConfig, launch: Launch, precision: str) -> list[str]:
+def _unworkable(config: RunConfig, launch: Launch) -> list[str]:
     """Return what cannot work under DeepSpeed, each with the way out."""
     stage = launch.zero_stage
     found = []
@@ -253,12 +299,6 @@ def _unworkable(config: RunConfig, launch: Launch, precision: str) -> list[str]:
             "checkpoint.gather=state_dict needs zero3_save_16bit_model (DeepSpeed: "
             "stage3_gather_16bit_weights_on_model_save) under ZeRO-3; set it to true, or let gather be auto"
         )
-    held = {"no": "float32", "bf16": "bfloat16"}.get(precision)
-    if held and config.model.dtype not in ("auto", held):
-        found.append(
-            f"model.dtype={config.model.dtype} under DeepSpeed, which holds all weights in {held} at mixed precision "
-            f"{precision}; let model.dtype be auto, or change training.mixed_precision"
-        )
     return found
 
 
@@ -276,14 +316,16 @@ def _owned_by_the_run(config: RunConfig, launch: Launch, precision: str) -> dict
         "gradient_clipping": config.training.max_grad_norm,
         # A step with a gradient that is not finite is never made.
         "bf16": {**asked.get("bf16", {}), "enabled": precision == "bf16", "check_grad_overflow": True},
-        "fp16": {"enabled": False},
+        "fp16": {"enabled": True, **LOSS_SCALE, "loss_scale_window": NEVER_GROWS}
+        if precision == "fp16"
+        else {"enabled": False},
         # An adapter's gradients are small: summed over micro-batches and ranks in float32 they cost nothing.
         **({"communication_data_type": "fp32"} | _explicit(asked, "communication_data_type")),
         "data_types": {"grad_accum_dtype": "fp32"} | _explicit(asked.get("data_types", {})),
     }
 
 
-def _rows(config: RunConfig, launch: Launch, precision: str, precision_by: str) -> list[tuple[str, str, str]]:
+def _rows(config: RunConfig, launch: Launch, precision: Precision) -> list[tuple[str, str, str]]:
     training = config.training
     if launch.deepspeed is not None:
         how = f"DeepSpeed ZeRO-{launch.zero_stage}"
@@ -294,7 +336,8 @@ def _rows(config: RunConfig, launch: Launch, precision: str, precision_by: str) 
         where = f"optimizer {launch.offload['optimizer']}, parameters {launch.offload['param']}"
         rows.append(("offload", where, launch.source))
         if launch.zero_stage == 3:
-            rows.append(("base held in", "bfloat16" if precision == "bf16" else "float32", launch.source))
+            kept = {"bf16": "bfloat16", "fp16": "float16"}.get(precision.value, "float32")
+            rows.append(("base dtype", kept, launch.source))
             rows.append(("gather 16-bit on save", str(launch.gathers_16bit).lower(), launch.source))
     if training.micro_batch_size is not None:
         cut = f"{training.micro_batch_size} examples a device"
@@ -302,7 +345,7 @@ def _rows(config: RunConfig, launch: Launch, precision: str, precision_by: str) 
     else:
         cut, accumulation = f"{training.micro_batch_tokens} tokens a device", "as many micro-batches as a step needs"
     rows += [
-        ("mixed precision", precision, precision_by),
+        ("mixed precision", f"{precision.value}{precision.reason and f' ({precision.reason})'}", precision.decided_by),
         ("gradient accumulation", accumulation, RUN_CONFIG),
         ("gradient clipping", f"{training.max_grad_norm:g}", RUN_CONFIG),
         ("batch size", f"{training.examples_per_step(launch.num_processes)} examples a step", RUN_CONFIG),

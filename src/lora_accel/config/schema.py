@@ -20,6 +20,7 @@ from typing_extensions import Self
 
 from lora_accel.errors import did_you_mean
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DataFormat = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "text", "tokens"]
 
 
@@ -43,8 +44,9 @@ class ModelSection(Section):
     """Hub id, or a folder with an ordinary Hugging Face model."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the base is held in. auto = bfloat16 or float16 under that mixed precision, else as stored."""
+    dtype: Dtype = "auto"
+    """dtype of the base. auto = bfloat16 or float16 under that mixed precision, else as stored; float32 where the
+    device only emulates that."""
     attention: str = "auto"
     """An attention implementation of transformers (sdpa, eager, flash_attention_2, …); auto lets it choose."""
     chat_template: str | None = None
@@ -63,7 +65,7 @@ class QuantizationSection(Section):
     """The 4-bit code."""
     double_quant: bool = True
     """Quantise the scales too (4 bits only): about 0.4 bit less per weight."""
-    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    compute_dtype: Dtype = "auto"
     """What 4-bit weights are unpacked to for each product. auto = as model.dtype."""
 
 
@@ -224,8 +226,9 @@ class TrainingSection(Section):
     """On matrices, not on biases or norms."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """null = what accelerate launch says."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """auto = bf16 or fp16 if accelerate launch asks for it, else what the device computes natively: bf16, fp16 on GPUs
+    without it, float32 (no) on other CPUs. A resumed run keeps its checkpoint's."""
     activation_checkpointing: bool | Literal["auto"] = False
     """Recompute activations in the backward pass: less memory, a third more time. auto = where they would not fit."""
     compile: bool = False
@@ -245,6 +248,8 @@ class TrainingSection(Section):
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _yaml_no(cls, value: object) -> object:
+        if value is None:  # what auto was called before
+            return "auto"
         return "no" if value is False else value  # YAML 1.1 reads a bare `no` as false
 
     @model_validator(mode="before")

@@ -1,8 +1,9 @@
 """Packed attention: examples lie end to end in one row, and each attends to itself only.
 
 There is no mask that could be wrong: keys of other examples are never read. A forward is given the lengths of its row's
-segments, transformers' attention interface hands them on to each layer, and `packed_attention` takes one of two roads:
-torch's variable-length flash kernel on CUDA in 16 bits, else products over one block of queries after the other.
+segments, transformers' attention interface hands them on to each layer, and `packed_attention` dispatches to one of two
+kernels: torch's variable-length FlashAttention where it can run (`model/device.py: attention_kernel`), else products
+over one block of queries after the other.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lora_accel.model.device import attention_kernel, detect_device
 
 PACKING = frozenset(
     """
@@ -103,7 +106,8 @@ def packed_attention(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = (x[0].to(dtype) for x in (query, key, value))
     options = Options(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
-    if kind == "cuda" and dtype != torch.float32 and softcap is None and query.shape[-1] <= 256:
+    sizes = query.shape[-1], value.shape[-1]
+    if attention_kernel(detect_device(query.device), dtype, *sizes, softcap=softcap) == "varlen":
         return _flash(query, key, value, segments, options)[None]
     blocks = list(_blocks(segments, sliding_window))
     attended: torch.Tensor = _Blockwise.apply(query, key, value, blocks, options)  # type: ignore[no-untyped-call]

@@ -17,38 +17,63 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lora_accel.config.schema import ModelSection, QuantizationSection
 from lora_accel.errors import ArtifactError, ConfigError
+from lora_accel.model.device import detect_device, native_dtype
 from lora_accel.model.tokenizer import not_loaded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_dtype(section: ModelSection, mixed_precision: str) -> torch.dtype | str:
-    """Return what the base is held in: `auto` follows mixed precision, since autocast would cast a frozen fp32
-    base again at every forward."""
+def choose_dtype(
+    section: ModelSection, mixed_precision: str, device: torch.device | None, kept: str | None = None
+) -> torch.dtype | str:
+    """Return the dtype of the base.
+
+    `auto` follows mixed precision, since autocast would cast a frozen float32 base again at every forward. Without it
+    the base is loaded as stored, or in float32 where the device only emulates that.
+
+    Args:
+        device: where it computes; None = this machine's accelerator, or else its CPU.
+        kept: what the checkpoint that is resumed was trained on, by name; `auto` = as stored.
+    """
     if section.dtype != "auto":
         return DTYPES[section.dtype]
-    return AUTOCAST_DTYPES.get(mixed_precision, "auto")
+    if mixed_precision in AUTOCAST_DTYPES:
+        return AUTOCAST_DTYPES[mixed_precision]
+    if kept is not None:
+        return DTYPES.get(kept, "auto")
+    return native_dtype(detect_device(device), stored_dtype(section))
 
 
-def refuse_upcast(section: ModelSection) -> None:
-    """Refuse a base stored in 16 bits where ZeRO-3 without mixed precision would hold it in float32 without a word.
+def stored_dtype(section: ModelSection) -> torch.dtype:
+    """Return the dtype that the config of a base names; float32 if it names none.
 
     Raises:
-        ConfigError: model.dtype is auto, and the base is stored otherwise than in float32.
+        ArtifactError: there is no such model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ArtifactError(not_loaded(section, "config", error)) from None
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def check_zero3_dtype(section: ModelSection, device: torch.device, kept: str | None) -> None:
+    """Raise if ZeRO-3 without mixed precision would turn a base in 16 bits into float32. Arguments: `choose_dtype`.
+
+    Raises:
+        ConfigError: model.dtype is auto, and the base would be in 16 bits on other backends.
     """
     if section.dtype != "auto":
         return
-    try:
-        stored = AutoConfig.from_pretrained(
-            section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
-        ).dtype
-    except (OSError, ValueError) as error:
-        raise ArtifactError(not_loaded(section, "config", error)) from None
-    if stored not in (None, torch.float32):
+    dtype = choose_dtype(section, "no", device, kept)
+    dtype = stored_dtype(section) if isinstance(dtype, str) else dtype
+    if dtype != torch.float32:
         raise ConfigError(
-            f"model.dtype=auto: {section.name_or_path} is stored in {str(stored).removeprefix('torch.')}, but ZeRO-3 "
-            "without mixed precision holds it in float32, so losses would differ from other backends'; set "
+            f"model.dtype=auto: {section.name_or_path} is stored in {str(dtype).removeprefix('torch.')}, but ZeRO-3 "
+            "without mixed precision loads it in float32, so losses would differ from other backends'; set "
             "training.mixed_precision=bf16, or model.dtype=float32"
         )
 
@@ -59,18 +84,19 @@ def load_base_model(
     *,
     mixed_precision: str = "no",
     device: torch.device | None = None,
+    kept_dtype: str | None = None,
 ) -> PreTrainedModel:
     """Load the base model, frozen, without a key-value cache.
 
     Args:
-        mixed_precision: of the Accelerator: no, bf16 or fp16.
-        device: where a quantised model is put; one that is not quantised stays on the CPU for `prepare`.
+        mixed_precision: no, bf16 or fp16; with `kept_dtype` it decides the dtype, see `choose_dtype`.
+        device: where it computes. A quantized model is put there; another stays on the CPU for `prepare`.
 
     Raises:
         ArtifactError: there is no such model, or its files cannot be read or lie elsewhere.
         ConfigError: the attention implementation or the quantisation is not to be had here.
     """
-    dtype = choose_dtype(section, mixed_precision)
+    dtype = choose_dtype(section, mixed_precision, device, kept_dtype)
     options: dict[str, Any] = {"dtype": dtype}
     if section.attention != "auto":
         options["attn_implementation"] = section.attention

@@ -169,8 +169,8 @@ def _restore_moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer, c
     moments = {
         parameter: {moment: saved[f"{moment}.{name}"] for moment in zero.MOMENTS} for name, parameter in trained.items()
     }
-    # Each step updates each parameter once, but for those that were left out: so many updates Adam has counted.
-    updates = checkpoint.step - checkpoint.skipped
+    # Each step updates each parameter once, but for those that were skipped: so many updates Adam has counted.
+    updates = checkpoint.step - checkpoint.skipped - checkpoint.overflowed
     if any(map(zero.has_master, moments)):
         zero.write_moments(optimizer, updates, moments)
         return

@@ -34,8 +34,21 @@ class Checkpoint(NamedTuple):
 
     @property
     def skipped(self) -> int:
-        """Return how many of them were left out, their loss not being finite."""
+        """Return how many of them made no update, their loss or gradient norm not being finite."""
         return int(self.state["skipped"])
+
+    @property
+    def overflowed(self) -> int:
+        """Return how many of them made no update, the loss scale being too large."""
+        return int(self.state["overflowed"])
+
+
+class KeptPrecision(NamedTuple):
+    """What a checkpoint was computed in."""
+
+    mixed_precision: str
+    base_dtype: str
+    """By name; `auto` = as stored, which older checkpoints do not name otherwise."""
 
 
 class Found(NamedTuple):
@@ -105,6 +118,25 @@ def find_checkpoint(folder: Path, resume: str) -> Found:
             "choose another output_dir, or move them away\n" + "\n".join(f"  {line}" for line in lines)
         )
     return found
+
+
+def precision_of_run(folder: Path, resume: str) -> KeptPrecision | None:
+    """Return the precision of the checkpoint that a run will resume from, None if it begins afresh.
+
+    Only names and sizes are checked here: the checkpoint itself is found, and read in full, once the data are.
+
+    Args:
+        folder, resume: as in `find_checkpoint`.
+    """
+    named = [] if resume in ("auto", "never") else [Path(resume)]
+    for candidate in [*reversed(step_folders(folder)), *named]:
+        if why_invalid(candidate, required=FILES, hashes=False) is None:
+            with contextlib.suppress(ArtifactError, KeyError, TypeError, AttributeError):
+                made_from = read_json(candidate / STATE)["provenance"]
+                precision = made_from["mixed_precision"]
+                if precision in ("no", "bf16", "fp16"):
+                    return KeptPrecision(precision, str(made_from.get("base_dtype", "auto")))
+    return None
 
 
 def step_aside(found: Found, log: Path | None = None) -> list[str]:
@@ -208,7 +240,8 @@ def _named(folder: Path) -> Checkpoint:
 
 def _open(folder: Path) -> Checkpoint:
     state = read_json(folder / STATE)
-    step, skipped = state.get("step"), state.get("skipped", 0)
-    if type(step) is not int or type(skipped) is not int or not 0 <= skipped <= step or step == 0:
-        raise ArtifactError(f"{folder / STATE}: step={step!r} and skipped={skipped!r} are no counts of steps")
-    return Checkpoint(folder, state | {"skipped": skipped})
+    counts = {key: state.get(key, 0) for key in ("step", "skipped", "overflowed")}
+    step, skipped, overflowed = counts.values()
+    if any(type(count) is not int or count < 0 for count in counts.values()) or not 0 < step >= skipped + overflowed:
+        raise ArtifactError(f"{folder / STATE}: {counts} are not counts of steps")
+    return Checkpoint(folder, state | counts)

@@ -316,7 +316,8 @@ def _agreement(made: Made, base: Base, options: Options, reference: list[torch.T
 
 
 def _in_float32(base: Base, change: Change | None) -> PreTrainedModel:
-    model = load_base_model(ModelSection(name_or_path=str(base.folder)), QuantizationSection())
+    section = ModelSection(name_or_path=str(base.folder))
+    model = load_base_model(section, QuantizationSection(), kept_dtype="auto")  # as stored: what `change` is given
     if change is not None:
         for name, parameter in model.named_parameters():
             parameter.data = change(name, parameter.data)
@@ -361,7 +362,9 @@ def _change(job: Job, base: Base, options: Options) -> Change | None:
     quantization = trained.quantization
     if quantization.bits != 4:
         raise ArtifactError(f"{job.told}: its base was not held in 4 bits; say --base-weights original")
-    dtype = choose_dtype(trained.model, str((job.made_from or {}).get("mixed_precision")))
+    made_from = job.made_from or {}
+    kept = str(made_from.get("base_dtype", "auto"))  # older ones do not name it: as stored
+    dtype = choose_dtype(trained.model, str(made_from.get("mixed_precision")), None, kept)
     model = build_without_memory(_config_of(base))
     packed = packed_names(model)
     transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}

@@ -72,6 +72,7 @@ def describe_run(
     plan: Plan,
     *,
     precision: str,
+    base_dtype: str,
     tokenizer: Any,
     template: str,
     ledgers: list[SourceLedger],
@@ -82,6 +83,7 @@ def describe_run(
 
     Args:
         precision: the mixed precision in force.
+        base_dtype: what the base is computed in, by name.
         template: the source of the chat template.
         base: hash of each weight file of the base, by name.
         base_config: hash of its config.
@@ -108,6 +110,7 @@ def describe_run(
         ],
         "seed": config.seed,
         "mixed_precision": precision,
+        "base_dtype": base_dtype,
         "config_sha256": sha256_of_text(json.dumps(config.model_dump(), sort_keys=True)),
         "config": config.model_dump(),
         "plan": plan.as_dict(),

@@ -100,6 +100,16 @@ def write_moments(optimizer: Any, step: int, moments: Mapping[torch.nn.Parameter
             _write_master(parameter, value, name)
 
 
+def set_loss_scale(optimizer: Any, value: float) -> None:
+    """Set the factor by which a float16 engine scales the loss of the next step.
+
+    DeepSpeed 0.19 would raise the scale after the norm and before it unscales: that step's update would be half of what
+    it should be. So its own rule never raises it (config/reconcile.py), and at the smallest scale does not end the run.
+    """
+    scaler = optimizer.optimizer.loss_scaler
+    scaler.cur_scale, scaler.raise_error_at_min_scale = value, False
+
+
 def _states(optimizer: Any) -> list[tuple[torch.Tensor, dict[str, Any]]]:
     """Return each flat float32 partition of this rank with its Adam state."""
     zero = optimizer.optimizer

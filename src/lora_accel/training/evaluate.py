@@ -58,6 +58,25 @@ def evaluate(
     return total.item() / num_supervised_tokens
 
 
+def sample_replies(
+    accelerator: Accelerator, model: torch.nn.Module, tokenizer: Any, prompts: Sequence[list[int]], **options: Any
+) -> list[str | Exception]:
+    """Return the reply to each prompt, generated in the precision of training, or the error that it ended in.
+
+    A sample is for a person to look at: if one cannot be generated, neither the run nor its export fails. Every rank
+    generates all of them, since ZeRO-3 gathers weights in each forward.
+    """
+    unwrapped = accelerator.unwrap_model(model)
+    replies: list[str | Exception] = []
+    for prompt in prompts:
+        try:
+            with accelerator.autocast():  # accelerate wraps the model's own forward only, which `generate` goes around
+                replies += replies_to(unwrapped, tokenizer, [prompt], **options)
+        except Exception as error:
+            replies.append(error)
+    return replies
+
+
 @torch.no_grad()
 def replies_to(
     model: torch.nn.Module, tokenizer: Any, prompts: Sequence[list[int]], *, ends: Collection[int] = (), **options: Any

@@ -16,7 +16,9 @@ from lora_accel.config.plan import Plan, derive
 from lora_accel.config.schema import TrainingSection
 from lora_accel.errors import Interrupted, TrainingError
 from lora_accel.faults import reach
+from lora_accel.saving import zero
 from lora_accel.training.loss import summed_token_loss
+from lora_accel.training.loss_scale import LossScale
 from lora_accel.training.metrics import Metrics
 from lora_accel.training.optimizer import learning_rate, set_learning_rate
 from lora_accel.training.stopping import Stop
@@ -43,6 +45,17 @@ class TokenKeys(Protocol):
     keys: torch.Tensor | None  # [B, T] int32
 
 
+@dataclasses.dataclass
+class Progress:
+    """How far a run is. A checkpoint holds it."""
+
+    step: int = 0
+    skipped: int = 0
+    """Steps so far without an update, since loss or gradient norm was not finite."""
+    overflowed: int = 0
+    """Steps so far without an update, since the loss scale was too large."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """All that the loop needs, ready to use."""
@@ -59,11 +72,13 @@ class Run:
     batch_of: Callable[[int], StepBatch]
     """The 0-based step's batch on this rank."""
     evaluate: Callable[[], dict[str, Any]]
-    save: Callable[[int, int], None]
-    """Save a checkpoint after so many steps, so many of them skipped; every rank calls it."""
+    save: Callable[[Progress], None]
+    """Save a checkpoint; every rank calls it."""
     metrics: Metrics
     stop: Stop
     """Whether this rank has been asked to stop."""
+    loss_scale: LossScale | None = None
+    """In float16 only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +92,8 @@ class StepResult:
     stops: bool
     """Whether any rank has been asked to stop."""
     batch: StepBatch
+    overflowed: bool = False
+    """Whether the loss scale was too large, so that the update was skipped."""
 
     @property
     def is_finite(self) -> bool:
@@ -84,30 +101,30 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def train(run: Run, start: int, skipped: int = 0) -> None:
-    """Make the steps from `start` (0-based) to the plan's last. A resumed run takes the same road as a fresh one.
-
-    Args:
-        skipped: how many of the steps before `start` were not finite and left out.
+def train(run: Run, progress: Progress) -> None:
+    """Make the steps from `progress` to the plan's last. A resumed run takes the same path as a fresh one.
 
     Raises:
         TrainingError: one more step than `training.skip_nonfinite` is not finite; the weights are as before it.
         Interrupted: a rank was asked to stop; a checkpoint is saved.
     """
-    # A step is saved before it is evaluated, so that nothing is lost meanwhile; who goes on from it evaluates first.
-    evaluate_if_due(run, start)
+    # A step is saved before it is evaluated, so that nothing is lost meanwhile; a resumed run evaluates first.
+    evaluate_if_due(run, progress.step)
     run.model.train()
-    for step in range(start, run.plan.total_steps):
+    for step in range(progress.step, run.plan.total_steps):
         result = train_step(run, step)
-        done = step + 1
+        done = progress.step = step + 1
         run.metrics.count(done, result)
-        if not result.is_finite:
-            skipped += 1
-            skip(run, done, result, skipped)
+        if result.overflowed:
+            progress.overflowed += 1
+            log_overflow(run, done)
+        elif not result.is_finite:
+            progress.skipped += 1
+            skip(run, done, result, progress.skipped)
         elif run.plan.logs_after(done):
             run.metrics.log_step(done, result)
         if run.plan.saves_after(done) or result.stops:
-            run.save(done, skipped)
+            run.save(progress)
         if result.stops:
             raise interrupted(run, done)
         evaluate_if_due(run, done)
@@ -136,8 +153,11 @@ def train_step(run: Run, step: int) -> StepResult:
     # The mean over the step's supervised tokens. DDP and ZeRO average over ranks, and Accelerate (but for
     # DeepSpeed) divides by the micro-batches: both are undone.
     weight = accelerator.num_processes / batch.num_supervised_tokens
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        weight *= len(batch.micro_batches)
+    scale, sharded = run.loss_scale, accelerator.distributed_type == DistributedType.DEEPSPEED
+    if not sharded:
+        weight *= len(batch.micro_batches) * (scale.value if scale else 1.0)
+    elif scale:
+        zero.set_loss_scale(run.optimizer, scale.value)
 
     loss_sum = torch.zeros((), device=accelerator.device)
     for micro_batch in batch.micro_batches:
@@ -148,6 +168,8 @@ def train_step(run: Run, step: int) -> StepResult:
             accelerator.backward(loss * weight)
             loss_sum += loss.detach()  # stays on the device: no synchronisation per micro-batch
     reach("step.after_backward")
+    if scale and not sharded:
+        scale.unscale(run.trainable)
     norm = accelerator.clip_grad_norm_(run.trainable, run.training.max_grad_norm)
     # The one synchronisation of the step: nothing may be updated before loss and norm are known to be finite. (A
     # DeepSpeed engine has clipped and stepped within the last backward; it makes no step with a gradient that is not.)
@@ -157,12 +179,22 @@ def train_step(run: Run, step: int) -> StepResult:
     norm = torch.as_tensor(norm, dtype=sums.dtype, device=sums.device)
     loss, stops, norm = torch.cat([sums, norm[None]]).tolist()
 
-    result = StepResult(loss / batch.num_supervised_tokens, norm, rate, stops > 0, batch)
+    overflowed = scale is not None and scale.overflowed(loss, norm)
+    result = StepResult(loss / batch.num_supervised_tokens, norm, rate, stops > 0, batch, overflowed)
     if result.is_finite:
         run.optimizer.step()
+    if scale and (overflowed or result.is_finite):
+        scale.update(overflowed=overflowed)
     run.optimizer.zero_grad()
     reach("step.after_optimizer")
     return result
+
+
+def log_overflow(run: Run, done: int) -> None:
+    """Log a step that the loss scale has skipped: the next one is computed at half the scale."""
+    assert run.loss_scale is not None
+    run.metrics.log_event(done, "overflow", loss_scale=run.loss_scale.value)
+    run.metrics.say(f"step {done}: float16 gradients overflowed; skipped, loss scale now {run.loss_scale.value:g}")
 
 
 def skip(run: Run, done: int, result: StepResult, skipped: int) -> None:

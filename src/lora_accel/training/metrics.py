@@ -85,9 +85,14 @@ class Metrics:
             self.say(f"step {step}: eval loss {values['eval_loss']:.4f}")
             for name, of_source in values.get("sources", {}).items():
                 self.say(f"step {step}: eval loss {of_source['eval_loss']:.4f} on {name}")
-        for prompt, text in replies:
-            self._write({"kind": "event", "event": "reply", "step": step, "prompt": prompt, "reply": text})
-            self.say(f"step {step}: {prompt!r} -> {text!r}")
+        for prompt, reply in replies:
+            if isinstance(reply, Exception):
+                error = f"{type(reply).__name__}: {reply}"
+                self._write({"kind": "event", "event": "reply_failed", "step": step, "prompt": prompt, "error": error})
+                self.say(f"step {step}: no reply to {prompt!r}: {error}")
+            else:
+                self._write({"kind": "event", "event": "reply", "step": step, "prompt": prompt, "reply": reply})
+                self.say(f"step {step}: {prompt!r} -> {reply!r}")
 
     def log_event(self, step: int, event: str, **values: Any) -> None:
         """Log that something happened."""
@@ -143,7 +148,7 @@ def keep_until(path: Path, step: int, *, again: bool = False) -> None:
     for text in path.read_bytes().split(b"\n"):  # bytes: a line may be torn within a character
         try:
             line = json.loads(text)
-            evaluated = line["kind"] == "eval" or line.get("event") == "reply"
+            evaluated = line["kind"] == "eval" or line.get("event") in ("reply", "reply_failed")
             keep = line["step"] < step + (not (again and evaluated))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue

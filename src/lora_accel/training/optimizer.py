@@ -11,8 +11,14 @@ from lora_accel.config.plan import Plan
 from lora_accel.config.schema import TrainingSection
 
 
-def make_optimizer(parameters: Iterable[torch.nn.Parameter], training: TrainingSection) -> torch.optim.Optimizer:
-    """Return AdamW (Loshchilov & Hutter, arXiv 1711.05101); decay falls on matrices, not on biases and norms."""
+def make_optimizer(
+    parameters: Iterable[torch.nn.Parameter], training: TrainingSection, *, fused: bool = True
+) -> torch.optim.Optimizer:
+    """Return AdamW (Loshchilov & Hutter, arXiv 1711.05101); decay falls on matrices, not on biases and norms.
+
+    Args:
+        fused: whether all parameters are updated in one kernel, where the device has it.
+    """
     matrices: list[torch.nn.Parameter] = []
     vectors: list[torch.nn.Parameter] = []
     for parameter in parameters:
@@ -21,7 +27,7 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], training: TrainingS
         {"params": matrices, "weight_decay": training.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=training.learning_rate, fused=True)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=training.learning_rate, fused=fused)
 
 
 def learning_rate(step: int, training: TrainingSection, plan: Plan) -> float:
