@@ -69,7 +69,7 @@ def shorten(text: str, width: int) -> str:
     if len(text) <= width:
         return text
     end = (width - 1) // 2
-    return f"{text[: width - 1 - end]}…{text[-end:]}"
+    return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -211,13 +211,12 @@ def show_data(data: Data) -> None:
     from lora_accel.data.order import source_count
 
     ledgers, sources = [*data.dataset.ledgers, *data.eval_ledgers], data.dataset.sources
-    names = short_names([ledger.path for ledger in ledgers])
-    told = [text for _, text in ledger_lines(ledgers)]
-    print_table("data", zip(names, told, strict=True))
+    lines = ledger_lines(ledgers)
+    print_table("data", lines)
     if len(sources) > 1 or any(source.weight != 1 for source in sources):
         counts = [(len(source.examples), source.weight) for source in sources]
         shares = [f"{source_count(size, weight):,} of {size:,} examples (weight {weight:g})" for size, weight in counts]
-        print_table("an epoch", list(zip(names, shares, strict=False)))
+        print_table("an epoch", [(name, share) for (name, _), share in zip(lines, shares, strict=False)])
     print_table("plan", data.plan.table())
     if any(not ledger.num_ended and ledger.format not in ("text", "tokens") for ledger in data.dataset.ledgers):
         print("note: the chat template closes a turn with no special token, so the adapter will not learn to stop")

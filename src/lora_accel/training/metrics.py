@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import sys
 import threading
 import time
@@ -115,7 +116,7 @@ class Bar:
             total=plan.total_steps,
             initial=start,
             disable=None,  # where stderr is no terminal
-            dynamic_ncols=True,
+            ncols=_bar_width(),
             bar_format=self._format(),
         )
         self.is_shown = not self._bar.disable
@@ -143,13 +144,17 @@ class Bar:
     def _draw(self) -> None:
         if not self.is_shown:
             return
-        self._bar.bar_format = self._format()
+        self._bar.ncols, self._bar.bar_format = _bar_width(), self._format()
         self._bar.refresh()  # takes tqdm's lock
 
     def _format(self) -> str:
         loss = "" if self.loss is None else f"loss {self.loss:.4f}  "
         left = self.doing or f"left {format_clock(self._pace.seconds_left(time.perf_counter()))}"
         return f"step {self._step:,}/{self._total:,} |{{bar}}| {loss}{left}"
+
+
+def _bar_width() -> int:
+    return shutil.get_terminal_size().columns - len(" ^C")  # which a terminal writes after it
 
 
 class Metrics:
