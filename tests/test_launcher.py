@@ -22,6 +22,7 @@ from lora_accel.config.schema import RunConfig
 from lora_accel.errors import Aborted, ConfigError, LoraAccelError
 from lora_accel.launcher import Machine, Signals, config_file_options, launch_training, machine_options
 from lora_accel.processes import is_python
+from lora_accel.training.stopping import taking
 from tests.distributed.launching import PRESETS
 from tests.distributed.test_signals import lives, status, wait_for
 
@@ -127,7 +128,7 @@ def test_a_process_that_was_killed_is_told_of(number: signal.Signals, hint: str)
 
 def test_a_signal_before_anything_was_started_ends_the_command() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Aborted), Signals().forwarded():
+    with pytest.raises(Aborted), taking(Signals().take):
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -140,7 +141,7 @@ def test_a_signal_reaches_what_was_started(number: signal.Signals) -> None:
         "print('ready', flush=True)\n"
         "while True: signal.pause()\n"
     )
-    with Signals().forwarded():
+    with taking(Signals().take):
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         assert child.stdout is not None
         child.stdout.readline()

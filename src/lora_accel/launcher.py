@@ -12,8 +12,7 @@ import os
 import shlex
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from lora_accel.config.files import read_config
 from lora_accel.console import Stage
 from lora_accel.errors import Aborted, ConfigError, LoraAccelError, exit_code_of
 from lora_accel.saving.lock import refuse_output
-from lora_accel.training.stopping import SIGNALS
+from lora_accel.training.stopping import SIGNALS, taking
 
 
 def launch_training(config: Path, overrides: Sequence[str], launcher: Path | None = None) -> int:
@@ -40,7 +39,7 @@ def launch_training(config: Path, overrides: Sequence[str], launcher: Path | Non
         raise ConfigError(f"--launcher: there is no file {launcher}; a preset is in accelerate_configs/ of the sources")
     training = ["-m", "lora_accel.train", "--config", str(config), *overrides]
     signals = Signals()
-    with signals.forwarded():
+    with taking(signals.take):
         with Stage("importing PyTorch and Accelerate"):
             options = config_file_options(launcher) or machine_options(detect_machine())
         print(shlex.join(["accelerate", "launch", *options, *training]), flush=True)
@@ -115,22 +114,6 @@ class Signals:
 
     def __init__(self) -> None:
         self.is_over = False
-
-    @contextlib.contextmanager
-    def forwarded(self) -> Iterator[None]:
-        """Pass signals on for the length of a block."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        try:
-            for number in SIGNALS:
-                if before[number] is not signal.SIG_IGN:
-                    signal.signal(number, self.take)
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def take(self, number: int, frame: FrameType | None = None) -> None:
         """Take a signal.

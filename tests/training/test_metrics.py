@@ -32,7 +32,12 @@ def plan_of() -> Callable[[int], Plan]:
 
     def plan(total_steps: int) -> Plan:
         config = RunConfig.model_validate(
-            {"model": {"name_or_path": "x"}, "data": {"train": [{"path": "x"}]}, "training": {"max_steps": total_steps}}
+            {
+                "output_dir": "x",
+                "model": {"name_or_path": "x"},
+                "data": {"train": [{"path": "x"}]},
+                "training": {"max_steps": total_steps},
+            }
         )
         return make_plan(config, num_ranks=1, num_examples=16, num_tokens=160, num_supervised_tokens=80)
 

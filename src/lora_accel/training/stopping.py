@@ -81,7 +81,7 @@ _starting = _Starting()
 def ending_before_training() -> Iterator[None]:
     """Let a signal end the command with `Aborted` until `listening` takes over; after that it is ignored."""
     _starting.is_over = False
-    with _taking(_starting.take):
+    with taking(_starting.take):
         yield
 
 
@@ -93,13 +93,14 @@ def listening(max_hours: float | None, *, speaks: bool = False) -> Iterator[Stop
         speaks: whether this process shows at once what a signal will do.
     """
     stop = Stop(max_hours, speaks=speaks)
-    with _taking(stop.take):
+    with taking(stop.take):
         _starting.is_over = True
         yield stop
 
 
 @contextlib.contextmanager
-def _taking(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+def taking(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Let a handler take `SIGNALS` for the length of a block; outside the main thread Python allows none."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
