@@ -213,7 +213,7 @@ def lines_of(stream: io.StringIO) -> list[str]:
     return [line.rstrip() for line in re.split(r"[\r\n]", stream.getvalue()) if line.strip()]
 
 
-@pytest.mark.parametrize("columns", [40, 80, 200])
+@pytest.mark.parametrize("columns", [60, 80, 200])
 @pytest.mark.parametrize("total", [9, 123_456])
 def test_the_bar_fits_and_shows_step_loss_and_time_left(
     monkeypatch: pytest.MonkeyPatch, plan_of: Callable[[int], Plan], columns: int, total: int
@@ -247,7 +247,7 @@ def test_the_bar_moves_within_a_step_by_itself(monkeypatch: pytest.MonkeyPatch, 
         time.sleep(0.05)
         seen = set(lines_of(stream))
     bar.close()
-    blocks = [line.count("█") for line in lines_of(stream)]
+    blocks = [line.count("#") for line in lines_of(stream)]  # what tqdm draws where no encoding is known
     assert blocks[0] == 0
     assert blocks[-1] > 2, "half a step of four"
 
