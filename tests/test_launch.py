@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from torch.utils.file_baton import FileBaton
 from lora_accel import console
 from lora_accel.config.reconcile import Launch
 from lora_accel.console import run_command
-from lora_accel.errors import ConfigError, Interrupted, LoraAccelError, TrainingError
+from lora_accel.errors import Aborted, ConfigError, Interrupted, LoraAccelError, TrainingError
 from lora_accel.launch import STALE_SECONDS, leave, look_for_stale_builds, refuse_launch
 from lora_accel.train import main
 from tests.conftest import run_code
@@ -330,10 +331,24 @@ def test_what_succeeds_says_and_leaves_nothing(capsys: pytest.CaptureFixture[str
 
 
 def test_an_interruption_by_hand_is_no_error(tmp_path: Path) -> None:
-    code, said, seconds = tell(KeyboardInterrupt(), 1, tmp_path / "error.json")
+    code, said, seconds = tell(KeyboardInterrupt(), 8, tmp_path / "error.json", speaks=True)
     assert code == 130
     assert said.startswith("interrupted; ")
     assert seconds < 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (Aborted(signal.SIGINT), 130), (Aborted(signal.SIGTERM), 143)]
+)
+def test_an_interruption_is_told_once_on_a_machine(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, error: BaseException, code: int
+) -> None:
+    for speaks in (True, False):
+        file = str(tmp_path / "error.json")
+        assert run_command(raises(error), rank=9 - speaks, speaks=speaks, error_file=file) == code
+        said = capsys.readouterr().err
+        assert said.count("\n") == speaks, said
     assert list(tmp_path.iterdir()) == []
 
 

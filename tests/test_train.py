@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +25,8 @@ from lora_accel import read_config, run_training
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ArtifactError, ConfigError, Interrupted, TrainingError
 from lora_accel.saving.commit import why_invalid
-from lora_accel.train import main, refuse_output
+from lora_accel.summary import is_finished
+from lora_accel.train import main, prepare_data, refuse_output
 from tests.conftest import ROOT, chat_rows, read_metrics, run_module, write_jsonl
 
 # What must be equal to the last bit; the rest of a line are times and memory.
@@ -555,12 +558,72 @@ def test_the_command_that_is_asked_to_stop_says_so_and_exits_with_143(
     assert main(command) == 0
 
 
-def test_a_finished_run_started_again_writes_the_same_adapter(make_config: Callable[..., RunConfig]) -> None:
+def test_a_finished_run_started_again_says_so_and_does_nothing(
+    make_config: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(checkpoint={"keep_last": 1})
+    adapter = run_training(config)
+    before = tree(adapter.parent)
+    said = capsys.readouterr().out
+    assert re.search(r"^finished: 6 steps in .*; loss \d+\.\d{4}$", said, re.MULTILINE)
+    commands = [f"  lora-accel chat --adapter {adapter}", f"  lora-accel merge {adapter} {adapter.parent / 'merged'}"]
+    assert said.splitlines()[-3:] == ["next:", *commands]
+    assert f"adapter: {adapter}" in said.splitlines()
+
+    def load(*_: object, **__: object) -> None:
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr("lora_accel.model.base.load_base_model", load)
+    assert run_training(config) == adapter
+    assert tree(adapter.parent) == before
+    said = capsys.readouterr().out
+    assert f"{adapter.parent}: finished after step 6; nothing to do" in said.splitlines()
+    assert f"adapter: {adapter}" in said.splitlines()
+
+
+def test_a_finished_run_whose_adapter_is_damaged_writes_it_anew(make_config: Callable[..., RunConfig]) -> None:
     config = make_config(checkpoint={"keep_last": 1})
     adapter = run_training(config)
     before = tree(adapter), tree(adapter.parent / "checkpoints")
-    for _ in range(2):
-        run_training(config)
-        assert (tree(adapter), tree(adapter.parent / "checkpoints")) == before
+    with (adapter / "adapter_model.safetensors").open("ab") as file:
+        file.write(b"x")
+    run_training(config)
+    assert (tree(adapter), tree(adapter.parent / "checkpoints")) == before
     states = [line["step"] for line in read_metrics(adapter.parent, "event") if line["event"] == "resume"]
-    assert states == [6, 6]
+    assert states == [6]
+
+
+def test_a_finished_run_trains_longer_as_it_says(make_config: Callable[..., RunConfig]) -> None:
+    run_training(make_config())
+    longer = make_config(training={"epochs": 2}, checkpoint={"allow_changes": ["training.epochs"]})
+    assert [line["step"] for line in read_metrics(run_training(longer).parent)] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("change", ["state", "step", "plan", "data", "config", "precision", "base", "no file"])
+def test_a_run_that_differs_from_the_finished_one_is_not_taken_for_it(
+    make_config: Callable[..., RunConfig], change: str
+) -> None:
+    config = make_config(training={"max_steps": 1})
+    folder = run_training(config).parent
+    data = prepare_data(config, 1)
+    assert is_finished(folder, config, data.plan, data.dataset.ledgers, "no")
+    assert is_finished(folder, config, dataclasses.replace(data.plan, num_ranks=7), data.dataset.ledgers, "no")
+    precision, file = "no", folder / "provenance.json"
+    values = json.loads(file.read_text())
+    if change in ("state", "step"):
+        file = folder / "status.json"
+        values = json.loads(file.read_text()) | ({"state": "preempted"} if change == "state" else {"step": 0})
+    elif change == "plan":
+        values["plan"]["num_examples"] += 1
+    elif change == "data":
+        values["data"][0]["tokens_sha256"] = "0"
+    elif change == "config":
+        values["config"]["evaluation"]["prompts"] = ["hello"]
+    elif change == "precision":
+        precision = "bf16"
+    elif change == "base":
+        values["base"]["sha256"] = {"model.safetensors": "0"}
+    file.write_text(json.dumps(values))
+    if change == "no file":
+        file.unlink()
+    assert not is_finished(folder, config, data.plan, data.dataset.ledgers, precision)

@@ -18,8 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Fine-tune causal language models with LoRA and QLoRA. "
-    "Train with: accelerate launch -m lora_accel.train --config FILE [section.key=value …]",
+    help="Fine-tune causal language models with LoRA and QLoRA.",
 )
 
 Config = Annotated[Optional[Path], typer.Option("--config", metavar="FILE", help="Run config, YAML.")]  # noqa: UP045
@@ -40,6 +39,25 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script to r
 def main() -> None:
     """Run the command line."""
     sys.exit(run_command(lambda: app(standalone_mode=True)))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="Run config, YAML.")],
+    overrides: Overrides = None,
+    launcher: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="FILE",
+            help="Config file of accelerate launch. Without it, what `accelerate config` wrote, else what fits "
+            "this machine.",
+        ),
+    ] = None,
+) -> None:
+    """Train, or resume: runs accelerate launch on this machine and prints its command line."""
+    from lora_accel.launcher import launch_training
+
+    raise typer.Exit(launch_training(config, overrides or [], launcher))
 
 
 @app.command()

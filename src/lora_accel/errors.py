@@ -7,6 +7,7 @@
     │   └── ArtifactError             an adapter, a checkpoint or a base model that cannot be used
     ├── TrainingError             3   training cannot go on; the last good checkpoint is kept
     └── Interrupted         143/130  asked to stop, by Ctrl-C (130) or otherwise; a checkpoint is saved
+    Aborted (KeyboardInterrupt)  143/130  a signal before training started; there is nothing to save
 
 A message says which option, file, line or row is wrong, and the way out. It is shown without a traceback.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import signal
 from collections.abc import Iterable
 
 
@@ -54,6 +56,20 @@ class Interrupted(LoraAccelError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class Aborted(KeyboardInterrupt):
+    """A signal ended the command before training started. No `Exception`: nothing on the way swallows it."""
+
+    def __init__(self, number: int) -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name} before training started; run the same command to start again")
+        self.exit_code = exit_code_of(number)
+
+
+def exit_code_of(number: int) -> int:
+    """Return the exit code of a run that a signal stopped: 130 for Ctrl-C, 143 for all others."""
+    return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lora_accel.config.files import config_to_yaml, read_config
 from lora_accel.config.plan import Plan, make_plan
 from lora_accel.config.schema import RunConfig
-from lora_accel.console import hush_libraries, print_table, run_command
+from lora_accel.console import Stage, hush_libraries, print_table, run_command, short_names
 from lora_accel.errors import ConfigError
 from lora_accel.faults import armed, reach
 from lora_accel.launch import follow_launcher, leave, make_accelerator, settle
 from lora_accel.saving.lock import held, refuse_output
+from lora_accel.summary import finished_lines, is_finished, summary_lines
+from lora_accel.training.stopping import ending_before_training
 
 if TYPE_CHECKING:
     import torch
@@ -50,15 +52,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
 
     def command() -> None:
-        follow_launcher()
-        run_training(read_config(asked.config, asked.overrides))
+        with ending_before_training():
+            follow_launcher()
+            run_training(read_config(asked.config, asked.overrides))
 
     return run_command(
         command,
         rank=int(os.environ.get("RANK", "0")),
-        speaks=os.environ.get("LOCAL_RANK", "0") == "0",
+        speaks=speaks(),
         error_file=os.environ.get("TORCHELASTIC_ERROR_FILE"),
     )
+
+
+def speaks() -> bool:
+    """Whether this process is the one of its machine that tells what goes on."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def run_training(config: RunConfig) -> Path:
@@ -73,9 +81,11 @@ def run_training(config: RunConfig) -> Path:
     refuse_output(folder)
     armed()
     launch, settings = settle(config)
-    hush_libraries()
-
-    accelerator = make_accelerator(config, launch, settings)
+    with Stage("importing PyTorch and transformers", enabled=speaks()):
+        hush_libraries()
+    starting = "DeepSpeed; it compiles its extension once, up to a minute" if launch.zero_stage else "Accelerate"
+    with Stage(f"starting {starting}", enabled=speaks()):
+        accelerator = make_accelerator(config, launch, settings)
     with held(folder, enabled=accelerator.is_main_process) as begin:
         return run_in_folder(config, accelerator, folder, begin)
 
@@ -94,6 +104,10 @@ def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path, beg
     data = prepare_data(config, accelerator.num_processes)
     if main:
         show_data(data)
+    precision, ledgers = accelerator.mixed_precision, data.dataset.ledgers
+    if gather_object([main and is_finished(folder, config, data.plan, ledgers, precision)])[0]:
+        accelerator.print("\n".join(finished_lines(folder, data.plan.total_steps)))
+        return folder / "adapter"
     model, optimizer, dropout, packed = prepare_model(config, accelerator)
     if recomputes(config, data, accelerator, model, dropout, packed):
         accelerator.unwrap_model(model).gradient_checkpointing_enable({"use_reentrant": False})
@@ -103,9 +117,9 @@ def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path, beg
     if main:
         refuse_full_disk(accelerator, model, checkpoints, keep_last=max(2, config.checkpoint.keep_last))
         write_run_folder(folder, config, data, provenance)
-    pids = gather_object([os.getpid()])
+    pids, resumed_from = gather_object([os.getpid()]), start.progress.step
     with (
-        listening(config.training.max_hours) as stop,
+        listening(config.training.max_hours, speaks=accelerator.is_local_main_process) as stop,
         running(folder, start.progress.step, start.checkpoint, pids=pids, enabled=main) as status,
     ):
         run = make_run(config, data, accelerator, model, optimizer, dropout, packed, provenance, status, start, stop)
@@ -115,6 +129,7 @@ def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path, beg
         try:
             if start.checkpoint is not None and start.checkpoint.parent.resolve() != checkpoints.resolve():
                 run.save(start.progress)  # another run's; from here on this one has its own
+            run.metrics.begin()
             train(run, start.progress)
             export_adapter(folder / "adapter", data.template, accelerator, model, provenance, config.checkpoint.gather)
             if main:
@@ -122,8 +137,18 @@ def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path, beg
             run.metrics.log_event(data.plan.total_steps, "done")
         finally:
             run.metrics.close()
+    metrics = run.metrics
     if main:
-        print(f"adapter: {folder / 'adapter'}")
+        lines = summary_lines(
+            folder,
+            data.plan,
+            resumed_from=resumed_from,
+            seconds=metrics.elapsed_seconds,
+            loss=metrics.loss,
+            eval_loss=metrics.eval_loss,
+            can_evaluate=bool(config.data.eval),
+        )
+        print("\n".join(lines))
     return folder / "adapter"
 
 
@@ -187,11 +212,12 @@ def show_data(data: Data) -> None:
     from lora_accel.data.order import source_count
 
     ledgers, sources = [*data.dataset.ledgers, *data.eval_ledgers], data.dataset.sources
-    print_table("data", ledger_lines(ledgers))
+    lines = ledger_lines(ledgers)
+    print_table("data", lines)
     if len(sources) > 1 or any(source.weight != 1 for source in sources):
         counts = [(len(source.examples), source.weight) for source in sources]
-        told = [f"{source_count(size, weight):,} of {size:,} examples (weight {weight:g})" for size, weight in counts]
-        print_table("an epoch", list(zip((ledger.path for ledger in data.dataset.ledgers), told, strict=False)))
+        shares = [f"{source_count(size, weight):,} of {size:,} examples (weight {weight:g})" for size, weight in counts]
+        print_table("an epoch", [(name, share) for (name, _), share in zip(lines, shares, strict=False)])
     print_table("plan", data.plan.table())
     if any(not ledger.num_ended and ledger.format not in ("text", "tokens") for ledger in data.dataset.ledgers):
         print("note: the chat template closes a turn with no special token, so the adapter will not learn to stop")
@@ -219,13 +245,15 @@ def prepare_model(
     kept_dtype = None if kept is None else kept.base_dtype
     if sharded and accelerator.deepspeed_plugin.zero_stage == 3 and accelerator.mixed_precision == "no":
         check_zero3_dtype(config.model, accelerator.device, kept_dtype)
-    base = load_base_model(
-        config.model,
-        config.quantization,
-        mixed_precision=accelerator.mixed_precision,
-        device=accelerator.device,
-        kept_dtype=kept_dtype,
-    )
+    name = short_names([config.model.name_or_path])[0]
+    with Stage(f"loading {name}", enabled=accelerator.is_local_main_process):
+        base = load_base_model(
+            config.model,
+            config.quantization,
+            mixed_precision=accelerator.mixed_precision,
+            device=accelerator.device,
+            kept_dtype=kept_dtype,
+        )
     packed = config.data.packing and can_pack(base)
     if packed:
         pack_attention(base)
@@ -283,7 +311,8 @@ def recomputes(
     model.train()
     by_examples = config.training.micro_batch_size
     tokens = by_examples * longest if by_examples else max(longest, config.training.micro_batch_tokens)
-    wanted = wanted_bytes(model, batch, tokens)
+    with Stage("measuring activation memory", enabled=accelerator.is_local_main_process):
+        wanted = wanted_bytes(model, batch, tokens)
     free = free_bytes(accelerator.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     short = torch.tensor(float(wanted > free), device=accelerator.device)
     again = bool(accelerator.reduce(short) > 0)
@@ -296,6 +325,8 @@ def describe(config: RunConfig, data: Data, accelerator: Accelerator, model: tor
     """Return what this run is made from."""
     from lora_accel.saving.provenance import base_hashes, config_hash, describe_run
 
+    with Stage("hashing the weights of the base model", enabled=accelerator.is_local_main_process):
+        base = base_hashes(config.model.name_or_path, config.model.revision)
     return describe_run(
         config,
         data.plan,
@@ -304,7 +335,7 @@ def describe(config: RunConfig, data: Data, accelerator: Accelerator, model: tor
         tokenizer=data.template.tokenizer,
         template=data.template.source,
         ledgers=data.dataset.ledgers,
-        base=base_hashes(config.model.name_or_path, config.model.revision),
+        base=base,
         base_config=config_hash(config.model.name_or_path, config.model.revision),
     )
 
@@ -438,10 +469,12 @@ def make_run(
     def evaluation() -> dict[str, Any]:
         values: dict[str, Any] = {}
         if eval_batches:
-            values = evaluate_sources(accelerator, model, eval_batches)
+            with metrics.doing("evaluating"):
+                values = evaluate_sources(accelerator, model, eval_batches)
         if config.evaluation.prompts:
             most = config.evaluation.max_new_tokens
-            replies = sample_replies(accelerator, model, tokenizer, data.prompts, max_new_tokens=most)
+            with metrics.doing("replying to evaluation.prompts"):
+                replies = sample_replies(accelerator, model, tokenizer, data.prompts, max_new_tokens=most)
             values["replies"] = list(zip(config.evaluation.prompts, replies, strict=True))
         return values
 

@@ -1,14 +1,47 @@
-"""metrics.jsonl: what is after the step a run goes on from is dropped, and a torn line with it."""
+"""metrics.jsonl: what is after the step a run resumes from is dropped, and a torn line with it. The bar."""
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from lora_accel.training.metrics import keep_until, peak_memory_bytes
+from lora_accel.config.plan import Plan, make_plan
+from lora_accel.config.schema import RunConfig
+from lora_accel.training import metrics
+from lora_accel.training.metrics import (
+    Bar,
+    Pace,
+    format_clock,
+    format_step_estimate,
+    keep_until,
+    peak_memory_bytes,
+)
+
+
+@pytest.fixture
+def plan_of() -> Callable[[int], Plan]:
+    """A plan of so many steps."""
+
+    def plan(total_steps: int) -> Plan:
+        config = RunConfig.model_validate(
+            {
+                "output_dir": "x",
+                "model": {"name_or_path": "x"},
+                "data": {"train": [{"path": "x"}]},
+                "training": {"max_steps": total_steps},
+            }
+        )
+        return make_plan(config, num_ranks=1, num_examples=16, num_tokens=160, num_supervised_tokens=80)
+
+    return plan
 
 
 def line(step: int, kind: str = "train", **values: object) -> str:
@@ -117,3 +150,111 @@ def test_peak_memory_is_counted_in_bytes() -> None:
     assert after > 2**26, "a process with torch holds more than 64 MiB"
     assert before <= after < 2**44
     assert held.numel() == 2**26
+
+
+# --- what is shown
+
+
+def test_the_time_left_follows_from_real_steps_without_the_first() -> None:
+    pace = Pace(start=10, total_steps=20, now=100.0)
+    assert (pace.seconds_per_step, pace.seconds_left(101.0)) == (None, None)
+    pace.estimate(30.0)  # from its first micro-batch
+    assert pace.seconds_left(100.0) == 300.0
+    pace.end_step(11, 160.0)  # compiled, warmed up
+    assert pace.seconds_left(160.0) == 9 * 60.0
+    pace.end_step(12, 164.0)
+    assert (pace.seconds_per_step, pace.seconds_left(164.0)) == (4.0, 8 * 4.0)
+    assert pace.seconds_left(166.0) == 8 * 4.0 - 2.0, "it counts down within a step"
+    assert pace.seconds_left(999.0) == 7 * 4.0, "a step that takes longer ends some time"
+    pace.end_step(13, 170.0)  # saved and evaluated
+    assert pace.seconds_per_step == 5.0
+    pace.end_step(20, 205.0)
+    assert pace.seconds_left(205.0) == 0.0
+
+
+def test_the_pace_is_that_of_the_last_steps() -> None:
+    pace = Pace(0, 10_000, 0.0)
+    for step in range(1, 101):
+        pace.end_step(step, 100.0 * step)
+    for step in range(101, 200):
+        pace.end_step(step, 10_000.0 + step - 100)
+    assert pace.seconds_per_step == 1.0
+
+
+def test_what_comes_before_the_first_step_is_none_of_it() -> None:
+    pace = Pace(0, 10, 0.0)
+    pace.restart(50.0)  # evaluated at the start
+    pace.end_step(1, 52.0)
+    assert pace.seconds_left(52.0) == 18.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "?"), (0.4, "0:00"), (7, "0:07"), (200, "3:20"), (59.7, "1:00"), (4680, "1:18:00"), (360_000, "100:00:00")],
+)
+def test_a_clock_shows_hours_only_where_there_are_some(seconds: float | None, text: str) -> None:
+    assert format_clock(seconds) == text
+
+
+def test_a_long_step_is_estimated_from_its_first_micro_batch() -> None:
+    assert format_step_estimate(1, 180, 1, 8, 3.2) == (
+        "step 1: micro-batch 1 of 8 took 3.2 s; about 26 s per step, 1 h 17 min for 180 steps"
+    )
+    assert "for 80 steps" in format_step_estimate(101, 180, 1, 8, 3.2), "resumed: those that are left"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def lines_of(stream: io.StringIO) -> list[str]:
+    """Return what stood in the bar's line, one after the other."""
+    return [line.rstrip() for line in re.split(r"[\r\n]", stream.getvalue()) if line.strip()]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize("total", [9, 123_456])
+def test_the_bar_fits_and_shows_step_loss_and_time_left(
+    monkeypatch: pytest.MonkeyPatch, plan_of: Callable[[int], Plan], columns: int, total: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    pace = Pace(0, total, time.perf_counter() - 1.0)
+    bar = Bar(plan_of(total), 0, pace)
+    pace.end_step(1, time.perf_counter())
+    bar.loss = 12.3456
+    bar.move(1)
+    bar.close()
+    lines = lines_of(sys.stderr)  # type: ignore[arg-type]
+    assert max(map(len, lines)) <= columns - 3, "room for ^C"
+    assert lines[-1].startswith(f"step 1/{total:,} |")
+    assert re.search(r"\| loss 12\.3456  left [\d:]+$", lines[-1])
+
+
+def test_the_bar_moves_within_a_step_by_itself(monkeypatch: pytest.MonkeyPatch, plan_of: Callable[[int], Plan]) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(metrics, "REFRESH_SECONDS", 0.02)
+    pace = Pace(0, 4, time.perf_counter())
+    pace.estimate(1000.0)
+    bar = Bar(plan_of(4), 0, pace)
+    bar.move(0, 0.5)
+    stream: io.StringIO = sys.stderr  # type: ignore[assignment]
+    seen, deadline = set(lines_of(stream)), time.monotonic() + 60
+    while len({line[-5:] for line in seen}) < 3:  # the time left runs down
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.05)
+        seen = set(lines_of(stream))
+    bar.close()
+    blocks = [line.count("#") for line in lines_of(stream)]  # what tqdm draws where no encoding is known
+    assert blocks[0] == 0
+    assert blocks[-1] > 2, "half a step of four"
+
+
+def test_without_a_terminal_there_is_no_bar(monkeypatch: pytest.MonkeyPatch, plan_of: Callable[[int], Plan]) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    bar = Bar(plan_of(4), 0, Pace(0, 4, 0.0))
+    bar.move(1)
+    bar.close()
+    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from lora_accel.errors import Aborted
 from lora_accel.training import stopping
-from lora_accel.training.stopping import SIGNALS, Stop, listening
+from lora_accel.training.stopping import SIGNALS, Stop, ending_before_training, listening
 from tests.conftest import ROOT
 
 TAKEN = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -157,3 +158,93 @@ def test_in_another_thread_only_the_hours_count() -> None:
     thread.start()
     thread.join()
     assert causes == ["training.max_hours", True]
+
+
+# --- what is shown at once
+
+
+def test_the_first_signal_shows_once_what_happens(capfd: pytest.CaptureFixture[str]) -> None:
+    with listening(None, speaks=True):
+        send(signal.SIGINT)
+        send(signal.SIGTERM)
+    assert capfd.readouterr().err == "finishing this step, then saving; press Ctrl-C again to abort\n"
+    with listening(None, speaks=True):
+        send(signal.SIGTERM)
+        send(signal.SIGINT)
+    assert capfd.readouterr().err == "SIGTERM: finishing this step, then saving\n"
+
+
+def test_other_processes_of_a_machine_show_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with listening(None) as stop:
+        send(signal.SIGINT)
+        assert stop.cause() == "SIGINT"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_message_gets_out_while_the_main_thread_writes_itself() -> None:
+    """Python refuses a second write to a stream from within a write to it."""
+    code = (
+        "import io, os, signal, sys\n"
+        "from lora_accel.training.stopping import listening\n"
+        "class Raw(io.FileIO):\n"
+        "    def write(self, data):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        return super().write(data)\n"
+        "sys.stderr = io.TextIOWrapper(io.BufferedWriter(Raw(2, 'w')), write_through=True)\n"
+        "with listening(None, speaks=True):\n"
+        "    print('a line', file=sys.stderr, flush=True)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert sorted(ran.stderr.splitlines()) == [
+        "a line",
+        "finishing this step, then saving; press Ctrl-C again to abort",
+    ]
+    assert ran.returncode == 0
+
+
+def test_a_ctrl_c_that_is_passed_on_does_not_disturb_the_abort(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "TWICE_SECONDS", 0.2)
+    with listening(None) as stop:
+        send(signal.SIGINT)
+        time.sleep(0.3)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+        send(signal.SIGINT)  # the launcher's
+        assert stop.cause() == "SIGINT"
+
+
+# --- before training starts
+
+
+@pytest.mark.parametrize("number", TAKEN, ids=lambda number: number.name)
+def test_before_training_a_signal_ends_the_command(number: signal.Signals) -> None:
+
+    def command() -> None:
+        with ending_before_training():
+            try:
+                send(number)
+            except Exception:  # as libraries do
+                pytest.fail("swallowed")
+            finally:
+                send(number)  # what follows does not disturb the end
+
+    with pytest.raises(Aborted, match=f"stopped by {number.name} before training started") as caught:
+        command()
+    assert caught.value.exit_code == (130 if number == signal.SIGINT else 143)
+
+
+def test_training_takes_over_and_does_not_give_back() -> None:
+    with ending_before_training():
+        with listening(None) as stop:
+            send(signal.SIGTERM)
+            assert stop.cause() == "SIGTERM"
+        send(signal.SIGTERM)  # training has ended; what is left is to say so
+    with ending_before_training(), pytest.raises(Aborted):
+        send(signal.SIGTERM)
+
+
+def test_handlers_are_put_back_after_the_command() -> None:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    with ending_before_training(), listening(None):
+        pass
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_accel.config.schema import DataFormat
+from lora_accel.console import short_names
 from lora_accel.errors import DataError
 
 USED, TRUNCATED, SPLIT = "used", "truncated", "split"
@@ -133,9 +134,9 @@ def total(ledgers: Sequence[SourceLedger]) -> dict[str, Any]:
 
 
 def ledger_lines(ledgers: list[SourceLedger]) -> list[tuple[str, str]]:
-    """Return for each source what a person reads of it: (path, summary)."""
+    """Return for each source what a person reads of it: (short name, summary)."""
     lines = []
-    for ledger in ledgers:
+    for name, ledger in zip(short_names([ledger.path for ledger in ledgers]), ledgers, strict=True):
         rest = [
             f"{len(rows):,} {bucket}"
             for bucket, rows in sorted(ledger.buckets.items())
@@ -148,7 +149,7 @@ def ledger_lines(ledgers: list[SourceLedger]) -> list[tuple[str, str]]:
         cut = f" ({ledger.num_cut_tokens:,} more cut off)" if ledger.num_cut_tokens else ""
         lines.append(
             (
-                ledger.path,
+                name,
                 f"{ledger.format}, {ledger.num_rows:,} rows: {len(ledger.buckets.get(USED, [])):,} used"
                 + "".join(f", {item}" for item in rest)
                 + f"; {ledger.num_examples:,} examples, {ledger.num_tokens:,} tokens{cut}, {share:.1%} supervised, "

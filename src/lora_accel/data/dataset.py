@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lora_accel.config.schema import DataSection, SourceSection
+from lora_accel.console import Stage, short_names
 from lora_accel.data.audit import DROPPED, USED, SourceLedger
 from lora_accel.data.chat import ChatTemplate, Example, encode_record
 from lora_accel.data.formats import MalformedRow, Record, Row, UnusableRow, detect_format, parse_row
@@ -196,13 +197,15 @@ def _build(folder: Path, *, source: Input, section: SourceSection, recipe: Recip
     work = functools.partial(prepare, template=recipe.template(), section=named, options=options)
     writer, files = Writer(folder), list(source.hashes)
     stamps = [(file, file.stat()) for file in source.files]
-    for done in _in_order(work, itertools.chain([first] if first else [], chunks), options.num_workers):
-        for number, bucket, lengths, supervised in done.rows:
-            ledger.count((done.file, number), bucket, lengths, supervised)
-        ledger.num_ended += done.num_ended
-        ledger.num_cut_tokens += done.num_cut_tokens
-        ledger.note(done.notes)
-        writer.add(done.examples, files.index(done.file))
+    with Stage(f"tokenizing {short_names([section.path])[0]}") as stage:
+        for done in _in_order(work, itertools.chain([first] if first else [], chunks), options.num_workers):
+            for number, bucket, lengths, supervised in done.rows:
+                ledger.count((done.file, number), bucket, lengths, supervised)
+            ledger.num_ended += done.num_ended
+            ledger.num_cut_tokens += done.num_cut_tokens
+            ledger.note(done.notes)
+            writer.add(done.examples, files.index(done.file))
+            stage.note(f"{ledger.num_rows:,} rows")
     for file, stamp in stamps:
         now = file.stat()
         if (now.st_size, now.st_mtime_ns) != (stamp.st_size, stamp.st_mtime_ns):
@@ -252,7 +255,8 @@ def _begin(parent: int, task: Callable[[Chunk], Prepared]) -> None:
     global _task
     _task = task
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
     end_with_parent(parent)
 
 

@@ -160,13 +160,14 @@ def train_step(run: Run, step: int) -> StepResult:
         zero.set_loss_scale(run.optimizer, scale.value)
 
     loss_sum = torch.zeros((), device=accelerator.device)
-    for micro_batch in batch.micro_batches:
+    for number, micro_batch in enumerate(batch.micro_batches, start=1):
         with accelerator.accumulate(run.model):  # ranks exchange gradients in the last micro-batch only
             micro_batch = micro_batch.to(accelerator.device)
             run.dropout.keys = micro_batch.token_keys
             loss = summed_token_loss(run.model, micro_batch)
             accelerator.backward(loss * weight)
             loss_sum += loss.detach()  # stays on the device: no synchronisation per micro-batch
+        run.metrics.note_micro_batch(number, len(batch.micro_batches))
     reach("step.after_backward")
     if scale and not sharded:
         scale.unscale(run.trainable)

@@ -1,0 +1,102 @@
+"""What a finished run shows, and whether a run folder holds one already."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_accel.config.plan import Plan
+from lora_accel.config.schema import RunConfig
+from lora_accel.console import format_seconds
+from lora_accel.data.audit import SourceLedger
+from lora_accel.errors import ArtifactError
+from lora_accel.saving.commit import read_json, why_invalid
+
+
+def is_finished(
+    folder: Path, config: RunConfig, plan: Plan, ledgers: Sequence[SourceLedger], mixed_precision: str
+) -> bool:
+    """Whether a run folder holds the result of this very run, so that nothing is left to do.
+
+    Config, plan, data, precision and base must be those of the finished run, and its adapter as its manifest says.
+    Whatever differs is left to the ordinary way, which resumes or raises.
+    """
+    adapter = folder / "adapter"
+    try:
+        status, made_from = read_json(folder / "status.json"), read_json(folder / "provenance.json")
+        if status["state"] != "done" or status["step"] != plan.total_steps or why_invalid(adapter) is not None:
+            return False
+        then = {key: made_from["plan"][key] for key in plan.as_dict() if key != "num_ranks"}
+        tokens = [entry["tokens_sha256"] for entry in made_from["data"]]
+        settings, precision, base = made_from["config"], made_from["mixed_precision"], made_from["base"]["sha256"]
+    except (ArtifactError, KeyError, TypeError):
+        return False
+    now = {key: value for key, value in plan.as_dict().items() if key != "num_ranks"}
+    is_same = (
+        then == now
+        and tokens == [ledger.tokens_sha256 for ledger in ledgers]
+        and settings == json.loads(json.dumps(config.model_dump()))
+        and precision == mixed_precision
+    )
+    return is_same and base == _base_hashes(config)
+
+
+def finished_lines(folder: Path, step: int) -> list[str]:
+    """Return what is shown of a run that has been finished before."""
+    return [
+        f"{folder}: finished after step {step:,}; nothing to do",
+        f"adapter: {folder / 'adapter'}",
+        "to train longer, add training.epochs=N 'checkpoint.allow_changes=[training.epochs]'",
+        "to train from the beginning, add output_dir=ANOTHER",
+        *next_lines(folder, can_evaluate=False),
+    ]
+
+
+def summary_lines(
+    folder: Path,
+    plan: Plan,
+    *,
+    resumed_from: int,
+    seconds: float,
+    loss: float | None,
+    eval_loss: float | None,
+    can_evaluate: bool,
+) -> list[str]:
+    """Return what is shown at the end of a run.
+
+    Args:
+        resumed_from: the step after which this process began.
+        seconds: since then.
+        loss, eval_loss: of the last step; None = not logged, not evaluated.
+        can_evaluate: whether `lora-accel evaluate` finds rows in the run's config.
+    """
+    steps = plan.total_steps - resumed_from
+    resumed = f", resumed after step {resumed_from:,}" if resumed_from else ""
+    losses = [("loss", loss), ("eval loss", eval_loss)]
+    told = ", ".join(f"{name} {value:.4f}" for name, value in losses if value is not None)
+    return [
+        f"finished: {steps:,} steps in {format_seconds(seconds)}{resumed}" + (f"; {told}" if told else ""),
+        f"adapter: {folder / 'adapter'}",
+        *next_lines(folder, can_evaluate=can_evaluate),
+    ]
+
+
+def next_lines(folder: Path, *, can_evaluate: bool) -> list[str]:
+    """Return the commands that use an adapter, ready to be copied."""
+    adapter, merged, config = (shlex.quote(str(folder / name)) for name in ("adapter", "merged", "config.yaml"))
+    lines = [f"lora-accel chat --adapter {adapter}"]
+    if can_evaluate:
+        lines.append(f"lora-accel evaluate --config {config} --adapter {adapter}")
+    lines.append(f"lora-accel merge {adapter} {merged}")
+    return ["next:", *(f"  {line}" for line in lines)]
+
+
+def _base_hashes(config: RunConfig) -> dict[str, str] | None:
+    from lora_accel.saving.provenance import base_hashes
+
+    try:
+        return base_hashes(config.model.name_or_path, config.model.revision)
+    except (ArtifactError, OSError):  # gone, or not in the cache any more
+        return None
