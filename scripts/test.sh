@@ -3,11 +3,18 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+venv=.venv constraints=constraints.txt
+if [ "${1:-}" = --oldest ]; then
+    venv=.venv-oldest constraints=constraints-oldest.txt
+fi
 PYTHON=${PYTHON:-python3}
-[ -d .venv ] || "$PYTHON" -m venv .venv
-.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+[ -d "$venv" ] || "$PYTHON" -m venv "$venv"
+"$venv/bin/python" -m pip install --quiet --constraint "$constraints" --editable '.[dev]'
 
-export PATH="$PWD/.venv/bin:$PATH"
+export PATH="$PWD/$venv/bin:$PATH"
+if [ "${1:-}" = --oldest ]; then # whether the lower bounds hold: no lint, and nothing that is launched
+    OMP_NUM_THREADS=1 exec python -m pytest -m 'not distributed and not smollm and not slow' "${@:2}"
+fi
 ruff format --check .
 ruff check .
 codespell src tests scripts docs recipes ./*.md

@@ -7,11 +7,13 @@ from typing import Any
 
 import peft
 import pytest
+from packaging.version import Version
 from pydantic import ValidationError
 
-from lora_accel.config.schema import AdapterSection, RunConfig
+from lora_accel.config.schema import PEFT_SINCE, AdapterSection, RunConfig
 from lora_accel.model.adapter import lora_config
 
+PEFT = Version(peft.__version__)
 NEEDED: dict[str, Any] = {
     "output_dir": "run",
     "model": {"name_or_path": "model"},
@@ -25,7 +27,29 @@ OURS |= {"base_model_name_or_path", "revision", "inference_mode"}
 
 def test_every_field_of_peft_can_be_set() -> None:
     peft_fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert set(AdapterSection.model_fields) - {"alpha", "dropout"} == peft_fields - OURS
+    newer = {name for name, since in PEFT_SINCE.items() if Version(since) > PEFT}
+    assert set(AdapterSection.model_fields) - {"alpha", "dropout"} == (peft_fields - OURS) | newer
+    assert not newer & peft_fields
+
+
+@pytest.mark.parametrize("name", PEFT_SINCE)
+def test_a_field_that_the_installed_peft_lacks_names_the_version_that_has_it(name: str) -> None:
+    value: Any = {}
+    if Version(PEFT_SINCE[name]) <= PEFT:
+        assert AdapterSection.model_validate({name: value}).peft_fields() == {name: value}
+    else:
+        with pytest.raises(ValidationError, match=rf"needs peft >= {PEFT_SINCE[name]}, but {PEFT} is installed"):
+            AdapterSection.model_validate({name: value})
+
+
+def test_an_older_peft_is_told_apart_from_one_that_has_the_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    for installed, fits in (("0.18.1", False), ("0.20.9", False), ("0.21.0", True), ("0.100.0.dev0", True)):
+        monkeypatch.setattr("importlib.metadata.version", {"peft": installed}.__getitem__)
+        if fits:
+            AdapterSection.model_validate({"kasa_config": {}})
+        else:
+            with pytest.raises(ValidationError, match=r"needs peft >= 0\.21"):
+                AdapterSection.model_validate({"kasa_config": {}})
 
 
 def test_fields_of_peft_are_passed_on_and_null_leaves_its_default() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -35,6 +36,10 @@ def logits_of(model: PreTrainedModel, batch: MicroBatch) -> list[torch.Tensor]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments of several blocks, some of them not whole."""
     monkeypatch.setattr(attention, "BLOCK", 8)
+
+
+def test_the_flash_kernel_is_taken_from_the_first_torch_that_has_all_of_it() -> None:
+    assert (attention.flash_kernel() is not None) == (Version(torch.__version__) >= Version("2.12"))
 
 
 @pytest.mark.parametrize("family", sorted(PACKING))

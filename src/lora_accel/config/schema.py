@@ -7,12 +7,14 @@ Schema (`lora-accel plan --schema`), which is what an editor shows.
 from __future__ import annotations
 
 import re
+from importlib import metadata
 from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -22,6 +24,15 @@ from lora_accel.errors import did_you_mean
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DataFormat = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "text", "tokens"]
+
+PEFT_SINCE = {
+    "kasa_config": "0.21",
+    "lora_ga_config": "0.19",
+    "monteclora_config": "0.20",
+    "use_bdlora": "0.19",
+    "velora_config": "0.20",
+}
+"""Fields of LoraConfig that the oldest supported PEFT lacks, with the release that added them."""
 
 
 class Section(BaseModel):
@@ -130,6 +141,14 @@ class AdapterSection(Section):
             if name not in ours and getattr(self, name) is not None
         }
 
+    @field_validator(*PEFT_SINCE)
+    @classmethod
+    def _installed_peft_has_it(cls, value: Any, info: ValidationInfo) -> Any:
+        since, installed = PEFT_SINCE[str(info.field_name)], metadata.version("peft")
+        if value is not None and _release(installed) < _release(since):
+            raise ValueError(f"needs peft >= {since}, but {installed} is installed; upgrade peft, or remove this field")
+        return value
+
     @field_validator("target_modules")
     @classmethod
     def _names_something(cls, value: list[str] | str) -> list[str] | str:
@@ -141,6 +160,10 @@ class AdapterSection(Section):
             except re.error as error:
                 raise ValueError(f"{value!r} is no regular expression: {error}; give a list of names") from None
         return value
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:2]))
 
 
 class SourceSection(Section):

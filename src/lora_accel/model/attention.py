@@ -9,12 +9,15 @@ over one block of queries after the other.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -30,6 +33,9 @@ PACKING = frozenset(
     """.split()  # noqa: SIM905  a list would fill a page
 )
 """Model types of which tests/model/test_attention.py proves that no example sees another."""
+if Version(transformers.__version__) < Version("5.3"):
+    # GPT-2's language model keeps keyword arguments, so segments, from its layers. Drop this when 5.3 is required.
+    PACKING -= {"gpt2"}
 
 BLOCK = 128
 """Queries that are worked on together: few, so that most products with later keys are never made; and enough for a
@@ -107,18 +113,31 @@ def packed_attention(
     query, key, value = (x[0].to(dtype) for x in (query, key, value))
     options = Options(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     sizes = query.shape[-1], value.shape[-1]
-    if attention_kernel(detect_device(query.device), dtype, *sizes, softcap=softcap) == "varlen":
+    if attention_kernel(detect_device(query.device), dtype, *sizes, softcap=softcap) == "varlen" and flash_kernel():
         return _flash(query, key, value, segments, options)[None]
     blocks = list(_blocks(segments, sliding_window))
     attended: torch.Tensor = _Blockwise.apply(query, key, value, blocks, options)  # type: ignore[no-untyped-call]
     return attended[None]
 
 
+@functools.cache
+def flash_kernel() -> Callable[..., Any] | None:
+    """Return torch's variable-length flash attention, or None where it lacks what is needed here.
+
+    torch 2.9 has none, 2.10 has no window, 2.11 no grouped keys and values. Drop this when torch >= 2.12 is required.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "enable_gqa" in inspect.signature(varlen_attn).parameters else None
+
+
 def _flash(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Iterable[int], options: Options
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
+    varlen_attn = flash_kernel()
+    assert varlen_attn is not None  # packed_attention looks first
     edges = torch.tensor([0, *itertools.accumulate(segments)], dtype=torch.int32).to(query.device, non_blocking=True)
     sees = (-1 if options.sliding_window is None else options.sliding_window - 1, 0)
     query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # [T, H, D]

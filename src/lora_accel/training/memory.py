@@ -39,7 +39,7 @@ def wanted_bytes(model: torch.nn.Module, batch: Batch, tokens: int) -> int:
 def free_bytes(device: torch.device, num_local_processes: int) -> int:
     """Return the memory that this process may still take."""
     if device.type != "cpu":
-        free, _ = torch.accelerator.get_memory_info(device)
+        free, _ = torch.get_device_module(device).mem_get_info(device)  # torch.accelerator's own is new in torch 2.10
         cached = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
         return int(free + cached)
     free = psutil.virtual_memory().available
