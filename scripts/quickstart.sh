@@ -62,12 +62,12 @@ stage 5 "score base, base + adapter and merged on held-out orders"
 if [ "$scores" -nt "$merged/config.json" ]; then
     echo "$scores is up to date"
 else
-    # The longest answer has fewer than 40 tokens, so nothing longer can match.
+    # The longest answer has 31 tokens with its end, so nothing longer can match.
     .venv/bin/lora-accel evaluate --config "$recipe" "${overrides[@]}" --adapter "$adapter" --merged "$merged" \
-        --batch-size 50 --max-new-tokens 40 --json >"$scores.partial"
+        --batch-size 100 --max-new-tokens 32 --json >"$scores.partial"
     mv "$scores.partial" "$scores"
 fi
-.venv/bin/lora-accel generate --adapter "$adapter" --merged "$merged" --compare --max-new-tokens 40 \
+.venv/bin/lora-accel generate --adapter "$adapter" --merged "$merged" --compare --max-new-tokens 32 \
     "hi its Priya Raman again, could u send 2 dozen blue mugs by fri? no rush"
 finish
 
