@@ -82,7 +82,7 @@ for score in json.load(open(run / "scores.json")):
     print(f"{score['name']:<16}{score['eval_loss']:>8.4f}  {score['exact_match']:.0%} of {score['rows']} held-out orders")
 print(f"""
 next:
-  .venv/bin/lora-accel chat --adapter {run}/adapter         # chat with the adapter
+  .venv/bin/lora-accel chat --adapter {run}/adapter             # chat with the adapter
   .venv/bin/lora-accel train --config recipes/my_rows.yaml     # train on your own rows: edit this file first
-  vllm serve {run}/merged                                      # serve the merged model, where vLLM is installed""")
+  vllm serve {run}/merged                                          # serve the merged model, where vLLM is installed""")
 PYTHON
