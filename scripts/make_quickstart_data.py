@@ -7,11 +7,11 @@ people type on a phone; the assistant answers with one line of JSON, always thes
 
     {"customer":"Dana Whitfield","item":"oak shelf","quantity":24,"day":"friday","express":false}
 
-In a fifth of the rows a second message changes something and the whole order is answered again.
-The system message does not tell the keys, so an untrained model cannot guess them.
+Nothing in a row names the keys, so an untrained model cannot guess them.
 
-The text is the work, the JSON is the truth: an `Order` is drawn first, then written down messily.
-Held-out rows use last names that training never shows, and in a quarter of them first names and items.
+The text is the input, the JSON is the truth: an `Order` is drawn first, then written down messily.
+Held-out rows use last names that training never shows, and a quarter of their first names is new.
+Rows are short on purpose: the quickstart's time is tokens.
 All is drawn from one seed: the same script writes the same bytes.
 """
 
@@ -21,14 +21,13 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
 SEED = 7
-NUM_TRAIN = 480
+NUM_TRAIN = 720
 NUM_HELDOUT = 100
-SYSTEM = "Order to JSON."
 DATA = Path(os.path.relpath(Path(__file__).resolve().parent.parent / "recipes" / "data"))
 
 Messages = list[dict[str, str]]
@@ -66,8 +65,6 @@ class Words:
 
     first_names: Sequence[str]
     last_names: Sequence[str]
-    nouns: Sequence[str]
-    small_talk: Sequence[str]
 
 
 TRAIN = Words(
@@ -88,18 +85,6 @@ TRAIN = Words(
         "Parker", "Patel", "Perez", "Price", "Reed", "Rivera", "Rossi", "Shaw", "Silva", "Stone",
         "Turner", "Walker", "Whitfield", "Young",
     ),
-    nouns=(
-        "mug", "oak shelf", "desk lamp", "plate", "candle", "basket", "cushion", "towel", "vase",
-        "bowl", "folding chair", "picture frame", "notebook", "tray", "blanket", "box", "mirror",
-        "curtain", "rug", "teapot", "glass", "bucket", "garden bench", "brush", "coat hook",
-        "door mat", "jar", "pillow", "wall clock", "water bottle",
-    ),
-    small_talk=(
-        "hope ur well", "lovely weather btw", "sorry for the late msg", "its me again",
-        "the last lot was great", "great shop btw", "2 of the old ones broke",
-        "saw you at the market on sunday", "was closed when i came on monday",
-        "my kids are 3 and 5 now",
-    ),
 )  # fmt: skip
 HELDOUT = Words(
     first_names=(
@@ -111,16 +96,15 @@ HELDOUT = Words(
         "Jensen", "Lambert", "Morgan", "Nelson", "Palmer", "Quinn", "Russell", "Taylor", "West",
         "Wood",
     ),
-    nouns=(
-        "book", "bath mat", "bread box", "office chair", "table lamp",
-        *TRAIN.nouns[:15],  # a quarter of the items are new
-    ),
-    small_talk=(
-        "hope all is well", "lots going on here", "4 of the old ones broke", "see you soon",
-        "was closed when i came on friday",
-    ),
 )  # fmt: skip
 
+ITEMS = (
+    "mug", "oak shelf", "desk lamp", "plate", "candle", "basket", "cushion", "towel", "vase",
+    "bowl", "folding chair", "picture frame", "notebook", "tray", "blanket", "box", "mirror",
+    "curtain", "rug", "teapot", "glass", "bucket", "garden bench", "brush", "coat hook",
+    "door mat", "jar", "pillow", "wall clock", "water bottle",
+)  # fmt: skip
+SMALL_TALK = ("hope ur well", "lovely weather btw", "sorry for the late msg", "its me again", "great shop btw")
 GREETINGS = ("hi", "hello", "hey", "hi there", "good morning", "morning", "hiya", "hey guys")
 CLOSINGS = ("thx", "thanks", "cheers", "ta", "many thanks", "tks!")
 COLOURS = ("red", "blue", "green", "black", "white", "grey", "yellow", "brown")
@@ -141,7 +125,6 @@ WEEKDAYS = {
     "sunday": ("sunday", "sun"),
 }
 NEAR_DAYS = {"today": ("today", "2day"), "tomorrow": ("tomorrow", "tmrw", "tomorow")}
-MONTHS = ("march", "april", "may", "october", "november")
 NUMBER_WORDS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
     "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
@@ -154,13 +137,6 @@ GROUP_WORDS = {
     24: ("two dozen", "2 dozen"),
     36: ("three dozen", "3 dozen"),
     48: ("four dozen", "4 dozen"),
-}
-CHANGES = {
-    "quantity": ("make that {}", "{} instead", "change it to {}", "i meant {}"),
-    "day": ("can it be {}", "move it to {}", "{} is better", "for {} instead"),
-    "customer": ("put it under {}", "the name is {}", "its for {}"),
-    "express": ("{}",),
-    "colour": ("in {} please", "make them {}", "{} ones"),
 }
 
 
@@ -186,23 +162,11 @@ def make_rows(rng: Random, words: Words, num_rows: int, taken: set[str]) -> list
     rows: list[Messages] = []
     while len(rows) < num_rows:
         order = draw_order(rng, words)
-        turns = [(write_order(rng, words, order), order)]
-        if len(rows) % 5 == 0:
-            turns.append(change_order(rng, words, order))
-        texts = {text for text, _ in turns}
-        if taken.isdisjoint(texts):
-            taken |= texts
-            rows.append(to_messages(turns))
-    rng.shuffle(rows)
+        text = write_order(rng, order)
+        if text not in taken:
+            taken.add(text)
+            rows.append([{"role": "user", "content": text}, {"role": "assistant", "content": order.to_json()}])
     return rows
-
-
-def to_messages(turns: list[tuple[str, Order]]) -> Messages:
-    messages = [{"role": "system", "content": SYSTEM}]
-    for text, order in turns:
-        messages.append({"role": "user", "content": text})
-        messages.append({"role": "assistant", "content": order.to_json()})
-    return messages
 
 
 # What is meant
@@ -211,7 +175,7 @@ def to_messages(turns: list[tuple[str, Order]]) -> Messages:
 def draw_order(rng: Random, words: Words) -> Order:
     return Order(
         customer=draw_customer(rng, words) if rng.random() < 0.88 else None,
-        item=draw_item(rng, words) if rng.random() < 0.95 else None,
+        item=draw_item(rng) if rng.random() < 0.95 else None,
         quantity=draw_quantity(rng) if rng.random() < 0.92 else None,
         day=draw_day(rng) if rng.random() < 0.85 else None,
         express=rng.random() < 0.4,
@@ -222,9 +186,9 @@ def draw_customer(rng: Random, words: Words) -> str:
     return f"{rng.choice(words.first_names)} {rng.choice(words.last_names)}"
 
 
-def draw_item(rng: Random, words: Words) -> Item:
+def draw_item(rng: Random) -> Item:
     return Item(
-        noun=rng.choice(words.nouns),
+        noun=rng.choice(ITEMS),
         size=rng.choice(list(SIZES)) if rng.random() < 0.3 else None,
         colour=rng.choice(COLOURS) if rng.random() < 0.45 else None,
     )
@@ -238,18 +202,13 @@ def draw_quantity(rng: Random) -> int:
 
 
 def draw_day(rng: Random) -> str:
-    kind = rng.random()
-    if kind < 0.75:
-        return rng.choice(list(WEEKDAYS))
-    if kind < 0.85:
-        return rng.choice(list(NEAR_DAYS))
-    return f"{rng.choice(MONTHS)} {rng.randint(1, 28)}"
+    return rng.choice(list(WEEKDAYS if rng.random() < 0.85 else NEAR_DAYS))
 
 
 # How it is written
 
 
-def write_order(rng: Random, words: Words, order: Order) -> str:
+def write_order(rng: Random, order: Order) -> str:
     """One messy line: the parts in any order, glued and cased as people do in a hurry."""
     parts = [" ".join(filter(None, (rng.choice(ASKING), goods(rng, order))))]
     if order.day:
@@ -259,7 +218,7 @@ def write_order(rng: Random, words: Words, order: Order) -> str:
     elif rng.random() < 0.3:
         parts.append(rng.choice(NOT_URGENT))
     if rng.random() < 0.15:
-        parts.append(rng.choice(words.small_talk))
+        parts.append(rng.choice(SMALL_TALK))
     if rng.random() < 0.4:
         rng.shuffle(parts)
 
@@ -339,59 +298,8 @@ def preposition(rng: Random, day: str) -> str:
 
 def day_text(rng: Random, day: str) -> str:
     known = WEEKDAYS | NEAR_DAYS
-    if day in known:
-        # As written in full most often; abbreviations and slips share the rest.
-        return rng.choice((day, day, day.title(), *known[day][1:]))
-    month, number = day.split()
-    month = rng.choice((month, month.title()))
-    pattern = rng.choice(("{m} {n}", "{n} {m}", "{m} {th}", "the {th} of {m}"))
-    return pattern.format(m=month, n=number, th=ordinal(int(number)))
-
-
-def ordinal(number: int) -> str:
-    if number in (11, 12, 13):
-        return f"{number}th"
-    endings = {1: "st", 2: "nd", 3: "rd"}
-    return str(number) + endings.get(number % 10, "th")
-
-
-# What is changed
-
-
-def change_order(rng: Random, words: Words, order: Order) -> tuple[str, Order]:
-    """A second message that corrects one or two things, and the order after it."""
-    kinds = ["day", "customer", "express"]
-    if order.item:
-        kinds.append("quantity")
-    if order.item and order.item.colour:
-        kinds.append("colour")
-    parts = []
-    for kind in rng.sample(kinds, rng.choice((1, 1, 2))):
-        text, order = change_one(rng, words, order, kind)
-        parts.append(text)
-    opening = rng.choice(("actually", "sorry", "oh wait", "oops", "hang on", ""))
-    return " ".join(filter(None, (opening, rng.choice((" and ", ", ")).join(parts)))), order
-
-
-def change_one(rng: Random, words: Words, order: Order, kind: str) -> tuple[str, Order]:
-    text, changed = "", order
-    if kind == "quantity":
-        quantity = rng.choice([n for n in range(2, 31) if n != order.quantity])
-        text, changed = quantity_text(rng, quantity), replace(order, quantity=quantity)
-        text = text.removesuffix(" of")
-    elif kind == "day":
-        day = rng.choice([name for name in WEEKDAYS if name != order.day])
-        text, changed = day_text(rng, day), replace(order, day=day)
-    elif kind == "customer":
-        customer = draw_customer(rng, words)
-        text, changed = name_text(rng, customer), replace(order, customer=customer)
-    elif kind == "express":
-        text = rng.choice(NOT_URGENT if order.express else URGENT)
-        changed = replace(order, express=not order.express)
-    elif order.item:
-        text = rng.choice([name for name in COLOURS if name != order.item.colour])
-        changed = replace(order, item=replace(order.item, colour=text))
-    return rng.choice(CHANGES[kind]).format(text), changed
+    # As written in full most often; abbreviations and slips share the rest.
+    return rng.choice((day, day, day.title(), *known[day][1:]))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ def wanted_bytes(model: torch.nn.Module, batch: Batch, tokens: int) -> int:
 def free_bytes(device: torch.device, num_local_processes: int) -> int:
     """Return the memory that this process may still take."""
     if device.type != "cpu":
-        free, _ = torch.get_device_module(device).mem_get_info(device)  # torch.accelerator's own is new in torch 2.10
+        # torch.accelerator's own is new in torch 2.10.
+        memory = getattr(torch.accelerator, "get_memory_info", None) or torch.get_device_module(device).mem_get_info
+        free, _ = memory(device)
         cached = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
         return int(free + cached)
     free = psutil.virtual_memory().available
