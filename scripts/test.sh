@@ -1,20 +1,37 @@
 #!/usr/bin/env bash
-# All that CI runs: install, lint, types, import rules, tests. Further words go to pytest.
+# Everything that CI runs: install, lint, types, import rules, tests. Other arguments go to pytest.
+#
+#   scripts/test.sh --fast     while working: lint, types, and the tests that start no process and train no longer than a second
+#   scripts/test.sh            before a commit: all of them except the fault matrices
+#   scripts/test.sh --faults   a change of saving, stopping or resuming: the fault matrices too
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PYTHON=${PYTHON:-python3}
-[ -d .venv ] || "$PYTHON" -m venv .venv
-.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+venv=.venv constraints=constraints.txt tier=ordinary
+case "${1:-}" in
+    --fast) tier=fast ;; # pytest has this option too
+esac
 
-export PATH="$PWD/.venv/bin:$PATH"
+# Nothing is installed again while the requirements are those of the last installation.
+wanted=$(cat pyproject.toml "$constraints" | cksum)
+if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
+    [ -d "$venv" ] || "${PYTHON:-python3}" -m venv "$venv"
+    "$venv/bin/python" -m pip install --quiet --constraint "$constraints" --editable '.[dev]'
+    echo "$wanted" >"$venv/installed"
+fi
+export PATH="$PWD/$venv/bin:$PATH"
+
 ruff format --check .
 ruff check .
 codespell src tests scripts docs recipes ./*.md
 mypy
 lint-imports
-python scripts/fetch_model.py
-# DeepSpeed compiles these at their first use; once here, before many processes want them.
-python -c 'from deepspeed.accelerator import get_accelerator as a; [a().create_op_builder(op).load(verbose=False) for op in ("ShareMemCommBuilder", "CPUAdamBuilder")]'
+TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$(python scripts/extensions_dir.py)}
+export TORCH_EXTENSIONS_DIR
+if [ "$tier" != fast ]; then
+    python scripts/fetch_model.py
+    # DeepSpeed compiles these at their first use; once here, before many processes want them.
+    python -c 'from deepspeed.accelerator import get_accelerator as a; [a().create_op_builder(op).load(verbose=False) for op in ("ShareMemCommBuilder", "CPUAdamBuilder")]'
+fi
 # One thread for each of the two workers: more only wait for each other.
-OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --cov --cov-report=term "$@"
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal "$@"
