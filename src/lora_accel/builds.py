@@ -70,10 +70,10 @@ def is_held(lock: Path) -> bool:
     wanted = [found for path in (lock, lock.parent) if (found := _status(path)) is not None]
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            opened = [file.path for file in os.scandir(process / "fd")]
+            files = [process / "cwd", *(process / "fd").iterdir()]
         except OSError:  # the process ended, or belongs to another user
             continue
-        used = [found for path in (process / "cwd", *opened) if (found := _status(path)) is not None]
+        used = [found for path in files if (found := _status(path)) is not None]
         if any(os.path.samestat(one, other) for one in used for other in wanted):
             return True
     return False
@@ -95,9 +95,9 @@ def _delete_if_abandoned(lock: Path) -> bool:
     return True
 
 
-def _status(path: Path | str) -> os.stat_result | None:
+def _status(path: Path) -> os.stat_result | None:
     try:
-        return os.stat(path)
+        return path.stat()
     except OSError:
         return None
 
