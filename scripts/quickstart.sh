@@ -12,6 +12,9 @@ PYTHON=${PYTHON:-python3}
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
 # Freed memory is kept and used again: fresh pages are dear, above all in a virtual machine (glibc's names).
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
+# DeepSpeed's extensions are not built in the user's cache, where another program may have left a build half done.
+TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$(.venv/bin/python scripts/extensions_dir.py)}
+export TORCH_EXTENSIONS_DIR
 run=runs/quickstart
 .venv/bin/python scripts/fetch_model.py
 .venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml --quiet -m lora_accel.train --config recipes/quickstart.yaml

@@ -32,7 +32,17 @@ from lora_accel.prompts import read_prompts
 from lora_accel.train import prepare_data
 from lora_accel.training import evaluate as evaluation
 from lora_accel.training.evaluate import replies_to
-from tests.conftest import CHATML, ROOT, TINY, Told, chat_rows, fill_by_formula, run_module, write_jsonl
+from tests.conftest import (
+    CHATML,
+    PATIENCE_SECONDS,
+    ROOT,
+    TINY,
+    Told,
+    chat_rows,
+    fill_by_formula,
+    run_module,
+    write_jsonl,
+)
 from tests.data.test_chat import with_begin_token
 from tests.test_package import CLI, imported_by
 from tests.training.test_evaluate import brute_force
@@ -528,7 +538,7 @@ def test_chat_reads_a_pipe_to_its_end(adapters: list[Path]) -> None:
         input="hello\nsay alpha\n",
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         cwd=ROOT,
         check=False,

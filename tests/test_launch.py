@@ -23,7 +23,7 @@ from lora_accel.console import run_command
 from lora_accel.errors import ConfigError, Interrupted, LoraAccelError, TrainingError
 from lora_accel.launch import leave, refuse_launch
 from lora_accel.train import main
-from tests.conftest import run_code
+from tests.conftest import PATIENCE_SECONDS, run_code
 
 
 def launch_of(num_processes: int = 1, stage: int | None = None) -> Launch:
@@ -178,10 +178,10 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_first_process_tells_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "PATIENCE_SECONDS", 2)
+    monkeypatch.setattr(console, "PATIENCE_SECONDS", 120)
     code, said, seconds = tell(ConfigError("training.epochs is wrong"))
     assert (code, said) == (2, "error: training.epochs is wrong\n")
-    assert seconds < 1
+    assert seconds < 60
 
 
 @pytest.mark.parametrize("rank", [1, 7])
@@ -193,10 +193,10 @@ def test_another_process_waits_before_it_tells(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_the_first_process_of_another_machine_tells_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "PATIENCE_SECONDS", 2)
+    monkeypatch.setattr(console, "PATIENCE_SECONDS", 120)
     code, said, seconds = tell(ConfigError("output_dir is wrong"), rank=8, speaks=True)
     assert (code, said) == (2, "error on rank 8: output_dir is wrong\n")
-    assert seconds < 1
+    assert seconds < 60
 
 
 @pytest.mark.parametrize(
@@ -233,11 +233,12 @@ def test_what_succeeds_says_and_leaves_nothing(capsys: pytest.CaptureFixture[str
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interruption_by_hand_is_no_error(tmp_path: Path) -> None:
+def test_an_interruption_by_hand_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "PATIENCE_SECONDS", 120)
     code, said, seconds = tell(KeyboardInterrupt(), 1, tmp_path / "error.json")
     assert code == 130
     assert said.startswith("interrupted; ")
-    assert seconds < 1
+    assert seconds < 60
     assert list(tmp_path.iterdir()) == []
 
 
@@ -308,7 +309,7 @@ def test_a_process_whose_launcher_has_gone_already_does_not_train_on(tmp_path: P
     environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "no"}
     with (tmp_path / "said").open("w") as said:
         subprocess.run([sys.executable, "-c", ORPHAN], env=environment, stderr=said, stdout=said, check=True)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while "error" not in (tmp_path / "said").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
