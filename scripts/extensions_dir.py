@@ -5,6 +5,7 @@ The cache of the user (`~/.cache/torch_extensions`) is shared with other program
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import sys
 from pathlib import Path
@@ -12,8 +13,11 @@ from pathlib import Path
 
 def extensions_dir() -> Path:
     """Return the folder of the installed versions of torch and DeepSpeed."""
-    versions = [importlib.metadata.version(name) for name in ("torch", "deepspeed")]
-    return Path(sys.prefix) / "torch_extensions" / "-".join(["torch", versions[0], "deepspeed", versions[1]])
+    parts = []
+    for name in ("torch", "deepspeed"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # DeepSpeed is for Linux only
+            parts += [name, importlib.metadata.version(name)]
+    return Path(sys.prefix) / "torch_extensions" / "-".join(parts)
 
 
 if __name__ == "__main__":
