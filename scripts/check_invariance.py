@@ -17,11 +17,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 PRESETS = ROOT / "accelerate_configs"
+Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 class Way(NamedTuple):
@@ -72,19 +74,28 @@ def ways(batch_size: int, long_cut: int, short_cut: int) -> list[Way]:
     ]
 
 
-def run(way: Way, config: Path, folder: Path, precision: str) -> Outcome:
+def launch(preset: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run `accelerate launch` with a preset to its end."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(PRESETS / f"{preset}.yaml")]
+    command += ["--main_process_port", "0", *words]
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | threads)
+
+
+def run(way: Way, config: Path, folder: Path, precision: str, launch: Launch = launch) -> Outcome:
     """Train one way in processes of its own.
+
+    Args:
+        launch: takes a preset and what follows `accelerate launch --config_file …`.
 
     Raises:
         SystemExit: the run failed; its output is shown.
     """
     from safetensors.torch import load_file
 
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(PRESETS / f"{way.preset}.yaml")]
-    command += ["--main_process_port", "0", "--mixed_precision", precision, *way.launcher]
-    command += ["-m", "lora_accel.train", "--config", str(config), f"output_dir={folder}", *way.overrides]
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | threads)
+    words = ["--mixed_precision", precision, *way.launcher]
+    words += ["-m", "lora_accel.train", "--config", str(config), f"output_dir={folder}", *way.overrides]
+    done = launch(way.preset, *words)
     if done.returncode:
         raise SystemExit(f"{way.name}: exit code {done.returncode}\n{done.stderr[-4000:]}")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -126,7 +137,7 @@ def make_config(asked: argparse.Namespace) -> str:
     )
 
 
-def main() -> int:
+def main(words: list[str] | None = None, launch: Launch = launch) -> int:
     """Compare as the command line says; return the exit code."""
     parser = argparse.ArgumentParser(description="Say whether processes, ZeRO stage and cut change only the speed.")
     parser.add_argument("--model", type=Path, required=True, metavar="DIR")
@@ -139,7 +150,7 @@ def main() -> int:
     parser.add_argument("--precision", default="no", choices=("no", "bf16"))
     parser.add_argument("--loss-limit", type=float, default=float("inf"), help="for losses and gradient norms")
     parser.add_argument("--adapter-limit", type=float, default=float("inf"))
-    asked = parser.parse_args()
+    asked = parser.parse_args(words)
 
     failed = False
     with tempfile.TemporaryDirectory() as temporary:
@@ -147,7 +158,7 @@ def main() -> int:
         config.write_text(make_config(asked), encoding="utf-8")
         reference = None
         for number, way in enumerate(ways(asked.batch_size, *asked.micro_batch_tokens)):
-            outcome = run(way, config, Path(temporary) / str(number), asked.precision)
+            outcome = run(way, config, Path(temporary) / str(number), asked.precision, launch)
             if reference is None:
                 reference = outcome
                 print(f"{asked.model.name}, {asked.precision}, {len(outcome.steps)} steps", end="; ")

@@ -43,6 +43,10 @@ export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
 # Freed memory is kept and reused: page faults are expensive, most of all in a virtual machine (glibc's names).
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
 
+# DeepSpeed's extensions are not built in the user's cache, where another program may have left a build half done.
+TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$(.venv/bin/python scripts/extensions_dir.py)}
+export TORCH_EXTENSIONS_DIR
+
 stage 3 "train ($recipe)"
 .venv/bin/lora-accel train --config "$recipe" "${overrides[@]}"
 finish

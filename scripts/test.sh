@@ -1,27 +1,45 @@
 #!/usr/bin/env bash
-# All that CI runs: install, lint, types, import rules, tests. Further words go to pytest.
+# Everything that CI runs: install, lint, types, import rules, tests. Other arguments go to pytest.
+#
+#   scripts/test.sh --fast     while working: lint, types, and the tests that start no process and train no longer than a second
+#   scripts/test.sh            before a commit: all of them except the fault matrices
+#   scripts/test.sh --faults   a change of saving, stopping or resuming: the fault matrices too
+#   scripts/test.sh --oldest   the fast tests on the lower bounds of pyproject.toml (constraints-oldest.txt)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-venv=.venv constraints=constraints.txt
-if [ "${1:-}" = --oldest ]; then
-    venv=.venv-oldest constraints=constraints-oldest.txt
-fi
-PYTHON=${PYTHON:-python3}
-[ -d "$venv" ] || "$PYTHON" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --constraint "$constraints" --editable '.[dev]'
+venv=.venv constraints=constraints.txt tier=ordinary
+case "${1:-}" in
+    --fast) tier=fast ;; # pytest has this option too
+    --oldest) # the lower bounds of pyproject.toml
+        venv=.venv-oldest constraints=constraints-oldest.txt tier=oldest
+        shift
+        set -- --fast "$@"
+        ;;
+esac
 
-export PATH="$PWD/$venv/bin:$PATH"
-if [ "${1:-}" = --oldest ]; then # whether the lower bounds hold: no lint, and nothing that is launched
-    OMP_NUM_THREADS=1 exec python -m pytest -m 'not distributed and not smollm and not slow' "${@:2}"
+# Nothing is installed again while the requirements are those of the last installation.
+wanted=$(cat pyproject.toml "$constraints" | cksum)
+if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
+    [ -d "$venv" ] || "${PYTHON:-python3}" -m venv "$venv"
+    "$venv/bin/python" -m pip install --quiet --constraint "$constraints" --editable '.[dev]'
+    echo "$wanted" >"$venv/installed"
 fi
-ruff format --check .
-ruff check .
-codespell src tests scripts docs recipes ./*.md
-mypy
-lint-imports
-python scripts/fetch_model.py
-# DeepSpeed compiles these at their first use; once here, before many processes want them.
-python -c 'from deepspeed.accelerator import get_accelerator as a; [a().create_op_builder(op).load(verbose=False) for op in ("ShareMemCommBuilder", "CPUAdamBuilder")]'
+export PATH="$PWD/$venv/bin:$PATH"
+
+if [ "$tier" != oldest ]; then
+    ruff format --check .
+    ruff check .
+    codespell src tests scripts docs recipes ./*.md
+    mypy
+    lint-imports
+fi
+TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$(python scripts/extensions_dir.py)}
+export TORCH_EXTENSIONS_DIR
+if [ "$tier" = ordinary ]; then
+    python scripts/fetch_model.py
+    # DeepSpeed compiles these at their first use; once here, before many processes want them.
+    python -c 'from deepspeed.accelerator import get_accelerator as a; [a().create_op_builder(op).load(verbose=False) for op in ("ShareMemCommBuilder", "CPUAdamBuilder")]'
+fi
 # One thread for each of the two workers: more only wait for each other.
-OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --cov --cov-report=term "$@"
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal "$@"

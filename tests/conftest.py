@@ -6,6 +6,7 @@ Nothing is fetched. Weights are made by a formula, not by a generator, so that l
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import shutil
@@ -26,6 +27,12 @@ if "lora-accel-tests-" not in os.environ.get("HF_HOME", ""):
 # Where tests are begun with nohup, this signal is ignored, by all processes that they start too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+from scripts.extensions_dir import extensions_dir
+
+# DeepSpeed's extensions are built once for all tests, and a build that another program left half done hinders none.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_dir()))
+
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -33,7 +40,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from lora_accel import cli
 from lora_accel.config.schema import RunConfig
+from tests import forked
+from tests.tiers import Guard, fast
 
+PATIENCE_SECONDS = 1200
+"""After so long a process hangs: many times what one takes on a slow machine that is busy."""
+GUARD = Guard()
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 SMOLLM = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -51,17 +63,37 @@ TINY = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--write-reference` writes tests/reference/ anew instead of comparing with it; `--faults` runs whole matrices."""
+    """`--write-reference` writes tests/reference/ anew instead of comparing with it; the others choose a tier."""
     parser.addoption("--write-reference", action="store_true", help="write the reference losses anew")
+    parser.addoption(
+        "--fast", action="store_true", help="only tests that start no process and train no longer than 1 s"
+    )
     parser.addoption("--faults", action="store_true", help="kill at every place, stop everywhere: hours, not minutes")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let hypothesis try fewer examples in the fast tier."""
+    hypothesis.settings.register_profile("tier", max_examples=30 if config.getoption("--fast") else 300)
+    hypothesis.settings.load_profile("tier")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is slow, unless it is asked for."""
+    """Leave out what is slow, unless it is asked for; see tests/tiers.py for the fast tier."""
     if not config.getoption("--faults"):
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow; say --faults"))
+    if not config.getoption("--fast"):
+        return
+    kept = fast(items)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+@pytest.fixture(autouse=True)
+def _no_process_in_the_fast_tier(request: pytest.FixtureRequest) -> Iterator[None]:
+    with GUARD.on() if request.config.getoption("--fast") else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -203,7 +235,7 @@ def run_code(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_SECONDS,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""} | environment,
         cwd=ROOT,
         check=False,
@@ -211,15 +243,24 @@ def run_code(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def run_module(
-    *words: str | Path, env: dict[str, str] | None = None, timeout: float = 300
+    *words: str | Path, env: dict[str, str] | None = None, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m …` to its end in a process of its own."""
+    """Run `python -m …` to its end in a process of its own.
+
+    Args:
+        env: changes of the environment.
+        fresh: a new interpreter, which imports everything itself; else a fork that has imported it.
+    """
+    command = ["-m", *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
+    if not fresh:
+        return forked.run(command, environment, PATIENCE_SECONDS)
     return subprocess.run(
-        [sys.executable, "-m", *map(str, words)],
+        [sys.executable, *command],
         capture_output=True,
         text=True,
-        timeout=timeout,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {}),
+        timeout=PATIENCE_SECONDS,
+        env=environment,
         cwd=ROOT,
         check=False,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -82,6 +83,29 @@ def test_asleep_a_process_goes_on_later() -> None:
     assert 5 <= faults.SLEEP_SECONDS <= 60
 
 
+@pytest.mark.parametrize("end", ["signal", "mark deleted"])
+def test_a_paused_process_waits_for_a_signal_or_until_its_mark_is_deleted(tmp_path: Path, end: str) -> None:
+    program = "import signal\nsignal.signal(signal.SIGUSR1, lambda *_: print('signal', flush=True))" + PASS
+    environment = os.environ | {
+        "LORA_ACCEL_FAULT": "merge.mid@1=pause",
+        "LORA_ACCEL_FAULT_MARK": str(tmp_path / "mark"),
+    }
+    environment.pop("RANK", None)
+    command = [sys.executable, "-c", program, "merge.mid"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT) as process:
+        mark = tmp_path / "mark-0"
+        while not mark.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        if end == "signal":
+            process.send_signal(signal.SIGUSR1)
+        else:
+            mark.unlink()
+        assert process.stdout is not None
+        assert process.stdout.read().splitlines() == ["signal"] * (end == "signal") + ["after merge.mid"]
+    assert process.returncode == 0
+
+
 def test_only_its_own_place_is_counted() -> None:
     points = ("step.begin", "save.begin", "step.begin", "save.begin", "save.begin", "step.begin")
     code, said = pass_by(*points, fault="step.begin@3=exit")
@@ -130,7 +154,7 @@ def test_what_says_nothing_known_is_refused(arm: Callable[[str], None], text: st
         armed()
     said = str(refused.value)
     assert said.startswith(f"LORA_ACCEL_FAULT={text!r}: say ")
-    assert "NAME@N=kill|enospc|exit|sleep[:rank=R]" in said
+    assert "NAME@N=kill|enospc|exit|sleep|pause|hang[:rank=R]" in said
 
 
 def test_an_unknown_place_is_refused_with_the_nearest_one(arm: Callable[[str], None]) -> None:

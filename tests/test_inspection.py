@@ -35,7 +35,7 @@ from lora_accel.inspection import (
     visible,
 )
 from lora_accel.recipe import make_recipe
-from tests.conftest import ROOT, SHARED_DATA, SMOLLM, chat_rows, run_module, write_jsonl
+from tests.conftest import PATIENCE_SECONDS, ROOT, SHARED_DATA, SMOLLM, chat_rows, run_module, write_jsonl
 
 CONFIG = """\
 output_dir: run
@@ -479,7 +479,7 @@ def test_a_reader_who_leaves_is_no_error(folder: Path, words: tuple[str, ...], r
     if rows > 1:
         assert process.stdout.readline()
     process.stdout.close()
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert err == b""
     assert process.returncode in (0, 1)
 
@@ -489,6 +489,7 @@ def test_a_terminal_without_these_characters_gets_their_numbers(folder: Path) ->
         *("lora_accel.cli", "inspect", "--config", folder / "run.yaml", f"data.train=[{{path: {folder}/rows.jsonl}}]"),
         "data.eval=[]",
         env={"PYTHONIOENCODING": "ascii"},
+        fresh=True,
     )
     assert told.returncode == 0, told.stderr
     assert "\\u27e6" in told.stdout

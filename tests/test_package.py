@@ -241,7 +241,7 @@ def test_generate_without_compare_asks_the_adapter_alone(command: Callable[..., 
 def test_evaluate_scores_all_three(trained: RunConfig, merged: Path) -> None:
     words = ("--adapter", adapter_of(trained), "--merged", merged, "--json", "--max-new-tokens", "4")
     # In a process of its own, since libraries print at import what would spoil JSON on stdout.
-    told = run_module("lora_accel.cli", "evaluate", "--config", file_of(trained), *words)
+    told = run_module("lora_accel.cli", "evaluate", "--config", file_of(trained), *words, fresh=True)
     assert told.returncode == 0, told.stderr
     scores = {score["name"]: score for score in json.loads(told.stdout)}
     assert list(scores) == ["base", "base + adapter", "merged"]

@@ -1,8 +1,10 @@
 """Places where a test may make a process die, run out of disk, or wait. Inert unless LORA_ACCEL_FAULT is set.
 
-    LORA_ACCEL_FAULT=NAME@N=kill|enospc|exit|sleep[:rank=R]
+    LORA_ACCEL_FAULT=NAME@N=kill|enospc|exit|sleep|pause|hang[:rank=R]
 
-N counts from 1 how often this process has come to the place NAME; without `rank` every rank has the fault.
+N counts from 1 how often this process has come to the place NAME; without `rank` every rank has the fault. `pause`
+creates the file LORA_ACCEL_FAULT_MARK-RANK and waits for a signal that this process handles, or until that file is
+deleted; `hang` waits forever.
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ import errno
 import functools
 import os
 import re
+import select
 import signal
+import socket
 import time
+from pathlib import Path
 
 from lora_accel.errors import ConfigError, did_you_mean
 
@@ -48,9 +53,11 @@ def armed() -> Fault | None:
     text = os.environ.get("LORA_ACCEL_FAULT", "")
     if not text:
         return None
-    match = re.fullmatch(r"([a-z_.]+)@([1-9]\d*)=(kill|enospc|exit|sleep)(?::rank=(\d+))?", text)
+    match = re.fullmatch(r"([a-z_.]+)@([1-9]\d*)=(kill|enospc|exit|sleep|pause|hang)(?::rank=(\d+))?", text)
     if match is None:
-        raise ConfigError(f"LORA_ACCEL_FAULT={text!r}: say NAME@N=kill|enospc|exit|sleep[:rank=R], or unset it")
+        raise ConfigError(
+            f"LORA_ACCEL_FAULT={text!r}: say NAME@N=kill|enospc|exit|sleep|pause|hang[:rank=R], or unset it"
+        )
     point, occurrence, action, rank = match.groups()
     if point not in POINTS:
         raise ConfigError(f"LORA_ACCEL_FAULT: {point!r} is no place{did_you_mean(point, POINTS)}: {', '.join(POINTS)}")
@@ -71,5 +78,20 @@ def reach(point: str) -> None:
         os._exit(1)
     elif fault.action == "sleep":
         time.sleep(SLEEP_SECONDS)
+    elif fault.action in ("pause", "hang"):
+        _pause(forever=fault.action == "hang")
     else:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"injected at {point}")
+
+
+def _pause(forever: bool) -> None:
+    """Wait where a test can see it. Python writes to a socket as soon as a signal comes, so none is missed."""
+    mark = Path(f"{os.environ['LORA_ACCEL_FAULT_MARK']}-{os.environ.get('RANK', '0')}")
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    with ours, theirs:
+        before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        mark.touch()
+        while forever or (mark.exists() and not select.select([ours], [], [], 0.02)[0]):
+            time.sleep(0.01)
+        signal.set_wakeup_fd(before)

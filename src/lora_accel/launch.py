@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from lora_accel.builds import wait_for_builds
 from lora_accel.config.reconcile import Launch, Precision, Settings, read_launch, reconcile
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import print_table
@@ -19,11 +19,6 @@ from lora_accel.saving.history import precision_of_run
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin
-
-BUILT_OPS = ("deepspeed_shm_comm", "cpu_adam", "async_io", "pin_memory")
-"""What DeepSpeed compiles for what is done here; other people's builds are their own affair."""
-STALE_SECONDS = 600
-"""A build of DeepSpeed's extension takes a minute; a lock older than this belongs to one that was killed."""
 
 
 def settle(config: RunConfig) -> tuple[Launch, Settings]:
@@ -205,26 +200,17 @@ def _deepspeed_plugin(settings: Settings) -> DeepSpeedPlugin:
 
 
 def look_for_stale_builds() -> None:
-    """Look for the lock of a DeepSpeed build that was killed: every later run would wait for it for ever, silently.
+    """Wait for builds of DeepSpeed's extensions in progress, and delete the locks of those that were killed.
+
+    Every process of this machine would wait for such a lock forever, so one process looks.
 
     Raises:
-        ConfigError: there is one, older than any build takes.
+        ConfigError: a lock is older than a build takes, and its owner, if it lives, is not visible here.
     """
     from torch.utils.cpp_extension import get_default_build_root
 
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in [lock for op in BUILT_OPS for place in (op, f"*/{op}") for lock in root.glob(f"{place}/lock")]:
-        try:
-            age = time.time() - lock.stat().st_mtime
-        except FileNotFoundError:  # released meanwhile
-            continue
-        if age > STALE_SECONDS:
-            raise ConfigError(
-                f"{lock} was left {age / 60:.0f} minutes ago by a build that was killed; DeepSpeed would wait for it "
-                "for ever. Delete that file"
-            )
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"note: waiting for {lock}; if nothing builds there, delete that file", file=sys.stderr, flush=True)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        wait_for_builds(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
 
 
 def leave(code: int) -> NoReturn:

@@ -509,7 +509,7 @@ def hostile_templates(tokenizer_factory: Factory) -> dict[str, list[ChatTemplate
     ("name", "end"), [("bare", ""), ("own", "<|im_end|>"), ("strip", "</s>"), ("vicuna_v1.1", "</s>")]
 )
 @given(rounds=ROUNDS)
-@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 def test_no_content_can_move_a_mask(
     hostile_templates: dict[str, list[ChatTemplate]], name: str, end: str, rounds: list[tuple[str, str]]
 ) -> None:

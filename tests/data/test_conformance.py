@@ -884,7 +884,7 @@ def test_no_conversation_can_move_a_mask_or_write_a_special_token(style: str, fa
     outcomes: list[bool] = []
 
     @given(row=hostile_rows())
-    @settings(max_examples=300, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     def check(row: dict[str, Any]) -> None:
         outcomes.append(stands(template, style, family, begin, row))
 

@@ -27,7 +27,7 @@ from lora_accel.data.store import Examples, stored
 from lora_accel.errors import ConfigError, DataError
 from lora_accel.recipe import make_recipe
 from lora_accel.train import prepare_data
-from tests.conftest import ROOT, chat_rows, write_jsonl
+from tests.conftest import PATIENCE_SECONDS, ROOT, chat_rows, write_jsonl
 
 
 def section_of(tmp_path: Path, path: Path, **options: Any) -> DataSection:
@@ -182,7 +182,7 @@ from lora_accel.data.store import stored
 def build(folder):
     (folder / "half").write_text("x")
     print("building", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 stored(Path(sys.argv[1]), "key", build)
 """
 
@@ -214,7 +214,7 @@ def test_of_several_processes_one_builds_and_the_others_wait(tmp_path: Path) -> 
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join(PATIENCE_SECONDS)
         assert process.exitcode == 0
     assert (tmp_path / "log").read_text() == "built\n"
 

@@ -10,14 +10,13 @@ import pytest
 
 from lora_accel.config.schema import RunConfig
 from tests.distributed.disturbed import Runs
-from tests.distributed.forked import Forks, ops_are_built
+from tests.distributed.forked import Forks
 
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Forks:
     """Training processes that start fast."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    ops_are_built()
     return Forks(tmp_path_factory.mktemp("forks"))
 
 

@@ -8,11 +8,11 @@ failed, it ends the others.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-import multiprocessing
 import os
 import resource
-import signal
+import runpy
 import subprocess
 import sys
 import time
@@ -21,11 +21,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from tests.conftest import PATIENCE_SECONDS
 from tests.distributed.launching import free_port, launch
+from tests.forked import become, context
 
-PRELOAD = ["lora_accel.train", "lora_accel.saving.checkpoint", "lora_accel.saving.merge", "lora_accel.training.loop"]
-PRELOAD += ["lora_accel.data.dataset", "lora_accel.data.batches", "lora_accel.model.adapter", "deepspeed", "pandas"]
 DUMP = "import json, os; print('ENV' + json.dumps(dict(os.environ)))"
+OPTIONS = {"zero1": ("--num_processes", "2", "--mixed_precision", "no")}
+"""For presets that say something else than the tests want."""
 
 
 class Forks:
@@ -33,41 +35,65 @@ class Forks:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._environments: dict[str, dict[str, str]] = {}
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOAD)
+        self._environments: dict[tuple[str, ...], dict[str, str]] = {}
 
     def environment(self, preset: str, *options: str) -> dict[str, str]:
         """Return what `accelerate launch` with this preset and options sets for its first process; asked once."""
-        if preset not in self._environments:
+        key = (preset, *(options or OPTIONS.get(preset, ())))
+        if key not in self._environments:
             script = self._folder / "dump.py"
             script.write_text(DUMP, encoding="utf-8")
-            ran = launch(*options, script, preset=preset)
+            ran = launch(*key[1:], script, preset=preset)
             line = next(line for line in ran.stdout.splitlines() if "ENV{" in line)
             # Two processes may print on one line: their line ends come later.
             told, _ = json.JSONDecoder().raw_decode(line[line.index("ENV{") + 3 :])
-            self._environments[preset] = {key: value for key, value in told.items() if os.environ.get(key) != value}
-        return self._environments[preset]
+            self._environments[key] = {name: value for name, value in told.items() if os.environ.get(name) != value}
+        return self._environments[key]
 
-    def start(self, preset: str, words: list[str], **changes: str) -> list[BaseProcess]:
-        """Start the processes of a preset with words for `lora_accel.train`."""
-        shared = self.environment(preset)
+    def start(self, preset: str, words: list[str], options: tuple[str, ...] = (), **changes: str) -> list[BaseProcess]:
+        """Start the processes of a preset.
+
+        Args:
+            words: arguments of `lora_accel.train`, or a script and its own.
+            options: for `accelerate launch`.
+            changes: of the environment.
+        """
+        shared = self.environment(preset, *options)
+        if "ACCELERATE_USE_DEEPSPEED" in shared:
+            ops_are_built()
         size = int(shared.get("WORLD_SIZE", "1"))
         port = free_port()
         processes = []
         for rank in range(size):
-            own = shared | changes
+            own = os.environ | shared | changes
             if size > 1 or "RANK" in shared:
                 own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
             own.pop("TORCHELASTIC_ERROR_FILE", None)
             own["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # no agent here: rank 0 keeps the store in which all meet
-            log = str(self._folder / f"log-{preset}-{rank}")
-            processes.append(self._context.Process(target=_train, args=(words, own, log)))
+            log = self._folder / f"log-{preset}-{rank}"
+            log.unlink(missing_ok=True)
+            processes.append(context().Process(target=_rank, args=(words, dict(own), str(log)), name=str(log)))
         for process in processes:
             process.start()
         return processes
 
-    def finish(self, processes: list[BaseProcess], timeout: float = 120) -> list[int]:
+    def launch(
+        self, *words: str | Path, preset: str = "cpu_ddp", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Do what `launching.launch` does, without a launcher. What ranks print is all in stdout, and again in stderr.
+
+        Args:
+            words: options of `accelerate launch`; then `-m lora_accel.train` or a script, and its arguments.
+        """
+        given = [str(word) for word in words]
+        program = next(i for i, word in enumerate(given) if word == "-m" or word.endswith(".py"))
+        arguments = given[program + 2 :] if given[program] == "-m" else given[program:]  # a training's, or a script's
+        processes = self.start(preset, arguments, tuple(given[:program]), **environment)
+        codes = self.finish(processes)
+        printed = "".join(Path(process.name).read_text(encoding="utf-8") for process in processes)
+        return subprocess.CompletedProcess(given, next((code for code in codes if code), 0), printed, printed)
+
+    def finish(self, processes: list[BaseProcess], timeout: float = PATIENCE_SECONDS) -> list[int]:
         """Wait for all; when one has failed, end the others as a launcher does. Return their exit codes."""
         deadline = time.monotonic() + timeout
         failed_at = None
@@ -98,18 +124,16 @@ class Forks:
         return "\n".join(path.read_text(encoding="utf-8", errors="replace")[-3000:] for path in logs)
 
 
-def _train(words: list[str], environment: dict[str, str], log: str) -> None:
+def _rank(words: list[str], environment: dict[str, str], log: str) -> None:
     """Be a rank of a training, in a fork."""
-    os.environ.pop("LORA_ACCEL_FAULT", None)
-    os.environ.update(environment)
-    # A process of its own would begin with these; a fork of multiprocessing's server does not.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    become(environment, log, log)
     if environment.get("FSIZE_RANK") == environment.get("RANK", "0"):
         most = int(environment["FSIZE"])
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    if words[0].endswith(".py"):
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+        return
     from lora_accel import train
     from lora_accel.launch import leave
 
@@ -193,6 +217,7 @@ SABOTAGES = {
 """Protections that a test takes away, to see itself fail."""
 
 
+@functools.cache
 def ops_are_built() -> None:
     """Let DeepSpeed compile its op once, before processes are killed within the build."""
     program = (

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests import forked
+from tests.conftest import PATIENCE_SECONDS, ROOT
 
 PRESETS = ROOT / "accelerate_configs"
 TRAIN = ("-m", "lora_accel.train", "--config")
@@ -23,18 +24,17 @@ def free_port() -> str:
 
 def start(*words: str | Path, preset: str = "cpu_ddp", **environment: str) -> subprocess.Popen[str]:
     """Start `accelerate launch` with a preset; then come its further options, a script or -m module, and its words."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", PRESETS / f"{preset}.yaml"]
     return subprocess.Popen(
-        [*map(str, launcher), *map(str, words)],
+        [sys.executable, *_launcher(preset), *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)} | environment,
+        env=_environment() | environment,
         cwd=ROOT,
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def finish(process: subprocess.Popen[str], timeout: float = PATIENCE_SECONDS) -> subprocess.CompletedProcess[str]:
     """Wait for a launcher; one that hangs is ended, its children with it."""
     try:
         stdout, stderr = process.communicate(timeout=timeout)
@@ -45,6 +45,18 @@ def finish(process: subprocess.Popen[str], timeout: float = 300) -> subprocess.C
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def launch(*words: str | Path, preset: str = "cpu_ddp", timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run `accelerate launch` to its end on a free port."""
-    return finish(start("--main_process_port", free_port(), *words, preset=preset), timeout)
+def launch(
+    *words: str | Path, preset: str = "cpu_ddp", timeout: float = PATIENCE_SECONDS
+) -> subprocess.CompletedProcess[str]:
+    """Run `accelerate launch` to its end on a free port. It is a fork; what it starts is not."""
+    command = [*_launcher(preset), "--main_process_port", free_port(), *map(str, words)]
+    return forked.run(command, _environment(), timeout)
+
+
+def _launcher(preset: str) -> list[str]:
+    return ["-m", "accelerate.commands.launch", "--config_file", str(PRESETS / f"{preset}.yaml")]
+
+
+def _environment() -> dict[str, str]:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}

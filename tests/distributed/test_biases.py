@@ -16,7 +16,7 @@ from lora_accel import run_training
 from lora_accel.config.files import config_to_yaml
 from lora_accel.config.schema import RunConfig
 from tests.conftest import TINY
-from tests.distributed.launching import launch
+from tests.distributed.forked import Forks
 from tests.distributed.worker import TOKENS
 
 pytestmark = pytest.mark.distributed
@@ -45,7 +45,10 @@ def expected_tensors(base: torch.nn.Module, mode: str) -> set[str]:
 
 @pytest.fixture(params=["one process", "cpu_ddp", "cpu_zero2", "cpu_zero3"], scope="module")
 def runs(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]
+    request: pytest.FixtureRequest,
+    forks: Forks,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., Path],
 ) -> Callable[[str, str], Path]:
     """Train every family in every mode for 3 steps on one backend, in one pair of processes."""
     from tests.conftest import chat_rows, write_jsonl
@@ -68,7 +71,7 @@ def runs(
             if request.param == "one process":
                 run_training(config)
     if request.param != "one process":
-        ran = launch("tests/distributed/worker.py", *files, preset=request.param)
+        ran = forks.launch("tests/distributed/worker.py", *files, preset=request.param)
         assert ran.returncode == 0, ran.stderr[-4000:]
     return lambda family, mode: root / f"{family}-{mode}"
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from lora_accel import run_training
 from lora_accel.config.schema import RunConfig
 from tests.conftest import chat_rows, read_metrics, write_jsonl
+from tests.distributed.forked import Forks
 from tests.distributed.launching import TRAIN, launch
 
 pytestmark = pytest.mark.distributed
@@ -56,11 +57,11 @@ def test_two_processes_make_the_same_steps_as_one(
 
 
 def test_a_run_of_two_processes_goes_on_in_one(
-    make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path
+    forks: Forks, make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path
 ) -> None:
     config = make_config(output_dir=str(tmp_path / "one"), training={"learning_rate": 1e-3})
     run_training(config)
-    ran = launch(*TRAIN, config_file(config), f"output_dir={tmp_path / 'both'}")
+    ran = forks.launch(*TRAIN, config_file(config), f"output_dir={tmp_path / 'both'}")
     assert ran.returncode == 0, ran.stderr
     for done in ("checkpoints/step-00000006", "adapter"):
         shutil.rmtree(tmp_path / "both" / done)

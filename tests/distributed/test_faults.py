@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,31 +14,25 @@ from safetensors.torch import load_file
 from lora_accel.config.schema import RunConfig
 from lora_accel.saving.commit import why_invalid
 from tests.conftest import read_metrics
-from tests.distributed.launching import TRAIN, finish, free_port, launch, start
+from tests.distributed.forked import Forks
+from tests.distributed.launching import TRAIN, launch
 
 pytestmark = pytest.mark.distributed
 
 
+Fail = Callable[..., subprocess.CompletedProcess[str]]
+
+
 @pytest.fixture
 def fail(
-    make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path
-) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Launch a training of which rank 1 fails; say how it ended."""
+    forks: Forks, make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path
+) -> Fail:
+    """Launch a training of which rank 1 fails; say how it ended. What the launcher prints needs `launcher=True`."""
 
-    def attempt(fault: str, preset: str) -> subprocess.CompletedProcess[str]:
+    def attempt(fault: str, preset: str, launcher: bool = False) -> subprocess.CompletedProcess[str]:
         config = make_config(checkpoint={"every_steps": 1}, training={"warmup_steps": 0})
-        began = time.perf_counter()
-        ran = launch(
-            "--num_processes",
-            "2",
-            "tests/distributed/faults.py",
-            fault,
-            config_file(config),
-            preset=preset,
-            timeout=150,
-        )
-        # A minute for the end, and what starting two processes may take here.
-        assert time.perf_counter() - began < 120
+        words = ("--num_processes", "2", "tests/distributed/faults.py", fault, config_file(config))
+        ran = (launch if launcher else forks.launch)(*words, preset=preset)
         assert ran.returncode != 0
         assert not (tmp_path / "run" / "adapter").exists()
         return ran
@@ -60,34 +53,26 @@ def checkpoints(folder: Path) -> dict[str, str | None]:
 
 
 @pytest.mark.parametrize("preset", ["cpu_ddp", "cpu_zero3"])
-def test_a_rank_that_raises_ends_the_run_with_its_own_error(
-    fail: Callable[..., subprocess.CompletedProcess[str]], preset: str, tmp_path: Path
-) -> None:
-    ran = fail("raise", preset)
+def test_a_rank_that_raises_ends_the_run_with_its_own_error(fail: Fail, preset: str, tmp_path: Path) -> None:
+    ran = fail("raise", preset, launcher=True)
     assert "rank      : 1" in last_told(ran)
     assert "RuntimeError: rank 1 has a fault of its own" in last_told(ran)
     assert checkpoints(tmp_path / "run") == {"step-00000001": None}
 
 
-def test_a_rank_that_is_killed_ends_the_run(
-    fail: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
-    ran = fail("kill", "cpu_ddp")
+def test_a_rank_that_is_killed_ends_the_run(fail: Fail, tmp_path: Path) -> None:
+    ran = fail("kill", "cpu_ddp", launcher=True)
     assert "exitcode  : -9" in ran.stderr
     assert checkpoints(tmp_path / "run") == {"step-00000001": None}
 
 
-def test_what_one_rank_alone_meets_is_told_by_it(
-    fail: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
-    ran = fail("user", "cpu_ddp")
+def test_what_one_rank_alone_meets_is_told_by_it(fail: Fail, tmp_path: Path) -> None:
+    ran = fail("user", "cpu_ddp", launcher=True)
     assert "error on rank 1: rows.jsonl: only rank 1 cannot read it" in last_told(ran)
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_that_found_different_things_do_not_train_together(
-    fail: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_processes_that_found_different_things_do_not_train_together(fail: Fail, tmp_path: Path) -> None:
     """As on two machines whose disks hold other files."""
     ran = fail("differ", "cpu_ddp")
     assert "error: processes 0 and 1 have found different things" in ran.stderr
@@ -96,9 +81,7 @@ def test_processes_that_found_different_things_do_not_train_together(
 
 
 @pytest.mark.parametrize("preset", ["cpu_ddp", "zero1", "cpu_zero2", "cpu_zero3"])
-def test_no_backend_steps_with_a_gradient_that_is_not_finite(
-    fail: Callable[..., subprocess.CompletedProcess[str]], preset: str, tmp_path: Path
-) -> None:
+def test_no_backend_steps_with_a_gradient_that_is_not_finite(fail: Fail, preset: str, tmp_path: Path) -> None:
     ran = fail("nan", preset)
     assert "error: step 2: loss nan" in ran.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
@@ -111,7 +94,7 @@ def test_no_backend_steps_with_a_gradient_that_is_not_finite(
 
 
 def test_a_step_that_is_not_finite_is_left_out_alike_on_every_backend(
-    make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path
+    forks: Forks, make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path
 ) -> None:
     """Skipped, counted, and gone on from: Adam has then seen one update less than there were steps."""
     config = make_config(
@@ -121,13 +104,8 @@ def test_a_step_that_is_not_finite_is_left_out_alike_on_every_backend(
     for preset in ("cpu", "cpu_ddp", "cpu_zero2", "cpu_zero3"):
         run = tmp_path / preset
         for fault, fails in (("step.begin@5=kill", True), ("", False)):
-            launcher = start(
-                *("--main_process_port", free_port(), "tests/distributed/faults.py", "nan" if fails else "none", file),
-                f"output_dir={run}",
-                preset=preset,
-                LORA_ACCEL_FAULT=fault,
-            )
-            ran = finish(launcher)
+            words = ("tests/distributed/faults.py", "nan" if fails else "none", file, f"output_dir={run}")
+            ran = forks.launch(*words, preset=preset, LORA_ACCEL_FAULT=fault)
             assert (ran.returncode != 0) == fails, ran.stderr[-3000:]
         (skipped,) = (line for line in read_metrics(run, "event") if line["event"] == "skipped")
         assert (skipped["step"], skipped["loss"]) == (2, "nan")

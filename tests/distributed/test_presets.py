@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from lora_accel.config.schema import RunConfig
 from tests.conftest import read_metrics
+from tests.distributed.forked import Forks
 from tests.distributed.launching import PRESETS, TRAIN, finish, free_port, launch, start
 
 pytestmark = pytest.mark.distributed
@@ -69,10 +70,12 @@ def test_a_deepspeed_file_that_disagrees_is_refused(
     assert not Path(config.output_dir).exists()
 
 
-def test_two_machines_make_one_run(config: RunConfig, config_file: Callable[[RunConfig], Path], tmp_path: Path) -> None:
+def test_two_machines_make_one_run(
+    forks: Forks, config: RunConfig, config_file: Callable[[RunConfig], Path], tmp_path: Path
+) -> None:
     """Two launchers on loopback, ZeRO-3: one run, one adapter, the losses of two processes of one machine."""
     file, port = config_file(config), free_port()
-    ran = launch(*TRAIN, file, f"output_dir={tmp_path / 'near'}", preset="cpu_zero3")
+    ran = forks.launch(*TRAIN, file, f"output_dir={tmp_path / 'near'}", preset="cpu_zero3")
     assert ran.returncode == 0, ran.stderr[-3000:]
     words = ["--num_machines", "2", "--num_processes", "2", "--mixed_precision", "no", "--main_process_ip", "127.0.0.1"]
     words += ["--main_process_port", port]

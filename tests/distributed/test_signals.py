@@ -19,18 +19,14 @@ import pytest
 
 from lora_accel.saving.commit import why_invalid
 from lora_accel.saving.history import FILES
-from tests.conftest import read_metrics, run_module
+from tests.conftest import PATIENCE_SECONDS, read_metrics, run_module
 from tests.distributed.disturbed import Runs
 from tests.distributed.launching import finish, free_port, start
 
 pytestmark = pytest.mark.distributed
 
-MOMENTS = {
-    # the fault that makes a rank wait there, and how a test sees that it does
-    "mid-step": ("step.after_backward@3=sleep", lambda run: (run / "checkpoints" / "step-00000002").exists()),
-    "mid-save": ("save.mid_file@4=sleep", lambda run: (run / "checkpoints" / ".step-00000002.writing").exists()),
-    "mid-evaluation": ("evaluate.begin@1=sleep", lambda run: (run / "checkpoints" / "step-00000002").exists()),
-}
+MOMENTS = {"mid-step": "step.after_backward@3", "mid-save": "save.mid_file@4", "mid-evaluation": "evaluate.begin@1"}
+"""Where a rank pauses, until it is asked to stop."""
 CELLS = [
     (preset, target, moment)
     for preset, targets in (("cpu", ("launcher", "rank 0")), ("cpu_ddp", ("launcher", "rank 0", "rank 1")))
@@ -48,7 +44,7 @@ def cells() -> list[Any]:
     return [pytest.param(*cell, marks=() if cell in SAMPLE else pytest.mark.slow) for cell in CELLS]
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = PATIENCE_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, what
@@ -69,22 +65,28 @@ def status(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("preset", "target", "moment"), cells())
-def test_sigterm_saves_and_leaves_no_orphan(runs: Runs, preset: str, target: str, moment: str) -> None:
+def test_sigterm_saves_and_leaves_no_orphan(runs: Runs, tmp_path: Path, preset: str, target: str, moment: str) -> None:
     straight = runs.straight(preset)
-    fault, is_there = MOMENTS[moment]
+    pauses = 1 if target == "rank 1" and moment != "mid-save" else 0  # rank 0 writes; the others wait for this one
+    fault = f"{MOMENTS[moment]}=pause:rank={pauses}"
+    mark = tmp_path / f"mark-{pauses}"
     launcher = start(
-        "--main_process_port", free_port(), "-m", "lora_accel.train", *runs.words, preset=preset, LORA_ACCEL_FAULT=fault
+        *("--main_process_port", free_port(), "-m", "lora_accel.train", *runs.words),
+        preset=preset,
+        LORA_ACCEL_FAULT=fault,
+        LORA_ACCEL_FAULT_MARK=str(tmp_path / "mark"),
     )
     try:
-        wait_for(lambda: is_there(runs.output), f"never came to {moment}")
-        time.sleep(0.3)
+        wait_for(lambda: mark.exists() or launcher.poll() is not None, f"never came to {moment}")
         pids = status(runs.output)["pids"]
         assert len(pids) == (1 if preset == "cpu" else 2)
         assert all(map(lives, pids))
         os.kill({"launcher": launcher.pid, "rank 0": pids[0], "rank 1": pids[-1]}[target], signal.SIGTERM)
-        ran = finish(launcher, timeout=60)
+        if target == "rank 1":
+            mark.unlink(missing_ok=True)  # where rank 0 pauses, it gets no signal
+        ran = finish(launcher)
         assert ran.returncode != 0
-        wait_for(lambda: not any(map(lives, pids)), "an orphan trains on", seconds=30)
+        wait_for(lambda: not any(map(lives, pids)), "an orphan trains on")
     finally:
         launcher.kill()
     told = status(runs.output)
@@ -99,13 +101,13 @@ def test_sigterm_saves_and_leaves_no_orphan(runs: Runs, preset: str, target: str
 
 
 @contextlib.contextmanager
-def in_its_third_step(runs: Runs) -> Iterator[BaseProcess]:
+def in_its_third_step(runs: Runs, mark: Path, action: str = "pause") -> Iterator[BaseProcess]:
     """Start a run on one process, and give it while it waits in its third step."""
-    (process,) = runs.forks.start("cpu", runs.words, LORA_ACCEL_FAULT="step.after_backward@3=sleep")
+    fault = {"LORA_ACCEL_FAULT": f"step.after_backward@3={action}", "LORA_ACCEL_FAULT_MARK": str(mark)}
+    (process,) = runs.forks.start("cpu", runs.words, **fault)
     try:
-        wait_for(lambda: (runs.output / "checkpoints" / "step-00000002").exists(), "no step 2")
-        time.sleep(0.3)
-        assert process.is_alive()
+        wait_for(lambda: Path(f"{mark}-0").exists() or not process.is_alive(), "no step 3")
+        assert process.is_alive(), runs.forks.log()
         yield process
     finally:
         process.kill()
@@ -120,11 +122,11 @@ def send(process: BaseProcess, number: signal.Signals) -> None:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143), (signal.SIGHUP, 143)]
 )
-def test_each_signal_has_its_exit_code(runs: Runs, number: signal.Signals, code: int) -> None:
+def test_each_signal_has_its_exit_code(runs: Runs, tmp_path: Path, number: signal.Signals, code: int) -> None:
     straight = runs.straight("cpu")
-    with in_its_third_step(runs) as process:
+    with in_its_third_step(runs, tmp_path / "mark") as process:
         send(process, number)
-        process.join(60)
+        process.join(PATIENCE_SECONDS)
         assert process.exitcode == code
     assert f"stopped by {number.name} (rank 0) after step 3; a checkpoint is saved" in runs.forks.log()
     assert "Traceback" not in runs.forks.log()
@@ -135,25 +137,24 @@ def test_each_signal_has_its_exit_code(runs: Runs, number: signal.Signals, code:
     runs.resumes_to(straight, "cpu")
 
 
-def test_a_second_ctrl_c_aborts(runs: Runs) -> None:
+def test_a_second_ctrl_c_aborts(runs: Runs, tmp_path: Path) -> None:
+    """In a step that never ends."""
     straight = runs.straight("cpu")
-    with in_its_third_step(runs) as process:
+    with in_its_third_step(runs, tmp_path / "mark", "hang") as process:
         send(process, signal.SIGINT)
         time.sleep(1.5)
+        assert process.is_alive()
         send(process, signal.SIGINT)
-        began = time.monotonic()
-        process.join(60)
-        assert time.monotonic() - began < 2, "it waited for the end of the step"
+        process.join(PATIENCE_SECONDS)
         assert process.exitcode == 130
     assert "interrupted; the same command goes on from the newest checkpoint" in runs.forks.log()
     assert (status(runs.output)["state"], status(runs.output)["step"]) == ("preempted", 2)
     runs.resumes_to(straight, "cpu")
 
 
-def test_two_runs_do_not_share_a_folder(runs: Runs) -> None:
+def test_two_runs_do_not_share_a_folder(runs: Runs, tmp_path: Path) -> None:
     straight = runs.straight("cpu")
-    with in_its_third_step(runs) as process:
-        send(process, signal.SIGSTOP)  # it holds the folder however long the second run takes to begin
+    with in_its_third_step(runs, tmp_path / "mark") as process:
         before = sorted(path for path in runs.output.rglob("*") if path.is_file())
         second = run_module("lora_accel.train", *runs.words)
         assert second.returncode == 2
@@ -164,19 +165,19 @@ def test_two_runs_do_not_share_a_folder(runs: Runs) -> None:
 
 
 @pytest.mark.slow
-def test_slurms_warning_reaches_the_ranks_and_not_the_launcher(runs: Runs) -> None:
+def test_slurms_warning_reaches_the_ranks_and_not_the_launcher(runs: Runs, tmp_path: Path) -> None:
     """As in scripts/train.slurm: a launcher that ignores SIGUSR1 starts ranks that take it."""
     straight = runs.straight("cpu_ddp")
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a child begins with what its parent ignores
     try:
         words = ("--main_process_port", free_port(), "-m", "lora_accel.train", *runs.words)
-        launcher = start(*words, preset="cpu_ddp", LORA_ACCEL_FAULT="step.after_backward@3=sleep")
+        fault = {"LORA_ACCEL_FAULT": "step.after_backward@3=pause", "LORA_ACCEL_FAULT_MARK": str(tmp_path / "mark")}
+        launcher = start(*words, preset="cpu_ddp", **fault)
     finally:
         signal.signal(signal.SIGUSR1, before)
-    wait_for(lambda: (runs.output / "checkpoints" / "step-00000002").exists(), "no step 2")
-    time.sleep(0.3)
+    wait_for(lambda: all((tmp_path / f"mark-{rank}").exists() for rank in (0, 1)), "no step 3")
     for pid in (launcher.pid, *status(runs.output)["pids"]):
         os.kill(pid, signal.SIGUSR1)
-    finish(launcher, timeout=60)
+    finish(launcher)
     assert (status(runs.output)["state"], status(runs.output)["step"]) == ("preempted", 3)
     runs.resumes_to(straight, "cpu_ddp")

@@ -11,16 +11,16 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.launching import launch
+from tests.distributed.forked import Forks
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize("preset", ["cpu", "cpu_ddp", "cpu_zero2", "cpu_zero3"])
 def test_an_adapter_is_saved_whole_from_a_script_of_its_own(
-    tiny_model: Callable[..., Path], tmp_path: Path, preset: str
+    forks: Forks, tiny_model: Callable[..., Path], tmp_path: Path, preset: str
 ) -> None:
-    ran = launch("tests/distributed/stranger.py", tiny_model("gpt2"), tmp_path, preset=preset)
+    ran = forks.launch("tests/distributed/stranger.py", tiny_model("gpt2"), tmp_path, preset=preset)
     assert ran.returncode == 0, ran.stderr[-3000:]
 
     def saved(name: str) -> dict[str, torch.Tensor]:
@@ -47,8 +47,10 @@ def test_an_adapter_is_saved_whole_from_a_script_of_its_own(
     assert torch.allclose(logits, load_file(tmp_path / "logits.safetensors")["logits"], atol=1e-5)
 
 
-def test_where_the_first_cannot_write_no_other_waits(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    ran = launch("tests/distributed/stranger.py", tiny_model("gpt2"), tmp_path, "no-room", preset="cpu_ddp", timeout=90)
+def test_where_the_first_cannot_write_no_other_waits(
+    forks: Forks, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    ran = forks.launch("tests/distributed/stranger.py", tiny_model("gpt2"), tmp_path, "no-room", preset="cpu_ddp")
     assert ran.returncode != 0
     assert "saving auto failed on rank 0" in ran.stderr
     assert not list(tmp_path.iterdir()), "nothing half-made stays"

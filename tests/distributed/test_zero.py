@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from lora_accel import run_training
 from lora_accel.config.schema import RunConfig
 from tests.conftest import read_metrics
-from tests.distributed.launching import TRAIN, launch
+from tests.distributed.forked import Forks
+from tests.distributed.launching import TRAIN
 
 pytestmark = pytest.mark.distributed
 
@@ -44,7 +45,7 @@ def tensors(folder: Path, name: str = "adapter/adapter_model.safetensors") -> di
 
 
 def test_a_run_goes_on_under_any_backend(
-    config: RunConfig, config_file: Callable[[RunConfig], Path], tmp_path: Path
+    forks: Forks, config: RunConfig, config_file: Callable[[RunConfig], Path], tmp_path: Path
 ) -> None:
     """Begun on one process, on under ZeRO-3 on three (which do not divide the tensors), ZeRO-2 on two, one again."""
     run_training(config)
@@ -53,7 +54,7 @@ def test_a_run_goes_on_under_any_backend(
     for step, preset, processes in ((2, "cpu_zero3", "3"), (3, "cpu_zero2", "2"), (4, "zero2_offload", "2")):
         forget_after(moving, step)
         options = ("--num_processes", processes, "--mixed_precision", "no")
-        ran = launch(*options, *TRAIN, file, f"output_dir={moving}", preset=preset)
+        ran = forks.launch(*options, *TRAIN, file, f"output_dir={moving}", preset=preset)
         assert ran.returncode == 0, ran.stderr[-3000:]
         assert f"resuming after step {step}" in ran.stdout
     forget_after(moving, 5)
@@ -74,12 +75,12 @@ def test_a_run_goes_on_under_any_backend(
 
 @pytest.mark.parametrize("preset", ["zero1", "cpu_zero2", "cpu_zero3"])
 def test_a_resumed_run_is_the_straight_one_bit_for_bit(
-    config: RunConfig, config_file: Callable[[RunConfig], Path], preset: str, tmp_path: Path
+    forks: Forks, config: RunConfig, config_file: Callable[[RunConfig], Path], preset: str, tmp_path: Path
 ) -> None:
     """Also in bf16, where the float32 masters hold what the parameters do not."""
     words: list[Any] = ["--mixed_precision", "bf16", "--num_processes", "2", *TRAIN, config_file(config)]
     for folder in ("straight", "resumed"):
-        ran = launch(*words, f"output_dir={tmp_path / folder}", preset=preset)
+        ran = forks.launch(*words, f"output_dir={tmp_path / folder}", preset=preset)
         assert ran.returncode == 0, ran.stderr[-3000:]
         if folder == "straight":
             shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
@@ -94,14 +95,14 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(
 
 
 def test_evaluation_and_replies_under_zero3_are_those_of_one_process(
-    make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path
+    forks: Forks, make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path
 ) -> None:
     evaluation = {"prompts": ["say alpha", "say bravo and more than that"], "max_new_tokens": 5, "every_steps": 3}
     config = make_config(
         output_dir=str(tmp_path / "one"), evaluation=evaluation, data={"eval_fraction": 0.2}, training={"epochs": 1.0}
     )
     run_training(config)
-    ran = launch(*TRAIN, config_file(config), f"output_dir={tmp_path / 'two'}", preset="cpu_zero3")
+    ran = forks.launch(*TRAIN, config_file(config), f"output_dir={tmp_path / 'two'}", preset="cpu_zero3")
     assert ran.returncode == 0, ran.stderr[-3000:]
     one, two = (read_metrics(tmp_path / name, "eval") for name in ("one", "two"))
     assert [line["eval_loss"] for line in two] == pytest.approx([line["eval_loss"] for line in one], rel=1e-5)
@@ -114,7 +115,7 @@ def test_evaluation_and_replies_under_zero3_are_those_of_one_process(
 
 
 def test_whole_modules_are_trained_and_gathered_under_zero3(
-    make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path
+    forks: Forks, make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path
 ) -> None:
     """With activations recomputed in the backward pass, where ZeRO-3 gathers the layer again."""
     config = make_config(
@@ -122,7 +123,7 @@ def test_whole_modules_are_trained_and_gathered_under_zero3(
     )
     run_training(config)
     words = (f"output_dir={tmp_path / 'two'}", "training.activation_checkpointing=true")
-    ran = launch(*TRAIN, config_file(config), *words, preset="cpu_zero3")
+    ran = forks.launch(*TRAIN, config_file(config), *words, preset="cpu_zero3")
     assert ran.returncode == 0, ran.stderr[-3000:]
     one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
     assert one.keys() == two.keys()
@@ -133,14 +134,18 @@ def test_whole_modules_are_trained_and_gathered_under_zero3(
 
 @pytest.mark.parametrize("preset", ["cpu_ddp", "cpu_zero2"])
 def test_qlora_runs_on_two_processes(
-    make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], preset: str, tmp_path: Path
+    forks: Forks,
+    make_config: Callable[..., RunConfig],
+    config_file: Callable[[RunConfig], Path],
+    preset: str,
+    tmp_path: Path,
 ) -> None:
     """nf4 and its scales in blocks: products in bfloat16, so equal up to their rounding."""
     config = make_config(
         output_dir=str(tmp_path / "one"), quantization={"bits": 4}, training={"learning_rate": 1e-3, "warmup_steps": 1}
     )
     run_training(config)
-    ran = launch(*TRAIN, config_file(config), f"output_dir={tmp_path / 'two'}", preset=preset)
+    ran = forks.launch(*TRAIN, config_file(config), f"output_dir={tmp_path / 'two'}", preset=preset)
     assert ran.returncode == 0, ran.stderr[-3000:]
     for expected, found in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)

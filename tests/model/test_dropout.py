@@ -106,9 +106,10 @@ def test_it_is_at_least_as_fast_as_torchs_dropout() -> None:
     ours, theirs = KeyedDropout(0.05, 0, FEATURES, tokens), torch.nn.Dropout(0.05)
 
     def seconds(dropout: torch.nn.Module) -> float:
-        begin = time.perf_counter()
+        """Of the CPU: what else runs here counts for nothing."""
+        begin = time.process_time()
         dropout(x)
-        return time.perf_counter() - begin
+        return time.process_time() - begin
 
-    pairs = sorted(seconds(ours) / seconds(theirs) for _ in range(41))  # alternating
-    assert pairs[20] < 1.0
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(41)]  # alternating
+    assert min(our for our, _ in pairs) < min(their for _, their in pairs)

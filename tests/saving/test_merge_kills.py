@@ -50,13 +50,13 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToken
     return place / "adapter"
 
 
-def begun(adapter: Path, out: Path) -> subprocess.Popen[str]:
+def begun(adapter: Path, out: Path, **environment: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", MERGE, str(adapter), str(out)],
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "begins\n"
@@ -71,7 +71,7 @@ def seen(path: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(adapter: Path, tmp_path: Path, times: int) -> None:
-    """Half of them over the whole of the merge, half while files are written."""
+    """Half of them over the whole of the merge, half while files are written; the first one certainly."""
     chance, straight, out = random.Random(times), tmp_path / "straight", tmp_path / "merged"
     with begun(adapter, straight) as process:
         began = time.monotonic()
@@ -83,10 +83,13 @@ def test_killed_at_random_moments(adapter: Path, tmp_path: Path, times: int) -> 
     expected = {file.name: load_file(file) for file in straight.glob("*.safetensors")}
     assert len(expected) > 5
 
-    in_the_middle = 0
+    in_the_middle, mark = 0, tmp_path.with_name(f"{tmp_path.name}-mark")
+    pauses = {"LORA_ACCEL_FAULT": "merge.mid@3=pause", "LORA_ACCEL_FAULT_MARK": str(mark)}
     for number in range(times):
-        with begun(adapter, out) as process:
-            if number % 2:
+        with begun(adapter, out, **(pauses if number == 0 else {})) as process:
+            if number == 0:
+                seen(mark.with_name(f"{mark.name}-0"), process)
+            elif number % 2:
                 time.sleep(chance.uniform(0, ends - began))
             else:
                 seen(tmp_path / ".merged.writing", process)
