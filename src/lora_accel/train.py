@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from lora_accel.training.loop import Run
     from lora_accel.training.stopping import Stop
 
-EVAL_SPLIT = 0x5EED
-"""Keeps the permutation that chooses held-out examples apart from those that order epochs."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; return the exit code."""
@@ -150,24 +147,14 @@ def prepare_data(config: RunConfig, num_ranks: int) -> Data:
     Raises:
         DataError: a file, a row or the template is wrong, or too many rows are unusable.
     """
-    from lora_accel.data.dataset import hold_out, load_dataset
     from lora_accel.data.formats import Message
-    from lora_accel.data.order import permutation, source_count
+    from lora_accel.data.order import source_count
+    from lora_accel.data.splits import examples_by_name, load_splits
     from lora_accel.recipe import make_recipe
 
     recipe = make_recipe(config)
-    dataset = load_dataset(config.data.train, recipe, config.data)
-    dataset.check(config.data.max_dropped)
-    evaluation = load_dataset(config.data.eval, recipe, config.data)
-    evaluation.check(config.data.max_dropped)
-    eval_sources: dict[str, list[Example]] = {}
-    for source, section in zip(evaluation.sources, config.data.eval, strict=True):
-        eval_sources.setdefault(section.path, []).extend(source.examples)
-    if config.data.eval_fraction:
-        order = permutation(dataset.num_examples, config.seed, EVAL_SPLIT).tolist()
-        dataset, held = hold_out(dataset, config.data.eval_fraction, order)
-        eval_sources["data.eval_fraction"] = [example for of_source in held for example in of_source]
-
+    dataset, evaluation, eval_ledgers = load_splits(config.data, config.seed, recipe)
+    eval_sources = examples_by_name(evaluation)
     plan = make_plan(
         config,
         num_ranks=num_ranks,
@@ -177,7 +164,7 @@ def prepare_data(config: RunConfig, num_ranks: int) -> Data:
         num_eval_examples=sum(map(len, eval_sources.values())),
     )
     prompts = [recipe.template().encode_prompt((Message("user", prompt),)) for prompt in config.evaluation.prompts]
-    return Data(recipe, dataset, eval_sources, evaluation.ledgers, prompts, plan)
+    return Data(recipe, dataset, eval_sources, eval_ledgers, prompts, plan)
 
 
 def show_data(data: Data) -> None:
@@ -188,9 +175,11 @@ def show_data(data: Data) -> None:
     ledgers, sources = [*data.dataset.ledgers, *data.eval_ledgers], data.dataset.sources
     print_table("data", ledger_lines(ledgers))
     if len(sources) > 1 or any(source.weight != 1 for source in sources):
-        counts = [(len(source.examples), source.weight) for source in sources]
-        told = [f"{source_count(size, weight):,} of {size:,} examples (weight {weight:g})" for size, weight in counts]
-        print_table("an epoch", list(zip((ledger.path for ledger in data.dataset.ledgers), told, strict=False)))
+        counts = [(path, len(examples), weight) for examples, weight, path in sources]
+        told = [
+            (path, f"{source_count(n, weight):,} of {n:,} examples (weight {weight:g})") for path, n, weight in counts
+        ]
+        print_table("an epoch", told)
     print_table("plan", data.plan.table())
     if any(not ledger.num_ended and ledger.format not in ("text", "tokens") for ledger in data.dataset.ledgers):
         print("note: the chat template closes a turn with no special token, so the adapter will not learn to stop")
