@@ -189,6 +189,7 @@ def readme_block() -> str:
     return found[1]
 
 
+@pytest.mark.timeout(3600)
 def test_readmes_own_rows_run_as_they_stand(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     """Every line of the block but `pip install`, in an empty folder; edited is what README says to edit, and the model,
     so that a tiny one will do."""
@@ -212,7 +213,6 @@ def test_readmes_own_rows_run_as_they_stand(tmp_path: Path, tiny_model: Callable
         | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=900,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
