@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lora_accel import RunConfig, inference, load_adapter, run_training, save_adapter
 from lora_accel.candidates import name_adapters, template_of
@@ -25,6 +25,7 @@ from lora_accel.config.files import config_to_yaml
 from lora_accel.config.schema import ModelSection
 from lora_accel.data.chat import ChatTemplate, template_source
 from lora_accel.data.formats import Conversation, Message
+from lora_accel.data.splits import HELD_OUT
 from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.inference import chat, evaluate, generate
 from lora_accel.model import base as base_module
@@ -40,6 +41,7 @@ from tests.conftest import (
     Told,
     chat_rows,
     fill_by_formula,
+    read_metrics,
     run_module,
     write_jsonl,
 )
@@ -272,6 +274,89 @@ def test_each_source_has_a_loss_in_json_and_in_the_table(
     table = command(*words).stdout
     for shown in ("perplexity", "exact match", "more.jsonl", "base + two", f"{scores[2]['eval_loss']:.4f}"):
         assert shown in table
+
+
+def test_held_out_rows_score_as_in_training_and_only_they_are_asked(
+    make_config: Callable[..., RunConfig], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of several sources, with weights and limits, rows dropped and rows split: the loss is that of the run's own
+    evaluation, and the exact match counts the rows of which nothing was trained on, each with its own answer."""
+    contents: dict[str, list[dict[str, Any]]] = {}
+    for name, size in {"a": 16, "b": 14}.items():
+        contents[name] = chat_rows(size)
+        for i in (2, 9):
+            contents[name][i] = {"messages": []}
+        for i in (3, 6, 12):  # too long for one example
+            contents[name][i]["messages"] = [
+                {"role": role, "content": f"{name} {i} {k} one two three"}
+                for k in range(6)
+                for role in ("user", "assistant")
+            ]
+    files = {name: tmp_path / f"{name}.jsonl" for name in contents}
+    changes: dict[str, Any] = {
+        "seed": 1,
+        "data": {
+            "train": [{"path": str(files["a"]), "limit": 14, "weight": 2.0}, {"path": str(files["b"]), "weight": 0.5}],
+            "eval_fraction": 0.4,
+            "overlong": "split",
+            "max_length": 100,
+            "max_dropped": 0.2,
+        },
+        "training": {"max_steps": 3},
+    }
+    template = ChatTemplate(AutoTokenizer.from_pretrained(tiny_model()))
+    base = AutoModelForCausalLM.from_pretrained(tiny_model())
+
+    def question(row: dict[str, Any]) -> list[int]:
+        return template.encode_prompt([Message(m["role"], m["content"]) for m in row["messages"][:-1]])
+
+    # The base is right about every other row, whichever are held out: answers change no example's number.
+    right = set()
+    for name, rows in contents.items():
+        for number, row in enumerate(rows, start=1):
+            if row["messages"] and number % 2:
+                (reply,) = replies_to(
+                    base, template.tokenizer, [question(row)], ends=template.end_ids, max_new_tokens=3
+                )
+                if reply.strip():
+                    row["messages"][-1]["content"] = reply
+                    right.add((str(files[name]), number))
+        write_jsonl(files[name], rows)
+
+    config = make_config(**changes)
+    data = prepare_data(config, num_ranks=1)
+    held, trained = ({x.row for x in examples} for examples in (data.eval_sources[HELD_OUT], data.dataset.examples))
+    asked = held - trained
+    assert len(asked) < len(held), "training sees a part of one"
+    assert 2 <= len(asked & right) < len(asked)
+
+    adapter = run_training(config)
+    (in_training,) = read_metrics(Path(config.output_dir), "eval")
+    scores = evaluate(config, adapters=[adapter], max_new_tokens=3)
+    assert [score.name for score in scores] == ["base", "base + adapter"]
+    assert scores[1].eval_loss == pytest.approx(in_training["eval_loss"], rel=1e-5)
+    assert {score.eval_tokens for score in scores} == {in_training["eval_tokens"]}
+    assert {score.rows for score in scores} == {len(asked)}
+    assert scores[0].exact_match == len(asked & right) / len(asked)
+    assert scores[0].sources == {}
+
+
+def test_rows_that_training_drops_are_not_asked(scored: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """A row that the template refuses has no loss, and no prompt either."""
+    rows = write_jsonl(
+        tmp_path / "few.jsonl", [*chat_rows(3), {"messages": []}, {"messages": [{"role": "user", "content": "?"}]}]
+    )
+    (tmp_path / "strict.jinja").write_text(
+        CHATML.replace(
+            "{% for", "{% if 'alpha' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}{% for", 1
+        )
+    )
+    config = scored(
+        data={"eval": [{"path": str(rows)}], "max_dropped": 1.0},
+        model={"chat_template": str(tmp_path / "strict.jinja")},
+    )
+    (score,) = evaluate(config, max_new_tokens=1)
+    assert score.rows == sum("alpha" not in row["messages"][0]["content"] for row in chat_rows(3)) > 0
 
 
 def test_exact_match_is_told_where_rows_have_answers(

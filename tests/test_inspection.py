@@ -28,13 +28,14 @@ from lora_accel.inspection import (
     UNLEARNED,
     coloured,
     histogram,
-    load_splits,
+    load_parts,
     marked,
     pieces,
     show_examples,
     visible,
 )
 from lora_accel.recipe import make_recipe
+from lora_accel.train import prepare_data
 from tests.conftest import PATIENCE_SECONDS, ROOT, SHARED_DATA, SMOLLM, chat_rows, run_module, write_jsonl
 
 CONFIG = """\
@@ -115,7 +116,9 @@ def test_json_tells_every_example_and_sums_that_agree(
     assert (told.code, told.err) == (0, "")
     *examples, last = told.lines
     assert list(last) == ["audit"]
-    assert all(list(x) == ["source", "split", "file", "row", "text", "input_ids", "labels"] for x in examples)
+    fields = ["source", "split", "held_out", "file", "row", "text", "input_ids", "labels"]
+    assert all(list(x) == fields for x in examples)
+    assert not any(x["held_out"] for x in examples)
     for example in examples:
         assert example["file"] == example["source"]
         assert len(example["labels"]) == len(example["input_ids"])
@@ -161,6 +164,52 @@ def test_rows_and_source_choose(inspect: Inspect) -> None:
     text = inspect("--source", "rows.jsonl").out
     assert headings(text) == [f"rows.jsonl (train), row {row}" for row in (1, 2, 3)]
     assert len(headings(inspect("--source", "rows.jsonl", "--rows", "5").out)) == 5
+
+
+HOLDING_OUT = ("data.eval=[]", "data.eval_fraction=0.3")
+
+
+def test_held_out_examples_are_those_of_training(inspect: Inspect, folder: Path) -> None:
+    """In JSON, text and the page, whichever source is looked at; every row is in one ledger still."""
+    write_jsonl(folder / "rows.jsonl", [*chat_rows(4), {"messages": []}, *chat_rows(12)[4:]])
+    words = (*HOLDING_OUT, "data.overlong=split", "data.max_dropped=0.1", "seed=1")
+    *examples, last = inspect("--json", *words).lines
+    held = [x for x in examples if x["held_out"]]
+    data = prepare_data(read_config(folder / "run.yaml", words), num_ranks=1)
+    expected = [(*x.row, x.input_ids) for x in data.eval_sources["data.eval_fraction"]]
+    assert [(x["file"], x["row"], x["input_ids"]) for x in held] == expected
+    trained = [(*x.row, x.input_ids) for x in data.dataset.examples]
+    assert [(x["file"], x["row"], x["input_ids"]) for x in examples if not x["held_out"]] == trained
+    assert {(x["split"], x["held_out"]) for x in examples} == {("train", False), ("eval", True)}
+    assert {x["source"] for x in held} == {"rows.jsonl", "others.jsonl"}
+    agree(last["audit"]["total"], examples)
+    assert last["audit"]["total"]["num_rows"] == 13 + 2
+    assert ([x["path"] for x in last["audit"]["train"]], last["audit"]["eval"]) == (["rows.jsonl", "others.jsonl"], [])
+
+    *alone, _ = inspect("--json", *words, "--source", "data.eval_fraction").lines
+    assert alone == held
+    *of_file, last = inspect("--json", *words, "--source", "rows.jsonl").lines
+    assert of_file == [x for x in examples if x["source"] == "rows.jsonl"], "held out of all sources, then chosen"
+    assert [x["path"] for x in last["audit"]["train"]] == ["rows.jsonl"]
+
+    out = inspect(*words, "--rows", "50", "--html", "page.html").out
+    marked_rows = re.findall(r"^(\S+) \(eval\), row (\d+), .*, held out by data.eval_fraction$", out, re.MULTILINE)
+    assert marked_rows == [(x["file"], str(x["row"])) for x in held]
+    assert out.count("held out by") == len(held)
+    assert f"{len(held)} of them held out" in out
+    assert "tokens per example (eval)" in out
+    assert (folder / "page.html").read_text(encoding="utf-8").count("held out by data.eval_fraction") == len(held)
+
+
+def test_what_cannot_be_held_out_is_refused(inspect: Inspect, folder: Path) -> None:
+    told = inspect(*HOLDING_OUT, "data.train=[{path: eval.jsonl}]")
+    assert (told.code, told.out) == (2, "")
+    assert "data.eval_fraction=0.3 leaves no training example of 1" in told.err
+    write_jsonl(folder / "rows.jsonl", [{"messages": []}])
+    told = inspect(*HOLDING_OUT, "data.train=[{path: rows.jsonl}]")
+    assert told.code == 2
+    assert "rows.jsonl, row 1: empty conversation" in told.err, "the reason why there is nothing to hold out"
+    assert "known are rows.jsonl, others.jsonl, eval.jsonl\n" in inspect("--source", "data.eval_fraction").err
 
 
 def headings(out: str) -> list[str]:
@@ -338,12 +387,12 @@ def test_colours_say_what_is_learned(tokenizer: PreTrainedTokenizerFast) -> None
 def test_a_terminal_gets_colours_and_folded_lines(folder: Path) -> None:
     config = read_config(folder / "run.yaml", ["data.train=[{path: others.jsonl}]", "data.eval=[]"])
     recipe = make_recipe(config)
-    splits = load_splits(config.data, recipe, None)
+    parts = load_parts(config, recipe, None)
     outs = []
     for no_color in (False, True):
         out = io.StringIO()
         console = Console(file=out, force_terminal=True, color_system="256", width=40, no_color=no_color)
-        show_examples(splits, config.data, recipe, 2, console)
+        show_examples(parts, config.data, recipe, 2, console)
         outs.append(re.sub(r"\x1b\[[\d;]*m", "", out.getvalue()))
         assert ("48;5;120m" in out.getvalue()) != no_color
     inside = [line for line in outs[0].splitlines() if line.startswith("│")]

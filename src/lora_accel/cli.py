@@ -88,6 +88,17 @@ def plan(
 
 
 @app.command()
+def init(
+    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="File to create.")] = Path("my_rows.yaml"),
+) -> None:
+    """Write a commented recipe for your own rows."""
+    from lora_accel.config.files import write_recipe
+
+    write_recipe(file)
+    print(f"wrote {file}. Set data.train in it, then:\n  lora-accel inspect --config {file}")
+
+
+@app.command()
 def inspect(
     config: Annotated[Path, typer.Option("--config", metavar="FILE", help="Run config, YAML.")],
     overrides: Overrides = None,
@@ -95,7 +106,10 @@ def inspect(
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Examples of each source. Without it 3, with --json all."),
     ] = None,
-    source: Annotated[Optional[str], typer.Option(metavar="PATH", help="Only the source of this path.")] = None,  # noqa: UP045
+    source: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="PATH", help="Only this source; data.eval_fraction = what it holds out."),
+    ] = None,
     html: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write a page for a browser, too.")] = None,  # noqa: UP045
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")] = False,
 ) -> None:
@@ -280,7 +294,10 @@ def chat(
 
 @app.command()
 def evaluate(
-    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="Run config, YAML; data.eval is used.")],
+    config: Annotated[
+        Path,
+        typer.Option("--config", metavar="FILE", help="Run config, YAML; its data.eval or data.eval_fraction is used."),
+    ],
     overrides: Overrides = None,
     adapter: Annotated[
         Optional[list[Path]],  # noqa: UP045

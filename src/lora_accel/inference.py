@@ -282,27 +282,24 @@ def evaluate(
         ArtifactError: an adapter or a model cannot be used.
         DataError: rows cannot be used.
     """
-    if not config.data.eval:
-        raise ConfigError("data.eval: names no rows to evaluate on")
+    if not config.data.eval and not config.data.eval_fraction:
+        raise ConfigError("data.eval: no rows to evaluate on; set data.eval, or data.eval_fraction as in training")
     named = name_adapters(adapters)
     refuse_unusable(adapters, merged)
 
     from accelerate import Accelerator
 
     from lora_accel.data.batches import step_batch
-    from lora_accel.data.chat import Example, question_of
-    from lora_accel.data.dataset import load_dataset, load_records
+    from lora_accel.data.chat import question_of
+    from lora_accel.data.splits import examples_by_name, load_evaluation
     from lora_accel.recipe import make_recipe
     from lora_accel.training.evaluate import evaluate_sources
 
     accelerator = Accelerator(cpu=None)
     recipe = make_recipe(config)
-    template, dataset = recipe.template(), load_dataset(config.data.eval, recipe, config.data)
-    dataset.check(config.data.max_dropped)
-    examples: dict[str, list[Example]] = {}
-    for source, section in zip(dataset.sources, config.data.eval, strict=True):
-        examples.setdefault(section.path, []).extend(source.examples)
-    records = [record for section in config.data.eval for record in load_records(section)]
+    template, sources = recipe.template(), load_evaluation(config.data, config.seed, recipe)
+    examples = examples_by_name(sources)
+    records = [record for source in sources for record in source.records()]
     questions = [question for record in records if (question := question_of(record, template))]
     prompts, answers = [prompt for prompt, _ in questions], [answer for _, answer in questions]
 

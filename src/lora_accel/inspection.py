@@ -25,8 +25,9 @@ from lora_accel.config.schema import DataSection, RunConfig, SourceSection
 from lora_accel.console import print_table
 from lora_accel.data.audit import SPLIT, TRUNCATED, SourceLedger, ledger_lines, total
 from lora_accel.data.chat import IGNORED, Example
-from lora_accel.data.dataset import Dataset, Recipe, load_dataset, prepare
-from lora_accel.data.rows import Chunk, find_input
+from lora_accel.data.dataset import Recipe, find_rows, load_dataset, prepare
+from lora_accel.data.splits import HELD_OUT, split_train
+from lora_accel.data.store import Examples
 from lora_accel.data.tokens import special_tokens
 from lora_accel.errors import ConfigError, did_you_mean
 from lora_accel.recipe import make_recipe
@@ -48,12 +49,17 @@ LEARNED, UNLEARNED = ("color(16) on color(120)", "color(16) on color(114)"), ("c
 SPECIAL = "bold color(133)"
 
 
-class Split(NamedTuple):
-    """The sources of `data.train` or of `data.eval`."""
+class Part(NamedTuple):
+    """The examples of one source that are trained on, or that are evaluated."""
 
-    name: str
-    sections: list[SourceSection]
-    dataset: Dataset
+    split: str
+    """train or eval."""
+    section: SourceSection
+    ledger: SourceLedger
+    """Of the source; those of its examples that are held out have the same one."""
+    examples: Examples
+    held_out: bool = False
+    """Whether data.eval_fraction holds them out of a training source."""
 
 
 class Piece(NamedTuple):
@@ -86,7 +92,7 @@ def inspect(
 
     Args:
         rows: how many examples of each source; None = 3, in JSON all.
-        source: `path` of the one source to look at; None = all.
+        source: `path` of the one source to look at, or `data.eval_fraction` for what it holds out; None = all.
         html: a page to write as well.
         as_json: print one JSON object for each example, and one for the ledger.
 
@@ -97,100 +103,118 @@ def inspect(
     if html is not None:
         _refuse_page(html)
     recipe = make_recipe(config)
-    splits = load_splits(config.data, recipe, source)
+    parts = load_parts(config, recipe, source)
     tokenizer = recipe.template().tokenizer
     if html is not None:
-        _write_page(html, page(splits, config.data, recipe, rows or ROWS))
+        _write_page(html, page(parts, config.data, recipe, rows or ROWS))
     if as_json:
-        for line in json_lines(splits, tokenizer, rows):
+        for line in json_lines(parts, tokenizer, rows):
             print(json.dumps(line))
         sys.stdout.flush()  # here, where a reader who has left is no error, and not at the end of the process
     else:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that has not all characters
-        show_examples(splits, config.data, recipe, rows or ROWS, Console())
-        show_audit(splits)
-    for split in splits:
-        split.dataset.check(config.data.max_dropped)
+        show_examples(parts, config.data, recipe, rows or ROWS, Console())
+        show_audit(parts)
+    for ledger in _ledgers(parts):
+        ledger.check(config.data.max_dropped)
 
 
-def load_splits(options: DataSection, recipe: Recipe, source: str | None) -> list[Split]:
-    """Load the sources that are asked for.
+def load_parts(config: RunConfig, recipe: Recipe, source: str | None) -> list[Part]:
+    """Load the sources that are asked for, and hold out of them what training would.
 
     Raises:
         ConfigError: no source has this path.
-        DataError: see `load_dataset`.
+        DataError: see `load_dataset` and `split_train`.
     """
-    known = list(dict.fromkeys(section.path for section in (*options.train, *options.eval)))
+    data = config.data
+    known = list(dict.fromkeys(section.path for section in (*data.train, *data.eval)))
+    known += [HELD_OUT] if data.eval_fraction else []
     if source is not None and source not in known:
         raise ConfigError(
             f"--source: {source!r} is no source of this config{did_you_mean(source, known)}; known are "
             + ", ".join(known)
         )
-    splits = []
-    for name, sections in (("train", options.train), ("eval", options.eval)):
-        wanted = [section for section in sections if source in (None, section.path)]
-        splits.append(Split(name, wanted, load_dataset(wanted, recipe, options)))
-    return splits
+
+    def wanted(sections: Sequence[SourceSection]) -> list[SourceSection]:
+        return [section for section in sections if source in (None, section.path)]
+
+    # Which examples are held out depends on all training sources.
+    sections = data.train if data.eval_fraction else wanted(data.train)
+    whole = load_dataset(sections, recipe, data)
+    train, held = split_train(whole, data, config.seed)
+    parts = [
+        Part("train", *of) for of in zip(sections, whole.ledgers, (x.examples for x in train.sources), strict=True)
+    ]
+    if held is not None:
+        outs = zip(sections, whole.ledgers, (x.examples for x in held.sources), strict=True)
+        parts += [Part("eval", *of, held_out=True) for of in outs]
+    sections = wanted(data.eval)
+    given = load_dataset(sections, recipe, data)
+    outs = zip(sections, given.ledgers, (x.examples for x in given.sources), strict=True)
+    parts += [Part("eval", *of) for of in outs]
+    if source == HELD_OUT:
+        return [part for part in parts if part.held_out]
+    return [part for part in parts if source in (None, part.section.path)]
 
 
-def json_lines(splits: Sequence[Split], tokenizer: Any, rows: int | None) -> Iterator[dict[str, Any]]:
+def json_lines(parts: Sequence[Part], tokenizer: Any, rows: int | None) -> Iterator[dict[str, Any]]:
     """Yield each example, at most so many of a source, and then the ledgers, as plain values."""
-    for split in splits:
-        for section, source in zip(split.sections, split.dataset.sources, strict=True):
-            for example in itertools.islice(source.examples, rows):
-                yield {
-                    "source": section.path,
-                    "split": split.name,
-                    "file": example.row[0],
-                    "row": example.row[1],
-                    "text": _decoded(tokenizer, example.input_ids),
-                    "input_ids": example.input_ids,
-                    "labels": example.labels,
-                }
-    audit: dict[str, Any] = {split.name: [x.as_dict() for x in split.dataset.ledgers] for split in splits}
-    yield {"audit": audit | {"total": total(_ledgers(splits))}}
+    for part in parts:
+        for example in itertools.islice(part.examples, rows):
+            yield {
+                "source": part.section.path,
+                "split": part.split,
+                "held_out": part.held_out,
+                "file": example.row[0],
+                "row": example.row[1],
+                "text": _decoded(tokenizer, example.input_ids),
+                "input_ids": example.input_ids,
+                "labels": example.labels,
+            }
+    given = [part for part in parts if part.split == "eval" and not part.held_out]
+    audit: dict[str, Any] = {
+        "train": [ledger.as_dict() for ledger in _ledgers([part for part in parts if part not in given])],
+        "eval": [ledger.as_dict() for ledger in _ledgers(given)],
+    }
+    yield {"audit": audit | {"total": total(_ledgers(parts))}}
 
 
-def shown_examples(splits: Sequence[Split], options: DataSection, recipe: Recipe, rows: int) -> Iterator[Shown]:
+def shown_examples(parts: Sequence[Part], options: DataSection, recipe: Recipe, rows: int) -> Iterator[Shown]:
     """Yield the first examples of each source."""
     tokenizer = recipe.template().tokenizer
-    for split in splits:
-        for section, source, ledger in zip(split.sections, *split.dataset, strict=True):
-            examples = source.examples[:rows]
-            fates = {row: bucket for bucket in (TRUNCATED, SPLIT) for row in ledger.buckets.get(bucket, ())}
-            long = {example.row for example in examples} & fates.keys()
-            cut = _cut_tokens(long, section, ledger, recipe, options)
-            if not examples:
-                yield Shown(f"{visible(section.path)} ({split.name}), no example", [], "")
-            for example in examples:
-                heading = _heading(example, section.path, split.name, fates.get(example.row))
-                ending = ""
-                if cut.get(example.row) and len(example.input_ids) == options.max_length:
-                    ending = f"… cut at data.max_length={options.max_length}: {cut[example.row]:,} tokens left out"
-                yield Shown(heading, list(pieces(example, tokenizer)), ending)
+    for part in parts:
+        examples = part.examples[:rows]
+        fates = {row: bucket for bucket in (TRUNCATED, SPLIT) for row in part.ledger.buckets.get(bucket, ())}
+        long = {example.row for example in examples} & fates.keys()
+        cut = _cut_tokens(long, part, recipe, options)
+        if not examples and not part.held_out:
+            yield Shown(f"{visible(part.section.path)} ({part.split}), no example", [], "")
+        for example in examples:
+            heading = _heading(example, part, fates.get(example.row))
+            ending = ""
+            if cut.get(example.row) and len(example.input_ids) == options.max_length:
+                ending = f"… cut at data.max_length={options.max_length}: {cut[example.row]:,} tokens left out"
+            yield Shown(heading, list(pieces(example, tokenizer)), ending)
 
 
-def _heading(example: Example, path: str, split: str, fate: str | None) -> str:
+def _heading(example: Example, part: Part, fate: str | None) -> str:
     file, row = example.row
-    within = f"{file}, " if file != path else ""
+    within = f"{file}, " if file != part.section.path else ""
     counts = f"{len(example.input_ids):,} tokens, {example.num_supervised:,} supervised"
-    return visible(f"{path} ({split}), {within}row {row}, {counts}" + (f", {fate}" if fate else ""))
+    remarks = [fate] if fate else []
+    remarks += [f"held out by {HELD_OUT}"] if part.held_out else []
+    return visible(", ".join([f"{part.section.path} ({part.split}), {within}row {row}, {counts}", *remarks]))
 
 
 def _cut_tokens(
-    rows: set[tuple[str, int]], section: SourceSection, ledger: SourceLedger, recipe: Recipe, options: DataSection
+    rows: set[tuple[str, int]], part: Part, recipe: Recipe, options: DataSection
 ) -> dict[tuple[str, int], int]:
     """Return how many tokens each of these rows lost. The ledger holds their sum, so they are tokenised again."""
-    named, found = section.model_copy(update={"format": ledger.format}), {}
-    for chunk in find_input(section).chunks(section.limit) if rows else ():
-        for place, number in enumerate(chunk.numbers):
-            if (chunk.file, number) in rows:
-                alone = Chunk(chunk.file, [number], chunk.rows[place : place + 1])
-                done = prepare(alone, template=recipe.template(), section=named, options=options)
-                found[chunk.file, number] = done.num_cut_tokens
-        if len(found) == len(rows):
-            break
+    named, found = part.section.model_copy(update={"format": part.ledger.format}), {}
+    for alone in find_rows(part.section, rows):
+        done = prepare(alone, template=recipe.template(), section=named, options=options)
+        found[alone.file, alone.numbers[0]] = done.num_cut_tokens
     return found
 
 
@@ -253,12 +277,12 @@ def visible(text: str) -> str:
 # On a terminal, or in a file without colours.
 
 
-def show_examples(splits: Sequence[Split], options: DataSection, recipe: Recipe, rows: int, console: Console) -> None:
+def show_examples(parts: Sequence[Part], options: DataSection, recipe: Recipe, rows: int, console: Console) -> None:
     """Print the first examples of each source, in colours where there are any."""
     colours = console.color_system is not None and not console.no_color
     specials = special_tokens(recipe.template().tokenizer)
     console.print(_legend(colours), soft_wrap=True)
-    for shown in shown_examples(splits, options, recipe, rows):
+    for shown in shown_examples(parts, options, recipe, rows):
         console.print()
         console.print(Text(shown.heading, style="bold"), soft_wrap=True)
         if not shown.pieces:
@@ -309,21 +333,25 @@ def marked(pieces: Sequence[Piece], specials: set[str]) -> str:
     return "".join(shown)
 
 
-def show_audit(splits: Sequence[Split]) -> None:
+def show_audit(parts: Sequence[Part]) -> None:
     """Print the ledgers, their sums, and how long examples are."""
     print()
-    print_table("rows", [(visible(path), visible(told)) for path, told in ledger_lines(_ledgers(splits))])
-    print_table("total", total_lines(_ledgers(splits)))
-    for name, bins in _histograms(splits):
+    print_table("rows", [(visible(path), visible(told)) for path, told in ledger_lines(_ledgers(parts))])
+    print_table("total", total_lines(parts))
+    for name, bins in _histograms(parts):
         print_table(name, bins, heads=("tokens", "examples", ""))
 
 
-def total_lines(ledgers: Sequence[SourceLedger]) -> list[tuple[str, str]]:
+def total_lines(parts: Sequence[Part]) -> list[tuple[str, str]]:
     """Return the sums over sources as names and values."""
-    sums = total(ledgers)
+    sums = total(_ledgers(parts))
+    num_held = sum(len(part.examples) for part in parts if part.held_out)
     return [
         ("rows", f"{sums['num_rows']:,}, {sums['num_dropped']:,} dropped"),
-        ("examples", f"{sums['num_examples']:,}"),
+        (
+            "examples",
+            f"{sums['num_examples']:,}" + (f", {num_held:,} of them held out for evaluation" if num_held else ""),
+        ),
         ("tokens", f"{sums['num_tokens']:,}, {sums['num_cut_tokens']:,} more cut off"),
         ("supervised", f"{sums['num_supervised_tokens']:,} tokens, {sums['supervised_share']:.1%}"),
         ("end of turn", f"supervised in {sums['ended_share']:.1%} of examples"),
@@ -351,15 +379,16 @@ def histogram(lengths: npt.NDArray[np.int64]) -> list[tuple[str, str, str]]:
     return bins
 
 
-def _histograms(splits: Sequence[Split]) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
-    for split in splits:
-        lengths = [source.examples.lengths for source in split.dataset.sources if len(source.examples)]
+def _histograms(parts: Sequence[Part]) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+    for split in ("train", "eval"):
+        lengths = [part.examples.lengths for part in parts if part.split == split and len(part.examples)]
         if lengths:
-            yield f"tokens per example ({split.name})", histogram(np.concatenate(lengths))
+            yield f"tokens per example ({split})", histogram(np.concatenate(lengths))
 
 
-def _ledgers(splits: Sequence[Split]) -> list[SourceLedger]:
-    return [ledger for split in splits for ledger in split.dataset.ledgers]
+def _ledgers(parts: Sequence[Part]) -> list[SourceLedger]:
+    """Return the ledger of each source once, also where some of its examples are held out."""
+    return list({id(part.ledger): part.ledger for part in parts}.values())
 
 
 # In a browser.
@@ -379,30 +408,30 @@ td, th { border: 1px solid #ccc; padding: .2rem .6rem; text-align: left; vertica
 """
 
 
-def page(splits: Sequence[Split], options: DataSection, recipe: Recipe, rows: int) -> str:
+def page(parts: Sequence[Part], options: DataSection, recipe: Recipe, rows: int) -> str:
     """Return a page of HTML that needs nothing else: the first examples of each source, and the ledger."""
     legend = (
         '<p><mark>supervised</mark> tokens are learned, <b class="special">special</b> tokens are bold; '
         f"{SIGNS}. Point at a token to see its id.</p>"
     )
-    parts = [
+    blocks = [
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
         f"<title>lora-accel inspect</title><style>{STYLE}</style></head><body><h1>lora-accel inspect</h1>{legend}",
     ]
-    for shown in shown_examples(splits, options, recipe, rows):
+    for shown in shown_examples(parts, options, recipe, rows):
         text = "".join(map(_tag, shown.pieces))
-        parts.append(f"<h2>{escape(shown.heading)}</h2>")
-        parts.append(f"<pre>{text}</pre>")
-        parts.append(f"<p><em>{escape(shown.ending)}</em></p>" if shown.ending else "")
-    ledgers = _ledgers(splits)
+        blocks.append(f"<h2>{escape(shown.heading)}</h2>")
+        blocks.append(f"<pre>{text}</pre>")
+        blocks.append(f"<p><em>{escape(shown.ending)}</em></p>" if shown.ending else "")
+    ledgers = _ledgers(parts)
     tables: list[tuple[str, Sequence[tuple[str, ...]]]] = [
         ("rows", [(visible(path), visible(told)) for path, told in ledger_lines(ledgers)]),
-        ("total", total_lines(ledgers)),
-        *_histograms(splits),
+        ("total", total_lines(parts)),
+        *_histograms(parts),
     ]
-    parts += [_html_table(title, lines) for title, lines in tables]
-    return "\n".join([*parts, "</body></html>\n"])
+    blocks += [_html_table(title, lines) for title, lines in tables]
+    return "\n".join([*blocks, "</body></html>\n"])
 
 
 def _tag(piece: Piece) -> str:

@@ -43,14 +43,14 @@ def is_finished(
     return is_same and base == _base_hashes(config)
 
 
-def finished_lines(folder: Path, step: int) -> list[str]:
+def finished_lines(folder: Path, step: int, *, can_evaluate: bool) -> list[str]:
     """Return what is shown of a run that has been finished before."""
     return [
         f"{folder}: finished after step {step:,}; nothing to do",
         f"adapter: {folder / 'adapter'}",
         "to train longer, add training.epochs=N 'checkpoint.allow_changes=[training.epochs]'",
         "to train from the beginning, add output_dir=ANOTHER",
-        *next_lines(folder, can_evaluate=False),
+        *next_lines(folder, can_evaluate=can_evaluate),
     ]
 
 

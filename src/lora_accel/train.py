@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from lora_accel.training.loss_scale import LossScale
     from lora_accel.training.stopping import Stop
 
-EVAL_SPLIT = 0x5EED
-"""Keeps the permutation that chooses held-out examples apart from those that order epochs."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; return the exit code."""
@@ -106,7 +103,8 @@ def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path, beg
         show_data(data)
     precision, ledgers = accelerator.mixed_precision, data.dataset.ledgers
     if gather_object([main and is_finished(folder, config, data.plan, ledgers, precision)])[0]:
-        accelerator.print("\n".join(finished_lines(folder, data.plan.total_steps)))
+        lines = finished_lines(folder, data.plan.total_steps, can_evaluate=bool(data.eval_sources))
+        accelerator.print("\n".join(lines))
         return folder / "adapter"
     model, optimizer, dropout, packed = prepare_model(config, accelerator)
     if recomputes(config, data, accelerator, model, dropout, packed):
@@ -146,7 +144,7 @@ def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path, beg
             seconds=metrics.elapsed_seconds,
             loss=metrics.loss,
             eval_loss=metrics.eval_loss,
-            can_evaluate=bool(config.data.eval),
+            can_evaluate=bool(data.eval_sources),
         )
         print("\n".join(lines))
     return folder / "adapter"
@@ -176,24 +174,14 @@ def prepare_data(config: RunConfig, num_ranks: int) -> Data:
     Raises:
         DataError: a file, a row or the template is wrong, or too many rows are unusable.
     """
-    from lora_accel.data.dataset import hold_out, load_dataset
     from lora_accel.data.formats import Message
-    from lora_accel.data.order import permutation, source_count
+    from lora_accel.data.order import source_count
+    from lora_accel.data.splits import examples_by_name, load_splits
     from lora_accel.recipe import make_recipe
 
     recipe = make_recipe(config)
-    dataset = load_dataset(config.data.train, recipe, config.data)
-    dataset.check(config.data.max_dropped)
-    evaluation = load_dataset(config.data.eval, recipe, config.data)
-    evaluation.check(config.data.max_dropped)
-    eval_sources: dict[str, list[Example]] = {}
-    for source, section in zip(evaluation.sources, config.data.eval, strict=True):
-        eval_sources.setdefault(section.path, []).extend(source.examples)
-    if config.data.eval_fraction:
-        order = permutation(dataset.num_examples, config.seed, EVAL_SPLIT).tolist()
-        dataset, held = hold_out(dataset, config.data.eval_fraction, order)
-        eval_sources["data.eval_fraction"] = [example for of_source in held for example in of_source]
-
+    dataset, evaluation, eval_ledgers = load_splits(config.data, config.seed, recipe)
+    eval_sources = examples_by_name(evaluation)
     plan = make_plan(
         config,
         num_ranks=num_ranks,
@@ -203,7 +191,7 @@ def prepare_data(config: RunConfig, num_ranks: int) -> Data:
         num_eval_examples=sum(map(len, eval_sources.values())),
     )
     prompts = [recipe.template().encode_prompt((Message("user", prompt),)) for prompt in config.evaluation.prompts]
-    return Data(recipe, dataset, eval_sources, evaluation.ledgers, prompts, plan)
+    return Data(recipe, dataset, eval_sources, eval_ledgers, prompts, plan)
 
 
 def show_data(data: Data) -> None:
@@ -215,9 +203,11 @@ def show_data(data: Data) -> None:
     lines = ledger_lines(ledgers)
     print_table("data", lines)
     if len(sources) > 1 or any(source.weight != 1 for source in sources):
-        counts = [(len(source.examples), source.weight) for source in sources]
-        shares = [f"{source_count(size, weight):,} of {size:,} examples (weight {weight:g})" for size, weight in counts]
-        print_table("an epoch", [(name, share) for (name, _), share in zip(lines, shares, strict=False)])
+        names = short_names([path for *_, path in sources])
+        shares = [
+            f"{source_count(len(x), weight):,} of {len(x):,} examples (weight {weight:g})" for x, weight, _ in sources
+        ]
+        print_table("an epoch", list(zip(names, shares, strict=True)))
     print_table("plan", data.plan.table())
     if any(not ledger.num_ended and ledger.format not in ("text", "tokens") for ledger in data.dataset.ledgers):
         print("note: the chat template closes a turn with no special token, so the adapter will not learn to stop")

@@ -16,9 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from lora_accel.config.schema import DataSection, SourceSection
 from lora_accel.data.audit import SourceLedger, ledger_lines
 from lora_accel.data.chat import IGNORED, ChatTemplate, Example
-from lora_accel.data.dataset import Dataset, Recipe, Source, hold_out, load_dataset, load_records
+from lora_accel.data.dataset import Dataset, Recipe, load_dataset, read_records
 from lora_accel.data.formats import PlainText
-from lora_accel.data.store import Examples
 from lora_accel.errors import DataError
 from tests.conftest import chat_rows, write_jsonl
 
@@ -160,9 +159,14 @@ def test_a_format_that_is_named_is_not_looked_for(tmp_path: Path, load: Load, te
     assert texts(load(tmp_path / "a.jsonl", format="text"), template) == ["t"]
 
 
-def test_records_are_read_without_the_unusable(tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}, {"text": " "}, {"text": "two"}])
-    assert list(load_records(SourceSection(path=str(file)))) == [PlainText("one"), PlainText("two")]
+def test_records_are_read_by_row_and_in_the_format_of_the_source(tmp_path: Path) -> None:
+    """Which the first row shows: a row that is read alone may have keys of another format, too."""
+    rows = [{"text": "one"}, {"text": " "}, {"text": "two", "prompt": "p", "completion": "c"}, {"text": "three"}]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    section = SourceSection(path=str(file), limit=3)
+    wanted = {(str(file), number) for number in (3, 4)}
+    assert list(read_records(section, "text", wanted)) == [PlainText("two")]
+    assert list(read_records(section, "text", ())) == []
 
 
 # Too long.
@@ -291,39 +295,3 @@ def test_the_same_bytes_give_the_same_hash_and_others_another(tmp_path: Path, lo
     for name, rows in (("a.jsonl", ROWS), ("b.jsonl", ROWS), ("c.jsonl", ROWS[:4])):
         hashes += load(write(tmp_path / name, rows)).ledgers[0].sha256.values()
     assert hashes[0] == hashes[1] != hashes[2]
-
-
-# Holding out.
-
-
-def numbered(*sizes: int) -> Dataset:
-    sources, first = [], 0
-    for size in sizes:
-        made = [Example([i, i], [IGNORED, i]) for i in range(first, first + size)]
-        sources.append(Source(Examples.of(made), weight=float(size)))
-        first += size
-    return Dataset(sources, [])
-
-
-@pytest.mark.parametrize(("fraction", "count"), [(0.001, 1), (0.1, 1), (0.34, 3), (0.5, 5), (0.9, 9)])
-def test_holding_out_parts_the_examples_in_two(fraction: float, count: int) -> None:
-    dataset = numbered(4, 6)
-    order = [7, 2, 9, 0, 5, 1, 8, 3, 6, 4]
-    kept, held = hold_out(dataset, fraction, order)
-    held_examples = [example for of_source in held for example in of_source]
-    assert [example.input_ids[0] for example in held_examples] == sorted(order[:count])
-    assert sorted(kept.examples + held_examples) == sorted(dataset.examples)
-    for source in kept.sources:
-        assert all((example.input_ids[0] < 4) == (source.weight == 4) for example in source.examples)
-
-
-def test_a_source_that_is_held_out_whole_is_gone() -> None:
-    kept, held = hold_out(numbered(1, 9), 0.1, list(range(10)))
-    assert [source.weight for source in kept.sources] == [9]
-    assert [[example.input_ids[0] for example in of_source] for of_source in held] == [[0], []]
-
-
-@pytest.mark.parametrize(("size", "fraction"), [(1, 0.1), (2, 0.9), (10, 0.96)])
-def test_holding_out_everything_is_refused(size: int, fraction: float) -> None:
-    with pytest.raises(DataError, match=rf"data.eval_fraction={fraction} leaves no training example of {size}"):
-        hold_out(numbered(size), fraction, list(range(size)))

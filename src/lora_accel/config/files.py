@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,22 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def config_to_yaml(config: RunConfig) -> str:
     """Return the whole config, defaults included, as YAML that `read_config` reads back."""
     return yaml.safe_dump(_escaped(config.model_dump()), sort_keys=False, allow_unicode=True)
+
+
+def write_recipe(path: Path) -> None:
+    """Write the commented recipe for a user's own rows, `recipes/my_rows.yaml`, to a new file.
+
+    Raises:
+        ConfigError: the file already exists, or cannot be written.
+    """
+    recipe = resources.files("lora_accel.config") / "my_rows.yaml"
+    try:
+        with path.open("xb") as file:
+            file.write(recipe.read_bytes())
+    except FileExistsError:
+        raise ConfigError(f"{path} already exists; pass another name, such as lora-accel init other.yaml") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _escaped(value: Any) -> Any:

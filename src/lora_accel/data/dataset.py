@@ -12,16 +12,14 @@ import os
 import signal
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from lora_accel.config.schema import DataSection, SourceSection
+from lora_accel.config.schema import DataFormat, DataSection, SourceSection
 from lora_accel.console import Stage, short_names
 from lora_accel.data.audit import DROPPED, USED, SourceLedger
 from lora_accel.data.chat import ChatTemplate, Example, encode_record
@@ -50,6 +48,7 @@ class Source(NamedTuple):
 
     examples: Examples
     weight: float
+    path: str = ""
 
 
 class Dataset(NamedTuple):
@@ -99,42 +98,37 @@ def load_dataset(sources: Sequence[SourceSection], recipe: Recipe, options: Data
         build = functools.partial(_build, source=source, section=section, recipe=recipe, options=options)
         folder = stored(cache_folder(options), _key(section, source, recipe, options), build)
         examples, told = open_examples(folder, list(source.hashes))
-        loaded.append(Source(examples, section.weight))
+        loaded.append(Source(examples, section.weight, section.path))
         ledgers.append(SourceLedger.from_dict(told, section.path, source.hashes))
     return Dataset(loaded, ledgers)
 
 
-def load_records(section: SourceSection) -> Iterator[Record]:
-    """Read a source and leave out the rows that are unusable, as `load_dataset` does."""
-    ledger = SourceLedger(section.path, section.format)
-    for chunk in find_input(section).chunks(section.limit):
-        for number, row in chunk.parsed():
-            with contextlib.suppress(UnusableRow):
-                yield _record(chunk.file, number, row, section, ledger)
-
-
-def hold_out(dataset: Dataset, fraction: float, order: Sequence[int]) -> tuple[Dataset, list[Examples]]:
-    """Split off a share of the examples.
+def read_records(
+    section: SourceSection, data_format: DataFormat | None, rows: Collection[tuple[str, int]]
+) -> Iterator[Record]:
+    """Read some rows of a source again, in file order.
 
     Args:
-        order: a permutation of all examples; the first of it are held out, at least one, never all.
-
-    Returns:
-        What is left, and what was held out of each source.
+        data_format: as found on the first row of the source.
+        rows: file and number of each; all of them can be used.
     """
-    count = max(1, round(fraction * len(order)))
-    if count >= len(order):
-        raise DataError(f"data.eval_fraction={fraction} leaves no training example of {len(order)}; lower it")
-    is_held = np.zeros(len(order), np.bool_)
-    is_held[list(order[:count])] = True
-    sources, held, first = [], [], 0
-    for source in dataset.sources:
-        mine = is_held[first : first + len(source.examples)]
-        first += len(source.examples)
-        held.append(source.examples.take(np.flatnonzero(mine)))
-        if not mine.all():
-            sources.append(source._replace(examples=source.examples.take(np.flatnonzero(~mine))))
-    return dataset._replace(sources=sources), held
+    for chunk in find_rows(section, rows):
+        for number, row in chunk.parsed():
+            with _named(chunk.file, number):
+                assert data_format is not None  # a row could be used, so its format is known
+                yield parse_row(_renamed(row, section.columns), data_format)
+
+
+def find_rows(section: SourceSection, rows: Collection[tuple[str, int]]) -> Iterator[Chunk]:
+    """Find rows of a source by file and number; yield each by itself, in file order."""
+    left = len(rows)
+    for chunk in find_input(section).chunks(section.limit) if rows else ():
+        for place, number in enumerate(chunk.numbers):
+            if (chunk.file, number) in rows:
+                yield Chunk(chunk.file, [number], chunk.rows[place : place + 1])
+                left -= 1
+        if not left:
+            return
 
 
 def cache_folder(options: DataSection) -> Path:
@@ -305,14 +299,6 @@ def _examples(
         return shorten(record, whole, template, options)
     except UnusableRow as error:
         return f"{DROPPED}{error}", [], 0
-
-
-def _record(file: str, number: int, row: Row, section: SourceSection, ledger: SourceLedger) -> Record:
-    """Parse one row; a source has one format, found on its first row unless the config names it."""
-    with _named(file, number):
-        values = _renamed(row, section.columns)
-        ledger.format = ledger.format or detect_format(values)
-        return parse_row(values, ledger.format)
 
 
 def _renamed(row: Row, columns: dict[str, str]) -> Row:

@@ -65,6 +65,12 @@ class Examples(Sequence[Example]):
         """Return the number of supervised tokens of each example."""
         return self._of_chosen(self.table[:, 1])
 
+    @property
+    def row_ids(self) -> set[tuple[str, int]]:
+        """Return file and number of the rows that these examples come from."""
+        table = self.table if self.chosen is None else self.table[self.chosen]
+        return {(self.files[file], row) for file, row in table[:, 2:].tolist()}
+
     def take(self, places: npt.NDArray[np.intp]) -> Examples:
         """Return some of these examples."""
         return dataclasses.replace(self, chosen=places if self.chosen is None else self.chosen[places])

@@ -18,7 +18,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from lora_accel.config.schema import ModelSection, QuantizationSection
 from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.model.device import detect_device, native_dtype
-from lora_accel.model.tokenizer import not_loaded
+from lora_accel.model.tokenizer import check_folder, not_loaded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -96,6 +96,7 @@ def load_base_model(
         ArtifactError: there is no such model, or its files cannot be read or lie elsewhere.
         ConfigError: the attention implementation or the quantisation is not to be had here.
     """
+    check_folder(section)
     dtype = choose_dtype(section, mixed_precision, device, kept_dtype)
     options: dict[str, Any] = {"dtype": dtype}
     if section.attention != "auto":

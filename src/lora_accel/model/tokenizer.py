@@ -17,6 +17,10 @@ FILES = (
 """What a tokenizer and its chat template are made of."""
 
 
+QUICKSTART_MODEL = "SmolLM2-135M-Instruct"
+"""What scripts/fetch_model.py makes."""
+
+
 def load_tokenizer(section: ModelSection) -> Any:
     """Load the tokenizer, with a pad token.
 
@@ -28,6 +32,7 @@ def load_tokenizer(section: ModelSection) -> Any:
     """
     from transformers import AutoTokenizer
 
+    check_folder(section)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             section.name_or_path,
@@ -69,14 +74,39 @@ def _file_of(section: ModelSection, name: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
+def check_folder(section: ModelSection) -> None:
+    """Check that a model's folder exists, where its name cannot be a Hub id: the Hub is not asked then.
+
+    Raises:
+        ArtifactError: there is no such folder.
+    """
+    if _is_local(section.name_or_path) and not Path(section.name_or_path).is_dir():
+        raise ArtifactError(not_loaded(section, "model", FileNotFoundError()))
+
+
 def not_loaded(section: ModelSection, what: str, error: Exception) -> str:
     """Return the message of a model, or a part of one, that cannot be loaded."""
+    name = section.name_or_path
     reason = str(error).strip().split("\n")[0]
     if section.attention != "auto" and section.attention in str(error):
         return f"model.attention: {section.attention!r} cannot be used here: {reason} (auto lets transformers choose)"
-    if section.name_or_path.startswith((".", "/", "~")) and not Path(section.name_or_path).is_dir():
+    if _is_local(name) and not Path(name).is_dir():
         reason = "there is no such folder"
+        if not Path(name).is_absolute():
+            reason += f"; relative paths are taken from the folder the command runs in, {Path.cwd()}"
     return (
-        f"model.name_or_path: the {what} of {section.name_or_path!r} cannot be loaded: {reason} "
-        "(give a Hub id or a folder with config.json, *.safetensors and tokenizer.json)"
+        f"model.name_or_path: the {what} of {name!r} cannot be loaded: {reason}. {_way_to_get(name)}"
+        "Give a Hub id or a folder with config.json, *.safetensors and tokenizer.json, in model.name_or_path or --base."
     )
+
+
+def _is_local(name: str) -> bool:
+    """Whether a name can only be a path: a Hub id is NAME or OWNER/NAME, and no owner is called models."""
+    return name.startswith((".", "/", "~", "models/")) or name.count("/") > 1 or "\\" in name
+
+
+def _way_to_get(name: str) -> str:
+    """Return how to get the quickstart's model, where a name means it or its folder."""
+    if Path(name).name != QUICKSTART_MODEL and not name.startswith("models/"):
+        return ""
+    return f"In a clone of lora_accel, scripts/fetch_model.py creates models/{QUICKSTART_MODEL} without the Hub. "

@@ -22,9 +22,10 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_accel.config.schema import ModelSection
 from lora_accel.errors import ArtifactError, ConfigError, did_you_mean
 from lora_accel.model.base import build_without_memory
-from lora_accel.model.tokenizer import FILES
+from lora_accel.model.tokenizer import FILES, check_folder, not_loaded
 from lora_accel.saving import weights
 from lora_accel.saving.commit import committed_folder, read_json, write_bytes, write_json
 from lora_accel.saving.foreign import refuse_hostile_config
@@ -137,11 +138,12 @@ def _told(adapter: Path, alpha: float | None) -> dict[str, Any]:
 def _base_without_memory(adapter: Path, name: Any) -> PreTrainedModel:
     if not isinstance(name, str) or not name:
         raise ArtifactError(f"{adapter}: names no base model; say --base")
+    section = ModelSection(name_or_path=name)
+    check_folder(section)
     try:
         return build_without_memory(AutoConfig.from_pretrained(name, trust_remote_code=False))
     except Exception as error:  # a config may be wrong in many ways
-        reason = str(error).strip().split("\n")[0]
-        raise ArtifactError(f"{name}: its config cannot be loaded, say --base with another: {reason}") from None
+        raise ArtifactError(not_loaded(section, "config", error)) from None
 
 
 def _fitted(adapter: Path, lora: Lora, model: PreTrainedModel) -> PeftModel:

@@ -22,7 +22,7 @@ from lora_accel.data.chat import template_source
 from lora_accel.errors import ArtifactError, ConfigError, DataError, LoraAccelError
 from lora_accel.faults import reach
 from lora_accel.model.base import build_without_memory, choose_dtype, load_base_model, packed_names, unpacked
-from lora_accel.model.tokenizer import load_tokenizer, not_loaded
+from lora_accel.model.tokenizer import check_folder, load_tokenizer, not_loaded
 from lora_accel.saving.agreement import Agreement, compare, logits_of, logits_of_folder, token_ids
 from lora_accel.saving.combine import combined_adapter
 from lora_accel.saving.commit import committed_folder, read_json, sha256_of, sync, why_invalid, write_json, write_text
@@ -385,6 +385,7 @@ def _base_of(adapters: Sequence[Path], provenances: Sequence[dict[str, Any] | No
         raise ArtifactError(f"{adapters[0]}: names no base model; say --base")
     revision = None if asked or provenances[0] is None else provenances[0]["base"].get("revision")
     section = ModelSection(name_or_path=name, revision=revision)
+    check_folder(section)
     try:
         folder = _fetched(name, revision)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
