@@ -24,9 +24,6 @@ from lora_accel import train
 from lora_accel.config.files import read_config
 from tests.conftest import ROOT, Told, chat_rows, write_jsonl
 
-TRAIN_COMMAND = "lora-accel train"
-"""What README's `lora-accel train` is run as. Set it to "lora-accel train" as soon as there is that command."""
-
 RECIPE = resources.files("lora_accel.config") / "my_rows.yaml"
 
 
@@ -200,7 +197,7 @@ def test_readmes_own_rows_run_as_they_stand(tmp_path: Path, tiny_model: Callable
     assert len(edit) == 1, "one place to edit"
     model, rows = tiny_model(), write_jsonl(tmp_path / "elsewhere.jsonl", chat_rows(30))
     changes = f"s|HuggingFaceTB/SmolLM2-135M-Instruct|{model}|; s|path: my_rows.jsonl|path: {rows}|"
-    script = block.replace(edit[0], f"sed -i '{changes}' my_rows.yaml").replace("lora-accel train", TRAIN_COMMAND)
+    script = block.replace(edit[0], f"sed -i '{changes}' my_rows.yaml")
     for line in installs:
         script = script.replace(line, "")
     home = tmp_path / "empty"
