@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_accel.config.schema import ModelSection, QuantizationSection
+from lora_accel.console import Stage, short_names
 from lora_accel.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
@@ -110,9 +111,10 @@ def _load(section: ModelSection, quantization: QuantizationSection) -> tuple[Pre
     from lora_accel.model.base import load_base_model
 
     device = PartialState().device
-    model = load_base_model(section, quantization, device=device)
-    if quantization.bits is None:
-        model.to(device)
+    with Stage(f"loading {short_names([section.name_or_path])[0]}"):
+        model = load_base_model(section, quantization, device=device)
+        if quantization.bits is None:
+            model.to(device)
     packed = can_pack(model)
     if packed:
         pack_attention(model)

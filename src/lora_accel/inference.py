@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_accel.candidates import base_of, candidates, name_adapters, refuse_unusable, template_of
 from lora_accel.config.schema import Dtype, ModelSection, QuantizationSection, RunConfig
+from lora_accel.console import Stage
 from lora_accel.data.formats import Conversation, Message
 from lora_accel.errors import ConfigError, DataError
 from lora_accel.prompts import encoded, last_words
@@ -83,7 +84,7 @@ def generate(
     for name, model, _ in candidates(section, QuantizationSection(), named, merged, with_base=compare):
         of = name if name in named else first
         for answer, reply in zip(
-            answers, _replies(model, templates[of], asked[of], batch_size, max_new_tokens), strict=True
+            answers, _replies(name, model, templates[of], asked[of], batch_size, max_new_tokens), strict=True
         ):
             answer[name] = reply
         del model  # makes room for the merged one
@@ -240,6 +241,7 @@ def _say(model: torch.nn.Module, template: ChatTemplate, ids: list[int], max_new
 
 
 def _replies(
+    name: str,
     model: torch.nn.Module,
     template: ChatTemplate,
     prompts: Sequence[list[int]],
@@ -251,12 +253,14 @@ def _replies(
 
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     replies = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        asked = [prompts[number] for number in part]
-        found = replies_to(model, template.tokenizer, asked, ends=template.end_ids, max_new_tokens=max_new_tokens)
-        for number, reply in zip(part, found, strict=True):
-            replies[number] = reply
+    with Stage(f"{name}: replies to {len(prompts):,} prompts") as stage:
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            asked = [prompts[number] for number in part]
+            found = replies_to(model, template.tokenizer, asked, ends=template.end_ids, max_new_tokens=max_new_tokens)
+            for number, reply in zip(part, found, strict=True):
+                replies[number] = reply
+            stage.note(f"({start + len(part):,} done)")
     return replies
 
 
@@ -308,8 +312,9 @@ def evaluate(
         cut: dict[str, Any] = {"rank": 0, "num_ranks": 1, "pad_id": template.tokenizer.pad_token_id}
         cut["packed"] = packed and config.data.packing
         batches = {path: step_batch(found, config.training, **cut) for path, found in examples.items()}
-        values = evaluate_sources(accelerator, model, batches)
-        replies = _replies(model, template, prompts, batch_size, max_new_tokens)
+        with Stage(f"{name}: loss"):
+            values = evaluate_sources(accelerator, model, batches)
+        replies = _replies(name, model, template, prompts, batch_size, max_new_tokens)
         matches = sum(reply == answer for reply, answer in zip(replies, answers, strict=True))
         scores.append(
             Score(

@@ -91,13 +91,14 @@ def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path, beg
     """Train in a folder that is this run's alone, from the call of `begin` on if it was not there before."""
     from accelerate.utils import gather_object
 
-    from lora_accel.saving.checkpoint import refuse_full_disk
     from lora_accel.saving.history import prune
     from lora_accel.saving.status import running
-    from lora_accel.training.loop import train
     from lora_accel.training.stopping import listening
 
     checkpoints, main = folder / "checkpoints", accelerator.is_main_process
+    with Stage("importing PEFT", enabled=accelerator.is_local_main_process):
+        from lora_accel.saving.checkpoint import refuse_full_disk
+        from lora_accel.training.loop import train
     data = prepare_data(config, accelerator.num_processes)
     if main:
         show_data(data)
