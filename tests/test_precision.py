@@ -1,0 +1,137 @@
+"""Precision of a run from first to last: asked for, launched with, kept by a checkpoint, or the device's own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from lora_accel import run_training
+from lora_accel.config.schema import ModelSection, RunConfig
+from lora_accel.errors import ArtifactError
+from lora_accel.model.base import choose_dtype
+from lora_accel.model.device import detect_device, native_dtypes, native_precision
+from lora_accel.saving.commit import write_manifest
+from lora_accel.saving.history import KeptPrecision, precision_of_run
+from tests.conftest import read_metrics
+
+NATIVE = native_dtypes(detect_device(torch.device("cpu")))
+emulates_bf16 = pytest.mark.skipif(torch.bfloat16 in NATIVE, reason="this CPU computes bfloat16 natively")
+
+
+def losses(config: RunConfig) -> list[float]:
+    return [line["loss"] for line in read_metrics(Path(config.output_dir))]
+
+
+def forget(config: RunConfig, step: int) -> None:
+    """Take a run back to where it was before a checkpoint."""
+    folder = Path(config.output_dir)
+    shutil.rmtree(folder / "checkpoints" / f"step-{step:08d}")
+    shutil.rmtree(folder / "adapter")
+
+
+def test_a_fresh_run_follows_the_device(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config(training={"mixed_precision": "auto", "max_steps": 1})
+    run_training(config)
+    provenance = json.loads((Path(config.output_dir) / "provenance.json").read_text())
+    precision, _ = native_precision(detect_device())
+    assert provenance["mixed_precision"] == precision
+    assert provenance["base_dtype"] == {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}[precision]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_resumed_run_keeps_the_precision_of_its_checkpoint(
+    make_config: Callable[..., RunConfig], tmp_path: Path, precision: str
+) -> None:
+    def config(name: str, asked: str) -> RunConfig:
+        training = {"mixed_precision": asked, "max_steps": 4, "learning_rate": 1e-3}
+        return make_config(output_dir=str(tmp_path / name), training=training)
+
+    run_training(config("straight", precision))
+    run_training(config("resumed", precision))
+    forget(config("resumed", precision), 4)
+    run_training(config("resumed", "auto"))
+    events = [(line["event"], line["step"]) for line in read_metrics(tmp_path / "resumed", "event")]
+    assert ("resume", 2) in events
+    assert losses(config("resumed", "auto")) == losses(config("straight", precision))
+    kept = precision_of_run(tmp_path / "resumed" / "checkpoints", "auto")
+    assert kept == precision_of_run(tmp_path / "straight" / "checkpoints", "auto")
+    assert kept is not None
+    assert kept.mixed_precision == precision
+
+
+def test_another_precision_than_the_checkpoints_is_an_error(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config(training={"max_steps": 4})
+    run_training(config)
+    forget(config, 4)
+    AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
+    with pytest.raises(ArtifactError, match=r"training\.mixed_precision: 'no' -> 'bf16'"):
+        run_training(make_config(training={"max_steps": 4, "mixed_precision": "bf16"}))
+
+
+@emulates_bf16
+def test_a_base_in_bfloat16_is_loaded_in_float32_where_that_is_emulated(
+    make_config: Callable[..., RunConfig], tiny_model: Callable[..., Path]
+) -> None:
+    model = {"name_or_path": str(tiny_model(dtype=torch.bfloat16))}
+    config = make_config(model=model, training={"mixed_precision": "auto", "max_steps": 2})
+    run_training(config)
+    provenance = json.loads((Path(config.output_dir) / "provenance.json").read_text())
+    assert (provenance["mixed_precision"], provenance["base_dtype"]) == ("no", "float32")
+
+
+def test_a_checkpoint_that_names_no_dtype_was_trained_as_stored(
+    make_config: Callable[..., RunConfig], tiny_model: Callable[..., Path]
+) -> None:
+    """Written before this package named it."""
+    model = {"name_or_path": str(tiny_model(dtype=torch.bfloat16)), "dtype": "auto"}
+    config = make_config(model=model, training={"max_steps": 4})
+    run_training(config)
+    forget(config, 4)
+    state_file = Path(config.output_dir) / "checkpoints" / "step-00000002" / "state.json"
+    state: dict[str, Any] = json.loads(state_file.read_text())
+    del state["provenance"]["base_dtype"], state["overflowed"], state["loss_scale"]
+    state_file.write_text(json.dumps(state))
+    write_manifest(state_file.parent)
+    assert precision_of_run(state_file.parent.parent, "auto") == KeptPrecision("no", "auto")
+    run_training(config)
+    provenance = json.loads((Path(config.output_dir) / "provenance.json").read_text())
+    assert provenance["base_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "kept", "expected"),
+    [
+        ("float16", "no", None, torch.float16),
+        ("float32", "bf16", "bfloat16", torch.float32),
+        ("auto", "bf16", None, torch.bfloat16),
+        ("auto", "fp16", "float32", torch.float16),
+        ("auto", "no", "bfloat16", torch.bfloat16),
+        ("auto", "no", "float32", torch.float32),
+        ("auto", "no", "auto", "auto"),
+        ("auto", "no", None, torch.bfloat16 if torch.bfloat16 in NATIVE else torch.float32),
+    ],
+)
+def test_who_decides_the_dtype_of_the_base(
+    tiny_model: Callable[..., Path], dtype: str, precision: str, kept: str | None, expected: object
+) -> None:
+    section = ModelSection.model_validate({"name_or_path": str(tiny_model(dtype=torch.bfloat16)), "dtype": dtype})
+    assert choose_dtype(section, precision, torch.device("cpu"), kept) == expected
+
+
+@emulates_bf16
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_precision_that_is_emulated_is_reported_with_the_way_out(
+    make_config: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str], precision: str
+) -> None:
+    run_training(make_config(training={"mixed_precision": precision, "max_steps": 1}))
+    said = capsys.readouterr().err
+    name = {"bf16": "bfloat16", "fp16": "float16"}[precision]
+    assert f"warning: this CPU emulates {name}: a matrix product takes " in said
+    assert "training.mixed_precision=auto" in said
