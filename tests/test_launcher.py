@@ -19,10 +19,11 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 
 from lora_accel import launcher
 from lora_accel.config.schema import RunConfig
-from lora_accel.errors import Aborted, ConfigError, LoraAccelError
+from lora_accel.errors import ConfigError, LoraAccelError
 from lora_accel.launcher import Machine, Signals, config_file_options, launch_training, machine_options
 from lora_accel.processes import is_python
 from lora_accel.training.stopping import taking
+from tests.conftest import run_code
 from tests.distributed.launching import PRESETS
 from tests.distributed.test_signals import lives, status, wait_for
 
@@ -127,10 +128,20 @@ def test_a_process_that_was_killed_is_told_of(number: signal.Signals, hint: str)
 
 
 def test_a_signal_before_anything_was_started_ends_the_command() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Aborted), taking(Signals().take):
-        signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before
+    """In a process of its own: that of the tests may have children, which the signal would be passed on to."""
+    ran = run_code(
+        "import signal\n"
+        "from lora_accel.errors import Aborted\n"
+        "from lora_accel.launcher import Signals\n"
+        "from lora_accel.training.stopping import taking\n"
+        "before = signal.getsignal(signal.SIGTERM)\n"
+        "try:\n"
+        "    with taking(Signals().take):\n"
+        "        signal.raise_signal(signal.SIGTERM)\n"
+        "except Aborted as aborted:\n"
+        "    print(aborted.exit_code, signal.getsignal(signal.SIGTERM) is before)\n"
+    )
+    assert ran.stdout.split() == ["143", "True"], ran.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])

@@ -30,7 +30,8 @@ def is_finished(
             return False
         then = {key: made_from["plan"][key] for key in plan.as_dict() if key != "num_ranks"}
         tokens = [entry["tokens_sha256"] for entry in made_from["data"]]
-        settings, precision, base = made_from["config"], made_from["mixed_precision"], made_from["base"]["sha256"]
+        settings, precision = made_from["config"], made_from["mixed_precision"]
+        base = (made_from["base"]["sha256"], made_from["base"]["config_sha256"])
     except (ArtifactError, KeyError, TypeError):
         return False
     now = {key: value for key, value in plan.as_dict().items() if key != "num_ranks"}
@@ -93,10 +94,11 @@ def next_lines(folder: Path, *, can_evaluate: bool) -> list[str]:
     return ["next:", *(f"  {line}" for line in lines)]
 
 
-def _base_hashes(config: RunConfig) -> dict[str, str] | None:
-    from lora_accel.saving.provenance import base_hashes
+def _base_hashes(config: RunConfig) -> tuple[dict[str, str], str] | None:
+    from lora_accel.saving.provenance import base_hashes, config_hash
 
+    name, revision = config.model.name_or_path, config.model.revision
     try:
-        return base_hashes(config.model.name_or_path, config.model.revision)
+        return base_hashes(name, revision), config_hash(name, revision)
     except (ArtifactError, OSError):  # gone, or not in the cache any more
         return None

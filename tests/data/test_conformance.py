@@ -905,7 +905,13 @@ def stands(template: ChatTemplate, style: str, family: str, begin: str, row: dic
         text = "".join(
             part if isinstance(part, str) else part["text"] for m in row["messages"] for part in m["content"]
         )
+        only_a_thought = any(
+            re.fullmatch(r"\s*<think>.*</think>\s*", m["content"], re.DOTALL)
+            for m in row["messages"]
+            if isinstance(m["content"], str)
+        )
         documented = (
+            ("changes the text around message", only_a_thought),  # what a template strips after it cannot be placed
             ("private use area B", any(letter >= "\U00100000" for letter in text)),
             ("no assistant turn", True),
             ("the chat template refuses it: ", pieces is None),

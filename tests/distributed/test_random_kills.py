@@ -20,7 +20,7 @@ from tests.distributed.test_signals import wait_for
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(24000)]
 
 
-@pytest.mark.parametrize("times", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [10, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_random_times_a_run_finishes_with_the_same_bytes(
     forks: Forks, make_config: Callable[..., RunConfig], tmp_path: Path, times: int
 ) -> None:

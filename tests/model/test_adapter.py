@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from lora_accel.config.schema import AdapterSection, ModelSection, QuantizationSection
 from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.model.adapter import add_adapter, count_parameters, trainable_parameters
-from lora_accel.model.base import load_base_model, refuse_upcast
+from lora_accel.model.base import check_zero3_dtype, load_base_model
 from lora_accel.model.tokenizer import load_tokenizer
 
 
@@ -96,8 +96,11 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_a_base_that_zero3_would_hold_in_more_bits_is_refused(tiny_model: Callable[..., Path]) -> None:
-    stored_in_16 = str(tiny_model("llama", dtype=torch.bfloat16))
+    stored_in_16, cpu = str(tiny_model("llama", dtype=torch.bfloat16)), torch.device("cpu")
     with pytest.raises(ConfigError, match=r"model\.dtype=auto: .* is stored in bfloat16, but ZeRO-3"):
-        refuse_upcast(ModelSection(name_or_path=stored_in_16))
-    refuse_upcast(ModelSection(name_or_path=stored_in_16, dtype="float32"))
-    refuse_upcast(ModelSection(name_or_path=str(tiny_model("llama"))))
+        check_zero3_dtype(ModelSection(name_or_path=stored_in_16), cpu, "auto")
+    with pytest.raises(ConfigError, match=r"model\.dtype=auto: .* is stored in bfloat16, but ZeRO-3"):
+        check_zero3_dtype(ModelSection(name_or_path=stored_in_16), cpu, "bfloat16")
+    check_zero3_dtype(ModelSection(name_or_path=stored_in_16), cpu, "float32")
+    check_zero3_dtype(ModelSection(name_or_path=stored_in_16, dtype="float32"), cpu, None)
+    check_zero3_dtype(ModelSection(name_or_path=str(tiny_model("llama"))), cpu, None)

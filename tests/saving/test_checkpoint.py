@@ -250,7 +250,9 @@ def test_a_training_without_room_is_refused_before_it_writes(
 
 def test_the_newest_is_found(three: Path) -> None:
     found = find_checkpoint(three, "auto")
-    assert found == Found(Checkpoint(three / "step-00000003", {"step": 3, "skipped": 0}), None, None, {}, [])
+    assert found == Found(
+        Checkpoint(three / "step-00000003", {"step": 3, "skipped": 0, "overflowed": 0}), None, None, {}, []
+    )
     assert newest(three).step == 3
 
 
@@ -481,6 +483,7 @@ def test_a_run_goes_on_before_a_damaged_checkpoint(
     run_training(config)
     folder = Path(config.output_dir)
     whole = (folder / "adapter" / WEIGHTS).read_bytes()
+    shutil.rmtree(folder / "adapter")  # as if it had died before its end: a finished run has nothing to do
     flip(folder / "checkpoints" / "step-00000006" / WEIGHTS)
     run_training(config)
     assert "passed over a damaged checkpoint: step-00000006" in capsys.readouterr().out
@@ -536,6 +539,7 @@ def test_a_run_begun_from_a_named_checkpoint_in_place_goes_on_when_started_again
     assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
     adapter = (folder / "adapter" / WEIGHTS).read_bytes()
 
+    shutil.rmtree(folder / "adapter")
     run_training(again)
     assert f"resuming after step 6 from {folder / 'checkpoints' / 'step-00000006'}" in capsys.readouterr().out
     assert (folder / "adapter" / WEIGHTS).read_bytes() == adapter

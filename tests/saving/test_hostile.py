@@ -112,6 +112,10 @@ def test_each_file_replaced_alone_is_refused_or_not_read(
     finished: RunConfig, config_file: Callable[[RunConfig], Path], tmp_path: Path, make: Callable[[Path], bytes]
 ) -> None:
     run, canary, whole = Path(finished.output_dir), tmp_path / "canary", tmp_path / "whole"
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(
+        json.dumps(status | {"state": "failed"})
+    )  # a finished run would read no checkpoint
     shutil.copytree(run, whole)
     refused: dict[str, list[str]] = {}
     for file in files_of(run):

@@ -109,7 +109,15 @@ def test_killed_at_random_moments(adapter: Path, tmp_path: Path, times: int) -> 
         assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("place", ["merge.mid@1", "merge.mid@7", "save.before_manifest@1", "save.before_rename@1"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "merge.mid@1",
+        pytest.param("merge.mid@7", marks=pytest.mark.slow),
+        pytest.param("save.before_manifest@1", marks=pytest.mark.slow),
+        "save.before_rename@1",
+    ],
+)
 def test_killed_where_it_hurts(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     out: Path = tmp_path / "merged"
     monkeypatch.setenv("LORA_ACCEL_FAULT", f"{place}=kill")
