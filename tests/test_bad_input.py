@@ -384,7 +384,8 @@ def test_the_process_exits_with_2(folder: Path, words: tuple[str, ...], bits: tu
     # In a process of its own, since the Hub's library reads at import that it is to stay offline.
     ended = run_module("lora_accel.train", "--config", folder / "run.yaml", *words, run, fresh=True)
     assert ended.returncode == 2
-    assert ended.stderr.startswith("error: ")
+    # On a slow machine lines of stages come before it.
+    assert len(re.findall("^error: ", ended.stderr, re.MULTILINE)) == 1
     assert "Traceback" not in ended.stderr
     names_all(ended.stderr, bits)
     assert not (folder / "run").exists()

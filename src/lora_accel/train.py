@@ -96,9 +96,6 @@ def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path, beg
     from lora_accel.training.stopping import listening
 
     checkpoints, main = folder / "checkpoints", accelerator.is_main_process
-    with Stage("importing PEFT", enabled=accelerator.is_local_main_process):
-        from lora_accel.saving.checkpoint import refuse_full_disk
-        from lora_accel.training.loop import train
     data = prepare_data(config, accelerator.num_processes)
     if main:
         show_data(data)
@@ -107,6 +104,9 @@ def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path, beg
         lines = finished_lines(folder, data.plan.total_steps, can_evaluate=bool(data.eval_sources))
         accelerator.print("\n".join(lines))
         return folder / "adapter"
+    with Stage("importing PEFT", enabled=accelerator.is_local_main_process):
+        from lora_accel.saving.checkpoint import refuse_full_disk
+        from lora_accel.training.loop import train
     model, optimizer, dropout, packed = prepare_model(config, accelerator)
     if recomputes(config, data, accelerator, model, dropout, packed):
         accelerator.unwrap_model(model).gradient_checkpointing_enable({"use_reentrant": False})

@@ -902,14 +902,11 @@ def stands(template: ChatTemplate, style: str, family: str, begin: str, row: dic
         pieces = BY_HAND[style](messages)
         example = encode_record(record, template, "assistant")
     except (UnusableRow, MalformedRow, DataError) as error:
-        text = "".join(
-            part if isinstance(part, str) else part["text"] for m in row["messages"] for part in m["content"]
-        )
-        only_a_thought = any(
-            re.fullmatch(r"\s*<think>.*</think>\s*", m["content"], re.DOTALL)
-            for m in row["messages"]
-            if isinstance(m["content"], str)
-        )
+        contents = [
+            "".join(part if isinstance(part, str) else part["text"] for part in m["content"]) for m in row["messages"]
+        ]
+        text = "".join(contents)
+        only_a_thought = any(re.fullmatch(r"\s*<think>.*</think>\s*", text, re.DOTALL) for text in contents)
         documented = (
             ("changes the text around message", only_a_thought),  # what a template strips after it cannot be placed
             ("private use area B", any(letter >= "\U00100000" for letter in text)),

@@ -19,7 +19,9 @@ from lora_accel.model.tokenizer import load_tokenizer
 def adapt(
     folder: Path, *, autocast: bool = False, seed: int = 0, bits: int | None = None, **adapter: object
 ) -> torch.nn.Module:
-    base = load_base_model(ModelSection(name_or_path=str(folder)), QuantizationSection.model_validate({"bits": bits}))
+    model = ModelSection(name_or_path=str(folder))
+    quantization = QuantizationSection.model_validate({"bits": bits})
+    base = load_base_model(model, quantization, kept_dtype="auto")  # as stored
     section = AdapterSection.model_validate(adapter)
     return add_adapter(base, section, seed=seed, autocast=autocast)
 
