@@ -8,11 +8,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-venv=.venv constraints=constraints.txt tier=ordinary
+venv=.venv constraints=constraints.txt extra=dev tier=ordinary
 case "${1:-}" in
     --fast) tier=fast ;; # pytest has this option too
     --oldest) # the lower bounds of pyproject.toml
-        venv=.venv-oldest constraints=constraints-oldest.txt tier=oldest
+        venv=.venv-oldest constraints=constraints-oldest.txt extra=test tier=oldest
         shift
         set -- --fast "$@"
         ;;
@@ -22,7 +22,7 @@ esac
 wanted=$(cat pyproject.toml "$constraints" | cksum)
 if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
     [ -d "$venv" ] || "${PYTHON:-python3}" -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet --constraint "$constraints" --editable '.[dev]'
+    "$venv/bin/python" -m pip install --quiet --constraint "$constraints" --editable ".[$extra]"
     echo "$wanted" >"$venv/installed"
 fi
 export PATH="$PWD/$venv/bin:$PATH"
