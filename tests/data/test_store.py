@@ -228,6 +228,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "MAX_CHUNK_ROWS", 3)
 
 
+@pytest.mark.launch
 @pytest.mark.usefixtures("small_chunks")
 def test_the_number_of_workers_changes_nothing(tmp_path: Path, template: Callable[[], ChatTemplate]) -> None:
     made = [*chat_rows(60), {"messages": []}, *chat_rows(7)]
@@ -242,6 +243,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path, template: Callabl
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.launch
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_first_wrong_row_is_named_by_a_worker_too(

@@ -164,6 +164,7 @@ def test_an_embedding_has_loralibs_shapes(make_adapter: Callable[..., Path], tmp
     assert shapes == {"model.embed_tokens.lora_A": (4, len(tokenizer)), "model.embed_tokens.lora_B": (32, 4)}
 
 
+@pytest.mark.launch
 def test_what_differs_is_told_by_module_and_by_pattern(make_adapter: Callable[..., Path], tmp_path: Path) -> None:
     family, options = CASES["patterns"]
     export_adapter(make_adapter(family, **options), tmp_path / "loralib", format="loralib")
@@ -269,6 +270,7 @@ def test_a_bare_file_is_taken(
     assert config["target_modules"] == sorted(OPT)
 
 
+@pytest.mark.launch
 def test_ranks_follow_from_shapes_and_one_alpha_is_for_all(
     state: dict[str, torch.Tensor], take: Callable[..., Path]
 ) -> None:
