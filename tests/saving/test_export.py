@@ -108,7 +108,10 @@ def put_loralib_on(model: torch.nn.Module, folder: Path) -> None:
     assert not [name for name in loaded.missing_keys if "lora_" in name]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",  # patterns are matched in a process of its own
+    [pytest.param(case, marks=pytest.mark.launch) if case == "patterns" else case for case in CASES],
+)
 def test_loralib_answers_alike_and_the_adapter_comes_back_to_the_last_bit(
     make_adapter: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path, case: str
 ) -> None:

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -81,9 +83,20 @@ def merged_model(place: Path, **options: Any) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("form", FORMS)
+def skip_on_older_peft(what: str) -> None:
+    """Leave out what PEFT itself gets wrong before 0.21."""
+    if Version(peft.__version__) < Version("0.21"):
+        pytest.skip(f"PEFT {peft.__version__} {what}")
+
+
+@pytest.mark.parametrize(
+    "form",  # patterns are matched in a process of its own
+    [pytest.param(form, marks=pytest.mark.launch) if form == "patterns" else form for form in FORMS],
+)
 @pytest.mark.parametrize("family", TARGETS)
 def test_it_is_what_peft_merges_to_the_last_bit(place: Path, family: str, form: str) -> None:
+    if form == "bias-lora-only":
+        skip_on_older_peft("saves no biases under lora_only: merge reports them as missing")
     base = model_of(family, tie_word_embeddings=form == "tied")
     targets: Any = TARGETS[family]
     if form == "resized":
@@ -108,6 +121,8 @@ def test_it_is_what_peft_merges_to_the_last_bit(place: Path, family: str, form: 
 def test_a_layer_is_added_to_a_few_rows_at_a_time(
     place: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
+    if options.get("bias") == "lora_only":
+        skip_on_older_peft("saves no biases under lora_only: merge reports them as missing")
     """Layers of these sizes are one block otherwise. 7 rows: the last block is a shorter one."""
     monkeypatch.setattr(streamed, "BLOCK", 7 * 32)
     both = saved(model_of("qwen2"), place, target_modules=TARGETS["qwen2"], **options)
@@ -174,6 +189,8 @@ def test_embeddings_and_head_that_were_one_are_parted_only_if_they_differ(
     place: Path, options: dict[str, Any], still_tied: bool
 ) -> None:
     """PEFT merges LoRA on one of two tied embeddings into both (huggingface/peft issue 2777)."""
+    if options.get("ensure_weight_tying"):
+        skip_on_older_peft("ties nothing: merge notices that logits differ")
     both = saved(model_of("llama", tie_word_embeddings=True), place, **options)
     answers = logits(both)
     found = merged_model(place, verify=True)
