@@ -73,7 +73,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let hypothesis try fewer examples in the fast tier."""
-    hypothesis.settings.register_profile("tier", max_examples=30 if config.getoption("--fast") else 300)
+    hypothesis.settings.register_profile("tier", max_examples=20 if config.getoption("--fast") else 300)
     hypothesis.settings.load_profile("tier")
 
 

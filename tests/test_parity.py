@@ -18,10 +18,13 @@ from transformers import TrainingArguments
 
 from tests.conftest import SHARED_DATA, chat_rows, write_jsonl
 
-pytestmark = pytest.mark.skipif(
-    "train_sampling_strategy" not in inspect.signature(TrainingArguments).parameters,
-    reason="the Trainer of this transformers cannot read rows in their order",
-)
+pytestmark = [
+    pytest.mark.launch,  # trains for seconds
+    pytest.mark.skipif(
+        "train_sampling_strategy" not in inspect.signature(TrainingArguments).parameters,
+        reason="the Trainer of this transformers cannot read rows in their order",
+    ),
+]
 ALPACA = SHARED_DATA / "alpaca_en_demo.json"
 needs_alpaca = pytest.mark.skipif(not ALPACA.exists(), reason="alpaca_en_demo.json is not in ../shared/data")
 

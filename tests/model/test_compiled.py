@@ -19,6 +19,8 @@ from lora_accel.model.compiled import compile_layers
 from tests.conftest import run_code
 from tests.families import model_of
 
+pytestmark = pytest.mark.launch  # the compiler starts processes
+
 
 @pytest.fixture(autouse=True)
 def _count_from_nothing() -> Iterator[None]:
