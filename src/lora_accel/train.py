@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def speaks() -> bool:
-    """Whether this process is the one of its machine that tells what goes on."""
+    """Whether this process is local rank 0, the one that reports progress."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
