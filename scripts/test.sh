@@ -36,6 +36,7 @@ if [ "$tier" != oldest ]; then
 fi
 TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$(python scripts/extensions_dir.py)}
 export TORCH_EXTENSIONS_DIR
+unset PYTHONDONTWRITEBYTECODE # pytest rewrites every assertion: 10 s of each start, unless it may keep what it wrote
 if [ "$tier" = ordinary ]; then
     python scripts/fetch_model.py
     # DeepSpeed compiles these at their first use; once here, before many processes want them.

@@ -24,6 +24,11 @@ from lora_accel.launch import look_for_stale_builds
 LAYOUTS = pytest.mark.parametrize("layout", ["deepspeed_shm_comm", "py311_cpu/deepspeed_shm_comm"])
 
 
+@pytest.fixture(autouse=True)
+def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builds, "LOOK_SECONDS", 0.05)
+
+
 @pytest.fixture
 def locked() -> Iterator[Callable[..., FileBaton]]:
     """Lock a build folder as torch does, some seconds ago; `died=True` as a killed process leaves it."""

@@ -188,6 +188,7 @@ def test_each_adapter_is_scored_on_an_untouched_base(
     assert {score.name: score.eval_loss for score in scores} == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.launch  # ten seconds
 def test_a_quantised_base_is_taken_back_too(
     scored: Callable[..., RunConfig], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, loads: Loads
 ) -> None:

@@ -66,6 +66,19 @@ def test_a_resumed_run_keeps_the_precision_of_its_checkpoint(
     assert kept.mixed_precision == precision
 
 
+def test_a_named_checkpoint_decides_before_others_that_do_not_descend_from_it(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    for name, precision in (("first", "no"), ("second", "bf16")):
+        training = {"max_steps": 2, "mixed_precision": precision}
+        run_training(make_config(output_dir=str(tmp_path / name), training=training))
+        AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
+    named = str(tmp_path / "first" / "checkpoints" / "step-00000002")
+    kept = precision_of_run(tmp_path / "second" / "checkpoints", named)
+    assert kept is not None
+    assert kept.mixed_precision == "no"
+
+
 def test_another_precision_than_the_checkpoints_is_an_error(make_config: Callable[..., RunConfig]) -> None:
     config = make_config(training={"max_steps": 4})
     run_training(config)

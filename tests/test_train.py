@@ -580,16 +580,19 @@ def test_a_finished_run_trains_longer_as_it_says(make_config: Callable[..., RunC
     assert [line["step"] for line in read_metrics(run_training(longer).parent)] == list(range(1, 13))
 
 
-@pytest.mark.parametrize("change", ["state", "step", "plan", "data", "config", "precision", "base", "no file"])
+@pytest.mark.parametrize(
+    "change", ["state", "step", "plan", "data", "config", "precision", "template", "base", "no file"]
+)
 def test_a_run_that_differs_from_the_finished_one_is_not_taken_for_it(
     make_config: Callable[..., RunConfig], change: str
 ) -> None:
     config = make_config(training={"max_steps": 1})
     folder = run_training(config).parent
     data = prepare_data(config, 1)
-    assert is_finished(folder, config, data.plan, data.dataset.ledgers, "no")
-    assert is_finished(folder, config, dataclasses.replace(data.plan, num_ranks=7), data.dataset.ledgers, "no")
-    precision, file = "no", folder / "provenance.json"
+    same = {"template": data.template.source, "mixed_precision": "no"}
+    assert is_finished(folder, config, data.plan, data.dataset.ledgers, **same)
+    assert is_finished(folder, config, dataclasses.replace(data.plan, num_ranks=7), data.dataset.ledgers, **same)
+    file = folder / "provenance.json"
     values = json.loads(file.read_text())
     if change in ("state", "step"):
         file = folder / "status.json"
@@ -601,10 +604,12 @@ def test_a_run_that_differs_from_the_finished_one_is_not_taken_for_it(
     elif change == "config":
         values["config"]["evaluation"]["prompts"] = ["hello"]
     elif change == "precision":
-        precision = "bf16"
+        same["mixed_precision"] = "bf16"
+    elif change == "template":
+        same["template"] += " "
     elif change == "base":
         values["base"]["sha256"] = {"model.safetensors": "0"}
     file.write_text(json.dumps(values))
     if change == "no file":
         file.unlink()
-    assert not is_finished(folder, config, data.plan, data.dataset.ledgers, precision)
+    assert not is_finished(folder, config, data.plan, data.dataset.ledgers, **same)

@@ -25,7 +25,7 @@ EVENTS = {"os.fork", "os.posix_spawn", "subprocess.Popen"}
 
 
 MARKERS = ("distributed", "launch", "slow", "smollm")
-MOST_CASES = 5
+MOST_CASES = 3
 """Of a test with more cases the fast tier holds so many, the same ones each time."""
 
 

@@ -1,4 +1,4 @@
-"""What a finished run shows, and whether a run folder holds one already."""
+"""The summary of a finished run, and whether a run folder holds one already."""
 
 from __future__ import annotations
 
@@ -16,12 +16,21 @@ from lora_accel.saving.commit import read_json, why_invalid
 
 
 def is_finished(
-    folder: Path, config: RunConfig, plan: Plan, ledgers: Sequence[SourceLedger], mixed_precision: str
+    folder: Path,
+    config: RunConfig,
+    plan: Plan,
+    ledgers: Sequence[SourceLedger],
+    *,
+    template: str,
+    mixed_precision: str,
 ) -> bool:
     """Whether a run folder holds the result of this very run, so that nothing is left to do.
 
-    Config, plan, data, precision and base must be those of the finished run, and its adapter as its manifest says.
-    Whatever differs is left to the ordinary way, which resumes or raises.
+    Config, plan, data, chat template, precision and base must be those of the finished run, and its adapter must match
+    its manifest. Anything else is left to resuming, which continues the run or raises.
+
+    Args:
+        template: source of the chat template.
     """
     adapter = folder / "adapter"
     try:
@@ -31,7 +40,7 @@ def is_finished(
         then = {key: made_from["plan"][key] for key in plan.as_dict() if key != "num_ranks"}
         tokens = [entry["tokens_sha256"] for entry in made_from["data"]]
         settings, precision = made_from["config"], made_from["mixed_precision"]
-        base = (made_from["base"]["sha256"], made_from["base"]["config_sha256"])
+        hashes = (made_from["base"]["sha256"], made_from["base"]["config_sha256"], made_from["chat_template_sha256"])
     except (ArtifactError, KeyError, TypeError):
         return False
     now = {key: value for key, value in plan.as_dict().items() if key != "num_ranks"}
@@ -41,7 +50,7 @@ def is_finished(
         and settings == json.loads(json.dumps(config.model_dump()))
         and precision == mixed_precision
     )
-    return is_same and base == _base_hashes(config)
+    return is_same and hashes == _hashes(config, template)
 
 
 def finished_lines(folder: Path, step: int, *, can_evaluate: bool) -> list[str]:
@@ -94,11 +103,11 @@ def next_lines(folder: Path, *, can_evaluate: bool) -> list[str]:
     return ["next:", *(f"  {line}" for line in lines)]
 
 
-def _base_hashes(config: RunConfig) -> tuple[dict[str, str], str] | None:
-    from lora_accel.saving.provenance import base_hashes, config_hash
+def _hashes(config: RunConfig, template: str) -> tuple[dict[str, str], str, str] | None:
+    from lora_accel.saving.provenance import base_hashes, config_hash, sha256_of_text
 
     name, revision = config.model.name_or_path, config.model.revision
     try:
-        return base_hashes(name, revision), config_hash(name, revision)
+        return base_hashes(name, revision), config_hash(name, revision), sha256_of_text(template)
     except (ArtifactError, OSError):  # gone, or not in the cache any more
         return None

@@ -99,8 +99,8 @@ def run_in_folder(config: RunConfig, accelerator: Accelerator, folder: Path, beg
     data = prepare_data(config, accelerator.num_processes)
     if main:
         show_data(data)
-    precision, ledgers = accelerator.mixed_precision, data.dataset.ledgers
-    if gather_object([main and is_finished(folder, config, data.plan, ledgers, precision)])[0]:
+    same = {"template": data.template.source, "mixed_precision": accelerator.mixed_precision}
+    if gather_object([main and is_finished(folder, config, data.plan, data.dataset.ledgers, **same)])[0]:
         lines = finished_lines(folder, data.plan.total_steps, can_evaluate=bool(data.eval_sources))
         accelerator.print("\n".join(lines))
         return folder / "adapter"

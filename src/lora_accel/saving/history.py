@@ -132,9 +132,11 @@ def precision_of_run(folder: Path, resume: str) -> KeptPrecision | None:
     for candidate in [*reversed(step_folders(folder)), *named]:
         if why_invalid(candidate, required=FILES, hashes=False) is None:
             with contextlib.suppress(ArtifactError, KeyError, TypeError, AttributeError):
-                made_from = read_json(candidate / STATE)["provenance"]
+                state = read_json(candidate / STATE)
+                made_from = state["provenance"]
                 precision = made_from["mixed_precision"]
-                if precision in ("no", "bf16", "fp16"):
+                descends = not named or candidate in named or state.get("begun_at") == resume
+                if descends and precision in ("no", "bf16", "fp16"):
                     return KeptPrecision(precision, str(made_from.get("base_dtype", "auto")))
     return None
 
