@@ -239,7 +239,7 @@ def measure(case: Case) -> Result:
 def supervised_share(config: dict[str, Any]) -> float:
     """Return which part of a run's tokens is supervised."""
     from lora_accel import RunConfig
-    from lora_accel.train import prepare_data
+    from lora_accel.setup.data import prepare_data
 
     plan = prepare_data(RunConfig.model_validate(config | {"output_dir": "unused"}), num_ranks=1).plan
     return plan.num_supervised_tokens / plan.num_tokens

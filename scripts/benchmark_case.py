@@ -19,9 +19,12 @@ import torch
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from lora_accel import RunConfig
-from lora_accel.console import hush_libraries
-from lora_accel.data.order import epoch_order
-from lora_accel.train import prepare_data, run_training
+from lora_accel.batching.order import epoch_order
+from lora_accel.console import silence_libraries
+from lora_accel.setup.data import prepare_data
+from lora_accel.train import run_training
+from lora_accel.training.progress import Progress, StepResult
+from lora_accel.training.step import Run
 
 
 class Watch:
@@ -78,14 +81,15 @@ def train_here(config: RunConfig, watch: Watch, profile: Path | None) -> None:
         profile: where to write which operators took the time of the second step.
     """
     from lora_accel.training import loop
+    from lora_accel.training.step import train_step
 
-    train, train_step = loop.train, loop.train_step
+    train = loop.train
 
-    def watched_train(run: loop.Run, progress: loop.Progress) -> None:
+    def watched_train(run: Run, progress: Progress) -> None:
         watch.begin(run.model)
         train(run, progress)
 
-    def watched_step(run: loop.Run, step: int) -> loop.StepResult:
+    def watched_step(run: Run, step: int) -> StepResult:
         if profile is not None and step == 1:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
                 result = train_step(run, step)
@@ -96,7 +100,8 @@ def train_here(config: RunConfig, watch: Watch, profile: Path | None) -> None:
         watch.losses.append(result.loss)
         return result
 
-    loop.train, loop.train_step = watched_train, watched_step
+    loop.train = watched_train
+    vars(loop)["train_step"] = watched_step
     run_training(config)
 
 
@@ -226,7 +231,7 @@ def _on_meta(model: str) -> torch.nn.Module:
 def main() -> None:
     """Train as the JSON of the command line says."""
     case: dict[str, Any] = json.loads(sys.argv[1])
-    hush_libraries()
+    silence_libraries()
     watch = Watch()
     folder = Path(case["folder"])
     config = RunConfig.model_validate(case["config"] | {"output_dir": str(folder / "run")})

@@ -52,7 +52,7 @@ def prepare_here(model: str, file: Path, cache: Path) -> tuple[int, int]:
     """Prepare with this package; return examples and tokens."""
     from lora_accel.config.schema import RunConfig
     from lora_accel.data.dataset import load_dataset
-    from lora_accel.recipe import make_recipe
+    from lora_accel.setup.recipe import make_recipe
 
     data = {"train": [{"path": str(file)}], "max_length": 1024, "cache_dir": str(cache)}
     config = RunConfig.model_validate({"output_dir": "unused", "model": {"name_or_path": model}, "data": data})

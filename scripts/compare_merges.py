@@ -18,11 +18,11 @@ import torch
 from transformers import AutoTokenizer
 
 from lora_accel import merge_adapter, read_config
-from lora_accel.console import hush_libraries
-from lora_accel.inference import evaluate
+from lora_accel.console import silence_libraries
+from lora_accel.inference.evaluation import evaluate
+from lora_accel.merging.verification import compare, logits_of, logits_of_folder, token_ids
 from lora_accel.model.base import load_base_model
-from lora_accel.saving.agreement import compare, logits_of, logits_of_folder, token_ids
-from lora_accel.saving.weights import load_adapter
+from lora_accel.saving.adapter import load_adapter
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, metavar="DIR")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     asked = parser.parse_args()
-    hush_libraries()
+    silence_libraries()
     config, adapter = read_config(asked.run / "config.yaml", []), asked.run / "adapter"
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     model = load_adapter(load_base_model(config.model, config.quantization), adapter)

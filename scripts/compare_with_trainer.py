@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from lora_accel import RunConfig, run_training
-from lora_accel.console import hush_libraries, print_table, run_command
-from lora_accel.data.order import epoch_order
+from lora_accel.batching.order import epoch_order
+from lora_accel.console import print_table, run_command, silence_libraries
 from lora_accel.model.adapter import lora_config
-from lora_accel.train import Data, prepare_data
+from lora_accel.setup.data import PreparedData, prepare_data
 
 PER_DEVICE, ACCUMULATION = 2, 4
 
@@ -126,7 +126,7 @@ def train_with_trainer(config: RunConfig, folder: Path) -> Run:
     return Run(steps, {name: tensor.detach().cpu() for name, tensor in adapter.items()})
 
 
-def examples_in_order(config: RunConfig, data: Data) -> list[dict[str, Any]]:
+def examples_in_order(config: RunConfig, data: PreparedData) -> list[dict[str, Any]]:
     """Return the tokenised examples in the order in which lora_accel sees them."""
     if data.plan.total_steps > data.plan.steps_per_epoch:
         raise SystemExit(f"{data.plan.num_examples} examples make only {data.plan.steps_per_epoch} steps; take fewer")
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256, help="longest example, in tokens")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="its peak")
     asked = parser.parse_args()
-    hush_libraries()
+    silence_libraries()
     with tempfile.TemporaryDirectory() as folder:
         config = comparison_config(
             asked.model,

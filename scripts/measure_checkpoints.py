@@ -21,11 +21,10 @@ from typing import Any
 
 from lora_accel import train
 from lora_accel.config.files import read_config
-from lora_accel.launch import leave
-from lora_accel.saving import checkpoint
-from lora_accel.saving.history import WEIGHTS
-
-save_checkpoint = checkpoint.save_checkpoint
+from lora_accel.distributed.launch import exit_process
+from lora_accel.saving.checkpoint import save_checkpoint
+from lora_accel.saving.discovery import WEIGHTS
+from lora_accel.training import checkpointer
 
 
 def seconds(times: int, action: Callable[[], object]) -> float:
@@ -81,7 +80,7 @@ def main() -> int:
     parser.add_argument("--config", required=True)
     parser.add_argument("overrides", nargs="*")
     asked = parser.parse_args()
-    checkpoint.save_checkpoint = measured
+    vars(checkpointer)["save_checkpoint"] = measured
     if os.environ.get("RANK", "0") == "0":
         print("| processes | bytes | / adapter | save_state bytes | s | write s | beyond it s | save_state s |")
     # All ranks need one name; only the first may make it.
@@ -97,4 +96,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -21,8 +21,8 @@ from accelerate.utils import InitProcessGroupKwargs
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from lora_accel.launch import leave
-from lora_accel.saving.weights import gather_adapter
+from lora_accel.distributed.launch import exit_process
+from lora_accel.saving.adapter import gather_adapter
 
 ROADS = ("state_dict", "parameters")
 
@@ -76,4 +76,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

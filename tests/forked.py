@@ -18,9 +18,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PRELOAD = ["lora_accel.cli", "lora_accel.train", "lora_accel.inference", "lora_accel.verify", "lora_accel.merging"]
-PRELOAD += ["lora_accel.saving.checkpoint", "lora_accel.saving.merge", "lora_accel.training.loop"]
-PRELOAD += ["lora_accel.data.dataset", "lora_accel.data.batches", "lora_accel.model.adapter", "deepspeed", "pandas"]
+PRELOAD = [
+    "lora_accel.cli",
+    "lora_accel.train",
+    "lora_accel.inference.inference",
+    "lora_accel.verify_resume",
+    "lora_accel.merging.request",
+]
+PRELOAD += ["lora_accel.saving.checkpoint", "lora_accel.merging.merge", "lora_accel.training.loop"]
+PRELOAD += ["lora_accel.data.dataset", "lora_accel.batching.batches", "lora_accel.model.adapter", "deepspeed", "pandas"]
 PRELOAD += ["accelerate.commands.launch", "torch.distributed.run"]
 
 

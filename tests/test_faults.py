@@ -15,7 +15,7 @@ import pytest
 
 from lora_accel import RunConfig, faults, run_training
 from lora_accel.errors import ConfigError
-from lora_accel.faults import POINTS, armed
+from lora_accel.faults import POINTS, active_fault
 from tests.conftest import ROOT
 
 PASS = """
@@ -37,12 +37,12 @@ def arm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 
     def set_to(text: str) -> None:
         monkeypatch.setenv("LORA_ACCEL_FAULT", text)
-        armed.cache_clear()
+        active_fault.cache_clear()
 
-    armed.cache_clear()
+    active_fault.cache_clear()
     yield set_to
     monkeypatch.undo()
-    armed.cache_clear()
+    active_fault.cache_clear()
 
 
 def pass_by(*points: str, fault: str | None, rank: str | None = None) -> tuple[int, list[str]]:
@@ -151,7 +151,7 @@ def test_a_fault_is_that_of_its_rank(asked: str, rank: str | None, dies: bool) -
 def test_what_says_nothing_known_is_refused(arm: Callable[[str], None], text: str) -> None:
     arm(text)
     with pytest.raises(ConfigError) as refused:
-        armed()
+        active_fault()
     said = str(refused.value)
     assert said.startswith(f"LORA_ACCEL_FAULT={text!r}: say ")
     assert "NAME@N=kill|enospc|exit|sleep|pause|hang[:rank=R]" in said
@@ -160,7 +160,7 @@ def test_what_says_nothing_known_is_refused(arm: Callable[[str], None], text: st
 def test_an_unknown_place_is_refused_with_the_nearest_one(arm: Callable[[str], None]) -> None:
     arm("save.befor_manifest@1=kill")
     with pytest.raises(ConfigError, match=r"'save\.befor_manifest' is no place \(did you mean save\.before_manifest\?"):
-        armed()
+        active_fault()
 
 
 def test_a_training_refuses_a_wrong_fault_before_it_writes(
@@ -175,6 +175,6 @@ def test_a_training_refuses_a_wrong_fault_before_it_writes(
 def test_every_place_is_in_the_code_and_every_place_in_the_code_is_known() -> None:
     """A misspelt place would be a test that tests nothing."""
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "src" / "lora_accel").rglob("*.py")]
-    reached = [point for source in sources for point in re.findall(r'\breach\("([^"]+)"\)', source)]
+    reached = [point for source in sources for point in re.findall(r'\bfault_point\("([^"]+)"\)', source)]
     assert set(reached) == set(POINTS)
     assert len(set(POINTS)) == len(POINTS)

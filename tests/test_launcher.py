@@ -22,7 +22,7 @@ from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ConfigError, LoraAccelError
 from lora_accel.launcher import Machine, Signals, config_file_options, launch_training, machine_options
 from lora_accel.processes import is_python
-from lora_accel.training.stopping import taking
+from lora_accel.training.stopping import signal_handler
 from tests.conftest import run_code
 from tests.distributed.launching import PRESETS
 from tests.distributed.test_signals import lives, status, wait_for
@@ -152,7 +152,7 @@ def test_a_signal_reaches_what_was_started(number: signal.Signals) -> None:
         "print('ready', flush=True)\n"
         "while True: signal.pause()\n"
     )
-    with taking(Signals().take):
+    with signal_handler(Signals().take):
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         assert child.stdout is not None
         child.stdout.readline()

@@ -15,7 +15,7 @@ import pytest
 import lora_accel
 from lora_accel import RunConfig, run_training
 from lora_accel.config.files import config_to_yaml
-from lora_accel.saving.commit import why_invalid
+from lora_accel.saving.atomic import why_invalid
 from tests.conftest import ROOT, Told, chat_rows, read_metrics, run_module, write_jsonl
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes")

@@ -17,8 +17,8 @@ from lora_accel.config.schema import ModelSection, RunConfig
 from lora_accel.errors import ArtifactError
 from lora_accel.model.base import choose_dtype
 from lora_accel.model.device import detect_device, native_dtypes, native_precision
-from lora_accel.saving.commit import write_manifest
-from lora_accel.saving.history import KeptPrecision, precision_of_run
+from lora_accel.saving.atomic import write_manifest
+from lora_accel.saving.discovery import RunPrecision, precision_of_run
 from tests.conftest import read_metrics
 
 NATIVE = native_dtypes(detect_device(torch.device("cpu")))
@@ -112,7 +112,7 @@ def test_a_checkpoint_that_names_no_dtype_was_trained_as_stored(
     del state["provenance"]["base_dtype"], state["overflowed"], state["loss_scale"]
     state_file.write_text(json.dumps(state))
     write_manifest(state_file.parent)
-    assert precision_of_run(state_file.parent.parent, "auto") == KeptPrecision("no", "auto")
+    assert precision_of_run(state_file.parent.parent, "auto") == RunPrecision("no", "auto")
     run_training(config)
     provenance = json.loads((Path(config.output_dir) / "provenance.json").read_text())
     assert provenance["base_dtype"] == "bfloat16"

@@ -21,9 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_accel import read_config, run_training
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ArtifactError, ConfigError, Interrupted, TrainingError
-from lora_accel.saving.commit import why_invalid
+from lora_accel.saving.atomic import why_invalid
+from lora_accel.saving.lock import check_output_folder
+from lora_accel.setup.data import prepare_data
 from lora_accel.summary import is_finished
-from lora_accel.train import main, prepare_data, refuse_output
+from lora_accel.train import main
+from lora_accel.training import step as step_module
 from tests.conftest import chat_rows, read_metrics, run_module, write_jsonl
 
 # What must be equal to the last bit; the rest of a line are times and memory.
@@ -186,14 +189,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(
     from lora_accel.training import loop
 
     config = make_config(training={"micro_batch_tokens": 10_000})  # one forward a step
-    whole = loop.summed_token_loss
+    whole = step_module.summed_token_loss
     calls = iter(range(1000))
 
     def spoiled(model: torch.nn.Module, batch: loop.Batch) -> torch.Tensor:
         loss = whole(model, batch)
         return loss * math.nan if next(calls) >= 4 else loss
 
-    monkeypatch.setattr(loop, "summed_token_loss", spoiled)
+    monkeypatch.setattr(step_module, "summed_token_loss", spoiled)
     with pytest.raises(TrainingError, match="step 5: loss nan") as stopped:
         run_training(config)
     assert stopped.value.exit_code == 3
@@ -244,7 +247,7 @@ def test_activations_are_kept_where_they_fit(
     free: int,
     again: bool,
 ) -> None:
-    monkeypatch.setattr("lora_accel.training.memory.free_bytes", lambda device, processes: free)
+    monkeypatch.setattr("lora_accel.setup.model.free_bytes", lambda device, processes: free)
     layers = []
     monkeypatch.setattr("lora_accel.training.loop.train", lambda run, *_: layers.extend(run.model.modules()))
     run_training(make_config(output_dir=str(tmp_path / "auto"), training={"activation_checkpointing": "auto"}))
@@ -321,14 +324,14 @@ def test_an_adapter_that_no_checkpoint_could_bring_back_is_not_replaced(
 def test_what_a_run_leaves_that_was_killed_as_it_began_is_no_obstacle(tmp_path: Path, names: list[str]) -> None:
     for name in (".lock", *names):
         (tmp_path / name).write_text("")
-    refuse_output(tmp_path)
+    check_output_folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "thesis.tex"])
 def test_a_folder_that_no_run_has_begun_in_is_not_written_over(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(ConfigError, match="holds other things and no run"):
-        refuse_output(tmp_path)
+        check_output_folder(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["long", "file"])
@@ -340,7 +343,7 @@ def test_a_path_that_can_hold_no_run_is_said_before_anything_else(tmp_path: Path
         (tmp_path / "plan.json").write_text("{}")
         (tmp_path / "checkpoints").write_text("")
     with pytest.raises(ConfigError, match="output_dir: "):
-        refuse_output(folder)
+        check_output_folder(folder)
 
 
 def test_an_adapter_beside_emptied_checkpoints_is_not_replaced(
@@ -534,7 +537,7 @@ def test_the_command_that_is_asked_to_stop_says_so_and_exits_with_143(
     assert main([*command, "training.max_hours=1e-9"]) == 143
     said = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
     assert said == [
-        "stopped by training.max_hours (rank 0) after step 1; a checkpoint is saved, and the same command goes on"
+        "stopped by training.max_hours on rank 0 after step 1; checkpoint saved. Run the same command to resume"
     ]
     assert main(command) == 0
 
@@ -554,7 +557,7 @@ def test_a_finished_run_started_again_says_so_and_does_nothing(
     def load(*_: object, **__: object) -> None:
         pytest.fail("a model was loaded")
 
-    monkeypatch.setattr("lora_accel.model.base.load_base_model", load)
+    monkeypatch.setattr("lora_accel.setup.model.load_base_model", load)
     assert run_training(config) == adapter
     assert tree(adapter.parent) == before
     said = capsys.readouterr().out

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_accel.config.files import read_config
     from lora_accel.config.schema import RunConfig
-    from lora_accel.saving.merge import merge_adapter
-    from lora_accel.saving.weights import load_adapter, save_adapter
+    from lora_accel.merging.merge import merge_adapter
+    from lora_accel.saving.adapter import load_adapter, save_adapter
     from lora_accel.train import run_training
 
 __version__ = "0.1.0"
@@ -30,9 +30,9 @@ _HOMES = {
     "RunConfig": "lora_accel.config.schema",
     "read_config": "lora_accel.config.files",
     "run_training": "lora_accel.train",
-    "merge_adapter": "lora_accel.saving.merge",
-    "save_adapter": "lora_accel.saving.weights",
-    "load_adapter": "lora_accel.saving.weights",
+    "merge_adapter": "lora_accel.merging.merge",
+    "save_adapter": "lora_accel.saving.adapter",
+    "load_adapter": "lora_accel.saving.adapter",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from lora_accel.config.schema import Dtype
-from lora_accel.console import hush_libraries, print_table, run_command
+from lora_accel.console import print_table, run_command, silence_libraries
 from lora_accel.errors import ConfigError, LoraAccelError
 from lora_accel.processes import keep_freed_memory
 
@@ -78,13 +78,13 @@ def plan(
     if config is None:
         raise ConfigError("--config FILE is missing (or say --schema)")
     asked = read_config(config, overrides or [])
-    from lora_accel.train import prepare_data, show_data
+    from lora_accel.setup.data import prepare_data, print_data
 
     data = prepare_data(asked, ranks)
     if as_json:
         print(json.dumps(data.plan.as_dict(), indent=2))
     else:
-        show_data(data)
+        print_data(data)
 
 
 @app.command()
@@ -117,7 +117,7 @@ def inspect(
     from lora_accel.config.files import read_config
 
     asked = read_config(config, overrides or [])
-    from lora_accel.inspection import inspect as show
+    from lora_accel.preview import inspect as show
 
     show(asked, rows=rows, source=source, html=html, as_json=as_json)
 
@@ -161,15 +161,15 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base: an ordinary model folder."""
-    from lora_accel.merging import merge_lines, parse_merge
+    from lora_accel.merging.request import merge_lines, parse_merge
 
     words = [word for word in (adapter, None if out is None else str(out)) if word is not None]
     asked = parse_merge(words, adapters or [], every, lora_path, target_model_path, max_shard_size)
-    hush_libraries()
+    silence_libraries()
     keep_freed_memory()
-    from lora_accel.saving.merge import Options, merge_adapter, merge_checkpoints, merge_weighted
+    from lora_accel.merging.merge import MergeOptions, merge_adapter, merge_checkpoints, merge_weighted
 
-    options = Options(base_weights, verify, asked.max_shard_bytes, overwrite, force)
+    options = MergeOptions(base_weights, verify, asked.max_shard_bytes, overwrite, force)
     if asked.run is not None:
         made = merge_checkpoints(asked.run, base=base, options=options)
     elif adapters:
@@ -202,8 +202,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write an adapter in another tool's format, or take one of loralib's over."""
-    hush_libraries()
-    from lora_accel.saving.export import export_adapter
+    silence_libraries()
+    from lora_accel.export.export import export_adapter
 
     written = export_adapter(adapter, out, format=format, base=base, alpha=alpha, overwrite=overwrite)
     print(json.dumps(written, indent=2) if as_json else f"{format}: {out} ({written['num_tensors']} tensors)")
@@ -240,14 +240,14 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Reply to prompts, greedily, with the chat template of training."""
-    from lora_accel.inference import generate as replies
-    from lora_accel.inference import stream
-    from lora_accel.prompts import last_words, read_prompts
+    from lora_accel.inference.generation import generate as replies
+    from lora_accel.inference.generation import stream
+    from lora_accel.inference.prompts import last_words, read_prompts
 
     asked = read_prompts(prompts or [], prompts_file)
     if streamed and (len(adapter) > 1 or compare or merged or as_json):
         raise ConfigError("--stream: shows one adapter alone; leave out --compare, --merged, --json, other --adapter")
-    hush_libraries()
+    silence_libraries()
     if streamed:
         stream(asked, adapter=adapter[0], base=base, system=system, max_new_tokens=max_new_tokens, dtype=dtype)
         return
@@ -286,8 +286,8 @@ def chat(
     dtype: DtypeOption = "auto",
 ) -> None:
     """Talk with what was trained: replies are greedy, and shown as they are written."""
-    hush_libraries()
-    from lora_accel.inference import chat as talk
+    silence_libraries()
+    from lora_accel.inference.chat import chat as talk
 
     talk(adapter=adapter, base=base, merged=merged, system=system, max_new_tokens=max_new_tokens, dtype=dtype)
 
@@ -313,9 +313,9 @@ def evaluate(
     from lora_accel.config.files import read_config
 
     asked = read_config(config, [*(overrides or []), *([] if dtype == "auto" else [f"model.dtype={dtype}"])])
-    hush_libraries()
-    from lora_accel.inference import evaluate as score
-    from lora_accel.inference import scores_as_json, scores_as_table
+    silence_libraries()
+    from lora_accel.inference.evaluation import evaluate as score
+    from lora_accel.inference.evaluation import scores_as_json, scores_as_table
 
     scores = score(asked, adapters=adapter or [], merged=merged, batch_size=batch_size, max_new_tokens=max_new_tokens)
     if as_json:
@@ -332,7 +332,7 @@ def checkpoints(
     as_json: Json = False,
 ) -> None:
     """List the checkpoints of a run: step, age, size, and whether each can be used."""
-    from lora_accel.saving.history import list_checkpoints
+    from lora_accel.saving.discovery import list_checkpoints
 
     listed = list_checkpoints(run, hashes=verify)
     if as_json:
@@ -357,7 +357,7 @@ def verify_resume(
     as_json: Json = False,
 ) -> None:
     """Prove on this machine that a killed run goes on exactly: train, train again with a SIGKILL half-way, compare."""
-    from lora_accel.verify import verify_resume as verify
+    from lora_accel.verify_resume import verify_resume as verify
 
     verdict = verify(config, overrides or [], steps=steps, launcher=launcher)
     equal = not verdict.differences

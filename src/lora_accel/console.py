@@ -142,7 +142,7 @@ class Stage:
 
 
 def run_command(
-    command: Callable[[], object], *, rank: int = 0, speaks: bool = True, error_file: str | None = None
+    command: Callable[[], object], *, rank: int = 0, reports: bool = True, error_file: str | None = None
 ) -> int:
     """Run a command and return its exit code; an error of ours is a message on stderr, without a traceback.
 
@@ -151,21 +151,21 @@ def run_command(
 
     Args:
         rank: of this process among those launched.
-        speaks: whether it is the first on its machine.
+        reports: whether it is the first on its machine.
         error_file: where torchrun (which `accelerate launch` uses) looks for an error, to show it last.
     """
     try:
         command()
     except Interrupted as stopped:
-        if speaks:
+        if reports:
             print(stopped, file=sys.stderr, flush=True)
         return stopped.exit_code
     except Aborted as aborted:
-        if speaks:
+        if reports:
             print(aborted, file=sys.stderr, flush=True)
         return aborted.exit_code
     except KeyboardInterrupt:
-        if speaks:
+        if reports:
             print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
         return 130
     except Exception as caught:
@@ -175,7 +175,7 @@ def run_command(
         if not isinstance(error, LoraAccelError):
             _leave_message(traceback.format_exc(), error_file)
             raise
-        if not speaks:
+        if not reports:
             time.sleep(PATIENCE_SECONDS)
         message = f"error on rank {rank}: {error}" if rank > 0 else f"error: {error}"
         print(message, file=sys.stderr, flush=True)
@@ -184,7 +184,7 @@ def run_command(
     return 0
 
 
-def hush_libraries() -> None:
+def silence_libraries() -> None:
     """Keep warnings and bars of other libraries away that tell a user of this package nothing."""
     import transformers
 

@@ -78,6 +78,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {nearest[0]}?)" if nearest else ""
 
 
+def join_or(words: Iterable[str]) -> str:
+    """Return `A, B or C`."""
+    *rest, last = words
+    return f"{', '.join(rest)} or {last}" if rest else last
+
+
 def is_full_disk(error: BaseException) -> bool:
     """Whether an error says that a disk is full, over its quota, or cannot be written to."""
     if isinstance(error, OSError):

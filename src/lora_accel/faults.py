@@ -44,7 +44,7 @@ class Fault:
 
 
 @functools.cache
-def armed() -> Fault | None:
+def active_fault() -> Fault | None:
     """Return the fault that this process has, if any.
 
     Raises:
@@ -64,9 +64,9 @@ def armed() -> Fault | None:
     return Fault(point, int(occurrence), action, None if rank is None else int(rank))
 
 
-def reach(point: str) -> None:
+def fault_point(point: str) -> None:
     """Say that this process has come to a place."""
-    fault = armed()
+    fault = active_fault()
     if fault is None or fault.point != point or fault.rank not in (None, int(os.environ.get("RANK", "0"))):
         return
     fault.passed += 1

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 from lora_accel.config.files import read_config
 from lora_accel.console import Stage
 from lora_accel.errors import Aborted, ConfigError, LoraAccelError, exit_code_of
-from lora_accel.saving.lock import refuse_output
-from lora_accel.training.stopping import SIGNALS, taking
+from lora_accel.saving.lock import check_output_folder
+from lora_accel.training.stopping import SIGNALS, signal_handler
 
 
 def launch_training(config: Path, overrides: Sequence[str], launcher: Path | None = None) -> int:
@@ -34,12 +34,12 @@ def launch_training(config: Path, overrides: Sequence[str], launcher: Path | Non
         ConfigError: the run config or the launcher's is wrong; nothing was started.
         LoraAccelError: the training process was killed.
     """
-    refuse_output(Path(read_config(config, overrides).output_dir))
+    check_output_folder(Path(read_config(config, overrides).output_dir))
     if launcher is not None and not launcher.is_file():
         raise ConfigError(f"--launcher: there is no file {launcher}; a preset is in accelerate_configs/ of the sources")
     training = ["-m", "lora_accel.train", "--config", str(config), *overrides]
     signals = Signals()
-    with taking(signals.take):
+    with signal_handler(signals.take):
         with Stage("importing PyTorch and Accelerate"):
             options = config_file_options(launcher) or machine_options(detect_machine())
         print(shlex.join(["accelerate", "launch", *options, *training]), flush=True)

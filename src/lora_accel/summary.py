@@ -12,7 +12,7 @@ from lora_accel.config.schema import RunConfig
 from lora_accel.console import format_seconds
 from lora_accel.data.audit import SourceLedger
 from lora_accel.errors import ArtifactError
-from lora_accel.saving.commit import read_json, why_invalid
+from lora_accel.saving.atomic import read_json, why_invalid
 
 
 def is_finished(

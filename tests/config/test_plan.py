@@ -85,7 +85,7 @@ def test_warm_up(warmup: dict[str, Any], total: int, steps: int) -> None:
 )
 def test_where_a_step_is(step: int, place: tuple[int, int], examples: int) -> None:
     plan = plan_of(training={"batch_size": 4, "epochs": 3})
-    assert plan.place(step) == place
+    assert plan.position(step) == place
     assert plan.examples_after(step) == examples
 
 

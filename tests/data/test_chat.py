@@ -13,17 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lora_accel.data.chat import (
-    BUILT_IN_TEMPLATES,
-    IGNORED,
-    ChatTemplate,
-    Example,
-    encode_record,
-    question_of,
-)
+from lora_accel.data.chat import BUILT_IN_TEMPLATES, ChatTemplate, Example, encode_record, question_of
 from lora_accel.data.formats import Completion, Conversation, MalformedRow, Message, PlainText, UnusableRow, parse_row
 from lora_accel.data.spans import FIRST_MARK, Span
 from lora_accel.errors import DataError
+from lora_accel.labels import IGNORE_INDEX
 from tests.conftest import CHATML
 
 Factory = Callable[..., PreTrainedTokenizerFast]
@@ -68,12 +62,12 @@ def with_begin_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
 def learned(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """The texts of the runs of supervised tokens."""
     runs = []
-    for supervised, run in itertools.groupby(range(len(example.labels)), lambda i: example.labels[i] != IGNORED):
+    for supervised, run in itertools.groupby(range(len(example.labels)), lambda i: example.labels[i] != IGNORE_INDEX):
         if supervised:
             ids = [example.input_ids[i] for i in run]
             runs.append(tokenizer.decode(ids))
-    assert all(label in (IGNORED, token) for token, label in zip(example.input_ids, example.labels, strict=True))
-    assert example.labels[0] == IGNORED
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(example.input_ids, example.labels, strict=True))
+    assert example.labels[0] == IGNORE_INDEX
     return runs
 
 
@@ -207,7 +201,7 @@ def test_answers_and_their_end_token_are_learned_and_nothing_else(
     assert learned_of(template, messages) == [f"{space}QX 1.{end}", f"{space}YZ{end}"]
     assert learned_of(template, messages, "last_assistant") == [f"{space}YZ{end}"]
     example = encode_record(Conversation(messages), template, "all")
-    assert example.labels == [IGNORED, *example.input_ids[1:]]
+    assert example.labels == [IGNORE_INDEX, *example.input_ids[1:]]
 
 
 def test_a_template_that_ends_no_turn_teaches_the_words_alone(tokenizer_factory: Factory) -> None:
@@ -255,7 +249,7 @@ def test_an_answer_that_repeats_the_question_is_told_apart(tokenizer: PreTrained
     example = encode_record(Conversation(messages), template, "assistant")
     text = template.render(messages).text
     first = text.index("assistant\necho") + len("assistant\n")
-    learned_tokens = [i for i, label in enumerate(example.labels) if label != IGNORED]
+    learned_tokens = [i for i, label in enumerate(example.labels) if label != IGNORE_INDEX]
     starts = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     assert starts[learned_tokens[0]][0] == first
     assert learned(example, tokenizer) == ["echo<|im_end|>"] * 2
@@ -324,13 +318,13 @@ def test_text_gets_the_begin_token_once_where_the_tokenizer_adds_it(
 def test_text_is_learned_whole_and_of_a_completion_what_follows_the_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
     template = ChatTemplate(tokenizer)
     text = encode_record(PlainText("hello world"), template, "assistant")
-    assert text.labels == [IGNORED, *text.input_ids[1:]]
+    assert text.labels == [IGNORE_INDEX, *text.input_ids[1:]]
     assert tokenizer.decode(text.input_ids) == "hello world<|im_end|>"
     completion = encode_record(Completion("hello", " world"), template, "assistant")
     assert tokenizer.decode(completion.input_ids) == "hello world<|im_end|>"
     assert learned(completion, tokenizer) == [" world<|im_end|>"]
     everything = encode_record(Completion("hello", " world"), template, "all")
-    assert everything.labels == [IGNORED, *everything.input_ids[1:]]
+    assert everything.labels == [IGNORE_INDEX, *everything.input_ids[1:]]
 
 
 # Templates that cannot be trusted.
@@ -548,7 +542,7 @@ def test_no_content_can_move_a_mask(
         assert text.encode()[place : place + size] == told
         covered = set(character[place : place + size])
         assert not (special and covered & words)
-        supervised = example.labels[i] != IGNORED
+        supervised = example.labels[i] != IGNORE_INDEX
         assert supervised == (i > 0 and bool(covered & wanted) and not covered & others)
         place += size
     assert place == len(text.encode())

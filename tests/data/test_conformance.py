@@ -21,14 +21,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lora_accel.data.chat import (
-    BUILT_IN_TEMPLATES,
-    IGNORED,
-    ChatTemplate,
-    Example,
-    encode_record,
-    template_source,
-)
+from lora_accel.data.chat import BUILT_IN_TEMPLATES, ChatTemplate, Example, encode_record, template_source
 from lora_accel.data.formats import (
     FORMATS,
     Conversation,
@@ -40,6 +33,7 @@ from lora_accel.data.formats import (
 )
 from lora_accel.data.tokens import FIRST_NAME
 from lora_accel.errors import DataError
+from lora_accel.labels import IGNORE_INDEX
 
 # Tokenizers.
 
@@ -608,7 +602,7 @@ def joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 def runs_of(example: Example) -> list[list[int]]:
     """Return the runs of supervised tokens."""
     numbers = range(len(example.labels))
-    runs = itertools.groupby(numbers, lambda i: example.labels[i] != IGNORED)
+    runs = itertools.groupby(numbers, lambda i: example.labels[i] != IGNORE_INDEX)
     return [[example.input_ids[i] for i in run] for supervised, run in runs if supervised]
 
 
@@ -652,10 +646,10 @@ def test_the_answers_and_their_ends_are_learned_whole_in_order_and_nothing_else(
         places = covered(family, begin, tokens, text, named)
         wanted = {i for start, end in answers for i in range(start, end)}
         wanted_tokens = [bool(place & wanted) and not place & others for place in places]
-        labels = [IGNORED] * len(prefix) + [
-            token if learned else IGNORED for token, learned in zip(tokens, wanted_tokens, strict=True)
+        labels = [IGNORE_INDEX] * len(prefix) + [
+            token if learned else IGNORE_INDEX for token, learned in zip(tokens, wanted_tokens, strict=True)
         ]
-        assert example.labels == [IGNORED, *labels[1:]]
+        assert example.labels == [IGNORE_INDEX, *labels[1:]]
         decoded = [tokenizer.decode(run) for run in runs_of(example)]
         start = 0 if prefix else max(places[0]) + 1  # nothing predicts the first token
         begins = {i: min(place) for place in places for i in place}  # of a token that a template and an answer share
@@ -678,7 +672,7 @@ def test_the_answers_and_their_ends_are_learned_whole_in_order_and_nothing_else(
         assert [tokenizer.decode(run).strip() for run in runs_of(last)] == [
             as_decoded(family, text[begins[start] : end]).strip() for start, end in answers[-1:]
         ]
-        assert whole.labels == [IGNORED, *whole.input_ids[1:]]
+        assert whole.labels == [IGNORE_INDEX, *whole.input_ids[1:]]
 
 
 @pytest.mark.parametrize("begin", BEGINS)
@@ -697,8 +691,10 @@ def test_rows_without_turns_are_the_same_by_every_template(family: str, begin: s
         if "</s>" not in prompt:
             assert tokens == template.tokenizer(text, add_special_tokens=False).input_ids
         places = covered(family, begin, tokens, text, [(len(prompt + words), len(text))])
-        labels = [token if min(place) >= len(prompt) else IGNORED for token, place in zip(tokens, places, strict=True)]
-        assert example.labels == [IGNORED, *(len(prefix) * [IGNORED] + labels)[1:]]
+        labels = [
+            token if min(place) >= len(prompt) else IGNORE_INDEX for token, place in zip(tokens, places, strict=True)
+        ]
+        assert example.labels == [IGNORE_INDEX, *(len(prefix) * [IGNORE_INDEX] + labels)[1:]]
         assert example.labels[-1] == 2
         if any(min(place) == len(prompt) for place in places):
             asked = template.encode_text(prompt)
@@ -946,9 +942,10 @@ def stands(template: ChatTemplate, style: str, family: str, begin: str, row: dic
         assert tokens == template.tokenizer(text, add_special_tokens=False).input_ids
     places = covered(family, begin, tokens, text, named)
     labels = [
-        token if place & wanted and not place & others else IGNORED for token, place in zip(tokens, places, strict=True)
+        token if place & wanted and not place & others else IGNORE_INDEX
+        for token, place in zip(tokens, places, strict=True)
     ]
-    assert example.labels == [IGNORED, *([IGNORED] * len(prefix) + labels)[1:]]
+    assert example.labels == [IGNORE_INDEX, *([IGNORE_INDEX] * len(prefix) + labels)[1:]]
     for number, start in starts.items():
         if asked_before(messages, number):
             assert template.prompt(messages[:number]) == text[:start]

@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_accel.config.schema import DataSection, SourceSection
 from lora_accel.data.audit import SourceLedger, ledger_lines
-from lora_accel.data.chat import IGNORED, ChatTemplate, Example
+from lora_accel.data.chat import ChatTemplate, Example
 from lora_accel.data.dataset import Dataset, Recipe, load_dataset, read_records
 from lora_accel.data.formats import PlainText
 from lora_accel.errors import DataError
+from lora_accel.labels import IGNORE_INDEX
 from tests.conftest import chat_rows, write_jsonl
 
 TEXTS = ["alpha", "bravo, charlie", 'delta "echo"', "fox\ntrot", "golf é 😀\u2028hotel"]
@@ -245,7 +246,7 @@ def test_text_is_split_into_blocks_that_lose_no_token(tmp_path: Path, load: Load
     assert [token for block in blocks for token in block.input_ids] == whole.input_ids
     assert {len(block.input_ids) for block in blocks[:-1]} == {16}
     # The first token of a block has nothing before it that could predict it.
-    assert all(block.labels == [IGNORED, *block.input_ids[1:]] for block in blocks)
+    assert all(block.labels == [IGNORE_INDEX, *block.input_ids[1:]] for block in blocks)
 
 
 def test_a_completion_that_cannot_be_split_is_dropped(tmp_path: Path, load: Load) -> None:

@@ -11,19 +11,20 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lora_accel.config.schema import DataSection, SourceSection
-from lora_accel.data.chat import IGNORED, ChatTemplate, Example
+from lora_accel.data.chat import ChatTemplate, Example
 from lora_accel.data.dataset import Dataset, Recipe, Source, load_dataset
 from lora_accel.data.formats import Conversation
 from lora_accel.data.splits import HELD_OUT, Splits, examples_by_name, hold_out, load_evaluation, load_splits
 from lora_accel.data.store import Examples
 from lora_accel.errors import DataError
+from lora_accel.labels import IGNORE_INDEX
 from tests.conftest import chat_rows, write_jsonl
 
 
 def numbered(*sizes: int) -> Dataset:
     sources, first = [], 0
     for size in sizes:
-        made = [Example([i, i], [IGNORED, i]) for i in range(first, first + size)]
+        made = [Example([i, i], [IGNORE_INDEX, i]) for i in range(first, first + size)]
         sources.append(Source(Examples.of(made), weight=float(size)))
         first += size
     return Dataset(sources, [])

@@ -21,12 +21,13 @@ from transformers import PreTrainedTokenizerFast
 from lora_accel.config.files import config_to_yaml
 from lora_accel.config.schema import DataSection, RunConfig
 from lora_accel.data import rows
-from lora_accel.data.chat import IGNORED, ChatTemplate, Example
+from lora_accel.data.chat import ChatTemplate, Example
 from lora_accel.data.dataset import Dataset, Recipe, load_dataset
 from lora_accel.data.store import Examples, stored
 from lora_accel.errors import ConfigError, DataError
-from lora_accel.recipe import make_recipe
-from lora_accel.train import prepare_data
+from lora_accel.labels import IGNORE_INDEX
+from lora_accel.setup.data import prepare_data
+from lora_accel.setup.recipe import make_recipe
 from tests.conftest import PATIENCE_SECONDS, ROOT, chat_rows, write_jsonl
 
 
@@ -55,9 +56,9 @@ def template(tokenizer: PreTrainedTokenizerFast) -> Callable[[], ChatTemplate]:
 
 def test_examples_come_back_as_they_were() -> None:
     made = [
-        Example([5, 6, 7], [IGNORED, 6, IGNORED], row=("a.jsonl", 3)),
-        Example([8], [IGNORED], row=("b.jsonl", 1)),
-        Example([9, 2**31 - 1], [IGNORED, 2**31 - 1], row=("a.jsonl", 9)),
+        Example([5, 6, 7], [IGNORE_INDEX, 6, IGNORE_INDEX], row=("a.jsonl", 3)),
+        Example([8], [IGNORE_INDEX], row=("b.jsonl", 1)),
+        Example([9, 2**31 - 1], [IGNORE_INDEX, 2**31 - 1], row=("a.jsonl", 9)),
     ]
     examples = Examples.of(made)
     assert list(examples) == made

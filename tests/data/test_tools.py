@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lora_accel.data.chat import IGNORED, ChatTemplate, Example, encode_record
+from lora_accel.data.chat import ChatTemplate, Example, encode_record
 from lora_accel.data.formats import Conversation, MalformedRow, UnusableRow, parse_row
 from lora_accel.data.tokens import FIRST_NAME
+from lora_accel.labels import IGNORE_INDEX
 from tests.conftest import CHATML
 
 # In the manner of Hermes and Qwen 2.5: tools as JSON in the system text, calls and results between tags.
@@ -92,7 +93,7 @@ def learned(tokenizer_factory: Callable[..., PreTrainedTokenizerFast]) -> Callab
         example = encode_record(record, chosen, "assistant")
         runs: list[list[int]] = [[]]
         for label in example.labels:
-            if label != IGNORED:
+            if label != IGNORE_INDEX:
                 runs[-1].append(label)
             elif runs[-1]:
                 runs.append([])

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from lora_accel.config.files import config_to_yaml
 from lora_accel.config.schema import RunConfig
-from lora_accel.saving.commit import why_invalid
-from lora_accel.saving.history import FILES, step_folders
+from lora_accel.saving.atomic import why_invalid
+from lora_accel.saving.discovery import FILES, step_folders
 from tests.conftest import read_metrics
 from tests.distributed.forked import Forks
 

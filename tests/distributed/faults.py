@@ -13,13 +13,17 @@ from typing import Any
 from safetensors.torch import save_file
 
 from lora_accel import train
+from lora_accel.distributed.launch import exit_process
 from lora_accel.errors import DataError
-from lora_accel.launch import leave
-from lora_accel.saving.weights import gather_adapter
+from lora_accel.saving.adapter import gather_adapter
+from lora_accel.setup import data as setup_data
 from lora_accel.training import loop
+from lora_accel.training import step as step_module
+from lora_accel.training.progress import StepResult
+from lora_accel.training.step import Run, train_step
 
 BAD_STEP = 2
-train_step, summed_token_loss, prepare_data = loop.train_step, loop.summed_token_loss, train.prepare_data
+summed_token_loss, prepare_data = step_module.summed_token_loss, setup_data.prepare_data
 
 
 def main(fault: str, config: str, *words: str) -> int:
@@ -27,7 +31,7 @@ def main(fault: str, config: str, *words: str) -> int:
     at_fault = os.environ.get("RANK", "1") == "1"  # or alone
     bad = False
 
-    def step_with_fault(run: loop.Run, step: int) -> loop.StepResult:
+    def step_with_fault(run: Run, step: int) -> StepResult:
         nonlocal bad
         bad = at_fault and step + 1 == BAD_STEP
         result = train_step(run, step)
@@ -50,10 +54,11 @@ def main(fault: str, config: str, *words: str) -> int:
             raise DataError("rows.jsonl: only rank 1 cannot read it")
         return prepare_data(*words)
 
-    loop.train_step, loop.summed_token_loss, train.prepare_data = step_with_fault, loss_with_fault, data_with_fault
+    loop.train_step, step_module.summed_token_loss = step_with_fault, loss_with_fault
+    setup_data.prepare_data = data_with_fault
     differs = ["seed=1", "data.max_length=100"] if at_fault and fault == "differ" else []
     return train.main(["--config", config, *words, *differs])
 
 
 if __name__ == "__main__":
-    leave(main(*sys.argv[1:]))
+    exit_process(main(*sys.argv[1:]))

@@ -135,24 +135,24 @@ def _rank(words: list[str], environment: dict[str, str], log: str) -> None:
         runpy.run_path(words[0], run_name="__main__")
         return
     from lora_accel import train
-    from lora_accel.launch import leave
+    from lora_accel.distributed.launch import exit_process
 
     SABOTAGES[environment.get("SABOTAGE", "none")]()
-    leave(train.main(words))
+    exit_process(train.main(words))
 
 
 def _writes_in_place() -> None:
     """A folder is written where it will stand."""
-    from lora_accel.saving import checkpoint, commit
+    from lora_accel.saving import atomic, checkpoint
 
     @contextlib.contextmanager
     def in_place(final: Path) -> Iterator[Path]:
         final.mkdir(parents=True, exist_ok=True)
         yield final
-        commit.reach("save.before_manifest")
-        commit.write_manifest(final)
+        atomic.fault_point("save.before_manifest")
+        atomic.write_manifest(final)
 
-    checkpoint.committed_folder = in_place
+    checkpoint.atomic_folder = in_place
     checkpoint.why_invalid = lambda *_, **__: None
 
 
@@ -175,9 +175,10 @@ def _overflows() -> None:
     import torch
 
     from lora_accel.training import loop
+    from lora_accel.training import step as step_module
 
     steps = {int(step) for step in os.environ["OVERFLOW_STEPS"].split(",")}
-    own_step, own_loss = loop.train_step, loop.summed_token_loss
+    own_step, own_loss = step_module.train_step, step_module.summed_token_loss
 
     def train_step(run: Any, step: int) -> Any:
         def loss(model: Any, batch: Any) -> torch.Tensor:
@@ -185,7 +186,7 @@ def _overflows() -> None:
             too_large = found * 1e30
             return found + (too_large - too_large.detach()) if step + 1 in steps else found  # the value stays
 
-        loop.summed_token_loss = loss
+        step_module.summed_token_loss = loss
         return own_step(run, step)
 
     loop.train_step = train_step
@@ -193,9 +194,9 @@ def _overflows() -> None:
 
 def _second_reply_fails() -> None:
     """Generation raises for one prompt of two."""
-    from lora_accel.training import evaluate
+    from lora_accel.training import evaluator
 
-    own, calls = evaluate.replies_to, []
+    own, calls = evaluator.replies_to, []
 
     def replies_to(*arguments: Any, **options: Any) -> list[str]:
         calls.append(arguments)
@@ -203,7 +204,7 @@ def _second_reply_fails() -> None:
             raise RuntimeError("out of luck")
         return own(*arguments, **options)
 
-    evaluate.replies_to = replies_to
+    evaluator.replies_to = replies_to
 
 
 SABOTAGES = {

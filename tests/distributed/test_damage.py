@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_accel.saving.commit import MANIFEST, why_invalid
-from lora_accel.saving.history import FILES, OPTIMIZER, WEIGHTS
+from lora_accel.saving.atomic import MANIFEST, why_invalid
+from lora_accel.saving.discovery import FILES, OPTIMIZER, WEIGHTS
 from tests.distributed.disturbed import Runs
 from tests.distributed.launching import finish, free_port, start
 from tests.distributed.test_signals import lives, wait_for

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_accel.config.schema import RunConfig
-from lora_accel.saving.commit import why_invalid
+from lora_accel.saving.atomic import why_invalid
 from tests.conftest import read_metrics
 from tests.distributed.forked import Forks
 from tests.distributed.launching import TRAIN, launch

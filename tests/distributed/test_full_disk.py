@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_accel.saving.commit import why_invalid
-from lora_accel.saving.history import FILES, OPTIMIZER, step_folders
+from lora_accel.saving.atomic import why_invalid
+from lora_accel.saving.discovery import FILES, OPTIMIZER, step_folders
 from tests.distributed.disturbed import Result, Runs
 from tests.distributed.test_signals import wait_for
 

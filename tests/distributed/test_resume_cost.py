@@ -13,8 +13,8 @@ import pytest
 
 from lora_accel.config.files import config_to_yaml
 from lora_accel.config.schema import RunConfig
-from lora_accel.saving.commit import read_json, write_json, write_manifest
-from lora_accel.saving.history import STATE
+from lora_accel.saving.atomic import read_json, write_json, write_manifest
+from lora_accel.saving.discovery import STATE
 from tests.distributed.forked import Forks
 from tests.distributed.test_signals import wait_for
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from lora_accel.saving.commit import why_invalid
-from lora_accel.saving.history import FILES
+from lora_accel.saving.atomic import why_invalid
+from lora_accel.saving.discovery import FILES
 from tests.conftest import PATIENCE_SECONDS, read_metrics, run_module
 from tests.distributed.disturbed import Runs
 from tests.distributed.launching import finish, free_port, start

@@ -19,16 +19,17 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from lora_accel import train
 from lora_accel.config.files import read_config
-from lora_accel.launch import leave
+from lora_accel.distributed.launch import exit_process
+from lora_accel.saving import run_folder
 
 TOKENS = torch.arange(5, 37)[None]
-export_adapter = train.export_adapter
+export_adapter = run_folder.export_adapter
 
 
 @torch.no_grad()
-def export_with_logits(folder: Path, template: Any, accelerator: Any, model: Any, *rest: Any) -> None:
+def export_with_logits(folder: Path, tokenizer: Any, template: str, accelerator: Any, model: Any, *rest: Any) -> None:
     """Export as ever, and keep the live model's logits."""
-    export_adapter(folder, template, accelerator, model, *rest)
+    export_adapter(folder, tokenizer, template, accelerator, model, *rest)
     model.eval()
     logits = model(input_ids=TOKENS.to(accelerator.device), use_cache=False).logits
     if accelerator.is_main_process:
@@ -38,7 +39,7 @@ def export_with_logits(folder: Path, template: Any, accelerator: Any, model: Any
 
 def main(files: list[str]) -> int:
     """Train each config; every process does."""
-    train.export_adapter = export_with_logits
+    run_folder.export_adapter = export_with_logits
     for file in files:
         train.run_training(read_config(file, []))
         AcceleratorState._reset_state()  # the process group stays
@@ -48,4 +49,4 @@ def main(files: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

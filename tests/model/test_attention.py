@@ -10,10 +10,12 @@ from packaging.version import Version
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lora_accel.data.batches import MicroBatch, pack
+from lora_accel.batching.batch import MicroBatch
+from lora_accel.batching.packing import pack
 from lora_accel.data.chat import Example
 from lora_accel.model import attention
-from lora_accel.model.attention import PACKING, can_pack, pack_attention, packed_attention
+from lora_accel.model.attention import can_pack, pack_attention, packed_attention
+from lora_accel.model.families import PACKING
 from tests.families import SIZES, model_of
 
 MIXTURES = {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
@@ -54,7 +56,7 @@ def test_logits_and_gradients_are_those_of_each_alone(family: str) -> None:
 
     assert can_pack(model)
     pack_attention(model)
-    packed = logits_of(model, pack(examples(), 0))
+    packed = logits_of(model, pack(examples()))
     for ours, theirs in zip(packed, alone, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     sum((logits * weigh[: len(logits)]).sum() for logits in packed).backward()
@@ -71,10 +73,10 @@ def test_a_change_in_one_example_changes_no_other_by_a_bit(family: str, dtype: t
     model = model_of(family).to(dtype)
     pack_attention(model)
     rows = examples()
-    before = logits_of(model, pack(rows, 0))
+    before = logits_of(model, pack(rows))
     for changed in range(len(rows)):
         other = [1 + (token + 40) % 95 for token in rows[changed].input_ids]
-        after = logits_of(model, pack([*rows[:changed], Example(other, other), *rows[changed + 1 :]], 0))
+        after = logits_of(model, pack([*rows[:changed], Example(other, other), *rows[changed + 1 :]]))
         for i, (now, was) in enumerate(zip(after, before, strict=True)):
             if i == changed:
                 assert not torch.equal(now, was)
@@ -102,7 +104,7 @@ def test_without_segments_it_attends_as_before(family: str) -> None:
 def test_a_layer_that_takes_no_segments_makes_all_nan() -> None:
     """Were an attention to go by the mask, as one of somebody's own does, nothing would be learned unseen."""
     model = model_of("llama")  # not told of packing
-    assert torch.stack([logits.isnan().all() for logits in logits_of(model, pack(examples(), 0))]).all()
+    assert torch.stack([logits.isnan().all() for logits in logits_of(model, pack(examples()))]).all()
 
 
 def test_what_cannot_be_packed() -> None:
@@ -157,7 +159,7 @@ def test_activation_checkpointing_attends_alike() -> None:
         pack_attention(model)
         if again:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        batch = pack(examples(), 0)
+        batch = pack(examples())
         model(**batch.inputs, use_cache=False).logits.square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     for ours, theirs in zip(*gradients, strict=True):

@@ -10,20 +10,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora_accel.config.plan import derive
 from lora_accel.config.schema import AdapterSection
-from lora_accel.data.batches import token_keys
 from lora_accel.errors import ConfigError
 from lora_accel.model.adapter import add_adapter, key_dropout
-from lora_accel.model.dropout import KeyedDropout, TokenKeys, keep_mask
+from lora_accel.model.dropout import DropoutKeys, KeyedDropout, keep_mask
+from lora_accel.randomness import derive_seed, token_keys
 
 TOKENS, FEATURES = 4096, 576
 
 
 def dropped(p: float, *, seed: int = 0, step: int = 0, example: int = 0, layer: int = 0) -> torch.Tensor:
     """Return [T, F]: 1 where a value is zeroed."""
-    keys = torch.from_numpy(token_keys(derive(seed, step, example), TOKENS))
-    features = KeyedDropout(p, layer, FEATURES, TokenKeys()).feature_keys
+    keys = torch.from_numpy(token_keys(derive_seed(seed, step, example), TOKENS))
+    features = KeyedDropout(p, layer, FEATURES, DropoutKeys()).feature_keys
     return 1.0 - keep_mask(keys, features, p).float()
 
 
@@ -56,7 +55,7 @@ def test_another_seed_step_example_or_layer_gives_an_independent_mask(other: dic
 
 
 def test_values_are_scaled_and_gradients_follow_the_mask() -> None:
-    tokens = TokenKeys()
+    tokens = DropoutKeys()
     tokens.keys = torch.from_numpy(token_keys(7, 32)).reshape(2, 16)
     dropout = KeyedDropout(0.25, 0, 8, tokens)
     x = torch.full((2, 16, 8), 3.0, requires_grad=True)
@@ -69,7 +68,7 @@ def test_values_are_scaled_and_gradients_follow_the_mask() -> None:
 
 
 def test_a_token_keeps_its_mask_wherever_it_stands() -> None:
-    tokens, x = TokenKeys(), torch.randn(3, 20, 8)
+    tokens, x = DropoutKeys(), torch.randn(3, 20, 8)
     dropout = KeyedDropout(0.3, 2, 8, tokens)
     keys = torch.from_numpy(token_keys(7, 60)).reshape(3, 20)
     tokens.keys = keys
@@ -80,7 +79,7 @@ def test_a_token_keeps_its_mask_wherever_it_stands() -> None:
 
 
 def test_a_layer_that_sees_other_tokens_than_the_batch_is_refused() -> None:
-    tokens = TokenKeys()
+    tokens = DropoutKeys()
     tokens.keys = torch.from_numpy(token_keys(7, 32)).reshape(2, 16)
     dropout = KeyedDropout(0.3, 2, 8, tokens)
     assert torch.equal(dropout(torch.ones(32, 8)), dropout(torch.ones(2, 16, 8)).reshape(32, 8))
@@ -101,7 +100,7 @@ def test_every_lora_layer_gets_its_own_and_no_other_dropout_stays(tiny_model: Ca
 
 def test_it_is_at_least_as_fast_as_torchs_dropout() -> None:
     x = torch.randn(1, 2048, FEATURES).bfloat16()
-    tokens = TokenKeys()
+    tokens = DropoutKeys()
     tokens.keys = torch.from_numpy(token_keys(7, 2048))[None]
     ours, theirs = KeyedDropout(0.05, 0, FEATURES, tokens), torch.nn.Dropout(0.05)
 

@@ -20,19 +20,19 @@ from transformers import AutoModelForCausalLM
 from lora_accel import RunConfig, faults, run_training
 from lora_accel.errors import ArtifactError, ConfigError, TrainingError
 from lora_accel.saving import checkpoint as checkpoints
-from lora_accel.saving import history
-from lora_accel.saving.checkpoint import SPARE_BYTES, load_checkpoint, refuse_full_disk, save_checkpoint
-from lora_accel.saving.commit import MANIFEST, sha256_of, why_invalid, write_manifest
-from lora_accel.saving.history import (
+from lora_accel.saving import discovery
+from lora_accel.saving.atomic import MANIFEST, sha256_of, why_invalid, write_manifest
+from lora_accel.saving.checkpoint import SPARE_BYTES, check_disk_space, load_checkpoint, save_checkpoint
+from lora_accel.saving.discovery import (
     OPTIMIZER,
     STATE,
     WEIGHTS,
     Checkpoint,
-    Found,
+    CheckpointSelection,
     find_checkpoint,
     list_checkpoints,
     prune,
-    step_aside,
+    quarantine,
 )
 from tests.conftest import read_metrics
 
@@ -128,7 +128,7 @@ def test_saved_and_loaded_state_goes_on_bitwise(make: Callable[[int], Made], tmp
     stopped = make(3)
     save(stopped, tmp_path, 3)
     accelerator, model, optimizer = make(0)
-    assert load_checkpoint(accelerator, model, optimizer, newest(tmp_path)) == 3
+    load_checkpoint(accelerator, model, optimizer, newest(tmp_path))
     for step in (3, 4):
         update(accelerator, model, optimizer, step)
     for one, other in zip(straight[1].parameters(), model.parameters(), strict=True):
@@ -208,10 +208,10 @@ def test_what_will_stand_at_once_must_find_room(
         needed = (keep_last + 1) * one + adapter
         free(needed - 1)
         with pytest.raises(ConfigError, match=f"MB free, but {keep_last + 1} checkpoints of .* make room") as refused:
-            refuse_full_disk(accelerator, model, folder, keep_last)
+            check_disk_space(accelerator, model, folder, keep_last)
         assert str(refused.value).startswith(f"output_dir: {folder.parent} has ")
         free(needed + one + (keep_last + 2) * SPARE_BYTES)
-        refuse_full_disk(accelerator, model, folder, keep_last)
+        check_disk_space(accelerator, model, folder, keep_last)
     assert not folder.exists()
 
 
@@ -227,7 +227,7 @@ def test_checkpoints_that_stand_already_need_no_room_again(
             middle = (too_little + enough) // 2
             free(middle)
             try:
-                refuse_full_disk(accelerator, model, folder, 3)
+                check_disk_space(accelerator, model, folder, 3)
                 enough = middle
             except ConfigError:
                 too_little = middle
@@ -250,7 +250,7 @@ def test_a_training_without_room_is_refused_before_it_writes(
 
 def test_the_newest_is_found(three: Path) -> None:
     found = find_checkpoint(three, "auto")
-    assert found == Found(
+    assert found == CheckpointSelection(
         Checkpoint(three / "step-00000003", {"step": 3, "skipped": 0, "overflowed": 0}), None, None, {}, []
     )
     assert newest(three).step == 3
@@ -266,7 +266,7 @@ def test_steps_are_compared_as_numbers(three: Path, make: Callable[[int], Made])
 def test_without_checkpoints_a_run_begins_afresh(tmp_path: Path, folder: str) -> None:
     (tmp_path / "empty").mkdir()
     for resume in ("auto", "never"):
-        assert find_checkpoint(tmp_path / folder, resume) == Found(None, None, None, {}, [])
+        assert find_checkpoint(tmp_path / folder, resume) == CheckpointSelection(None, None, None, {}, [])
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, "adapter_config.json", OPTIMIZER, STATE, MANIFEST])
@@ -281,7 +281,7 @@ def test_a_damaged_newest_is_passed_over_and_named(three: Path, file: str, damag
     assert found.checkpoint.step == 2
     assert list(found.damaged) == [three / "step-00000003"]
     assert found.damaged[three / "step-00000003"].startswith(f"{file} ")
-    (told,) = step_aside(found)
+    (told,) = quarantine(found)
     assert told.startswith(f"passed over a damaged checkpoint: step-00000003: {file} ")
 
 
@@ -310,7 +310,7 @@ def test_a_damaged_one_is_kept_under_a_name_that_is_free(three: Path, make: Call
         before = names(three)
         found = find_checkpoint(three, "auto")
         assert names(three) == before, "looking changes nothing"
-        (told,) = step_aside(found)
+        (told,) = quarantine(found)
         assert told.endswith(f"; it is kept as corrupt-step-00000003{again}")
         assert (three / f"corrupt-step-00000003{again}" / WEIGHTS).read_bytes() == spoiled
         assert newest(three).step == 2
@@ -331,7 +331,7 @@ def test_a_named_one_is_used_though_it_is_not_the_newest(three: Path) -> None:
     found = find_checkpoint(three.parent / "elsewhere", str(three / "step-00000001"))
     assert found.checkpoint is not None
     assert found.checkpoint.step == 1
-    assert found.begun_from == sha256_of(three / "step-00000001" / MANIFEST)
+    assert found.parent_hash == sha256_of(three / "step-00000001" / MANIFEST)
     assert (found.damaged, found.superseded) == ({}, [])
 
 
@@ -341,14 +341,14 @@ def test_newer_ones_that_do_not_descend_from_a_named_one_step_aside(three: Path,
     assert found.checkpoint.step == 1
     assert found.superseded == [three / "step-00000003", three / "step-00000002"]
     assert names(three) == ["step-00000001", "step-00000002", "step-00000003"], "looking changes nothing"
-    assert step_aside(found) == [
+    assert quarantine(found) == [
         f"step-0000000{step} does not descend from the named checkpoint; it is kept as superseded-step-0000000{step}"
         for step in (3, 2)
     ]
     assert names(three) == ["step-00000001", "superseded-step-00000002", "superseded-step-00000003"]
     assert why_invalid(three / "superseded-step-00000003") is None
     save(make(1), three, 3, begun_from="another")
-    step_aside(find_checkpoint(three, str(three / "step-00000001")))
+    quarantine(find_checkpoint(three, str(three / "step-00000001")))
     assert "superseded-step-00000003-2" in names(three)
 
 
@@ -361,7 +361,7 @@ def test_a_run_goes_on_from_what_descends_from_the_named_one(three: Path, make: 
     save(made, three, 6, begun_from="another")
     found = find_checkpoint(three, str(named))
     assert found.checkpoint is not None
-    assert (found.checkpoint.step, found.begun_from) == (5, origin)
+    assert (found.checkpoint.step, found.parent_hash) == (5, origin)
     assert found.superseded == [three / "step-00000006"]
 
     flip(three / "step-00000005" / OPTIMIZER)
@@ -380,7 +380,7 @@ def test_a_run_goes_on_from_what_descends_from_the_named_one(three: Path, make: 
 
 def test_where_a_run_began_is_carried_on_without_naming_it(three: Path, make: Callable[[int], Made]) -> None:
     save(make(1), three, 4, begun_from="0" * 64)
-    assert find_checkpoint(three, "auto").begun_from == "0" * 64
+    assert find_checkpoint(three, "auto").parent_hash == "0" * 64
 
 
 def test_a_named_damaged_one_is_refused_not_replaced(three: Path) -> None:
@@ -413,7 +413,7 @@ def test_moments_of_something_else_are_refused(three: Path, make: Callable[[int]
     save_file(moments, folder / OPTIMIZER)
     write_manifest(folder)
     assert why_invalid(folder) is None
-    with pytest.raises(ArtifactError, match="are not the moments of what is trained here"):
+    with pytest.raises(ArtifactError, match="are not the moments of the parameters that are trained here"):
         load_checkpoint(*make(0), newest(three))
 
 
@@ -426,7 +426,7 @@ def test_moments_of_something_else_are_refused(three: Path, make: Callable[[int]
         ("exp_avg.", "float16", "is not finite in float32"),
         ("exp_avg_sq.", "float64", "is not finite in float32"),
         ("exp_avg_sq.", "int32", "is not finite in float32"),
-        ("exp_avg_sq.", "-1e-30", "is a mean of squares and holds negative values"),
+        ("exp_avg_sq.", "-1e-30", "is a mean of squares and has negative values"),
         ("exp_avg.", "-1e-30", None),
     ],
 )
@@ -443,7 +443,7 @@ def test_moments_that_adam_never_makes_are_refused(
     save_file(moments, folder / OPTIMIZER)
     write_manifest(folder)
     if reason is None:
-        assert load_checkpoint(*make(0), newest(three)) == 3
+        load_checkpoint(*make(0), newest(three))
         return
     with pytest.raises(ArtifactError) as refused:
         load_checkpoint(*make(0), newest(three))
@@ -457,7 +457,7 @@ def test_adam_counts_the_updates_that_were_made(
     save(make(3), tmp_path, 5, **({} if skipped is None else {"skipped": skipped}))
     accelerator, model, optimizer = make(0)
     checkpoint = newest(tmp_path)
-    assert load_checkpoint(accelerator, model, optimizer, checkpoint) == 5
+    load_checkpoint(accelerator, model, optimizer, checkpoint)
     assert checkpoint.skipped == (skipped or 0)
     counts = {values["step"].item() for values in optimizer.state.values()}
     assert counts == {5 - (skipped or 0)}
@@ -570,7 +570,7 @@ def test_as_long_as_a_run_goes_on_two_checkpoints_stay(
     """The newest may be the one that a disk spoils; only a run that is done needs no other."""
     config = make_config(checkpoint={"keep_last": 1})
     fault = faults.Fault("export.mid", 1, "enospc", None)
-    monkeypatch.setattr(faults, "armed", lambda: fault)
+    monkeypatch.setattr(faults, "active_fault", lambda: fault)
     with pytest.raises(TrainingError, match="saving the final adapter failed on rank 0"):
         run_training(config)
     assert names(Path(config.output_dir) / "checkpoints") == ["step-00000004", "step-00000006"]
@@ -586,7 +586,7 @@ def test_a_disk_that_fills_up_while_saving_ends_the_run_with_what_was_saved_befo
     config = make_config()
     folder = Path(config.output_dir)
     fault = faults.Fault(point, 3, "enospc", None)  # a checkpoint has two large files
-    monkeypatch.setattr(faults, "armed", lambda: fault)
+    monkeypatch.setattr(faults, "active_fault", lambda: fault)
     with pytest.raises(TrainingError, match=r"saving step-0000000[46] failed on rank 0: OSError: .*No space left"):
         run_training(config)
     assert json.loads((folder / "status.json").read_text())["state"] == "failed"
@@ -641,7 +641,7 @@ def test_a_refused_change_is_told_with_the_words_that_allow_it(
 
 def test_a_checkpoint_that_goes_while_it_is_listed_is_left_out(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that lives rotates its checkpoints."""
-    look = history.why_invalid
+    look = discovery.why_invalid
 
     def rotated(folder: Path, **options: Any) -> str | None:
         reason = look(folder, **options)
@@ -649,5 +649,5 @@ def test_a_checkpoint_that_goes_while_it_is_listed_is_left_out(three: Path, monk
             shutil.rmtree(folder)
         return reason
 
-    monkeypatch.setattr(history, "why_invalid", rotated)
+    monkeypatch.setattr(discovery, "why_invalid", rotated)
     assert [entry.step for entry in list_checkpoints(three.parent, hashes=True)] == [2, 3]

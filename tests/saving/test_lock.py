@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from lora_accel import RunConfig, run_training, train
+from lora_accel import RunConfig, run_training
 from lora_accel.errors import ConfigError
-from lora_accel.saving.lock import LOCK, held, locked
+from lora_accel.saving.lock import LOCK, lock_run_folder, locked
+from lora_accel.setup import resume
 from tests.conftest import ROOT
 
 HOLD = """
@@ -156,13 +157,13 @@ def test_a_run_that_is_refused_leaves_the_folders_as_they_were(
 def test_a_new_folder_is_made_when_all_may_begin_and_not_before(tmp_path: Path) -> None:
     """Else it would stay where the launcher kills the main process because another one has failed."""
     folder = tmp_path / "made" / "run"
-    with held(folder, enabled=True) as begin:
+    with lock_run_folder(folder, enabled=True) as begin:
         assert names(tmp_path) == set()
         begin()
         assert names(folder) == {LOCK}
         assert "is in use by another run" in attempt(folder)
     assert names(tmp_path) == set()
-    with held(folder, enabled=False) as begin:
+    with lock_run_folder(folder, enabled=False) as begin:
         begin()
         assert names(tmp_path) == set()
 
@@ -170,19 +171,19 @@ def test_a_new_folder_is_made_when_all_may_begin_and_not_before(tmp_path: Path) 
 def test_a_run_has_made_nothing_until_all_processes_agree(
     make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    agree, there = train.agree, []
+    agree, there = resume.check_ranks_agree, []
 
     def watched(*words: Any) -> None:
         there.append((tmp_path / "run").exists())
         agree(*words)
 
-    monkeypatch.setattr(train, "agree", watched)
+    monkeypatch.setattr(resume, "check_ranks_agree", watched)
     run_training(make_config())
     assert there == [False]
 
 
 def test_a_folder_that_is_there_is_held_from_the_beginning(tmp_path: Path) -> None:
-    with held(tmp_path, enabled=True) as begin:
+    with lock_run_folder(tmp_path, enabled=True) as begin:
         assert "is in use by another run" in attempt(tmp_path)
         begin()
         assert "is in use by another run" in attempt(tmp_path)
@@ -192,7 +193,7 @@ def test_a_folder_that_is_there_is_held_from_the_beginning(tmp_path: Path) -> No
 def test_of_two_runs_that_begin_in_one_new_folder_one_is_refused(tmp_path: Path, writes: str) -> None:
     """Whether the other still runs or has ended: what to go on from was looked for before it began."""
     folder = tmp_path / "run"
-    with held(folder, enabled=True) as begin:
+    with lock_run_folder(folder, enabled=True) as begin:
         if writes:
             folder.mkdir()
             (folder / writes).write_text("{}")

@@ -13,7 +13,7 @@ import pytest
 
 from lora_accel import RunConfig, run_training
 from lora_accel.errors import ArtifactError
-from lora_accel.saving.commit import sha256_of
+from lora_accel.saving.atomic import sha256_of
 from lora_accel.saving.provenance import (
     PACKAGES,
     base_hashes,

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from lora_accel import RunConfig, faults, run_training
-from lora_accel.config.plan import derive
 from lora_accel.errors import Interrupted, TrainingError
-from lora_accel.saving.commit import why_invalid
-from lora_accel.saving.history import OPTIMIZER, STATE, WEIGHTS
-from lora_accel.training import loop
+from lora_accel.randomness import derive_seed
+from lora_accel.saving.atomic import why_invalid
+from lora_accel.saving.discovery import OPTIMIZER, STATE, WEIGHTS
+from lora_accel.training import step as step_module
 from tests.conftest import chat_rows, read_metrics, write_jsonl
 
 CUTS = {
@@ -105,13 +105,13 @@ def test_the_gradient_norm_is_told_before_it_is_clipped(make_config: Callable[..
 
 def test_step_seeds_are_what_they_were() -> None:
     """Frozen: another value would make a resumed run another run."""
-    assert derive(0, 0) == 0xE220A8397B1DCDAF  # SplitMix64's published first output for seed 0
-    assert derive(0, 1) == 0x6E789E6AA1B965F4
-    assert derive(0, 2) == 0x06C45D188009454F
+    assert derive_seed(0, 0) == 0xE220A8397B1DCDAF  # SplitMix64's published first output for seed 0
+    assert derive_seed(0, 1) == 0x6E789E6AA1B965F4
+    assert derive_seed(0, 2) == 0x06C45D188009454F
 
 
 def test_step_seeds_are_distinct() -> None:
-    seeds = [derive(seed, step) for seed in (0, 1, 2, 7, 2**32 - 1) for step in range(2000)]
+    seeds = [derive_seed(seed, step) for seed in (0, 1, 2, 7, 2**32 - 1) for step in range(2000)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**64 for seed in seeds)
 
@@ -164,7 +164,7 @@ def handlers() -> Iterator[dict[signal.Signals, Any]]:
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> At:
     """`at({3: "nan"}, stop_in=4)`: what happens in the forward of which step, of a run that goes on after `start`."""
-    whole = loop.summed_token_loss
+    whole = step_module.summed_token_loss
 
     def plan(events: dict[int, str], start: int = 0, stop_in: int = 0, number: int = signal.SIGTERM) -> None:
         steps = itertools.count(start + 1)
@@ -178,7 +178,7 @@ def at(monkeypatch: pytest.MonkeyPatch) -> At:
                 return loss + (loss * 0).sqrt()
             return loss if event is None else loss * float(event)
 
-        monkeypatch.setattr(loop, "summed_token_loss", eventful)
+        monkeypatch.setattr(step_module, "summed_token_loss", eventful)
 
     return plan
 
@@ -407,7 +407,7 @@ def test_what_dies_while_it_evaluates_has_saved_and_evaluates_first_when_it_goes
     run_training(with_evaluation("straight"))
     config, folder = with_evaluation("died"), tmp_path / "died"
     fault = faults.Fault("evaluate.begin", 1, "enospc", None)
-    monkeypatch.setattr(faults, "armed", lambda: fault)
+    monkeypatch.setattr(faults, "active_fault", lambda: fault)
     with pytest.raises(OSError, match=r"injected at evaluate\.begin"):
         run_training(config)
     assert saved(folder, 3) == saved(tmp_path / "straight", 3)

@@ -10,10 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora_accel.data.batches import MicroBatch, nothing, pack, pad
-from lora_accel.data.chat import IGNORED, Example
-from lora_accel.training import loss as loss_module
-from lora_accel.training.loss import KNOWN_HEADS, forward_takes, return_loss, summed_token_loss
+from lora_accel.batching.batch import MicroBatch
+from lora_accel.batching.packing import empty_example, pack, pad
+from lora_accel.data.chat import Example
+from lora_accel.labels import IGNORE_INDEX
+from lora_accel.model import fused_loss as loss_module
+from lora_accel.model.families import HEADS
+from lora_accel.model.fused_loss import patch_fused_loss
+from lora_accel.training.loss import forward_takes, summed_token_loss
 from tests.families import model_of
 
 FAMILIES = ["llama", "qwen2", "opt", "gpt2"]
@@ -22,9 +26,9 @@ PAD = 4
 
 def example(length: int, supervised: slice, start: int = 5) -> Example:
     ids = [start + (7 * i) % 200 for i in range(length)]
-    labels = [IGNORED] * length
+    labels = [IGNORE_INDEX] * length
     labels[supervised] = ids[supervised]
-    return Example(ids, [IGNORED, *labels[1:]])
+    return Example(ids, [IGNORE_INDEX, *labels[1:]])
 
 
 EXAMPLES = [
@@ -46,7 +50,7 @@ def padded(examples: list[Example]) -> dict[str, torch.Tensor]:
     return {
         "input_ids": torch.tensor([x.input_ids + [PAD] * (width - len(x.input_ids)) for x in examples]),
         "attention_mask": torch.tensor([[int(i < len(x.input_ids)) for i in range(width)] for x in examples]),
-        "labels": torch.tensor([x.labels + [IGNORED] * (width - len(x.labels)) for x in examples]),
+        "labels": torch.tensor([x.labels + [IGNORE_INDEX] * (width - len(x.labels)) for x in examples]),
     }
 
 
@@ -80,7 +84,7 @@ def test_padding_and_company_change_no_loss(tiny_model: Callable[..., Path], fam
 def test_logits_are_made_where_a_token_is_supervised_only(tiny_model: Callable[..., Path]) -> None:
     model = load(tiny_model())
     batch = pad([EXAMPLES[1]], PAD)
-    assert batch.columns.tolist() == [3, 4, 5], "a token is predicted from the one before it"
+    assert batch.logit_positions.tolist() == [3, 4, 5], "a token is predicted from the one before it"
     assert batch.targets.tolist() == [EXAMPLES[1].input_ids[4:7]]
     made: list[torch.Size] = []
     model.lm_head.register_forward_hook(lambda module, args, output: made.append(output.shape))
@@ -121,7 +125,7 @@ def test_the_road_is_chosen_through_wrappers(tiny_model: Callable[..., Path]) ->
 
 def empty() -> MicroBatch:
     """What a rank is given when a step has fewer micro-batches than ranks."""
-    return pad(nothing(PAD), PAD)
+    return pad([empty_example(PAD)], PAD)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -145,7 +149,7 @@ def test_an_example_without_a_supervised_token_adds_exactly_nothing(tiny_model: 
 def test_a_pad_token_within_the_text_is_learned(tiny_model: Callable[..., Path]) -> None:
     """The end token often pads, and must be learned where it ends a turn."""
     model = load(tiny_model())
-    ends = Example([9, 10, 11, PAD], [IGNORED, IGNORED, 11, PAD])
+    ends = Example([9, 10, 11, PAD], [IGNORE_INDEX, IGNORE_INDEX, 11, PAD])
     batch = pad([ends, EXAMPLES[0]], PAD)
     assert batch.attention_mask[0].sum() == 4
     alone = pad([ends], PAD)
@@ -159,10 +163,10 @@ def test_sixteen_bit_logits_are_summed_in_float32(tiny_model: Callable[..., Path
     batch = pad(EXAMPLES, PAD)
     loss = summed_token_loss(model, batch)
     assert loss.dtype == torch.float32
-    logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits[:, batch.columns]
+    logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits[:, batch.logit_positions]
     assert logits.dtype == torch.bfloat16
     exact = torch.nn.functional.cross_entropy(
-        logits.double().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        logits.double().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
     assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
 
@@ -170,7 +174,7 @@ def test_sixteen_bit_logits_are_summed_in_float32(tiny_model: Callable[..., Path
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, the last not whole."""
-    monkeypatch.setattr(loss_module, "CHUNK", 96 * 5)
+    monkeypatch.setattr(loss_module, "CHUNK_NUMEL", 96 * 5)
 
 
 def returning(family: str, **options: Any) -> Any:
@@ -185,7 +189,7 @@ def returning(family: str, **options: Any) -> Any:
         model_of(family, **options).requires_grad_(False),
         model_of(family, **options).requires_grad_(False),
     )
-    assert return_loss(changed)
+    assert patch_fused_loss(changed)
     for model in (usual, changed):
         model.base_model.get_input_embeddings().weight.requires_grad_()
         with torch.no_grad():
@@ -195,13 +199,13 @@ def returning(family: str, **options: Any) -> Any:
 
 def within_vocabulary(examples: list[Example]) -> list[Example]:
     def less(values: list[int]) -> list[int]:
-        return [value if value == IGNORED else 1 + value % 95 for value in values]
+        return [value if value == IGNORE_INDEX else 1 + value % 95 for value in values]
 
     return [Example(less(x.input_ids), less(x.labels)) for x in examples]
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("family", sorted(KNOWN_HEADS))
+@pytest.mark.parametrize("family", sorted(HEADS))
 def test_the_loss_made_in_chunks_is_the_models_own(family: str) -> None:
     usual, changed = returning(family, tie_word_embeddings=False)
     batch = pad(within_vocabulary(EXAMPLES), 0)
@@ -216,7 +220,7 @@ def test_the_loss_made_in_chunks_is_the_models_own(family: str) -> None:
 
 
 def test_no_logits_are_kept_or_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK", 96 * 5)
+    monkeypatch.setattr(loss_module, "CHUNK_NUMEL", 96 * 5)
     _, model = returning("llama", tie_word_embeddings=False)
     made: list[torch.Size] = []
     whole = torch.nn.functional.linear
@@ -250,7 +254,7 @@ def test_a_head_that_is_trained_has_its_gradients(kind: str) -> None:
         torch.manual_seed(0)
         base = model_of("phi" if kind == "bias" else "llama", tie_word_embeddings=False)
         model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options))
-        assert not returns or return_loss(base)
+        assert not returns or patch_fused_loss(base)
         models.append(model)
     batch = pad(within_vocabulary(EXAMPLES), 0)
     losses = [summed_token_loss(model, batch) for model in models]
@@ -293,7 +297,7 @@ def test_evaluation_forms_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_head_makes_its_own_logits(tiny_model: Callable[..., Path]) -> None:
     model = load(tiny_model())
     model.config.model_type = "somebodys"
-    assert not return_loss(model)
+    assert not patch_fused_loss(model)
     assert summed_token_loss(model, pad(EXAMPLES, PAD)) > 0
 
 
@@ -303,6 +307,6 @@ def test_packed_rows_have_the_loss_of_padded_ones(tiny_model: Callable[..., Path
     model = load(tiny_model())
     padded_loss = summed_token_loss(model, pad(EXAMPLES, PAD))
     pack_attention(model)
-    assert return_loss(model)
-    torch.testing.assert_close(summed_token_loss(model, pack(EXAMPLES, PAD)), padded_loss, rtol=1e-6, atol=0)
-    assert summed_token_loss(model, pack(nothing(PAD), PAD)).item() == 0.0
+    assert patch_fused_loss(model)
+    torch.testing.assert_close(summed_token_loss(model, pack(EXAMPLES)), padded_loss, rtol=1e-6, atol=0)
+    assert summed_token_loss(model, pack([empty_example(PAD)])).item() == 0.0

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from lora_accel.distributed.backend import ReplicatedBackend
 from lora_accel.errors import ArtifactError
 from lora_accel.training.loss_scale import GROWTH_STEPS, INITIAL, LossScale
 
@@ -35,7 +36,7 @@ def test_unscaling_changes_no_bit() -> None:
     gradients = [torch.randn(100), torch.randn(100), None]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = None if gradient is None else gradient * INITIAL
-    LossScale().unscale(parameters)
+    ReplicatedBackend().unscale_gradients(parameters, LossScale().value)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         assert parameter.grad is None if gradient is None else torch.equal(parameter.grad, gradient)
 

@@ -6,26 +6,27 @@ import pytest
 import torch
 from torch import nn
 
-from lora_accel.data.batches import MicroBatch, pack
+from lora_accel.batching.batch import MicroBatch
+from lora_accel.batching.packing import pack
 from lora_accel.data.chat import Example
 from lora_accel.model.attention import pack_attention
-from lora_accel.model.fused import fuse
-from lora_accel.training.loss import CHUNK, return_loss
-from lora_accel.training.memory import free_bytes, kept_bytes, wanted_bytes
+from lora_accel.model.fused_loss import CHUNK_NUMEL, patch_fused_loss
+from lora_accel.model.kernels import patch_norms_and_gates
+from lora_accel.training.memory import estimate_activation_bytes, free_bytes, saved_activation_bytes
 from tests.families import SIZES, model_of
 
 
 def batch_of(tokens: int) -> MicroBatch:
     ids = [1 + i % 90 for i in range(tokens)]
-    return pack([Example(ids, ids)], 0)
+    return pack([Example(ids, ids)])
 
 
 @pytest.fixture
 def model() -> nn.Module:
     model = model_of("llama", max_position_embeddings=512).requires_grad_(False)
     pack_attention(model)
-    fuse(model)
-    return_loss(model)
+    patch_norms_and_gates(model)
+    patch_fused_loss(model)
     return model
 
 
@@ -35,19 +36,23 @@ def test_kept_is_what_the_layers_need(model: nn.Module) -> None:
     layer = 2 * h + 2 * i + h + 2 * kv + 2  # what norms, the gate and attention are given, and a scale for each norm
     rest = h + 1 + h  # the last norm's, and the loss's gradient
     tokens, more = 64, 128
-    slope = (kept_bytes(model, batch_of(more)) - kept_bytes(model, batch_of(tokens))) / (more - tokens) / 4
+    slope = (
+        (saved_activation_bytes(model, batch_of(more)) - saved_activation_bytes(model, batch_of(tokens)))
+        / (more - tokens)
+        / 4
+    )
     expected = SIZES["num_hidden_layers"] * layer + rest
     assert expected <= slope <= 1.1 * expected + 16  # keys, positions and the angles of rotary embeddings
 
 
 def test_nothing_is_kept_where_nothing_is_trained(model: nn.Module) -> None:
-    assert kept_bytes(model, batch_of(64)) == 0
+    assert saved_activation_bytes(model, batch_of(64)) == 0
 
 
 def test_a_whole_micro_batch_is_reckoned_from_a_small_one(model: nn.Module) -> None:
     model.model.embed_tokens.requires_grad_(True)
-    activations = wanted_bytes(model, batch_of(64), 256) - 3 * 4 * CHUNK
-    assert 1.0 <= activations / kept_bytes(model, batch_of(256)) <= 1.5
+    activations = estimate_activation_bytes(model, batch_of(64), 256) - 3 * 4 * CHUNK_NUMEL
+    assert 1.0 <= activations / saved_activation_bytes(model, batch_of(256)) <= 1.5
 
 
 def test_memory_is_shared_among_a_machines_processes() -> None:

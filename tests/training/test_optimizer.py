@@ -15,8 +15,9 @@ from transformers import (
 
 from lora_accel import RunConfig
 from lora_accel.config.plan import Plan, make_plan
+from lora_accel.config.schedules import learning_rate
 from lora_accel.config.schema import TrainingSection
-from lora_accel.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from lora_accel.training.optimizer import make_optimizer, set_learning_rate
 
 THEIRS: dict[str, Callable[..., Any]] = {
     "cosine": get_cosine_schedule_with_warmup,
@@ -24,6 +25,16 @@ THEIRS: dict[str, Callable[..., Any]] = {
     "constant": lambda optimizer, warmup, total: get_constant_schedule_with_warmup(optimizer, warmup),
 }
 PEAK = 3e-4
+
+
+def rate(step: int, training: TrainingSection, plan: Plan) -> float:
+    return learning_rate(
+        step,
+        peak=training.learning_rate,
+        scheduler=training.scheduler,
+        warmup_steps=plan.warmup_steps,
+        total_steps=plan.total_steps,
+    )
 
 
 def plan_of(total_steps: int, warmup_steps: int, scheduler: str = "cosine") -> tuple[TrainingSection, Plan]:
@@ -44,16 +55,14 @@ def test_the_schedule_is_that_of_transformers(scheduler: str, total: int, warmup
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
     schedule = THEIRS[scheduler](optimizer, warmup, total)
     for step in range(total):
-        assert learning_rate(step, training, plan) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12, abs=1e-18), (
-            step
-        )
+        assert rate(step, training, plan) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12, abs=1e-18), step
         optimizer.step()
         schedule.step()
 
 
 def test_it_rises_from_zero_to_its_peak_and_falls_to_nearly_zero() -> None:
     training, plan = plan_of(100, 10)
-    rates = [learning_rate(step, training, plan) for step in range(100)]
+    rates = [rate(step, training, plan) for step in range(100)]
     assert rates[0] == 0
     assert rates[10] == max(rates) == PEAK
     assert rates[:11] == sorted(rates[:11])

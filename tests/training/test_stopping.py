@@ -15,7 +15,7 @@ import pytest
 
 from lora_accel.errors import Aborted
 from lora_accel.training import stopping
-from lora_accel.training.stopping import SIGNALS, Stop, ending_before_training, listening
+from lora_accel.training.stopping import SIGNALS, Stop, abort_on_signal, handle_stop_signals
 from tests.conftest import ROOT
 
 TAKEN = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -37,20 +37,20 @@ def send(number: int) -> None:
 
 
 def test_nothing_is_asked_as_long_as_nothing_comes() -> None:
-    with listening(None) as stop:
+    with handle_stop_signals(None) as stop:
         assert stop.cause() is None
 
 
 @pytest.mark.parametrize("number", TAKEN, ids=lambda number: number.name)
 def test_a_signal_is_the_cause_by_its_name(number: signal.Signals) -> None:
-    with listening(None) as stop:
+    with handle_stop_signals(None) as stop:
         send(number)
         assert stop.cause() == number.name
         assert stop.cause() == number.name, "it stays"
 
 
 def test_the_first_cause_stays() -> None:
-    with listening(1e-9) as stop:
+    with handle_stop_signals(1e-9) as stop:
         send(signal.SIGUSR1)
         send(signal.SIGTERM)
         send(signal.SIGINT)
@@ -60,7 +60,7 @@ def test_the_first_cause_stays() -> None:
 def test_one_ctrl_c_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal sends it to all processes, and a launcher passes its own on."""
     monkeypatch.setattr(stopping, "TWICE_SECONDS", 3600.0)
-    with listening(None) as stop:
+    with handle_stop_signals(None) as stop:
         try:
             for _ in range(3):
                 send(signal.SIGINT)
@@ -79,7 +79,7 @@ def test_a_launcher_passes_a_ctrl_c_on_within_a_second() -> None:
 def test_other_signals_may_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scheduler repeats itself; only a person aborts."""
     monkeypatch.setattr(stopping, "TWICE_SECONDS", 0.0)
-    with listening(None) as stop:
+    with handle_stop_signals(None) as stop:
         for _ in range(3):
             send(signal.SIGTERM)
         assert stop.cause() == "SIGTERM"
@@ -91,7 +91,7 @@ def test_handlers_are_put_back(error: BaseException | None) -> None:
     signal.signal(signal.SIGUSR1, lambda number, frame: taken.append(number))
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    with contextlib.suppress(ValueError, KeyboardInterrupt), listening(None) as stop:
+    with contextlib.suppress(ValueError, KeyboardInterrupt), handle_stop_signals(None) as stop:
         during = {number: signal.getsignal(number) for number in SIGNALS}
         if error is not None:
             raise error
@@ -105,8 +105,8 @@ def test_handlers_are_put_back(error: BaseException | None) -> None:
 def test_outside_of_the_block_a_signal_kills_as_ever() -> None:
     code = (
         "import os, signal\n"
-        "from lora_accel.training.stopping import listening\n"
-        "with listening(None) as stop:\n"
+        "from lora_accel.training.stopping import handle_stop_signals\n"
+        "with handle_stop_signals(None) as stop:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print(stop.cause(), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -119,8 +119,8 @@ def test_outside_of_the_block_a_signal_kills_as_ever() -> None:
 def test_a_hangup_that_nohup_wants_unheard_stays_unheard() -> None:
     code = (
         "import os, signal\n"
-        "from lora_accel.training.stopping import listening\n"
-        "with listening(None) as stop:\n"
+        "from lora_accel.training.stopping import handle_stop_signals\n"
+        "with handle_stop_signals(None) as stop:\n"
         "    os.kill(os.getpid(), signal.SIGHUP)\n"
         "    print(stop.cause())\n"
         "os.kill(os.getpid(), signal.SIGHUP)\n"
@@ -151,7 +151,7 @@ def test_in_another_thread_only_the_hours_count() -> None:
 
     def work() -> None:
         try:
-            with listening(1e-12) as stop:
+            with handle_stop_signals(1e-12) as stop:
                 causes.append(stop.cause())
                 causes.append({number: signal.getsignal(number) for number in SIGNALS} == before)
         except BaseException as error:
@@ -167,18 +167,18 @@ def test_in_another_thread_only_the_hours_count() -> None:
 
 
 def test_the_first_signal_shows_once_what_happens(capfd: pytest.CaptureFixture[str]) -> None:
-    with listening(None, speaks=True):
+    with handle_stop_signals(None, reports=True):
         send(signal.SIGINT)
         send(signal.SIGTERM)
     assert capfd.readouterr().err == "finishing this step, then saving; press Ctrl-C again to abort\n"
-    with listening(None, speaks=True):
+    with handle_stop_signals(None, reports=True):
         send(signal.SIGTERM)
         send(signal.SIGINT)
     assert capfd.readouterr().err == "SIGTERM: finishing this step, then saving\n"
 
 
 def test_other_processes_of_a_machine_show_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    with listening(None) as stop:
+    with handle_stop_signals(None) as stop:
         send(signal.SIGINT)
         assert stop.cause() == "SIGINT"
     assert capfd.readouterr() == ("", "")
@@ -188,13 +188,13 @@ def test_the_message_gets_out_while_the_main_thread_writes_itself() -> None:
     """Python refuses a second write to a stream from within a write to it."""
     code = (
         "import io, os, signal, sys\n"
-        "from lora_accel.training.stopping import listening\n"
+        "from lora_accel.training.stopping import handle_stop_signals\n"
         "class Raw(io.FileIO):\n"
         "    def write(self, data):\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "        return super().write(data)\n"
         "sys.stderr = io.TextIOWrapper(io.BufferedWriter(Raw(2, 'w')), write_through=True)\n"
-        "with listening(None, speaks=True):\n"
+        "with handle_stop_signals(None, reports=True):\n"
         "    print('a line', file=sys.stderr, flush=True)\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
@@ -207,7 +207,7 @@ def test_the_message_gets_out_while_the_main_thread_writes_itself() -> None:
 
 def test_a_ctrl_c_that_is_passed_on_does_not_disturb_the_abort(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "TWICE_SECONDS", 0.2)
-    with listening(None) as stop:
+    with handle_stop_signals(None) as stop:
         send(signal.SIGINT)
         time.sleep(0.3)
         with pytest.raises(KeyboardInterrupt):
@@ -223,7 +223,7 @@ def test_a_ctrl_c_that_is_passed_on_does_not_disturb_the_abort(monkeypatch: pyte
 def test_before_training_a_signal_ends_the_command(number: signal.Signals) -> None:
 
     def command() -> None:
-        with ending_before_training():
+        with abort_on_signal():
             try:
                 send(number)
             except Exception:  # as libraries do
@@ -237,17 +237,17 @@ def test_before_training_a_signal_ends_the_command(number: signal.Signals) -> No
 
 
 def test_training_takes_over_and_does_not_give_back() -> None:
-    with ending_before_training():
-        with listening(None) as stop:
+    with abort_on_signal():
+        with handle_stop_signals(None) as stop:
             send(signal.SIGTERM)
             assert stop.cause() == "SIGTERM"
         send(signal.SIGTERM)  # training has ended; what is left is to say so
-    with ending_before_training(), pytest.raises(Aborted):
+    with abort_on_signal(), pytest.raises(Aborted):
         send(signal.SIGTERM)
 
 
 def test_handlers_are_put_back_after_the_command() -> None:
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    with ending_before_training(), listening(None):
+    with abort_on_signal(), handle_stop_signals(None):
         pass
     assert {number: signal.getsignal(number) for number in SIGNALS} == before

@@ -32,13 +32,13 @@ class Plan:
     evaluates: bool
     """Whether there is anything to evaluate."""
 
-    def place(self, step: int) -> tuple[int, int]:
+    def position(self, step: int) -> tuple[int, int]:
         """Return (epoch, step within the epoch) of the 0-based step."""
         return divmod(step, self.steps_per_epoch)
 
     def examples_after(self, step: int) -> int:
         """Return how many examples the first `step` steps consume: an epoch's last step may be short."""
-        epochs, steps = self.place(step)
+        epochs, steps = self.position(step)
         return epochs * self.num_examples + steps * self.batch_size
 
     def logs_after(self, step: int) -> bool:
@@ -77,21 +77,6 @@ class Plan:
             ("checkpoints", f"every {self.save_every} steps and after the last"),
             ("evaluation", f"{when} after the last step" if self.evaluates else "none"),
         ]
-
-
-def derive(seed: int, *words: int) -> int:
-    """Return 64 bits that are a function of a seed and further numbers (step, place, …).
-
-    SplitMix64, once for each word: Steele, Lea & Flood, Fast splittable pseudorandom number generators, OOPSLA 2014.
-    """
-    mask = 2**64 - 1
-    state = seed
-    for word in words:
-        z = (state + (word + 1) * 0x9E3779B97F4A7C15) & mask
-        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
-        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
-        state = z ^ z >> 31
-    return state
 
 
 def make_plan(

@@ -7,10 +7,12 @@ Schema (`lora-accel plan --schema`), which is what an editor shows.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from importlib import metadata
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -18,12 +20,26 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 from typing_extensions import Self
 
-from lora_accel.errors import did_you_mean
+from lora_accel.config.optimizers import OPTIMIZERS
+from lora_accel.config.schedules import SCHEDULES
+from lora_accel.errors import did_you_mean, join_or
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-DataFormat = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "text", "tokens"]
+
+
+def _name_in(table: Mapping[str, object]) -> Any:
+    """Return the type of a name in a table, checked as a Literal of its names would be."""
+
+    def check(name: str) -> str:
+        if name not in table:
+            raise PydanticKnownError("literal_error", {"expected": join_or(map(repr, table))})
+        return name
+
+    return Annotated[str, AfterValidator(check), Field(json_schema_extra={"enum": [*table]})]
+
 
 PEFT_SINCE = {
     "kasa_config": "0.21",
@@ -171,7 +187,7 @@ class SourceSection(Section):
 
     path: str = Field(min_length=1)
     """A file, a folder, a glob, or a data set id on the Hub."""
-    format: DataFormat | None = None
+    format: str | None = None
     """null = found by the keys of the first row."""
     split: str = "train"
     """Which split of a Hub data set."""
@@ -238,8 +254,10 @@ class TrainingSection(Section):
     gradient_accumulation_steps: int | None = Field(None, ge=1)
     """The other habit: forwards per step on one device."""
     learning_rate: float = Field(2.0e-4, gt=0)
-    """Peak learning rate of AdamW."""
-    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Peak learning rate."""
+    optimizer: _name_in(OPTIMIZERS) = "adamw"  # type: ignore[valid-type]
+    """The optimizer; its state is part of every checkpoint."""
+    scheduler: _name_in(SCHEDULES) = "cosine"  # type: ignore[valid-type]
     """After warm-up: down to 0 over the run, or constant."""
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     """Share of the steps over which the learning rate rises from 0."""

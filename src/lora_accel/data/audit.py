@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lora_accel.config.schema import DataFormat
 from lora_accel.console import short_names
 from lora_accel.errors import DataError
 
@@ -22,7 +21,7 @@ class SourceLedger:
     """
 
     path: str
-    format: DataFormat | None = None
+    format: str | None = None
     sha256: dict[str, str] = dataclasses.field(default_factory=dict)
     """Hash of the bytes of each file read (of a Hub data set, its fingerprint)."""
     buckets: dict[str, list[tuple[str, int]]] = dataclasses.field(default_factory=dict)

@@ -20,9 +20,7 @@ from lora_accel.data.formats import Completion, Conversation, MalformedRow, Mess
 from lora_accel.data.spans import OURS, Span, locate, mark
 from lora_accel.data.tokens import TextTokenizer, Tokens, special_tokens
 from lora_accel.errors import DataError, did_you_mean
-
-IGNORED = -100
-"""The label of a token that carries no loss."""
+from lora_accel.labels import IGNORE_INDEX
 
 BUILT_IN_TEMPLATES = ("alpaca", "chatml", "gemma", "llama-2", "llama-3", "vicuna_v1.1", "zephyr")
 
@@ -45,7 +43,7 @@ class Rendered(NamedTuple):
         """Return where anybody's words stand, in order."""
         return sorted(span for spans in self.words for span in spans)
 
-    def refuse_left_out(self, messages: Sequence[Message], tools: Any) -> None:
+    def check_nothing_left_out(self, messages: Sequence[Message], tools: Any) -> None:
         """Refuse a text in which the template wrote nothing of a tool or of a call.
 
         Raises:
@@ -54,13 +52,13 @@ class Rendered(NamedTuple):
         edges = [0, *(edge for span in self.data for edge in span), len(self.text)]
         written = "\0".join(self.text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True))
         for tool in tools or ():
-            _refuse_left_out(tool.get("function", tool).get("name") or tool.get("type"), written, "a tool")
+            _check_nothing_left_out(tool.get("function", tool).get("name") or tool.get("type"), written, "a tool")
         for number, message in enumerate(messages):
             if message.tool_calls:
                 after = max((s.end for spans in self.words[: number + 1] for s in spans), default=0)
                 until = min((s.start for spans in self.words[number + 1 :] for s in spans), default=len(self.text))
                 what = f"a tool call of message {number + 1}"
-                _refuse_left_out([c["function"] for c in message.tool_calls], self.text[after:until], what)
+                _check_nothing_left_out([c["function"] for c in message.tool_calls], self.text[after:until], what)
 
 
 class Example(NamedTuple):
@@ -79,7 +77,7 @@ class Example(NamedTuple):
     @property
     def num_supervised(self) -> int:
         """Return the number of supervised tokens."""
-        return len(self.labels) - self.labels.count(IGNORED)
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
 class ChatTemplate:
@@ -138,7 +136,7 @@ class ChatTemplate:
                 what = "reasoning of an earlier answer" if part.is_reasoning else "system text"
                 notes.append(f"the template leaves out the {what}")
         rendered = Rendered(plain, contents, words, values)
-        rendered.refuse_left_out(messages, tools)
+        rendered.check_nothing_left_out(messages, tools)
         if self.tokens.find_special("\n".join(message.content + message.reasoning for message in messages)):
             notes.append("the text of a special token is read as text")
         return rendered._replace(notes=tuple(dict.fromkeys(notes)))
@@ -340,18 +338,18 @@ def _pretokenized(record: Pretokenized, vocabulary: int) -> Example:
     beyond = next((token for token in record.input_ids if not 0 <= token < vocabulary), None)
     if beyond is not None:
         raise MalformedRow(f"input_ids holds {beyond}, but the tokenizer has {vocabulary} tokens")
-    return Example(record.input_ids, [IGNORED, *record.labels[1:]])
+    return Example(record.input_ids, [IGNORE_INDEX, *record.labels[1:]])
 
 
 def _example(tokens: Tokens, learned: Sequence[range], prefix: list[int], notes: tuple[str, ...]) -> Example:
-    labels = [IGNORED] * len(tokens.ids)
+    labels = [IGNORE_INDEX] * len(tokens.ids)
     for places in learned:
         labels[places.start : places.stop] = tokens.ids[places.start : places.stop]
-    input_ids, labels = prefix + tokens.ids, [IGNORED] * len(prefix) + labels
-    return Example(input_ids, [IGNORED, *labels[1:]], notes=notes)
+    input_ids, labels = prefix + tokens.ids, [IGNORE_INDEX] * len(prefix) + labels
+    return Example(input_ids, [IGNORE_INDEX, *labels[1:]], notes=notes)
 
 
-def _refuse_left_out(value: Any, text: str, what: str) -> None:
+def _check_nothing_left_out(value: Any, text: str, what: str) -> None:
     """Refuse a text that does not hold every string and number of a value."""
     for leaf in _leaves(value):
         shown = json.dumps(leaf, ensure_ascii=False)

@@ -19,11 +19,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_accel.config.schema import DataFormat, DataSection, SourceSection
+from lora_accel.config.schema import DataSection, SourceSection
 from lora_accel.console import Stage, short_names
 from lora_accel.data.audit import DROPPED, USED, SourceLedger
 from lora_accel.data.chat import ChatTemplate, Example, encode_record
-from lora_accel.data.formats import MalformedRow, Record, Row, UnusableRow, detect_format, parse_row
+from lora_accel.data.formats import MalformedRow, Record, Row, UnusableRow, check_format, detect_format, parse_row
 from lora_accel.data.overlong import TooLong, shorten
 from lora_accel.data.rows import Chunk, Input, find_input
 from lora_accel.data.store import Examples, Packed, Writer, open_examples, stored
@@ -94,6 +94,8 @@ def load_dataset(sources: Sequence[SourceSection], recipe: Recipe, options: Data
     """
     loaded, ledgers = [], []
     for section in sources:
+        check_format(section.format, f"format of {section.path}")
+    for section in sources:
         source = find_input(section)
         build = functools.partial(_build, source=source, section=section, recipe=recipe, options=options)
         folder = stored(cache_folder(options), _key(section, source, recipe, options), build)
@@ -104,7 +106,7 @@ def load_dataset(sources: Sequence[SourceSection], recipe: Recipe, options: Data
 
 
 def read_records(
-    section: SourceSection, data_format: DataFormat | None, rows: Collection[tuple[str, int]]
+    section: SourceSection, data_format: str | None, rows: Collection[tuple[str, int]]
 ) -> Iterator[Record]:
     """Read some rows of a source again, in file order.
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from lora_accel.config.schema import DataFormat
+from lora_accel.errors import ConfigError, did_you_mean, join_or
 
 
 class Message(NamedTuple):
@@ -90,7 +90,7 @@ ROLES = {
 CALLS = ("function_call", "tool_call")
 
 
-def detect_format(row: Row) -> DataFormat:
+def detect_format(row: Row) -> str:
     """Return the format that the row's keys show.
 
     Raises:
@@ -106,7 +106,22 @@ def detect_format(row: Row) -> DataFormat:
     )
 
 
-def parse_row(row: Row, data_format: DataFormat) -> Record:
+def check_format(name: str | None, where: str) -> None:
+    """Check that a format exists.
+
+    Args:
+        where: the option that names it, for the message.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if name is not None and name not in FORMATS:
+        raise ConfigError(
+            f"{where}: should be {join_or(map(repr, FORMATS))}, not {name!r}{did_you_mean(name, FORMATS)}"
+        )
+
+
+def parse_row(row: Row, data_format: str) -> Record:
     """Turn a row of this format into a record.
 
     Raises:
@@ -201,7 +216,7 @@ def _parse_tokens(row: Row) -> Pretokenized:
 
 
 # The first format whose keys a row has is the row's format, so the more telling keys stand first.
-FORMATS: dict[DataFormat, tuple[tuple[str, ...], Callable[[Row], Record]]] = {
+FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Record]]] = {
     "tokens": (("input_ids", "labels"), _parse_tokens),
     "sharegpt": (("conversations",), _parse_sharegpt),
     "messages": (("messages",), _parse_messages),

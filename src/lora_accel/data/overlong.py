@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from lora_accel.config.schema import DataSection
 from lora_accel.data.audit import SPLIT, TRUNCATED
-from lora_accel.data.chat import IGNORED, ChatTemplate, Example, encode_record
+from lora_accel.data.chat import ChatTemplate, Example, encode_record
 from lora_accel.data.formats import Completion, Conversation, Message, Record, UnusableRow
+from lora_accel.labels import IGNORE_INDEX
 
 
 class TooLong(ValueError):
@@ -51,7 +52,7 @@ def _split(record: Record, whole: Example, template: ChatTemplate, options: Data
         for start in range(0, len(whole.input_ids), length):
             labels = whole.labels[start : start + length]
             # Nothing stands before the first token of a block that could predict it.
-            yield whole._replace(input_ids=whole.input_ids[start : start + length], labels=[IGNORED, *labels[1:]])
+            yield whole._replace(input_ids=whole.input_ids[start : start + length], labels=[IGNORE_INDEX, *labels[1:]])
         return
 
     def encoded(*messages: Message) -> Example:

@@ -12,9 +12,9 @@ from lora_accel.data.audit import SourceLedger
 from lora_accel.data.chat import Example
 from lora_accel.data.dataset import Dataset, Recipe, load_dataset, read_records
 from lora_accel.data.formats import Record
-from lora_accel.data.order import permutation
 from lora_accel.data.store import Examples
 from lora_accel.errors import DataError
+from lora_accel.randomness import permutation
 
 HELD_OUT = "data.eval_fraction"
 """Name of the evaluation source that is held out of the training sources."""

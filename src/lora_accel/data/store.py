@@ -23,8 +23,9 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from lora_accel.data.chat import IGNORED, Example
+from lora_accel.data.chat import Example
 from lora_accel.errors import ConfigError
+from lora_accel.labels import IGNORE_INDEX
 
 INPUT_IDS, SUPERVISED, TABLE, LEDGER = "input_ids.int32", "supervised.bool", "table.npy", "ledger.json"
 FIELDS = 4
@@ -90,7 +91,7 @@ class Examples(Sequence[Example]):
         end, _, file, row = self.table[number].tolist()
         start = int(self.table[number - 1, 0]) if number else 0
         tokens = self.input_ids[start:end]
-        labels = np.where(self.supervised[start:end], tokens, IGNORED)
+        labels = np.where(self.supervised[start:end], tokens, IGNORE_INDEX)
         return Example(tokens.tolist(), labels.tolist(), row=(self.files[file], row))
 
     def _of_chosen(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -106,7 +107,7 @@ class _Arrays:
 
     def add(self, example: Example, file: int) -> None:
         # Through arrays, since these take a list whole: a third of the time of a comprehension.
-        supervised = np.frombuffer(array("i", example.labels), np.int32) != IGNORED
+        supervised = np.frombuffer(array("i", example.labels), np.int32) != IGNORE_INDEX
         self.input_ids += array("i", example.input_ids)
         self.supervised += supervised.tobytes()
         self._end += len(supervised)

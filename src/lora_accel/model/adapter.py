@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lora_accel.config.schema import AdapterSection
 from lora_accel.errors import ConfigError
-from lora_accel.model.dropout import KeyedDropout, TokenKeys
+from lora_accel.model.dropout import DropoutKeys, KeyedDropout
 
 
 def add_adapter(
@@ -62,13 +62,13 @@ def add_adapter(
     return model
 
 
-def key_dropout(model: PeftModel) -> TokenKeys:
+def key_dropout(model: PeftModel) -> DropoutKeys:
     """Replace the dropout of every LoRA layer by one that knows no cut of the step.
 
     Returns:
         The place where it reads the keys of the tokens in hand; see model/dropout.py.
     """
-    tokens = TokenKeys()
+    tokens = DropoutKeys()
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for number, layer in enumerate(layers):
         for name, dropout in layer.lora_dropout.items():

@@ -16,26 +16,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_accel.model.device import attention_kernel, detect_device
-
-PACKING = frozenset(
-    """
-    apertus arcee cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text glm gpt2 gpt_neox granite helium
-    hunyuan_v1_dense llama ministral mistral mixtral olmo olmo2 olmo3 olmoe opt phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe
-    seed_oss smollm3 starcoder2
-    """.split()  # noqa: SIM905  a list would fill a page
-)
-"""Model types of which tests/model/test_attention.py proves that no example sees another."""
-if Version(transformers.__version__) < Version("5.3"):
-    # GPT-2's language model keeps keyword arguments, so segments, from its layers. Drop this when 5.3 is required.
-    PACKING -= {"gpt2"}
+from lora_accel.model.families import family_of
 
 BLOCK = 128
 """Queries that are worked on together: few, so that most products with later keys are never made; and enough for a
@@ -62,7 +49,7 @@ def can_pack(model: PreTrainedModel) -> bool:
     """Whether a model takes packed rows: its type is known to, its attention has no dropout, and is a usual one."""
     config = model.config
     drops = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
-    return config.model_type in PACKING and config._attn_implementation in ("sdpa", "eager") and not drops
+    return family_of(config.model_type).packs and config._attn_implementation in ("sdpa", "eager") and not drops
 
 
 def pack_attention(model: PreTrainedModel) -> None:

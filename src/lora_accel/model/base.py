@@ -104,7 +104,7 @@ def load_base_model(
     if quantization.bits is not None:
         options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
         options["device_map"] = {"": device or torch.device("cpu")}
-    refuse_index_that_leaves(Path(section.name_or_path))
+    check_index_paths(Path(section.name_or_path))
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             section.name_or_path,
@@ -121,7 +121,7 @@ def load_base_model(
     return model
 
 
-def build_without_memory(config: PretrainedConfig) -> PreTrainedModel:
+def build_on_meta_device(config: PretrainedConfig) -> PreTrainedModel:
     """Return a model of a config whose tensors have shapes and nothing in them (torch's meta device).
 
     Raises:
@@ -138,7 +138,7 @@ def build_without_memory(config: PretrainedConfig) -> PreTrainedModel:
     return model.eval()
 
 
-def packed_names(model: PreTrainedModel) -> set[str]:
+def quantized_names(model: PreTrainedModel) -> set[str]:
     """Return the names of the weights that loading in 4 bits packs: those of linear layers, the head apart."""
     kept = get_keys_to_not_convert(model)
     return {
@@ -148,7 +148,9 @@ def packed_names(model: PreTrainedModel) -> set[str]:
     }
 
 
-def unpacked(weight: torch.Tensor, quantization: QuantizationSection, *, transposed: bool = False) -> torch.Tensor:
+def quantize_round_trip(
+    weight: torch.Tensor, quantization: QuantizationSection, *, transposed: bool = False
+) -> torch.Tensor:
     """Return a weight as a 4-bit base computes with it: packed, and unpacked to the dtype it had.
 
     Args:
@@ -165,7 +167,7 @@ def unpacked(weight: torch.Tensor, quantization: QuantizationSection, *, transpo
     return whole.T if transposed else whole
 
 
-def refuse_index_that_leaves(folder: Path) -> None:
+def check_index_paths(folder: Path) -> None:
     """Refuse weights whose index names files outside their own folder: transformers would read these.
 
     Raises:

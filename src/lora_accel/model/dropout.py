@@ -16,7 +16,7 @@ from torch import nn
 from lora_accel.errors import ConfigError
 
 
-class TokenKeys:
+class DropoutKeys:
     """The keys of the tokens in hand. The loop sets them with each micro-batch; every dropout layer reads them."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class KeyedDropout(nn.Module):
 
     feature_keys: torch.Tensor  # [F] int32
 
-    def __init__(self, p: float, layer: int, num_features: int, tokens: TokenKeys) -> None:
+    def __init__(self, p: float, layer: int, num_features: int, tokens: DropoutKeys) -> None:
         """Make the dropout of one layer.
 
         Args:

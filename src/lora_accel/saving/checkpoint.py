@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from lora_accel.config.optimizers import OPTIMIZERS, OptimizerSpec
+from lora_accel.distributed.backend import Backend, backend_of
+from lora_accel.distributed.collectives import on_all_ranks
 from lora_accel.errors import ArtifactError, ConfigError
-from lora_accel.faults import reach
-from lora_accel.saving import zero
-from lora_accel.saving.commit import committed_folder, write_json
-from lora_accel.saving.history import OPTIMIZER, STATE, Checkpoint, prune, step_folders
-from lora_accel.saving.provenance import changes, changes_table, is_allowed, options_behind
-from lora_accel.saving.ranks import together
-from lora_accel.saving.weights import (
+from lora_accel.faults import fault_point
+from lora_accel.model.adapter import trainable_parameters
+from lora_accel.saving.adapter import (
     State,
     adapter_parameters,
     gather_adapter,
     read_tensors,
     restore_adapter,
-    unwrapped,
+    unwrap_peft_model,
     write_adapter,
     write_tensors,
 )
+from lora_accel.saving.atomic import atomic_folder, write_json
+from lora_accel.saving.discovery import OPTIMIZER, STATE, Checkpoint, prune, step_folders
+from lora_accel.saving.provenance import changes, changes_table, is_allowed, options_behind
 
 SPARE_BYTES = 100_000
 """What a checkpoint holds beside its tensors, at most."""
@@ -38,6 +41,7 @@ def save_checkpoint(
     folder: Path,
     state: dict[str, Any],
     *,
+    optimizer_name: str = "adamw",
     keep_last: int,
     gather: str = "auto",
     spare: str = "",
@@ -47,20 +51,22 @@ def save_checkpoint(
     Only once the new one counts are older ones deleted.
 
     Args:
+        optimizer_name: `training.optimizer`, which decides what moments there are.
         spare: a checkpoint folder that is never deleted.
 
     Raises:
         TrainingError: the disk is full, or a process failed; on all of them, and nothing saved before is touched.
     """
     final = folder / f"step-{state['step']:08d}"
-    peft_model = unwrapped(accelerator, model)
-    with together(accelerator, f"saving {final.name}"):
-        reach("save.begin")
+    peft_model = unwrap_peft_model(accelerator, model)
+    with on_all_ranks(accelerator, f"saving {final.name}"):
+        fault_point("save.begin")
+    backend, names = backend_of(accelerator), OPTIMIZERS[optimizer_name].moments
     adapter = gather_adapter(accelerator, model, gather=gather)
-    moments = _moments(peft_model, optimizer, keep=accelerator.is_main_process)
-    with together(accelerator, f"saving {final.name}"):
+    moments = _moments(backend, peft_model, optimizer, names, keep=accelerator.is_main_process)
+    with on_all_ranks(accelerator, f"saving {final.name}"):
         if accelerator.is_main_process:
-            with committed_folder(final) as temporary:
+            with atomic_folder(final) as temporary:
                 write_adapter(peft_model, adapter, temporary)
                 write_tensors(temporary / OPTIMIZER, moments)
                 write_json(temporary / STATE, state)
@@ -68,17 +74,22 @@ def save_checkpoint(
     return final
 
 
-def refuse_full_disk(accelerator: Accelerator, model: torch.nn.Module, folder: Path, keep_last: int) -> None:
-    """Refuse to begin where the checkpoints that will stand at once, and the final adapter, find no room.
+def check_disk_space(
+    accelerator: Accelerator, model: torch.nn.Module, folder: Path, keep_last: int, optimizer_name: str = "adamw"
+) -> None:
+    """Check that the disk has room for all checkpoints that exist at one time, and for the final adapter.
 
     Args:
-        folder: where checkpoints will be; the folder that it is in exists.
+        folder: of the checkpoints; its parent exists.
+        keep_last: checkpoints that are kept.
 
     Raises:
         ConfigError: less is free.
     """
-    parameters = adapter_parameters(unwrapped(accelerator, model)).values()
-    one = 3 * 4 * sum(zero.whole_shape(p).numel() for p in parameters) + SPARE_BYTES  # float32, with two moments
+    backend = backend_of(accelerator)
+    parameters = adapter_parameters(unwrap_peft_model(accelerator, model)).values()
+    num_tensors = 1 + len(OPTIMIZERS[optimizer_name].moments)
+    one = num_tensors * 4 * sum(backend.full_shape(p).numel() for p in parameters) + SPARE_BYTES  # float32
     standing = sum(file.lstat().st_size for path in step_folders(folder) for file in path.iterdir())
     needed = max((keep_last + 2) * one - standing, 2 * one)
     free = shutil.disk_usage(folder.parent).free
@@ -89,7 +100,7 @@ def refuse_full_disk(accelerator: Accelerator, model: torch.nn.Module, folder: P
         )
 
 
-def refuse_changes(checkpoint: Checkpoint, provenance: dict[str, Any], allowed: list[str]) -> list[str]:
+def check_changes(checkpoint: Checkpoint, provenance: dict[str, Any], allowed: list[str]) -> list[str]:
     """Refuse to go on with something else than what the checkpoint was made from.
 
     Args:
@@ -124,62 +135,56 @@ def load_checkpoint(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     checkpoint: Checkpoint,
-) -> int:
-    """Put a checkpoint into a model and its optimizer, both prepared; return the step to go on from.
+    *,
+    optimizer_name: str = "adamw",
+) -> None:
+    """Load a checkpoint into a prepared model and optimizer. Every rank calls this.
 
     Raises:
-        ArtifactError: its tensors are not those that this model expects.
+        ArtifactError: its tensors are not those of this model and optimizer.
     """
-    peft_model = unwrapped(accelerator, model)
-    restore_adapter(peft_model, checkpoint.folder)
-    _restore_moments(peft_model, optimizer, checkpoint)
-    return checkpoint.step
+    backend, peft_model = backend_of(accelerator), unwrap_peft_model(accelerator, model)
+    restore_adapter(peft_model, checkpoint.folder, backend)
+    _restore_moments(backend, peft_model, optimizer, checkpoint, OPTIMIZERS[optimizer_name])
 
 
-def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool) -> State:
-    """Return Adam's two moments of each trained parameter, named `exp_avg.<parameter>` and so on, whole.
+def _moments(
+    backend: Backend, model: torch.nn.Module, optimizer: torch.optim.Optimizer, names: Sequence[str], *, keep: bool
+) -> State:
+    """Return the optimizer's moments in full, named `exp_avg.<parameter>` and so on.
 
     Args:
-        keep: whether this process wants them; under DeepSpeed all must take part.
+        keep: whether this rank needs them; every rank must take part.
     """
     moments: State = {}
-    for name, parameter in _trained(model).items():
-        for moment in zero.MOMENTS:
-            if zero.has_master(parameter):
-                value = zero.whole_moment(parameter, moment)
-            else:
-                begun = optimizer.state.get(parameter, {})  # nothing in it before the first update
-                value = begun[moment] if begun else torch.zeros_like(parameter, dtype=torch.float32)
+    for name, parameter in trainable_parameters(model).items():
+        for moment in names:
+            value = backend.full_moment(optimizer, parameter, moment)
             if keep:
                 moments[f"{moment}.{name}"] = value.detach().cpu()
     return moments
 
 
-def _restore_moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
-    where = checkpoint.folder / OPTIMIZER
-    saved, trained = read_tensors(where), _trained(model)
-    shapes = {f"{moment}.{name}": zero.whole_shape(p) for name, p in trained.items() for moment in zero.MOMENTS}
+def _restore_moments(
+    backend: Backend,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    checkpoint: Checkpoint,
+    spec: OptimizerSpec,
+) -> None:
+    file = checkpoint.folder / OPTIMIZER
+    saved, trained = read_tensors(file), trainable_parameters(model)
+    shapes = {f"{moment}.{name}": backend.full_shape(p) for name, p in trained.items() for moment in spec.moments}
     if {key: tensor.shape for key, tensor in saved.items()} != shapes:
-        raise ArtifactError(f"{where}: its tensors are not the moments of what is trained here")
+        raise ArtifactError(f"{file}: its tensors are not the moments of the parameters that are trained here")
     for name, tensor in saved.items():
         if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
-            raise ArtifactError(f"{where}: {name} is not finite in float32")
-        if name.startswith("exp_avg_sq.") and (tensor < 0).any():
-            raise ArtifactError(f"{where}: {name} is a mean of squares and holds negative values")
+            raise ArtifactError(f"{file}: {name} is not finite in float32")
+        if name.split(".")[0] in spec.non_negative and (tensor < 0).any():
+            raise ArtifactError(f"{file}: {name} is a mean of squares and has negative values")
     moments = {
-        parameter: {moment: saved[f"{moment}.{name}"] for moment in zero.MOMENTS} for name, parameter in trained.items()
+        parameter: {moment: saved[f"{moment}.{name}"] for moment in spec.moments} for name, parameter in trained.items()
     }
-    # Each step updates each parameter once, but for those that were skipped: so many updates Adam has counted.
-    updates = checkpoint.step - checkpoint.skipped - checkpoint.overflowed
-    if any(map(zero.has_master, moments)):
-        zero.write_moments(optimizer, updates, moments)
-        return
-    for parameter, values in moments.items():
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(updates), device=parameter.device),
-            **{name: value.to(parameter.device, torch.float32, copy=True) for name, value in values.items()},
-        }
-
-
-def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # Every step updates every parameter once, unless it was skipped.
+    num_updates = checkpoint.step - checkpoint.skipped - checkpoint.overflowed
+    backend.write_moments(optimizer, num_updates, moments)

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lora_accel.errors import ConfigError
-from lora_accel.saving.history import step_folders
+from lora_accel.saving.discovery import step_folders
 
 LOCK = ".lock"
 
 
-def refuse_output(folder: Path) -> None:
+def check_output_folder(folder: Path) -> None:
     """Refuse a run folder that cannot become one.
 
     Raises:
@@ -53,7 +53,7 @@ def refuse_output(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(folder: Path, *, enabled: bool) -> Iterator[Callable[[], None]]:
+def lock_run_folder(folder: Path, *, enabled: bool) -> Iterator[Callable[[], None]]:
     """Hold a run folder: at once if it is there, else once what is yielded makes it. To be called when all may begin.
 
     Until then nothing is written, so that nothing stays of a run that one process alone cannot begin: the launcher may

@@ -19,7 +19,7 @@ from lora_accel.config.plan import Plan
 from lora_accel.config.schema import RunConfig
 from lora_accel.data.audit import SourceLedger
 from lora_accel.errors import ArtifactError
-from lora_accel.saving.commit import sha256_of
+from lora_accel.saving.atomic import sha256_of
 
 PACKAGES = (
     "lora-accel",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lora_accel.errors import Interrupted
-from lora_accel.saving.commit import write_json
+from lora_accel.saving.atomic import write_json
 
 Note = Callable[[int, "Path | None"], None]
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from typing import Any
-
-import torch
 
 from lora_accel.errors import ArtifactError
 
@@ -43,11 +40,6 @@ class LossScale:
             self.value, self.good_steps = self.value * 2, 0
         else:
             self.good_steps += 1
-
-    def unscale(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Divide gradients by the scale."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        torch._foreach_mul_(gradients, 1 / self.value)
 
     def state(self) -> dict[str, Any]:
         """Return what state.json holds."""

@@ -1,4 +1,4 @@
-"""Whether activations fit: what a forward keeps for the way back is measured on a few tokens, not guessed."""
+"""Whether activations fit into memory: what a forward saves for backward is measured on a few tokens, not guessed."""
 
 from __future__ import annotations
 
@@ -7,37 +7,42 @@ from pathlib import Path
 import psutil
 import torch
 
-from lora_accel.training.loss import CHUNK, Batch, summed_token_loss
+from lora_accel.batching.batch import MicroBatch
+from lora_accel.model.fused_loss import CHUNK_NUMEL
+from lora_accel.training.loss import summed_token_loss
 
 HEADROOM = 1.25
-"""The whole micro-batch is taken to need so much more than its tokens' share: what a layer makes and drops again, and
-memory in pieces."""
+"""Factor on the measured bytes per token: temporaries of a layer, and fragmentation."""
 
 
-def kept_bytes(model: torch.nn.Module, batch: Batch) -> int:
-    """Return the bytes that a forward keeps for the way back, the model's own tensors apart."""
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no place is used twice
+def saved_activation_bytes(model: torch.nn.Module, batch: MicroBatch) -> int:
+    """Return the bytes that a forward saves for backward, the model's own tensors excluded."""
+    saved: dict[int, torch.UntypedStorage] = {}  # keeps them alive, so that no address is used twice
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         summed_token_loss(model, batch)
     for tensor in (*model.parameters(), *model.buffers()):
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    return sum(storage.nbytes() for storage in kept.values())
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in saved.values())
 
 
-def wanted_bytes(model: torch.nn.Module, batch: Batch, tokens: int) -> int:
-    """Return the memory that a micro-batch of so many tokens will want, going by what a smaller one keeps."""
-    ids: torch.Tensor = batch.inputs["input_ids"]
-    logits = 3 * 4 * CHUNK  # float32, with their gradient and what is made on the way
-    return int(HEADROOM * kept_bytes(model, batch) * tokens / ids.numel()) + logits
+def estimate_activation_bytes(model: torch.nn.Module, probe_batch: MicroBatch, num_tokens: int) -> int:
+    """Return the activation memory of a micro-batch of `num_tokens`, extrapolated from a smaller one."""
+    logits = 3 * 4 * CHUNK_NUMEL  # float32, with their gradient and temporaries
+    per_batch = saved_activation_bytes(model, probe_batch)
+    return int(HEADROOM * per_batch * num_tokens / probe_batch.input_ids.numel()) + logits
 
 
-def free_bytes(device: torch.device, num_local_processes: int) -> int:
-    """Return the memory that this process may still take."""
+def free_bytes(device: torch.device, num_local_ranks: int) -> int:
+    """Return the memory that this process may still allocate, in bytes.
+
+    Args:
+        num_local_ranks: processes that share the machine's memory, if the device is the CPU.
+    """
     if device.type != "cpu":
         # torch.accelerator's own is new in torch 2.10.
         memory = getattr(torch.accelerator, "get_memory_info", None) or torch.get_device_module(device).mem_get_info
@@ -48,4 +53,4 @@ def free_bytes(device: torch.device, num_local_processes: int) -> int:
     limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))  # a container's
     if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
         free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return int(free) // num_local_processes
+    return int(free) // num_local_ranks

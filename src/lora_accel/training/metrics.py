@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,11 +22,8 @@ from tqdm import tqdm
 
 from lora_accel.config.plan import Plan
 from lora_accel.console import format_seconds
-from lora_accel.saving.commit import write_bytes
-
-if TYPE_CHECKING:
-    from lora_accel.training.loop import StepResult
-
+from lora_accel.saving.atomic import write_bytes
+from lora_accel.training.progress import StepResult
 
 REFRESH_SECONDS = 1.0
 """The bar moves this often within a long step."""
@@ -200,7 +197,7 @@ class Metrics:
                 estimate = format_step_estimate(self._step + 1, self._plan.total_steps, done, count, seconds)
                 tqdm.write(estimate, file=sys.stderr)
 
-    def count(self, step: int, result: StepResult) -> None:
+    def finish_step(self, step: int, result: StepResult) -> None:
         """Move the bar on by a step."""
         self._tokens += result.batch.num_tokens
         self._step, self._step_began = step, time.perf_counter()
@@ -210,7 +207,7 @@ class Metrics:
             self._bar.move(step)
 
     @contextlib.contextmanager
-    def doing(self, what: str) -> Iterator[None]:
+    def activity(self, what: str) -> Iterator[None]:
         """Show what is done instead of steps for the length of a block."""
         if self._bar is not None:
             self._bar.doing = what
@@ -262,23 +259,23 @@ class Metrics:
             self.eval_loss = values["eval_loss"]
             values["eval_perplexity"] = math.exp(min(values["eval_loss"], 700.0))
             self._write({"kind": "eval", "step": step, **values})
-            self.say(f"step {step}: eval loss {values['eval_loss']:.4f}")
+            self.print(f"step {step}: eval loss {values['eval_loss']:.4f}")
             for name, of_source in values.get("sources", {}).items():
-                self.say(f"step {step}: eval loss {of_source['eval_loss']:.4f} on {name}")
+                self.print(f"step {step}: eval loss {of_source['eval_loss']:.4f} on {name}")
         for prompt, reply in replies:
             if isinstance(reply, Exception):
                 error = f"{type(reply).__name__}: {reply}"
                 self._write({"kind": "event", "event": "reply_failed", "step": step, "prompt": prompt, "error": error})
-                self.say(f"step {step}: no reply to {prompt!r}: {error}")
+                self.print(f"step {step}: no reply to {prompt!r}: {error}")
             else:
                 self._write({"kind": "event", "event": "reply", "step": step, "prompt": prompt, "reply": reply})
-                self.say(f"step {step}: {prompt!r} -> {reply!r}")
+                self.print(f"step {step}: {prompt!r} -> {reply!r}")
 
     def log_event(self, step: int, event: str, **values: Any) -> None:
         """Log that something happened."""
         self._write({"kind": "event", "event": event, "step": step, **values})
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line without breaking the bar."""
         if self._main:
             tqdm.write(text)

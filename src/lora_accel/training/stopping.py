@@ -26,9 +26,9 @@ TWICE_SECONDS = 1.0
 class Stop:
     """Whether this process has been asked to stop, and by what."""
 
-    def __init__(self, max_hours: float | None = None, *, speaks: bool = False) -> None:
+    def __init__(self, max_hours: float | None = None, *, reports: bool = False) -> None:
         self._cause: str | None = None
-        self._speaks = speaks
+        self._reports = reports
         self._since = 0.0
         self._ends = None if max_hours is None else time.monotonic() + 3600 * max_hours
 
@@ -46,11 +46,11 @@ class Stop:
             raise KeyboardInterrupt
         if self._cause is None:
             self._cause, self._since = signal.Signals(number).name, now
-            if self._speaks:
-                show_stop(number)
+            if self._reports:
+                print_stop(number)
 
 
-def show_stop(number: int) -> None:
+def print_stop(number: int) -> None:
     """Write what a signal will do, past Python's buffers: the main thread may be within a write to them."""
     what = "finishing this step, then saving"
     if number == signal.SIGINT:
@@ -78,28 +78,28 @@ _starting = _Starting()
 
 
 @contextlib.contextmanager
-def ending_before_training() -> Iterator[None]:
-    """Let a signal end the command with `Aborted` until `listening` takes over; after that it is ignored."""
+def abort_on_signal() -> Iterator[None]:
+    """Let a signal end the command with `Aborted` until `handle_stop_signals` takes over; after that it is ignored."""
     _starting.is_over = False
-    with taking(_starting.take):
+    with signal_handler(_starting.take):
         yield
 
 
 @contextlib.contextmanager
-def listening(max_hours: float | None, *, speaks: bool = False) -> Iterator[Stop]:
+def handle_stop_signals(max_hours: float | None, *, reports: bool = False) -> Iterator[Stop]:
     """Take signals for the length of a block. Outside the main thread Python delivers none, and only hours count.
 
     Args:
-        speaks: whether this process shows at once what a signal will do.
+        reports: whether this process shows at once what a signal will do.
     """
-    stop = Stop(max_hours, speaks=speaks)
-    with taking(stop.take):
+    stop = Stop(max_hours, reports=reports)
+    with signal_handler(stop.take):
         _starting.is_over = True
         yield stop
 
 
 @contextlib.contextmanager
-def taking(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+def signal_handler(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     """Let a handler take `SIGNALS` for the length of a block; outside the main thread Python allows none."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,0 +1,81 @@
+"""The batch types that training, evaluation and the loss share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from lora_accel.data.audit import name_rows
+from lora_accel.data.chat import Example
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """Lengths in tokens of the examples in a packed row, in order.
+
+    A class, since torch.compile does not trace into it: for a tuple it would recompile for each number of examples.
+    """
+
+    lengths: tuple[int, ...]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """The tensors of one forward. B rows, T tokens, P logit positions."""
+
+    input_ids: torch.Tensor
+    """[B, T]: padded, one example per row, padding on the right; packed, one row of all examples."""
+    attention_mask: torch.Tensor
+    """Padded: [B, T], 1 = real token. Packed: [1, 1, 1, 1], NaN; see `pack`."""
+    logit_positions: torch.Tensor
+    """[P]: positions at which a row predicts a supervised token. Logits are needed only there."""
+    targets: torch.Tensor
+    """[B, P]: the token that follows each logit position; `IGNORE_INDEX` where it is not supervised."""
+    token_keys: torch.Tensor
+    """[B, T] int32, odd: keys of dropout, a function of (seed, step, example, position)."""
+    position_ids: torch.Tensor | None = None
+    """[1, T], packed only: positions within each example."""
+    segments: Segments | None = None
+    """Packed only."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Return the keyword arguments of the model's forward."""
+        inputs: dict[str, Any] = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if self.segments is not None:
+            inputs |= {"position_ids": self.position_ids, "segments": self.segments}
+        return inputs
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Return a copy on a device. Copies to a GPU go through pinned memory, so the host does not wait for them."""
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        if device.type == "cuda":
+            tensors = {name: x.pin_memory() for name, x in tensors.items()}
+        moved: dict[str, Any] = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
+        return dataclasses.replace(self, **moved)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBatch:
+    """One rank's micro-batches of a step or of an evaluation source, and the counts over all ranks."""
+
+    micro_batches: Sequence[MicroBatch]
+    """This rank's; every rank has the same number of them."""
+    num_examples: int
+    """Over all ranks, like the counts below."""
+    num_tokens: int
+    """Real tokens."""
+    num_supervised_tokens: int
+    examples: Sequence[Example]
+    """Of all ranks."""
+
+    @property
+    def rows(self) -> str:
+        """The input rows of the step's examples, formatted for a message."""
+        return name_rows(sorted({example.row for example in self.examples}), most=20)

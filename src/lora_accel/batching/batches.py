@@ -1,0 +1,96 @@
+"""(seed, epoch, step) -> examples -> micro-batches.
+
+Which examples a step takes depends only on the seed and the step. How they are divided among ranks and micro-batches
+depends on their lengths, the limits and the number of ranks. So neither resuming nor another number of ranks changes
+the order or the mathematics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from lora_accel.batching.batch import MicroBatch, StepBatch
+from lora_accel.batching.grouping import balance_by_tokens, group_packed, group_padded
+from lora_accel.batching.order import epoch_order
+from lora_accel.batching.packing import empty_example, pack, pad
+from lora_accel.config.plan import Plan
+from lora_accel.config.schema import TrainingSection
+from lora_accel.data.chat import Example
+from lora_accel.data.dataset import Dataset
+from lora_accel.randomness import derive_seed
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchOptions:
+    """How examples become one rank's micro-batches."""
+
+    pad_id: int
+    packed: bool
+    """One packed row per micro-batch; False = one padded row per example."""
+    max_tokens: int
+    """Tokens in a micro-batch (`training.micro_batch_tokens`)."""
+    max_examples: int | None = None
+    """Examples in a micro-batch instead (`training.micro_batch_size`)."""
+    rank: int = 0
+    num_ranks: int = 1
+
+    @classmethod
+    def from_config(
+        cls, training: TrainingSection, *, pad_id: int, packed: bool = False, rank: int = 0, num_ranks: int = 1
+    ) -> BatchOptions:
+        """Return the options that a run config sets."""
+        return cls(pad_id, packed, training.micro_batch_tokens, training.micro_batch_size, rank, num_ranks)
+
+
+class Batches:
+    """The training examples, step by step."""
+
+    def __init__(self, dataset: Dataset, plan: Plan, options: BatchOptions, *, seed: int) -> None:
+        self._dataset = dataset
+        self._plan = plan
+        self._options = options
+        self._seed = seed
+        self._sizes = [len(source.examples) for source in dataset.sources]
+        self._weights = [source.weight for source in dataset.sources]
+        self._epoch, self._order = 0, epoch_order(self._sizes, self._weights, seed, 0)
+
+    def step(self, step: int) -> StepBatch:
+        """Return this rank's micro-batches of the 0-based step."""
+        epoch, step_in_epoch = self._plan.position(step)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(self._sizes, self._weights, self._seed, epoch)
+        start = step_in_epoch * self._plan.batch_size
+        indices = self._order[start : start + self._plan.batch_size]
+        examples = [
+            self._dataset.example(index)._replace(key=derive_seed(self._seed, step, position))
+            for position, index in enumerate(indices)
+        ]
+        return step_batch(examples, self._options)
+
+
+def step_batch(examples: Sequence[Example], options: BatchOptions) -> StepBatch:
+    """Divide examples among ranks, and this rank's share into micro-batches.
+
+    Every rank gets the same number of micro-batches, the last ones empty if need be: each forward and backward may hold
+    collectives, which must not be called on one rank alone.
+    """
+    # With a limit in examples, ranks get equally many examples; with a limit in tokens, about equally many tokens.
+    most = len(examples) if options.max_examples is None else -(-len(examples) // options.num_ranks)
+    group = group_packed if options.packed else group_padded
+    shares = [
+        group(share, options.max_tokens, options.max_examples)
+        for share in balance_by_tokens(examples, options.num_ranks, most)
+    ]
+    groups = shares[options.rank] + [[]] * (max(map(len, shares)) - len(shares[options.rank]))
+    return StepBatch(
+        [_micro_batch(group or [empty_example(options.pad_id)], options) for group in groups],
+        num_examples=len(examples),
+        num_tokens=sum(len(example.input_ids) for example in examples),
+        num_supervised_tokens=sum(example.num_supervised for example in examples),
+        examples=examples,
+    )
+
+
+def _micro_batch(examples: Sequence[Example], options: BatchOptions) -> MicroBatch:
+    return pack(examples) if options.packed else pad(examples, options.pad_id)

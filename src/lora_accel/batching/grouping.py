@@ -1,0 +1,65 @@
+"""Which rank and which micro-batch an example goes to. Changes neither which examples a step takes nor its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lora_accel.data.chat import Example
+
+
+def balance_by_tokens(examples: Sequence[Example], num_shares: int, max_examples: int) -> list[list[Example]]:
+    """Divide examples into shares of about as many tokens each, with at most `max_examples` in a share.
+
+    Longest first, each into the share with the fewest tokens so far. Where `max_examples` does not bind, no share has
+    more than 4/3 of the optimum (Graham, Bounds on multiprocessing timing anomalies, 1969).
+    """
+    shares: list[list[Example]] = [[] for _ in range(num_shares)]
+    tokens = [0] * num_shares
+    for example in sorted(examples, key=lambda example: -len(example.input_ids)):
+        share = min((share for share in range(num_shares) if len(shares[share]) < max_examples), key=tokens.__getitem__)
+        shares[share].append(example)
+        tokens[share] += len(example.input_ids)
+    return shares
+
+
+def group_packed(examples: Sequence[Example], max_tokens: int, max_examples: int | None) -> list[list[Example]]:
+    """Group examples into as few packed micro-batches as possible, of about as many tokens each.
+
+    Args:
+        max_tokens: limit of a group's tokens. If a single example is longer, its length is the limit.
+        max_examples: limit of a group's examples instead; None = `max_tokens` applies.
+    """
+    if max_examples is not None:
+        return balance_by_tokens(examples, -(-len(examples) // max_examples), max_examples)
+    total = sum(len(example.input_ids) for example in examples)
+    limit = max(max_tokens, longest(examples))
+    for count in range(min(-(-total // max_tokens), len(examples)), len(examples) + 1):
+        groups = balance_by_tokens(examples, count, len(examples))
+        if max((sum(len(x.input_ids) for x in group) for group in groups), default=0) <= limit:
+            return groups
+    return []
+
+
+def group_padded(examples: Sequence[Example], max_tokens: int, max_examples: int | None) -> list[list[Example]]:
+    """Group examples of similar length into padded micro-batches.
+
+    Args:
+        max_tokens: limit of a group's tokens, padding included. A longer example is a group of its own.
+        max_examples: limit of a group's examples instead; None = `max_tokens` applies.
+    """
+    groups: list[list[Example]] = []
+    width = 0
+    for example in sorted(examples, key=lambda example: -len(example.input_ids)):
+        size = len(groups[-1]) + 1 if groups else 0
+        fits = size <= max_examples if max_examples is not None else size * width <= max_tokens
+        if groups and fits:
+            groups[-1].append(example)
+        else:
+            groups.append([example])
+            width = len(example.input_ids)
+    return groups
+
+
+def longest(examples: Sequence[Example]) -> int:
+    """Return the length in tokens of the longest example, 0 if there is none."""
+    return max((len(example.input_ids) for example in examples), default=0)

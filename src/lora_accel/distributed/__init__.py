@@ -1,0 +1,1 @@
+"""Processes, backends and launches."""

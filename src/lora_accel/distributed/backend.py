@@ -1,0 +1,125 @@
+"""What a backend must do: how it averages and scales the loss, and how to read and write its tensors in full.
+
+The loop and the checkpoints call these methods and know no backend. To add one: implement `Backend` in a module of its
+own and return it from `backend_of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+Moments = Mapping[torch.nn.Parameter, Mapping[str, torch.Tensor]]
+"""The optimizer's state tensors by parameter and name, in full."""
+
+
+class Backend(Protocol):
+    """What differs between backends. Methods that move tensors are collective: every rank calls them, in one order."""
+
+    keeps_fp32_masters: bool
+    """Under mixed precision it casts the trained parameters to 16 bits and keeps float32 masters itself. Otherwise
+    parameters stay in float32 and forwards run under autocast."""
+    default_gather: str
+    """`checkpoint.gather: auto`: state_dict or parameters."""
+
+    def begin_step(self, optimizer: torch.optim.Optimizer, num_micro_batches: int, loss_scale: float | None) -> float:
+        """Return the factor that turns a micro-batch's loss into its part of the sum over all ranks.
+
+        It undoes what the backend averages over (micro-batches, ranks) and applies the loss scale.
+
+        Args:
+            loss_scale: of this step; None outside float16.
+        """
+
+    def unscale_gradients(self, parameters: Iterable[torch.nn.Parameter], loss_scale: float) -> None:
+        """Divide gradients by the loss scale, if the backend does not do it itself."""
+
+    def has_master(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether the backend keeps a float32 master of a parameter."""
+
+    def full_shape(self, parameter: torch.nn.Parameter) -> torch.Size:
+        """Return the shape of a parameter that may be sharded."""
+
+    def full_parameters(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each parameter in full, its float32 master if it has one. A tensor is valid until the next one."""
+
+    def full_moment(self, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, name: str) -> torch.Tensor:
+        """Return a state tensor of the optimizer in full, in float32; zeros before the first update."""
+
+    def write_parameter(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+        """Copy a full tensor into a parameter and into its master."""
+
+    def init_moments(self, optimizer: torch.optim.Optimizer, names: Sequence[str]) -> None:
+        """Prepare the optimizer's state, so that it can be saved and written before the first update."""
+
+    def write_moments(self, optimizer: torch.optim.Optimizer, num_updates: int, moments: Moments) -> None:
+        """Write the optimizer's state, for every trained parameter.
+
+        Args:
+            num_updates: updates that the moments have seen.
+        """
+
+
+class ReplicatedBackend:
+    """One process, or DDP: every rank holds every tensor, so reading and writing need no communication."""
+
+    keeps_fp32_masters = False
+    default_gather = "state_dict"
+
+    def __init__(self, num_ranks: int = 1) -> None:
+        self._num_ranks = num_ranks
+
+    def begin_step(self, optimizer: torch.optim.Optimizer, num_micro_batches: int, loss_scale: float | None) -> float:
+        """DDP averages over ranks, Accelerate over micro-batches."""
+        return self._num_ranks * num_micro_batches * (1.0 if loss_scale is None else loss_scale)
+
+    def unscale_gradients(self, parameters: Iterable[torch.nn.Parameter], loss_scale: float) -> None:
+        """Divide gradients in place."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_mul_(gradients, 1 / loss_scale)
+
+    def has_master(self, parameter: torch.nn.Parameter) -> bool:
+        """Parameters are in float32 themselves."""
+        return False
+
+    def full_shape(self, parameter: torch.nn.Parameter) -> torch.Size:
+        """Return the parameter's shape."""
+        return parameter.shape
+
+    def full_parameters(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the parameters."""
+        for name, parameter in parameters.items():
+            yield name, parameter.detach()
+
+    def full_moment(self, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, name: str) -> torch.Tensor:
+        """Return the optimizer's own tensor; zeros before the first update."""
+        moment: torch.Tensor | None = optimizer.state.get(parameter, {}).get(name)
+        return torch.zeros_like(parameter, dtype=torch.float32) if moment is None else moment
+
+    def write_parameter(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+        """Copy in place."""
+        with torch.no_grad():
+            parameter.copy_(value.to(parameter.device))
+
+    def init_moments(self, optimizer: torch.optim.Optimizer, names: Sequence[str]) -> None:
+        """Do nothing: torch's optimizers create their state at the first update, and it can be written before."""
+
+    def write_moments(self, optimizer: torch.optim.Optimizer, num_updates: int, moments: Moments) -> None:
+        """Replace the optimizer's state."""
+        for parameter, values in moments.items():
+            state: dict[str, Any] = {"step": torch.tensor(float(num_updates), device=parameter.device)}
+            state |= {name: value.to(parameter.device, torch.float32, copy=True) for name, value in values.items()}
+            optimizer.state[parameter] = state
+
+
+def backend_of(accelerator: Accelerator) -> Backend:
+    """Return the backend that an Accelerator runs on."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from lora_accel.distributed.deepspeed import DeepSpeedBackend
+
+        return DeepSpeedBackend(accelerator.num_processes)
+    return ReplicatedBackend(accelerator.num_processes)

@@ -1,0 +1,1 @@
+"""Adapters in formats of other tools."""

@@ -1,0 +1,1 @@
+"""Replies, scores and chats of base, adapters and merged models."""

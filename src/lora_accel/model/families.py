@@ -1,0 +1,77 @@
+"""What is proven of each model family: packing, the fused loss, and the norms and gates that this package computes.
+
+To add a family, add it to `FAMILIES` and run tests/model: each entry is tested against transformers' own results. A
+model type that is not listed trains too, with padded rows and transformers' own modules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import transformers
+from packaging.version import Version
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Proven properties of a model type."""
+
+    packs: bool = True
+    """No example in a packed row sees another (tests/model/test_attention.py)."""
+    head: bool = True
+    """Logits are `head(hidden)`, scaled and capped as the config says (tests/model/test_fused_loss.py)."""
+    norm: str | None = None
+    """The class that computes `weight * (x / rms(x))`, the quotient rounded first (tests/model/test_kernels.py)."""
+    gate: str | None = None
+    """The class that computes `down_proj(silu(gate_proj(x)) * up_proj(x))` (tests/model/test_kernels.py)."""
+
+
+FAMILIES: dict[str, Family] = {
+    "apertus": Family(norm="ApertusRMSNorm"),
+    "arcee": Family(norm="ArceeRMSNorm"),
+    "cohere": Family(gate="CohereMLP"),
+    "cohere2": Family(gate="Cohere2MLP"),
+    "ernie4_5": Family(norm="Ernie4_5RMSNorm", gate="Ernie4_5MLP"),
+    "exaone4": Family(norm="Exaone4RMSNorm", gate="Exaone4MLP"),
+    "gemma": Family(),
+    "gemma2": Family(),
+    "gemma3_text": Family(),
+    "glm": Family(norm="GlmRMSNorm"),
+    # Before transformers 5.3 GPT-2's language model does not pass keyword arguments, such as segments, to its layers.
+    "gpt2": Family(packs=Version(transformers.__version__) >= Version("5.3")),
+    "gpt_neox": Family(),
+    "granite": Family(norm="GraniteRMSNorm", gate="GraniteMLP"),
+    "helium": Family(gate="HeliumMLP"),
+    "hunyuan_v1_dense": Family(norm="HunYuanDenseV1RMSNorm", gate="HunYuanDenseV1MLP"),
+    "llama": Family(norm="LlamaRMSNorm", gate="LlamaMLP"),
+    "ministral": Family(norm="MinistralRMSNorm", gate="MinistralMLP"),
+    "mistral": Family(norm="MistralRMSNorm", gate="MistralMLP"),
+    "mixtral": Family(norm="MixtralRMSNorm"),
+    "olmo": Family(gate="OlmoMLP"),
+    "olmo2": Family(gate="Olmo2MLP"),
+    "olmo3": Family(gate="Olmo3MLP"),
+    "olmoe": Family(norm="OlmoeRMSNorm"),
+    "opt": Family(),
+    "phi": Family(),
+    "phi3": Family(norm="Phi3RMSNorm"),
+    "qwen2": Family(norm="Qwen2RMSNorm", gate="Qwen2MLP"),
+    "qwen2_moe": Family(norm="Qwen2MoeRMSNorm", gate="Qwen2MoeMLP"),
+    "qwen3": Family(norm="Qwen3RMSNorm", gate="Qwen3MLP"),
+    "qwen3_moe": Family(norm="Qwen3MoeRMSNorm"),
+    "seed_oss": Family(norm="SeedOssRMSNorm", gate="SeedOssMLP"),
+    "smollm3": Family(norm="SmolLM3RMSNorm", gate="SmolLM3MLP"),
+    "stablelm": Family(packs=False),
+    "starcoder2": Family(),
+}
+"""By `model_type` of transformers' configs."""
+
+UNKNOWN = Family(packs=False, head=False)
+PACKING = frozenset(name for name, family in FAMILIES.items() if family.packs)
+HEADS = frozenset(name for name, family in FAMILIES.items() if family.head)
+NORMS = frozenset(family.norm for family in FAMILIES.values() if family.norm)
+GATES = frozenset(family.gate for family in FAMILIES.values() if family.gate)
+
+
+def family_of(model_type: str) -> Family:
+    """Return the family of a model type, `UNKNOWN` if it is not listed."""
+    return FAMILIES.get(model_type, UNKNOWN)

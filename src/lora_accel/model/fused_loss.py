@@ -1,0 +1,154 @@
+"""The head and the loss in one: logits are computed chunk by chunk, only at logit positions, and never stored.
+
+The loss is computed inside the model's forward, because DDP and ZeRO look after nothing that is computed outside it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lora_accel.labels import IGNORE_INDEX
+from lora_accel.model.families import family_of
+
+CHUNK_NUMEL = 2**24
+"""Logits computed at once: 32 MiB in 16 bits, whatever the vocabulary size."""
+
+SOFTMAX_NUMEL = 2**22
+"""Of these, logits that go through softmax at once on CPU: their float32 copy stays in the cache."""
+
+
+def patch_fused_loss(base: Any) -> bool:
+    """Make a transformers model return the summed loss when its forward gets `logit_positions` and `targets`.
+
+    Returns:
+        Whether the head of this model family is known; otherwise nothing is patched.
+    """
+    config, original, head = base.config, base.forward, base.get_output_embeddings()
+    if not family_of(config.model_type).head:
+        return False
+    # Cohere multiplies its logits, Granite divides them, Gemma caps them.
+    scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    is_frozen = type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters())
+    if is_frozen:
+        _patch_head(head, scale, softcap)
+
+    @functools.wraps(original)
+    def forward(
+        *args: Any, logit_positions: torch.Tensor | None = None, targets: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        if logit_positions is None or targets is None:
+            return original(*args, **kwargs)
+        hidden = base.base_model(*args, **kwargs)[0]  # [B, T, H]
+        hidden, targets = hidden[:, logit_positions].flatten(0, 1), targets.flatten()  # [N, H], [N]
+        if is_frozen:
+            return head(hidden, targets)
+        # A trained head needs its own gradients, so its logits are recomputed in backward.
+        losses = [
+            checkpoint(_head_loss, head, hidden[rows], targets[rows], scale, softcap, use_reentrant=False)
+            for rows in _chunks(len(hidden), CHUNK_NUMEL // config.vocab_size)
+        ]
+        return torch.stack(losses).sum()
+
+    base.forward = forward
+    return True
+
+
+def _patch_head(head: Any, scale: float, softcap: float | None) -> None:
+    """Make a frozen head return the loss when it gets targets [N]. Sharded weights are gathered for its forward."""
+    original = head.forward
+
+    @functools.wraps(original)
+    def forward(hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        if targets is None:
+            logits: torch.Tensor = original(hidden)
+            return logits
+        loss: torch.Tensor = _FusedLoss.apply(hidden, head.weight, head.bias, targets, scale, softcap)  # type: ignore[no-untyped-call]
+        return loss
+
+    head.forward = forward
+
+
+def _head_loss(
+    head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
+    logits = head(hidden).float() * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Frozen head and cross-entropy, chunk by chunk. The gradient is computed in forward.
+
+    d loss / d logits = softmax(logits) - onehot(target): once a chunk's logits are computed, nothing else of them is
+    needed, so only [N, H] is saved for backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        loss = torch.zeros((), device=hidden.device)
+        with torch.autocast(device, enabled=False):
+            for rows in _chunks(len(hidden), CHUNK_NUMEL // len(weight)):
+                logits = F.linear(hidden[rows].to(dtype), weight, bias)  # [n, V]
+                for part in _chunks(len(logits), (SOFTMAX_NUMEL if device == "cpu" else CHUNK_NUMEL) // len(weight)):
+                    loss += _loss(logits[part], targets[rows][part], scale, softcap, overwrite=grad is not None)
+                if grad is not None:
+                    supervised = targets[rows, None] != IGNORE_INDEX
+                    grad[rows] = (logits @ weight) * (supervised * scale)
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
+        (grad,) = ctx.saved_tensors
+        return (grad * grad_loss.float()).to(grad.dtype), None, None, None, None, None
+
+
+def _loss(
+    logits: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float | None, *, overwrite: bool
+) -> torch.Tensor:
+    """Return the summed loss of logits [n, V] after scaling and capping.
+
+    Args:
+        overwrite: replace the logits by their gradient. The caller multiplies it by `scale`, and by zero where a
+            target is not supervised.
+    """
+    target = targets[:, None].clamp(min=0)
+    exact, slope = logits.float(), None
+    if scale != 1:
+        exact = exact * scale
+    if softcap is not None:
+        tanh = torch.tanh(exact / softcap)
+        exact, slope = tanh * softcap, 1 - tanh.square()
+    log_p = torch.log_softmax(exact, dim=-1)
+    loss = -(log_p.gather(1, target)[:, 0] * (targets != IGNORE_INDEX)).sum()
+    if overwrite:
+        gradient = log_p.exp_()
+        gradient.scatter_add_(1, target, -torch.ones_like(target, dtype=gradient.dtype))
+        logits.copy_(gradient if slope is None else gradient.mul_(slope))
+    return loss
+
+
+def _chunks(rows: int, size: int) -> Iterator[slice]:
+    size = max(1, size)
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))

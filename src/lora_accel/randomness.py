@@ -1,0 +1,47 @@
+"""Everything random about a run: each draw is a pure function of a key, so nothing of it has to be stored.
+
+No function here keeps a state or reads a global generator. A resumed run repeats the draws of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Order = npt.NDArray[np.intp]
+
+
+def derive_seed(seed: int, *key: int) -> int:
+    """Return a 64-bit seed for a key, such as (step, position in the step).
+
+    SplitMix64, once per number: Steele, Lea & Flood, Fast splittable pseudorandom number generators, OOPSLA 2014.
+    """
+    mask = 2**64 - 1
+    state = seed
+    for number in key:
+        z = (state + (number + 1) * 0x9E3779B97F4A7C15) & mask
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+        state = z ^ z >> 31
+    return state
+
+
+def permutation(count: int, *key: int) -> Order:
+    """Return a permutation of range(count), [count], for a key.
+
+    Sorts raw Philox output: the one part of numpy's generators whose values are guaranteed never to change.
+    """
+    return np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(count), kind="stable")
+
+
+def token_keys(example_key: int, length: int) -> npt.NDArray[np.int32]:
+    """Return an odd int32 key for each position of an example, [length]: the upper half of SplitMix64.
+
+    Dropout hashes them (model/dropout.py).
+    """
+    z = np.uint64(example_key) + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    keys: npt.NDArray[np.int32] = (z >> np.uint64(32)).astype(np.uint32).view(np.int32)
+    keys |= 1
+    return keys

@@ -1,0 +1,72 @@
+"""What a run writes beside its checkpoints: its config, plan, provenance and ledger, and the final adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from lora_accel.config.files import config_to_yaml
+from lora_accel.config.plan import Plan
+from lora_accel.config.schema import RunConfig
+from lora_accel.data.audit import SourceLedger
+from lora_accel.distributed.collectives import on_all_ranks
+from lora_accel.faults import fault_point
+from lora_accel.saving.adapter import gather_adapter, unwrap_peft_model, write_adapter
+from lora_accel.saving.atomic import atomic_folder, write_json, write_text
+from lora_accel.saving.provenance import model_card
+
+
+def write_run_folder(
+    folder: Path,
+    config: RunConfig,
+    plan: Plan,
+    ledgers: Mapping[str, Sequence[SourceLedger]],
+    provenance: dict[str, Any],
+) -> None:
+    """Write what was asked for, planned and used.
+
+    Args:
+        ledgers: of `train` and `eval`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "plan.json", plan.as_dict())  # first: a folder that has one belongs to a run
+    write_text(folder / "config.yaml", config_to_yaml(config))
+    write_json(folder / "provenance.json", provenance)
+    write_json(
+        folder / "data_ledger.json",
+        {name: [ledger.as_dict() for ledger in of_split] for name, of_split in ledgers.items()},
+    )
+
+
+def export_adapter(
+    folder: Path,
+    tokenizer: Any,
+    template: str,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    provenance: dict[str, Any],
+    gather: str,
+) -> None:
+    """Save the final adapter with everything that is needed to use it. Every rank calls this.
+
+    Args:
+        template: source of the chat template; empty = none.
+        gather: `checkpoint.gather`.
+
+    Raises:
+        TrainingError: the disk is full, or a rank failed.
+    """
+    state = gather_adapter(accelerator, model, gather=gather)
+    with on_all_ranks(accelerator, "saving the final adapter"):
+        if accelerator.is_main_process:
+            with atomic_folder(folder) as temporary:
+                write_adapter(unwrap_peft_model(accelerator, model), state, temporary)
+                fault_point("export.mid")
+                tokenizer.chat_template = template or None
+                tokenizer.save_pretrained(temporary)
+                write_json(temporary / "provenance.json", provenance)
+                write_text(temporary / "README.md", model_card(provenance))

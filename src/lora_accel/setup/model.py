@@ -1,0 +1,136 @@
+"""The base model with its adapter and optimizer, prepared for this machine and backend."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from accelerate import Accelerator
+
+from lora_accel.batching.batches import BatchOptions, step_batch
+from lora_accel.config.optimizers import OPTIMIZERS
+from lora_accel.config.schema import RunConfig
+from lora_accel.console import Stage, short_names
+from lora_accel.data.chat import Example
+from lora_accel.distributed.backend import Backend, backend_of
+from lora_accel.model.adapter import add_adapter, count_parameters, key_dropout, trainable_parameters
+from lora_accel.model.attention import can_pack, pack_attention
+from lora_accel.model.base import check_zero3_dtype, load_base_model
+from lora_accel.model.compile import compile_layers
+from lora_accel.model.device import detect_device, has_fused_adamw
+from lora_accel.model.dropout import DropoutKeys
+from lora_accel.model.fused_loss import patch_fused_loss
+from lora_accel.model.kernels import patch_norms_and_gates
+from lora_accel.saving.adapter import check_all_trained_is_saved
+from lora_accel.saving.provenance import serving_note
+from lora_accel.setup.data import PreparedData
+from lora_accel.training.memory import estimate_activation_bytes, free_bytes
+from lora_accel.training.optimizer import make_optimizer
+
+PROBE_TOKENS = 256
+"""Length of the forward that measures activation memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedModel:
+    """What `accelerator.prepare` returned, and what belongs to it."""
+
+    model: torch.nn.Module
+    """The PeftModel in the backend's wrapper."""
+    optimizer: torch.optim.Optimizer
+    trainable: list[torch.nn.Parameter]
+    backend: Backend
+    dropout_keys: DropoutKeys
+    """Where the adapter's dropout reads the keys of the current tokens."""
+    packed: bool
+    """Whether examples are packed: the config asks for it and the model supports it."""
+
+
+def prepare_model(config: RunConfig, accelerator: Accelerator, *, checkpoint_dtype: str | None = None) -> PreparedModel:
+    """Load the base, add the adapter, patch what this package computes itself, and prepare both.
+
+    Args:
+        checkpoint_dtype: dtype of the base in the checkpoint to resume from; None = a new run.
+
+    Raises:
+        ArtifactError: the base cannot be read, or a trained tensor would not be saved.
+        ConfigError: the base or the adapter does not support an option.
+    """
+    backend = backend_of(accelerator)
+    is_mixed = accelerator.mixed_precision != "no"
+    if getattr(accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3 and not is_mixed:
+        check_zero3_dtype(config.model, accelerator.device, checkpoint_dtype)
+    with Stage(f"loading {short_names([config.model.name_or_path])[0]}", enabled=accelerator.is_local_main_process):
+        base = load_base_model(
+            config.model,
+            config.quantization,
+            mixed_precision=accelerator.mixed_precision,
+            device=accelerator.device,
+            kept_dtype=checkpoint_dtype,
+        )
+    packed = config.data.packing and can_pack(base)
+    if packed:
+        pack_attention(base)
+    elif config.data.packing:
+        accelerator.print(f"note: padding rows: {base.config.model_type} does not support packing with this attention")
+    # torch.compile does what the patches do by hand.
+    (compile_layers if config.training.compile else patch_norms_and_gates)(base)
+    model = add_adapter(
+        base,
+        config.adapter,
+        seed=config.seed,
+        autocast=is_mixed and not backend.keeps_fp32_masters,
+        masters=is_mixed and backend.keeps_fp32_masters,
+    )
+    trained, total = count_parameters(model)
+    accelerator.print(f"trainable: {trained:,} of {total:,} parameters ({trained / total:.3%})")
+    accelerator.print(f"serving: {serving_note(config.adapter.model_dump())}")
+    check_all_trained_is_saved(model)
+    patch_fused_loss(model.get_base_model())
+    optimizer = make_optimizer(
+        trainable_parameters(model).values(),
+        config.training,
+        fused=has_fused_adamw(detect_device(accelerator.device)),
+    )
+    dropout_keys = key_dropout(model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    backend.init_moments(optimizer, OPTIMIZERS[config.training.optimizer].moments)
+    trainable = list(trainable_parameters(model).values())
+    return PreparedModel(model, optimizer, trainable, backend, dropout_keys, packed)
+
+
+def enable_activation_checkpointing(
+    config: RunConfig, data: PreparedData, accelerator: Accelerator, prepared: PreparedModel, num_local_ranks: int
+) -> None:
+    """Recompute activations in the backward pass if the config says so; with `auto`, if any rank lacks the memory.
+
+    Args:
+        num_local_ranks: processes that share this machine's memory.
+    """
+    option = config.training.activation_checkpointing
+    if option == "auto":
+        option = _should_checkpoint_activations(config, data, accelerator, prepared, num_local_ranks)
+    if option:
+        accelerator.unwrap_model(prepared.model).gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _should_checkpoint_activations(
+    config: RunConfig, data: PreparedData, accelerator: Accelerator, prepared: PreparedModel, num_local_ranks: int
+) -> bool:
+    first = data.dataset.example(0)
+    probe = Example(first.input_ids[:PROBE_TOKENS], first.labels[:PROBE_TOKENS])
+    options = BatchOptions.from_config(config.training, pad_id=data.pad_id, packed=prepared.packed)
+    probe_batch = step_batch([probe], options).micro_batches[0].to(accelerator.device)
+    prepared.dropout_keys.keys = probe_batch.token_keys
+    prepared.model.train()
+    longest = max(int(source.examples.lengths.max()) for source in data.dataset.sources)
+    per_forward = config.training.micro_batch_size
+    tokens = per_forward * longest if per_forward else max(longest, config.training.micro_batch_tokens)
+    with Stage("measuring activation memory", enabled=accelerator.is_local_main_process):
+        needed = estimate_activation_bytes(prepared.model, probe_batch, tokens)
+    free = free_bytes(accelerator.device, num_local_ranks)
+    lacks_memory = torch.tensor(float(needed > free), device=accelerator.device)
+    enabled = bool(accelerator.reduce(lacks_memory) > 0)
+    decision = "enabling activation checkpointing" if enabled else "no activation checkpointing"
+    accelerator.print(f"activation memory: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free: {decision}")
+    return enabled

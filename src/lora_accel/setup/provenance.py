@@ -1,0 +1,37 @@
+"""The provenance of a run: what its result is made from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import Accelerator
+
+from lora_accel.config.schema import RunConfig
+from lora_accel.console import Stage
+from lora_accel.saving.provenance import base_hashes, config_hash, describe_run
+from lora_accel.setup.data import PreparedData
+from lora_accel.setup.model import PreparedModel
+
+
+def make_provenance(
+    config: RunConfig, data: PreparedData, accelerator: Accelerator, prepared: PreparedModel
+) -> dict[str, Any]:
+    """Return what this run is made from: config, plan, precision, and hashes of base, tokenizer, template and data.
+
+    Raises:
+        ArtifactError: the base has no weight files.
+    """
+    name, revision = config.model.name_or_path, config.model.revision
+    with Stage("hashing the weights of the base model", enabled=accelerator.is_local_main_process):
+        weights = base_hashes(name, revision)
+    return describe_run(
+        config,
+        data.plan,
+        precision=accelerator.mixed_precision,
+        base_dtype=str(accelerator.unwrap_model(prepared.model).config.dtype).removeprefix("torch."),
+        tokenizer=data.template.tokenizer,
+        template=data.template.source,
+        ledgers=data.dataset.ledgers,
+        base=weights,
+        base_config=config_hash(name, revision),
+    )

@@ -1,0 +1,107 @@
+"""Where a run begins: at step 0, or at a checkpoint, which every rank loads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from lora_accel.config.plan import Plan
+from lora_accel.config.schema import RunConfig
+from lora_accel.errors import ConfigError
+from lora_accel.saving.atomic import recover_all
+from lora_accel.saving.checkpoint import check_changes, load_checkpoint
+from lora_accel.saving.discovery import find_checkpoint, quarantine
+from lora_accel.saving.provenance import changes, changes_table
+from lora_accel.setup.model import PreparedModel
+from lora_accel.training.loss_scale import LossScale
+from lora_accel.training.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class ResumePoint:
+    """The state that a run begins from."""
+
+    progress: Progress
+    loss_scale: LossScale | None
+    """In float16 only."""
+    checkpoint: Path | None = None
+    """None = step 0."""
+    parent_hash: str | None = None
+    """Manifest hash of the checkpoint that `checkpoint.resume` named, now or when the run began."""
+    parent_path: str | None = None
+    """Where that checkpoint was."""
+
+
+def resume_run(
+    config: RunConfig, accelerator: Accelerator, prepared: PreparedModel, provenance: dict[str, Any], plan: Plan
+) -> ResumePoint:
+    """Clean up after a crash, and load the checkpoint to resume from, if there is one.
+
+    Raises:
+        ArtifactError: the checkpoint cannot be used, or was made from something else.
+        ConfigError: ranks disagree, or the plan ends before the checkpoint.
+    """
+    folder = Path(config.output_dir)
+    if accelerator.is_main_process:
+        recover_all(folder)
+        recover_all(folder / "checkpoints")
+    accelerator.wait_for_everyone()
+    selection = find_checkpoint(folder / "checkpoints", config.checkpoint.resume)
+    checkpoint = selection.checkpoint
+    check_ranks_agree(provenance, None if checkpoint is None else checkpoint.step)
+    allowed_changes: list[str] = []
+    if checkpoint is not None:
+        allowed_changes = check_changes(checkpoint, provenance, config.checkpoint.allow_changes)
+        if checkpoint.step > plan.total_steps:
+            raise ConfigError(
+                f"training: the run has {plan.total_steps} steps, but {checkpoint.folder} is after step "
+                f"{checkpoint.step}; raise epochs or max_steps, or name an earlier checkpoint in checkpoint.resume"
+            )
+        load_checkpoint(
+            accelerator,
+            prepared.model,
+            prepared.optimizer,
+            checkpoint,
+            optimizer_name=config.training.optimizer,
+        )
+    if accelerator.is_main_process:
+        for line in quarantine(selection, folder / "metrics.jsonl"):
+            print(line)
+    is_fp16 = accelerator.mixed_precision == "fp16"
+    if checkpoint is None:
+        return ResumePoint(Progress(), LossScale() if is_fp16 else None)
+    accelerator.print(f"resuming after step {checkpoint.step} from {checkpoint.folder}")
+    for line in allowed_changes:
+        accelerator.print(f"changed, allowed by checkpoint.allow_changes:{line}")
+    return ResumePoint(
+        Progress(checkpoint.step, checkpoint.skipped, checkpoint.overflowed),
+        LossScale.from_state(checkpoint.state.get("loss_scale")) if is_fp16 else None,
+        checkpoint.folder,
+        selection.parent_hash,
+        selection.parent_path,
+    )
+
+
+def check_ranks_agree(provenance: dict[str, Any], step: int | None) -> None:
+    """Check that all ranks have the same config, data, base and checkpoint: machines may see different files.
+
+    Args:
+        step: of the checkpoint that this rank would resume from.
+
+    Raises:
+        ConfigError: on every rank, with what differs.
+    """
+    mine, *others = gather_object([(provenance, step)])
+    for rank, (other, other_step) in enumerate(others, start=1):
+        differences = changes(mine[0], other)
+        if other_step != mine[1]:
+            differences.append(("checkpoint", mine[1], other_step))
+        if differences:
+            raise ConfigError(
+                f"ranks 0 and {rank} disagree (rank 0 -> rank {rank}):\n{changes_table(differences)}\n"
+                "Start all of them with one command, and let all machines see the same files and one output_dir."
+            )

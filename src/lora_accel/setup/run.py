@@ -1,0 +1,80 @@
+"""The `Run` that the loop is handed: batches, metrics, checkpointer and evaluator of the prepared parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from lora_accel.batching.batches import Batches, BatchOptions, step_batch
+from lora_accel.config.schema import RunConfig
+from lora_accel.saving.status import Note
+from lora_accel.setup.data import PreparedData
+from lora_accel.setup.model import PreparedModel
+from lora_accel.setup.resume import ResumePoint
+from lora_accel.training.checkpointer import Checkpointer
+from lora_accel.training.evaluator import Evaluator
+from lora_accel.training.metrics import Metrics
+from lora_accel.training.step import Run
+from lora_accel.training.stopping import Stop
+
+
+def make_run(
+    config: RunConfig,
+    data: PreparedData,
+    accelerator: Accelerator,
+    prepared: PreparedModel,
+    provenance: dict[str, Any],
+    start: ResumePoint,
+    stop: Stop,
+    note_status: Note,
+) -> Run:
+    """Connect the prepared parts; opens metrics.jsonl."""
+    options = BatchOptions.from_config(
+        config.training,
+        pad_id=data.pad_id,
+        packed=prepared.packed,
+        rank=accelerator.process_index,
+        num_ranks=data.plan.num_ranks,
+    )
+    metrics = Metrics(accelerator, Path(config.output_dir), data.plan, start.progress.step)
+    evaluator = Evaluator(
+        accelerator,
+        prepared.model,
+        {name: step_batch(examples, options) for name, examples in data.eval_sources.items()},
+        data.template.tokenizer,
+        config.evaluation.prompts,
+        data.prompts,
+        config.evaluation.max_new_tokens,
+    )
+    checkpointer = Checkpointer(
+        accelerator,
+        prepared.model,
+        prepared.optimizer,
+        start.loss_scale,
+        config,
+        data.plan,
+        provenance,
+        start.parent_hash,
+        start.parent_path,
+        sync_log=metrics.sync,
+        note=note_status,
+    )
+    return Run(
+        accelerator=accelerator,
+        backend=prepared.backend,
+        model=prepared.model,
+        trainable=prepared.trainable,
+        optimizer=prepared.optimizer,
+        dropout_keys=prepared.dropout_keys,
+        training=config.training,
+        plan=data.plan,
+        seed=config.seed,
+        batches=Batches(data.dataset, data.plan, options, seed=config.seed),
+        evaluator=evaluator,
+        checkpointer=checkpointer,
+        metrics=metrics,
+        stop=stop,
+        loss_scale=start.loss_scale,
+    )

@@ -1,0 +1,137 @@
+"""Exact evaluation: one token-weighted mean over all examples and all ranks; and replies to prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from lora_accel.batching.batch import StepBatch
+from lora_accel.training.loss import summed_token_loss
+from lora_accel.training.metrics import Metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Evaluates a run. Every rank calls `evaluate`."""
+
+    accelerator: Accelerator
+    model: torch.nn.Module
+    sources: Mapping[str, StepBatch]
+    """This rank's part of each evaluation source, by name."""
+    tokenizer: Any
+    prompts: Sequence[str]
+    """`evaluation.prompts`."""
+    prompt_ids: Sequence[list[int]]
+    """Their token ids."""
+    max_new_tokens: int
+
+    def evaluate(self, metrics: Metrics) -> dict[str, Any]:
+        """Return the values of an eval line, and under `replies` a reply or an error for each prompt."""
+        values: dict[str, Any] = {}
+        if self.sources:
+            with metrics.activity("evaluating"):
+                values = evaluate_sources(self.accelerator, self.model, self.sources)
+        if self.prompts:
+            with metrics.activity("replying to evaluation.prompts"):
+                replies = sample_replies(
+                    self.accelerator,
+                    self.model,
+                    self.tokenizer,
+                    self.prompt_ids,
+                    max_new_tokens=self.max_new_tokens,
+                )
+            values["replies"] = list(zip(self.prompts, replies, strict=True))
+        return values
+
+
+def evaluate_sources(
+    accelerator: Accelerator, model: torch.nn.Module, sources: Mapping[str, StepBatch]
+) -> dict[str, Any]:
+    """Return the values of an eval line: mean loss per supervised token over all sources, and of each of several."""
+    losses = {name: evaluate(accelerator, model, batch) for name, batch in sources.items()}
+    tokens = {name: batch.num_supervised_tokens for name, batch in sources.items()}
+    total = sum(tokens.values())
+    values: dict[str, Any] = {"eval_loss": sum(losses[name] * tokens[name] for name in sources) / total}
+    values["eval_tokens"] = total
+    if len(sources) > 1:
+        values["sources"] = {name: {"eval_loss": losses[name], "eval_tokens": tokens[name]} for name in sources}
+    return values
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, model: torch.nn.Module, batch: StepBatch) -> float:
+    """Return the mean loss per supervised token over all ranks.
+
+    Args:
+        batch: this rank's micro-batches of the examples.
+    """
+    model.eval()
+    # A float64 sum does not depend on the number of ranks. (MPS has no float64.)
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    loss_sum = torch.zeros((), dtype=dtype, device=accelerator.device)
+    for micro_batch in batch.micro_batches:
+        loss_sum += summed_token_loss(model, micro_batch.to(accelerator.device))
+    total: torch.Tensor = accelerator.reduce(loss_sum)
+    return total.item() / batch.num_supervised_tokens
+
+
+def sample_replies(
+    accelerator: Accelerator, model: torch.nn.Module, tokenizer: Any, prompts: Sequence[list[int]], **options: Any
+) -> list[str | Exception]:
+    """Return the reply to each prompt, generated in the precision of training, or the error that it ended in.
+
+    Replies are for reading: a reply that cannot be generated fails neither the run nor its export. Every rank
+    generates all of them, because ZeRO-3 gathers weights in each forward.
+    """
+    unwrapped = accelerator.unwrap_model(model)
+    replies: list[str | Exception] = []
+    for prompt in prompts:
+        try:
+            with accelerator.autocast():  # Accelerate wraps only the outer forward, which `generate` does not call
+                replies += replies_to(unwrapped, tokenizer, [prompt], **options)
+        except Exception as error:
+            replies.append(error)
+    return replies
+
+
+@torch.no_grad()
+def replies_to(
+    model: torch.nn.Module, tokenizer: Any, prompts: Sequence[list[int]], *, ends: Collection[int] = (), **options: Any
+) -> list[str]:
+    """Return for each prompt the text that the model writes after it, up to and without the end token.
+
+    Args:
+        prompts: token ids; they are padded on the left to one batch.
+        ends: tokens that end a reply, beside those that the tokenizer and the model itself know.
+        options: of transformers' `generate`; greedy unless it says otherwise.
+    """
+    model.eval()
+    width, pad, device = (
+        max(map(len, prompts)),
+        tokenizer.pad_token_id,
+        next(model.parameters()).device,
+    )
+    config: Any = model.generation_config
+    own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = {*ends, *own, tokenizer.eos_token_id} - {None}
+    output = model.generate(  # type: ignore[operator]
+        input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device),
+        attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device),
+        pad_token_id=pad,
+        eos_token_id=sorted(ends) or None,
+        use_cache=True,
+        **({"do_sample": False} | options),
+    )
+    return [decode_reply(tokenizer, ids, ends) for ids in output[:, width:].tolist()]
+
+
+def decode_reply(tokenizer: Any, ids: Sequence[int], ends: Collection[int]) -> str:
+    """Return the text of a reply's tokens, up to and without the first that ends it or pads."""
+    stops = {*ends, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    text: str = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    return text

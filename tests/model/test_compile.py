@@ -1,0 +1,91 @@
+"""Compiled layers: the same results, compiled once for all layers and lengths, and refused where nothing compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.version import Version
+from torch import nn
+from torch._dynamo.utils import counters
+
+from lora_accel.batching.packing import pack
+from lora_accel.data.chat import Example
+from lora_accel.errors import ConfigError
+from lora_accel.model.attention import pack_attention
+from lora_accel.model.compile import compile_layers
+from tests.conftest import run_code
+from tests.families import model_of
+
+pytestmark = pytest.mark.launch  # the compiler starts processes
+
+
+@pytest.fixture(autouse=True)
+def _count_from_nothing() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def forward(model: nn.Module, lengths: Sequence[int]) -> torch.Tensor:
+    ids = iter(range(1, 200))
+    examples = [Example([next(ids) % 60 + 1 for _ in range(length)], [1] * length) for length in lengths]
+    logits: torch.Tensor = model(**pack(examples).inputs, use_cache=False).logits
+    return logits
+
+
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.13"), reason="torch 2.9 compiles some lengths again: slower, not wrong"
+)
+def test_one_compilation_serves_all_layers_and_lengths() -> None:
+    model, plain = model_of("llama").train(), model_of("llama").train()
+    for each in (model, plain):
+        pack_attention(each)
+    compile_layers(model)
+    compiled = []
+    for lengths in ((9, 5, 3), (7, 4), (12,), (3, 3, 8, 2, 5), (21, 2)):
+        ours, exact = forward(model, lengths), forward(plain, lengths)
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+        ours.square().sum().backward()
+        exact.square().sum().backward()
+        compiled.append(counters["stats"]["unique_graphs"])
+    for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert mine.grad is not None
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
+    assert compiled[1] > 0
+    assert compiled[1:] == compiled[1:2] * 4
+
+
+def test_only_training_is_compiled() -> None:
+    model = model_of("llama").eval()
+    pack_attention(model)
+    before = forward(model, (9,))
+    compile_layers(model)
+    counters.clear()
+    assert torch.equal(forward(model, (9,)), before)
+    assert not counters["stats"]["unique_graphs"]
+
+
+def test_a_model_without_known_layers_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"training\.compile: Linear has none of transformers' layers"):
+        compile_layers(nn.Linear(2, 2))
+
+
+def test_a_machine_without_a_compiler_is_refused(tmp_path: Path) -> None:
+    """A PATH without one stands for a machine that has none."""
+    code = (
+        "from tests.families import model_of\n"
+        "from lora_accel.errors import ConfigError\n"
+        "from lora_accel.model.compile import compile_layers\n"
+        "try:\n"
+        "    compile_layers(model_of('llama'))\n"
+        "except ConfigError as error:\n"
+        "    print('refused:', error)\n"
+    )
+    (tmp_path / "bin").mkdir()
+    ran = run_code(code, PATH=str(tmp_path / "bin"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1].startswith("refused: training.compile: torch.compile does not work here: ")

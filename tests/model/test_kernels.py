@@ -1,0 +1,91 @@
+"""Fused norms and gates: transformers' own results to the bit, its gradients to rounding, and less kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lora_accel.model import kernels
+from lora_accel.model.families import GATES, NORMS, PACKING
+from lora_accel.model.kernels import patch_norms_and_gates
+from tests.families import model_of
+
+IDS = torch.arange(1, 25).view(2, 12)
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several groups of rows, the last not whole."""
+    monkeypatch.setattr(kernels, "ROWS", 7)
+
+
+def fused_classes(model: nn.Module) -> set[str]:
+    return {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", sorted(PACKING))
+def test_results_are_the_same_to_the_bit(family: str, dtype: torch.dtype, autocast: bool) -> None:
+    model = model_of(family).to(dtype).requires_grad_(False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(torch.rand_like(parameter) + 0.5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        before = model(IDS, use_cache=False).logits
+        patch_norms_and_gates(model)
+        assert torch.equal(model(IDS, use_cache=False).logits, before)
+
+
+def test_every_class_of_the_lists_is_proved() -> None:
+    found: set[str] = set()
+    for family in PACKING:
+        model = model_of(family).requires_grad_(False)
+        patch_norms_and_gates(model)
+        found |= fused_classes(model)
+    assert found == NORMS | GATES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_gradients_are_the_same_but_for_rounding(family: str, dtype: torch.dtype) -> None:
+    model = model_of(family).to(dtype).requires_grad_(False)
+    x = torch.randn(2, 12, 32, dtype=dtype, requires_grad=True)
+    before = x.detach().clone()
+    exact = torch.autograd.grad(model.double()(inputs_embeds=x.double(), use_cache=False).logits.square().sum(), x)[0]
+    model = model_of(family).to(dtype).requires_grad_(False)
+    own = torch.autograd.grad(model(inputs_embeds=x, use_cache=False).logits.square().sum(), x)[0]
+    patch_norms_and_gates(model)
+    ours = torch.autograd.grad(model(inputs_embeds=x, use_cache=False).logits.square().sum(), x)[0]
+    assert torch.equal(x, before), "what is given is left as it was"
+    assert (ours - exact).norm() <= 1.2 * (own - exact).norm()
+
+
+def test_less_is_kept() -> None:
+    def kept(model: nn.Module) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(inputs_embeds=torch.randn(2, 64, 32).bfloat16().requires_grad_(), use_cache=False).logits.sum()
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        return sum(size for place, size in sizes.items() if place not in weights)
+
+    model = model_of("llama").to(torch.bfloat16).requires_grad_(False)
+    before = kept(model)
+    patch_norms_and_gates(model)
+    assert kept(model) < 0.75 * before
+
+
+def test_a_norm_that_is_trained_stays_as_it_is() -> None:
+    model = model_of("llama").requires_grad_(False)
+    model.model.norm.requires_grad_(True)
+    patch_norms_and_gates(model)
+    assert "forward" not in vars(model.model.norm)
+    assert "forward" in vars(model.model.layers[0].input_layernorm)

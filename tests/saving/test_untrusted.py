@@ -1,0 +1,329 @@
+"""What a stranger puts into a run folder, an adapter or a base is data: none of it is run, and it takes no memory."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lora_accel import RunConfig, run_training, train
+from lora_accel.config.files import config_to_yaml
+from lora_accel.errors import ArtifactError, LoraAccelError, UserError
+from lora_accel.inference.generation import generate
+from lora_accel.merging.merge import merge_adapter
+from lora_accel.model.base import check_index_paths
+from lora_accel.saving import untrusted
+from lora_accel.saving.adapter import load_adapter
+from lora_accel.saving.atomic import MANIFEST, why_invalid, write_manifest
+from lora_accel.saving.discovery import CONFIG, WEIGHTS
+
+
+class Canary:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def plain_pickle(canary: Path) -> bytes:
+    return pickle.dumps(Canary(canary))
+
+
+def torch_pickle(canary: Path) -> bytes:
+    data = io.BytesIO()
+    torch.save({"weight": Canary(canary)}, data)
+    return data.getvalue()
+
+
+@pytest.fixture
+def finished(make_config: Callable[..., RunConfig]) -> RunConfig:
+    """A run that is done."""
+    config = make_config()
+    run_training(config)
+    return config
+
+
+def files_of(run: Path) -> list[Path]:
+    return sorted(
+        path.relative_to(run) for path in run.rglob("*") if path.is_file() and path.name not in (MANIFEST, ".lock")
+    )
+
+
+def sign(run: Path) -> None:
+    for manifest in run.rglob(MANIFEST):
+        write_manifest(manifest.parent)
+        assert why_invalid(manifest.parent) is None
+
+
+def use(config: RunConfig, file: Path, out: Path) -> dict[str, int]:
+    """Do all that reads a run folder; return the exit code of each. Anything but an error of ours is raised."""
+    adapter = Path(config.output_dir) / "adapter"
+
+    def code(command: Callable[[], Any]) -> int:
+        try:
+            command()
+        except LoraAccelError as error:
+            return error.exit_code
+        return 0
+
+    return {
+        "merge": code(lambda: merge_adapter(adapter, out)),
+        "generate": code(lambda: generate(["hello"], adapters=[adapter], max_new_tokens=2)),
+        "train": train.main(["--config", str(file)]),
+    }
+
+
+@pytest.mark.parametrize("make", [plain_pickle, torch_pickle])
+def test_every_file_replaced_by_a_hostile_pickle_is_refused(
+    finished: RunConfig, config_file: Callable[[RunConfig], Path], tmp_path: Path, make: Callable[[Path], bytes]
+) -> None:
+    run, canary = Path(finished.output_dir), tmp_path / "canary"
+    with pytest.raises(FileNotFoundError):
+        canary.stat()
+    pickle.loads(plain_pickle(canary))
+    canary.rmdir()  # the trap works
+    replaced = files_of(run)
+    for file in replaced:
+        (run / file).write_bytes(make(canary))
+    sign(run)
+    assert len(replaced) > 15
+    codes = use(finished, config_file(finished), tmp_path / "merged")
+    assert codes == {"merge": 2, "generate": 2, "train": 2}
+    assert not canary.exists()
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("make", [plain_pickle, torch_pickle])
+def test_each_file_replaced_alone_is_refused_or_not_read(
+    finished: RunConfig, config_file: Callable[[RunConfig], Path], tmp_path: Path, make: Callable[[Path], bytes]
+) -> None:
+    run, canary, whole = Path(finished.output_dir), tmp_path / "canary", tmp_path / "whole"
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(
+        json.dumps(status | {"state": "failed"})
+    )  # a finished run would read no checkpoint
+    shutil.copytree(run, whole)
+    refused: dict[str, list[str]] = {}
+    for file in files_of(run):
+        (run / file).write_bytes(make(canary))
+        sign(run)
+        codes = use(finished, config_file(finished), tmp_path / "merged")
+        assert set(codes.values()) <= {0, 2}, file
+        assert not canary.exists(), file
+        refused[str(file)] = [command for command, code in codes.items() if code == 2]
+        shutil.rmtree(run)
+        shutil.copytree(whole, run)
+        shutil.rmtree(tmp_path / "merged", ignore_errors=True)
+    newest = "checkpoints/step-00000006/"
+    for file in (WEIGHTS, "optimizer.safetensors", "state.json"):
+        assert refused[newest + file] == ["train"]
+    for file in (WEIGHTS, CONFIG, "tokenizer.json"):
+        assert refused[f"adapter/{file}"] == ["merge", "generate"]
+    assert refused["adapter/provenance.json"] == ["merge"]
+
+
+# The config of a stranger's adapter
+
+
+@pytest.fixture
+def adapter(finished: RunConfig) -> Path:
+    return Path(finished.output_dir) / "adapter"
+
+
+@pytest.fixture
+def base(tiny_model: Callable[..., Path]) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_model())
+
+
+def change(adapter: Path, **values: Any) -> None:
+    config = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"r": 1_000_000_000},
+        {"r": 0},
+        {"r": -4},
+        {"r": "8"},
+        {"r": True},
+        {"rank_pattern": {"q_proj": 1_000_000_000}},
+        {"rank_pattern": ["q_proj"]},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": "1"},
+        {"alpha_pattern": {"q_proj": float("inf")}},
+        {"peft_type": "PREFIX_TUNING"},
+        {"peft_type": None},
+        {"megatron_config": {"x": 1}, "megatron_core": "antigravity"},
+        {"layer_replication": [[0, 1_000_000_000]]},
+        {"layer_replication": "all"},
+        {"target_modules": 3},
+        {"target_modules": [["q_proj"]]},
+        {"target_modules": "("},
+        {"exclude_modules": {"a": 1}},
+        {"modules_to_save": [1]},
+        {"init_lora_weights": {"a": 1}},
+        {"target_parameters": 7},
+    ],
+)
+def test_a_config_out_of_bounds_is_refused(adapter: Path, base: Any, values: dict[str, Any]) -> None:
+    change(adapter, **values)
+    began = time.process_time()
+    with pytest.raises(ArtifactError, match=r"adapter"):
+        load_adapter(base, adapter)
+    assert time.process_time() - began < 60, "it was built first, or a regular expression ran wild"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"target_modules": "(.*)*(.*)*(.*)*(.*)*(.*)*!"},
+        {"exclude_modules": "(([a-z_.0-9])+)+!"},
+        {"rank_pattern": {"(([a-z_.0-9])+)+!": 4}},
+        {"layers_pattern": ["(([a-z_.0-9])+)+!"], "layers_to_transform": [0]},
+    ],
+)
+def test_a_pattern_that_hangs_is_refused(
+    adapter: Path, base: Any, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(untrusted, "PATTERN_SECONDS", 2)
+    change(adapter, **values)
+    with pytest.raises(ArtifactError, match=r"takes over 2 seconds"):
+        load_adapter(base, adapter)
+
+
+def test_a_pattern_that_is_quick_is_taken(adapter: Path, base: Any) -> None:
+    change(adapter, target_modules=r".*\.(q|k|v|o|gate|up|down)_proj")
+    load_adapter(base, adapter)
+
+
+def test_a_config_that_is_too_long_is_refused(adapter: Path, base: Any) -> None:
+    (adapter / CONFIG).write_text(json.dumps({"a": "x" * untrusted.MAX_CONFIG_BYTES}))
+    with pytest.raises(ArtifactError, match="is this an adapter's config"):
+        load_adapter(base, adapter)
+
+
+@pytest.mark.parametrize("spoil", ["nan", "integers", "more", "fewer"])
+def test_tensors_that_are_not_what_the_model_expects_are_refused(adapter: Path, base: Any, spoil: str) -> None:
+    tensors = load_file(adapter / WEIGHTS)
+    name = next(iter(tensors))
+    if spoil == "nan":
+        tensors[name][0, 0] = float("nan")
+    elif spoil == "integers":
+        tensors[name] = tensors[name].to(torch.int32)
+    elif spoil == "more":
+        tensors["base_model.model.model.embed_tokens.weight"] = torch.zeros(4, 4)
+    else:
+        del tensors[name]
+    save_file(tensors, adapter / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"not finite|int32|not those of this base|are missing"):
+        load_adapter(base, adapter)
+
+
+# A base whose index leads elsewhere
+
+
+@pytest.mark.parametrize("place", ["../other/model.safetensors", "/etc/passwd", "sub/model.safetensors", 3])
+def test_an_index_that_leaves_its_folder_is_refused(tmp_path: Path, place: Any) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "x.safetensors", "b": place}})
+    )
+    with pytest.raises(ArtifactError, match="outside its folder"):
+        check_index_paths(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("make", [plain_pickle, torch_pickle])
+def test_a_hostile_base_is_refused(
+    make_config: Callable[..., RunConfig],
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    file: str,
+    make: Callable[[Path], bytes],
+) -> None:
+    base, canary = tmp_path / "base", tmp_path / "canary"
+    shutil.copytree(tiny_model(), base)
+    if file.endswith(".bin"):
+        (base / "model.safetensors").unlink()
+    (base / file).write_bytes(make(canary))
+    with pytest.raises(UserError, match=str(base)):
+        run_training(make_config(model={"name_or_path": str(base)}))
+    assert not canary.exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_with_such_an_index_is_not_loaded(
+    make_config: Callable[..., RunConfig], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model(), base)
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tensors, "../elsewhere.safetensors")}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ArtifactError, match="outside its folder"):
+        run_training(make_config(model={"name_or_path": str(base)}))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', "[" * 100_000])
+def test_an_index_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ArtifactError, match="is no index"):
+        check_index_paths(tmp_path)
+
+
+def test_the_config_of_a_run_has_no_room_for_objects(tmp_path: Path, finished: RunConfig) -> None:
+    """YAML's tags for Python objects are not known here."""
+    file = tmp_path / "evil.yaml"
+    file.write_text(config_to_yaml(finished) + f"seed: !!python/object/apply:os.mkdir ['{tmp_path / 'canary'}']\n")
+    assert train.main(["--config", str(file)]) == 2
+    assert not (tmp_path / "canary").exists()
+
+
+# Pickles that are read: bases and adapters of older tools
+
+
+@pytest.mark.parametrize("make", [plain_pickle, torch_pickle])
+@pytest.mark.parametrize("what", ["adapter", "base", "part of a base"])
+def test_code_in_a_pickled_model_is_not_run(
+    adapter: Path, tmp_path: Path, what: str, make: Callable[[Path], bytes]
+) -> None:
+    canary, base = tmp_path / "canary", tmp_path / "base"
+    shutil.copytree(json.loads((adapter / CONFIG).read_text())["base_model_name_or_path"], base)
+    place = {"adapter": adapter / "adapter_model.bin", "base": base / "pytorch_model.bin"}.get(what)
+    if place is None:
+        place = base / "pytorch_model-00001-of-00001.bin"
+        weight_map = dict.fromkeys(load_file(base / "model.safetensors"), place.name)
+        (base / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (adapter / WEIGHTS if what == "adapter" else base / "model.safetensors").unlink()
+    place.write_bytes(make(canary))
+    with pytest.raises(ArtifactError, match="code in a pickle is not run"):
+        merge_adapter(adapter, tmp_path / "merged", base=str(base))
+    assert not canary.exists()
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_pickle_that_holds_no_tensors_is_refused(adapter: Path, tmp_path: Path) -> None:
+    (adapter / WEIGHTS).unlink()
+    for value in ([torch.ones(2)], {"a": 3}, {3: torch.ones(2)}):
+        torch.save(value, adapter / "adapter_model.bin")
+        with pytest.raises(ArtifactError, match="should hold tensors by their names"):
+            merge_adapter(adapter, tmp_path / "merged")
+    (adapter / "adapter_model.bin").write_bytes(b"PK no archive")
+    with pytest.raises(ArtifactError, match=r"adapter_model\.bin"):
+        merge_adapter(adapter, tmp_path / "merged")
