@@ -1,10 +1,11 @@
-"""Measure training beside other trainers, on the same rows, alternating, each in a process of its own.
+"""Compare training throughput and memory with other trainers on the same rows.
 
     python scripts/benchmark.py --model models/SmolLM2-135M-Instruct --data rows.json [--rows 256] [--rounds 3]
         [--parts trainers processes …] [--cases NAME …] [--json results.json] [--docs docs/benchmarks.md]
 
-Prints a table for each part; `--docs` also puts it between that part's marks in a Markdown file. A ratio is that of two
-runs of one round, so a machine that slows down for a while slows both. Needs the extra `bench`. Everything runs on CPU.
+Prints a table for each part; `--docs` also writes it between that part's markers in a Markdown file. Each training runs
+in a separate process, and the trainers alternate. A ratio compares two runs of one round, so a machine that slows down
+for a while slows down both. Needs the extra `bench`. Everything runs on the CPU.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,31 +31,31 @@ PRESETS = SCRIPTS.parent / "accelerate_configs"
 
 
 class Case(NamedTuple):
-    """One training to be measured."""
+    """One training to measure."""
 
     name: str
     trainer: str
     config: dict[str, Any]
-    """A run config, `output_dir` apart."""
+    """A run config without `output_dir`."""
     options: dict[str, Any] | None = None
-    """Arguments of another trainer."""
+    """Additional arguments of another trainer."""
     preset: str | None = None
-    """A file of accelerate_configs; None = one process, started as it is."""
+    """A file of accelerate_configs/; None = one process without a launcher."""
     threads: int = os.cpu_count() or 1
-    """Of each process."""
+    """Threads of each process."""
     profile: bool = False
 
 
 class Result(NamedTuple):
-    """What one training took, over all its processes."""
+    """The measurements of one training, over all its processes."""
 
     tokens_per_second: float
-    """Real tokens, first step apart."""
+    """Real tokens, without the first step."""
     supervised_per_second: float
     first_step: float
     """Seconds."""
-    above: int
-    """Bytes above the loaded model at the most, summed over processes."""
+    peak_above_model: int
+    """Peak memory above the loaded model in bytes, summed over processes."""
     losses: list[float]
     profile: str
 
@@ -63,15 +65,15 @@ class Table(NamedTuple):
 
     cases: list[Case]
     reference: str
-    """Name of the case that others are compared with."""
+    """Name of the case that the others are compared with."""
 
 
-def run_config(asked: argparse.Namespace, **changes: Any) -> dict[str, Any]:
-    """Return the run that is compared: SmolLM2's own recipe in FastChat's shape (r 8 on q and v, dropout 0.05)."""
+def run_config(args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
+    """Return the config of the compared run, with FastChat's adapter: r 8 on q_proj and v_proj, dropout 0.05."""
     config: dict[str, Any] = {
-        "model": {"name_or_path": asked.model},
+        "model": {"name_or_path": args.model},
         "adapter": {"r": 8, "alpha": 16, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
-        "data": {"train": [{"path": asked.data, "limit": asked.rows}], "max_length": 512, "max_dropped": 1.0},
+        "data": {"train": [{"path": args.data, "limit": args.rows}], "max_length": 512, "max_dropped": 1.0},
         "training": {
             "epochs": 1,
             "batch_size": 16,
@@ -86,18 +88,23 @@ def run_config(asked: argparse.Namespace, **changes: Any) -> dict[str, Any]:
     return config
 
 
-def trainers(asked: argparse.Namespace, _: Path) -> Table:
-    """Return this package and the others, each as a person would use it; 16 examples a step."""
-    config, packed = run_config(asked), {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
-    keep, compiled = {"gradient_checkpointing": False}, run_config(asked, training={"compile": True})
+def trainers(args: argparse.Namespace, _: Path) -> Table:
+    """Return this package and the other trainers with their usual settings; 16 examples per step."""
+    config, packed = run_config(args), {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    no_checkpointing, compiled = {"gradient_checkpointing": False}, run_config(args, training={"compile": True})
     return Table(
         [
             Case("lora_accel", "lora_accel", config),
             Case("lora_accel, compiled", "lora_accel", compiled),
             Case("TRL, packing", "trl", config, {"packing": True} | packed),
-            Case("TRL, packing, activations kept", "trl", config, {"packing": True} | packed | keep),
+            Case(
+                "TRL, packing, no activation checkpointing",
+                "trl",
+                config,
+                {"packing": True} | packed | no_checkpointing,
+            ),
             Case("TRL", "trl", config),
-            Case("TRL, activations kept", "trl", config, keep),
+            Case("TRL, no activation checkpointing", "trl", config, no_checkpointing),
             Case("HF Trainer", "trainer", config),
             Case("FastChat's way", "fastchat", config),
         ],
@@ -105,9 +112,9 @@ def trainers(asked: argparse.Namespace, _: Path) -> Table:
     )
 
 
-def processes(asked: argparse.Namespace, _: Path) -> Table:
-    """Return one process with all cores, and several with their share."""
-    config, cores = run_config(asked), os.cpu_count() or 1
+def processes(args: argparse.Namespace, _: Path) -> Table:
+    """Return one process with all cores, and two processes with half of them each."""
+    config, cores = run_config(args), os.cpu_count() or 1
     share = max(1, cores // 2)
     return Table(
         [
@@ -120,14 +127,14 @@ def processes(asked: argparse.Namespace, _: Path) -> Table:
     )
 
 
-def quantised(asked: argparse.Namespace, _: Path) -> Table:
-    """Return LoRA on a 16-bit base and on one in nf4."""
-    nf4 = run_config(asked, quantization={"bits": 4, "double_quant": True})
-    return Table([Case("LoRA", "lora_accel", run_config(asked)), Case("QLoRA", "lora_accel", nf4)], "LoRA")
+def quantized(args: argparse.Namespace, _: Path) -> Table:
+    """Return LoRA on a 16-bit base and on an nf4 base."""
+    nf4 = run_config(args, quantization={"bits": 4, "double_quant": True})
+    return Table([Case("LoRA", "lora_accel", run_config(args)), Case("QLoRA", "lora_accel", nf4)], "LoRA")
 
 
-def lengths(asked: argparse.Namespace, folder: Path) -> Table:
-    """Return rows of one length each, 16,384 tokens of them, packed and padded."""
+def lengths(args: argparse.Namespace, folder: Path) -> Table:
+    """Return packed and padded rows of four lengths, 16,384 tokens of each."""
     cases = []
     for length in (128, 512, 1024, 2048):
         data = {
@@ -137,107 +144,113 @@ def lengths(asked: argparse.Namespace, folder: Path) -> Table:
         }
         training = {"batch_size": max(1, 4096 // length)}
         for packing in (True, False):
-            config = run_config(asked, data=data | {"packing": packing}, training=training)
+            config = run_config(args, data=data | {"packing": packing}, training=training)
             cases.append(Case(f"{length} tokens, {'packed' if packing else 'padded'}", "lora_accel", config))
     return Table(cases, "512 tokens, packed")
 
 
-def vocabulary(asked: argparse.Namespace, folder: Path) -> Table:
-    """Return models that differ in their vocabulary alone; 4,096 tokens at once, every one supervised."""
+def vocabulary(args: argparse.Namespace, folder: Path) -> Table:
+    """Return models with different vocabulary sizes; 4,096 tokens per micro-batch, all supervised."""
     rows = token_rows(folder, 512, 32)
     cases = []
     for size in (8_192, 49_152, 131_072):
-        model = llama(folder, asked.model, vocab_size=size, num_hidden_layers=12)
+        model = llama(folder, args.model, vocab_size=size, num_hidden_layers=12)
         data = {"train": [{"path": str(rows)}], "max_length": 512, "max_dropped": 1.0}
         config = run_config(
-            asked, data=data, training={"batch_size": 8, "micro_batch_tokens": 4096}, model={"name_or_path": model}
+            args, data=data, training={"batch_size": 8, "micro_batch_tokens": 4096}, model={"name_or_path": model}
         )
         cases.append(Case(f"vocabulary of {size:,}", "lora_accel", config))
     return Table(cases, "vocabulary of 8,192")
 
 
-def depth(asked: argparse.Namespace, folder: Path) -> Table:
-    """Return models that differ in their number of layers alone."""
+def depth(args: argparse.Namespace, folder: Path) -> Table:
+    """Return models with different numbers of layers."""
     cases = []
     for layers in (8, 16, 32):
-        model = llama(folder, asked.model, num_hidden_layers=layers)
-        config = run_config(asked, training={"max_steps": 4}, model={"name_or_path": model})
+        model = llama(folder, args.model, num_hidden_layers=layers)
+        config = run_config(args, training={"max_steps": 4}, model={"name_or_path": model})
         cases.append(Case(f"{layers} layers", "lora_accel", config))
     return Table(cases, "8 layers")
 
 
-def curves(asked: argparse.Namespace, _: Path) -> Table:
-    """Return two trainings whose losses should be the same: TRL without packing, no dropout."""
-    config = run_config(asked, adapter={"dropout": 0.0})
+def curves(args: argparse.Namespace, _: Path) -> Table:
+    """Return two trainings with the same expected losses: TRL without packing, no dropout."""
+    config = run_config(args, adapter={"dropout": 0.0})
     return Table([Case("lora_accel", "lora_accel", config), Case("TRL", "trl", config)], "lora_accel")
 
 
-def profile(asked: argparse.Namespace, _: Path) -> Table:
-    """Return one step to be looked into."""
-    config = run_config(asked, training={"max_steps": 2})
+def profile(args: argparse.Namespace, _: Path) -> Table:
+    """Return a training whose second step is profiled."""
+    config = run_config(args, training={"max_steps": 2})
     return Table([Case("lora_accel", "lora_accel", config, profile=True)], "lora_accel")
 
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], Table]] = {
-    make.__name__: make for make in (trainers, processes, quantised, lengths, vocabulary, depth, curves, profile)
+    make.__name__: make for make in (trainers, processes, quantized, lengths, vocabulary, depth, curves, profile)
 }
 
 
 def token_rows(folder: Path, length: int, count: int) -> Path:
-    """Write rows of random tokens, every one supervised; return the file."""
-    file, chance = folder / f"rows-{length}.jsonl", random.Random(length)
+    """Write rows of random tokens, all supervised, and return the file."""
+    file, rng = folder / f"rows-{length}.jsonl", random.Random(length)
     with file.open("w", encoding="utf-8") as lines:
         for _ in range(count):
-            ids = chance.choices(range(1000, 8000), k=length)
+            ids = rng.choices(range(1000, 8000), k=length)
             lines.write(json.dumps({"input_ids": ids, "labels": ids}) + "\n")
     return file
 
 
 def llama(folder: Path, like: str, **shape: Any) -> str:
-    """Save a model of random weights in bfloat16 with another's tokenizer; return its folder."""
+    """Save a model with random bfloat16 weights and return its folder.
+
+    Args:
+        like: model whose config and tokenizer are used.
+        shape: fields of the config to change.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    place = folder / "-".join(map(str, shape.values()))
-    if not place.exists():
+    path = folder / "-".join(map(str, shape.values()))
+    if not path.exists():
         torch.manual_seed(0)
         config = AutoConfig.from_pretrained(like)
         for name, value in shape.items():
             setattr(config, name, value)
         config.layer_types = None
-        AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(place)
-        AutoTokenizer.from_pretrained(like).save_pretrained(place)
-    return str(place)
+        AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(path)
+        AutoTokenizer.from_pretrained(like).save_pretrained(path)
+    return str(path)
 
 
 def measure(case: Case) -> Result:
-    """Train once."""
+    """Run one training and return its measurements."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        told = case._asdict() | {"options": case.options or {}, "folder": folder}
-        words = [sys.executable, str(SCRIPTS / "benchmark_case.py"), json.dumps(told)]
+        request = case._asdict() | {"options": case.options or {}, "folder": folder}
+        command = [sys.executable, str(SCRIPTS / "benchmark_case.py"), json.dumps(request)]
         if case.preset:
             accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-            words = [*accelerate, "--config_file", str(PRESETS / f"{case.preset}.yaml"), *words[1:]]
+            command = [*accelerate, "--config_file", str(PRESETS / f"{case.preset}.yaml"), *command[1:]]
         environment = os.environ | {
             "OMP_NUM_THREADS": str(case.threads),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
-        done = subprocess.run(words, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{case.name} failed:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
-        seen = Path(folder) / "profile.txt"
-        operators = seen.read_text() if case.profile else ""
-        ranks = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("told-*.json"))]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if process.returncode:
+            raise SystemExit(f"{case.name} failed:\n{process.stdout[-1500:]}\n{process.stderr[-3000:]}")
+        operators = (Path(folder) / "profile.txt").read_text() if case.profile else ""
+        ranks = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("rank-*.json"))]
     share = supervised_share(case.config)
     seconds = max(sum(rank["seconds"][1:]) for rank in ranks)
     rate = sum(sum(rank["tokens"][1:]) for rank in ranks) / seconds
     first = max(rank["seconds"][0] for rank in ranks)
-    return Result(rate, rate * share, first, sum(rank["above"] for rank in ranks), ranks[0]["losses"], operators)
+    return Result(
+        rate, rate * share, first, sum(rank["peak_above_model"] for rank in ranks), ranks[0]["losses"], operators
+    )
 
 
 def supervised_share(config: dict[str, Any]) -> float:
-    """Return which part of a run's tokens is supervised."""
+    """Return the share of a run's tokens that is supervised."""
     from lora_accel import RunConfig
     from lora_accel.setup.data import prepare_data
 
@@ -245,108 +258,110 @@ def supervised_share(config: dict[str, Any]) -> float:
     return plan.num_supervised_tokens / plan.num_tokens
 
 
-def table_lines(table: Table, found: dict[str, list[Result]]) -> list[str]:
-    """Return a part's results in Markdown."""
+def table_lines(table: Table, results: dict[str, list[Result]]) -> list[str]:
+    """Return a part's results as a Markdown table."""
     lines = [
-        f"| | real tokens/s: median (least to most) | as a share of {table.reference} | supervised tokens/s | "
+        f"| | real tokens/s: median (min-max) | relative to {table.reference} | supervised tokens/s | "
         "memory above the loaded model | first step |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for case in table.cases:
-        runs = found[case.name]
+        runs = results[case.name]
         rates = [run.tokens_per_second for run in runs]
         ratios = [
             mine.tokens_per_second / other.tokens_per_second
-            for mine, other in zip(runs, found[table.reference], strict=True)
+            for mine, other in zip(runs, results[table.reference], strict=True)
         ]
         supervised = statistics.median(run.supervised_per_second for run in runs)
-        above = statistics.median(run.above for run in runs) / 1e9
+        memory = statistics.median(run.peak_above_model for run in runs) / 1e9
         first = statistics.median(run.first_step for run in runs)
         lines.append(
-            f"| {case.name} | {spread(rates, '.0f')} | {spread(ratios, '.2f')} | {supervised:.0f} | {above:.2f} GB | "
+            f"| {case.name} | {spread(rates, '.0f')} | {spread(ratios, '.2f')} | {supervised:.0f} | {memory:.2f} GB | "
             f"{first:.1f} s |"
         )
     return lines
 
 
-def curve_lines(found: dict[str, list[Result]]) -> list[str]:
-    """Return the losses of two trainers side by side, in Markdown."""
+def curve_lines(results: dict[str, list[Result]]) -> list[str]:
+    """Return the losses of two trainers as a Markdown table."""
     lines = ["| step | lora_accel | TRL | difference |", "| --- | --- | --- | --- |"]
     for step, (mine, other) in enumerate(
-        zip(found["lora_accel"][0].losses, found["TRL"][0].losses, strict=True), start=1
+        zip(results["lora_accel"][0].losses, results["TRL"][0].losses, strict=True), start=1
     ):
         lines.append(f"| {step} | {mine:.4f} | {other:.4f} | {mine - other:+.4f} |")
     return lines
 
 
-def spread(values: Iterable[float], form: str) -> str:
-    """Return the median, and the least and the most in brackets."""
+def spread(values: Iterable[float], spec: str) -> str:
+    """Return `median (min-max)`."""
     values = list(values)
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+    return f"{statistics.median(values):{spec}} ({min(values):{spec}}-{max(values):{spec}})"
 
 
-def write_between_marks(file: Path, part: str, lines: list[str]) -> None:
-    """Put lines between `<!-- part -->` and `<!-- /part -->`."""
+def write_between_markers(file: Path, part: str, lines: list[str]) -> None:
+    """Write lines between `<!-- part -->` and `<!-- /part -->`."""
     text = file.read_text(encoding="utf-8")
-    marks = f"<!-- {part} -->", f"<!-- /{part} -->"
-    new, count = re.subn(f"{marks[0]}.*?{marks[1]}", "\n".join([marks[0], *lines, marks[1]]), text, flags=re.DOTALL)
+    start, end = f"<!-- {part} -->", f"<!-- /{part} -->"
+    new, count = re.subn(f"{start}.*?{end}", "\n".join([start, *lines, end]), text, flags=re.DOTALL)
     if count != 1:
-        raise SystemExit(f"{file}: has no {marks[0]} … {marks[1]}")
+        raise SystemExit(f"{file}: has no {start} … {end}")
     file.write_text(new, encoding="utf-8")
 
 
 def main() -> None:
-    """Parse, measure in turn, print."""
+    """Measure the requested parts and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", required=True, metavar="DIR")
     parser.add_argument("--data", required=True, metavar="FILE")
-    parser.add_argument("--rows", type=int, default=256, help="take only the first so many")
+    parser.add_argument("--rows", type=int, default=256, help="number of rows to use, from the first")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["trainers"])
-    parser.add_argument("--cases", nargs="+", metavar="NAME", help="only these of each part, beside the reference")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
-    parser.add_argument("--docs", type=Path, metavar="FILE", help="put the tables between its marks")
-    asked = parser.parse_args()
-    whole: dict[str, Any] = {}
+    parser.add_argument(
+        "--cases", nargs="+", metavar="NAME", help="measure only these cases of each part, and its reference"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="write the tables between its markers")
+    args = parser.parse_args()
+    measurements: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        for part in asked.parts:
-            table = PARTS[part](asked, Path(folder))
-            wanted = {table.reference, *(asked.cases or [case.name for case in table.cases])}
-            table = table._replace(cases=[case for case in table.cases if case.name in wanted])
-            found: dict[str, list[Result]] = {case.name: [] for case in table.cases}
+        for part in args.parts:
+            table = PARTS[part](args, Path(folder))
+            selected = {table.reference, *(args.cases or [case.name for case in table.cases])}
+            table = table._replace(cases=[case for case in table.cases if case.name in selected])
+            results: dict[str, list[Result]] = {case.name: [] for case in table.cases}
             ceilings = []
-            for _ in range(1 if part in ("curves", "profile") else asked.rounds):
-                ceilings.append(matmul_rate(asked.model))
+            for _ in range(1 if part in ("curves", "profile") else args.rounds):
+                ceilings.append(matmul_rate(args.model))
                 for case in table.cases:
-                    found[case.name].append(measure(case))
-                    print(part, case.name, found[case.name][-1][:4], file=sys.stderr, flush=True)
+                    results[case.name].append(measure(case))
+                    print(part, case.name, results[case.name][-1][:4], file=sys.stderr, flush=True)
             if part == "profile":
-                lines = ["```", found["lora_accel"][0].profile, "```"]
+                lines = ["```", results["lora_accel"][0].profile, "```"]
             else:
-                lines = curve_lines(found) if part == "curves" else table_lines(table, found)
+                lines = curve_lines(results) if part == "curves" else table_lines(table, results)
             if part == "trainers":
                 share = supervised_share(table.cases[0].config)
-                lines += ["", ceiling_line(asked.model, ceilings, share, found["lora_accel"])]
+                lines += ["", *textwrap.wrap(ceiling_line(args.model, ceilings, share, results["lora_accel"]), 120)]
             print("\n".join([f"\n{part}", *lines]), flush=True)
-            whole[part] = {
+            measurements[part] = {
                 "matmul": ceilings,
-                **{name: [run._asdict() for run in runs] for name, runs in found.items()},
+                **{name: [run._asdict() for run in runs] for name, runs in results.items()},
             }
-            if asked.json:
-                asked.json.write_text(json.dumps(whole, indent=1))
-            if asked.docs:
-                write_between_marks(asked.docs, part, lines)
+            if args.json:
+                args.json.write_text(json.dumps(measurements, indent=1))
+            if args.docs:
+                write_between_markers(args.docs, part, lines)
 
 
 def ceiling_line(model: str, ceilings: list[float], share: float, runs: list[Result]) -> str:
-    """Say how near the machine's own limit this package came."""
+    """Return a sentence that compares the measured throughput with that of the machine's matrix products."""
     per_token = step_flops(model, 10_000, round(10_000 * share)) / 10_000
-    reached = [run.tokens_per_second * per_token / rate for run, rate in zip(runs, ceilings, strict=True)]
+    shares = [run.tokens_per_second * per_token / rate for run, rate in zip(runs, ceilings, strict=True)]
     rate = statistics.median(ceilings)
     return (
-        f"The machine multiplied bfloat16 matrices of these shapes at {rate / 1e9:.0f} GFLOP/s, and a token takes "
-        f"{per_token / 1e6:.0f} MFLOP: at most {rate / per_token:.0f} tokens/s. Of that lora_accel reached "
-        f"{spread(reached, '.0%')}."
+        f"Upper bound: this machine multiplies bfloat16 matrices of these shapes at {rate / 1e9:.0f} GFLOP/s, and a "
+        f"token takes {per_token / 1e6:.0f} MFLOP, so {rate / per_token:.0f} tokens/s. lora_accel reaches "
+        f"{spread(shares, '.0%')} of it."
     )
 
 

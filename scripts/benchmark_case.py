@@ -1,8 +1,8 @@
-"""One measured training, in a process of its own: what `scripts/benchmark.py` starts. Writes told-RANK.json.
+"""Run one training of `scripts/benchmark.py` in this process and write its measurements to rank-RANK.json.
 
-Every trainer gets the same tokenised rows in the same order, and the same step: 16 examples, AdamW, the same adapter.
-Tokens are counted in front of the model, time from one optimizer step to the next, memory from the moment when the
-model is loaded and every weight has been touched.
+Every trainer gets the same tokenized rows in the same order and makes the same steps: 16 examples, AdamW, one adapter.
+Tokens are counted at the model's input, and time from one optimizer step to the next. Memory is measured from when the
+model is loaded and every weight has been read once.
 """
 
 from __future__ import annotations
@@ -27,44 +27,44 @@ from lora_accel.training.progress import Progress, StepResult
 from lora_accel.training.step import Run
 
 
-class Watch:
-    """Seconds and real tokens of each step, and how much memory lies above the loaded model."""
+class Monitor:
+    """Records seconds, real tokens and loss of each step, and the peak memory above the loaded model."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.tokens: list[int] = []
         self.losses: list[float] = []
-        self._seen = 0
-        self._from = 0.0
-        self._loaded = 0
+        self._step_tokens = 0
+        self._step_start = 0.0
+        self._model_bytes = 0
 
     def begin(self, model: torch.nn.Module) -> None:
-        """Start: the model is there."""
+        """Start to measure. The model is loaded."""
         for parameter in model.parameters():
-            parameter.data.view(torch.uint8).sum()  # a file that is mapped is read by this
-        ctypes.CDLL(None).malloc_trim(0)  # what loading has freed is no part of the model
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
-        self._loaded = _status("VmRSS")
+            parameter.data.view(torch.uint8).sum()  # reads a weight file that is only mapped
+        ctypes.CDLL(None).malloc_trim(0)  # return what loading freed
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+        self._model_bytes = _status("VmRSS")
         model.register_forward_pre_hook(self._count, with_kwargs=True)
-        self._from = time.perf_counter()
+        self._step_start = time.perf_counter()
 
     def step(self) -> None:
-        """Note the end of a step."""
+        """Record the end of a step."""
         now = time.perf_counter()
-        self.seconds.append(now - self._from)
-        self.tokens.append(self._seen)
-        self._from, self._seen = now, 0
+        self.seconds.append(now - self._step_start)
+        self.tokens.append(self._step_tokens)
+        self._step_start, self._step_tokens = now, 0
 
-    def _count(self, _: Any, words: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+    def _count(self, _: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         ids: torch.Tensor = inputs["input_ids"]
         mask: torch.Tensor | None = inputs.get("attention_mask")
-        # Packed rows bring no mask of their shape.
-        self._seen += ids.numel() if mask is None or mask.shape != ids.shape else int(mask.sum())
+        # Packed rows have no padding, and no mask of their shape.
+        self._step_tokens += ids.numel() if mask is None or mask.shape != ids.shape else int(mask.sum())
 
-    def told(self) -> dict[str, Any]:
-        """Return what was seen."""
-        above = _status("VmHWM") - self._loaded
-        return {"seconds": self.seconds, "tokens": self.tokens, "losses": self.losses, "above": above}
+    def measurements(self) -> dict[str, Any]:
+        """Return the measurements of this rank."""
+        peak = _status("VmHWM") - self._model_bytes
+        return {"seconds": self.seconds, "tokens": self.tokens, "losses": self.losses, "peak_above_model": peak}
 
 
 def _status(name: str) -> int:
@@ -74,70 +74,70 @@ def _status(name: str) -> int:
     raise RuntimeError(name)
 
 
-def train_here(config: RunConfig, watch: Watch, profile: Path | None) -> None:
+def train_with_lora_accel(config: RunConfig, monitor: Monitor, profile: Path | None) -> None:
     """Train as `python -m lora_accel.train` does.
 
     Args:
-        profile: where to write which operators took the time of the second step.
+        profile: file for the operators of the second step and their time; None = no profile.
     """
     from lora_accel.training import loop
     from lora_accel.training.step import train_step
 
     train = loop.train
 
-    def watched_train(run: Run, progress: Progress) -> None:
-        watch.begin(run.model)
+    def monitored_train(run: Run, progress: Progress) -> None:
+        monitor.begin(run.model)
         train(run, progress)
 
-    def watched_step(run: Run, step: int) -> StepResult:
+    def monitored_step(run: Run, step: int) -> StepResult:
         if profile is not None and step == 1:
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
                 result = train_step(run, step)
-            profile.write_text(operators(seen))
+            profile.write_text(operators(profiler))
         else:
             result = train_step(run, step)
-        watch.step()
-        watch.losses.append(result.loss)
+        monitor.step()
+        monitor.losses.append(result.loss)
         return result
 
-    loop.train = watched_train
-    vars(loop)["train_step"] = watched_step
+    loop.train = monitored_train
+    vars(loop)["train_step"] = monitored_step
     run_training(config)
 
 
-def operators(seen: Any, most: int = 15) -> str:
-    """Return the operators that took the most time themselves, a line each."""
-    averages = sorted(seen.key_averages(), key=lambda each: -each.self_cpu_time_total)
-    whole = sum(each.self_cpu_time_total for each in averages)
+def operators(profiler: Any, most: int = 15) -> str:
+    """Return a table of the operators with the most self time."""
+    averages = sorted(profiler.key_averages(), key=lambda average: -average.self_cpu_time_total)
+    total = sum(average.self_cpu_time_total for average in averages)
     lines = [f"{'operator':28}{'ms':>8}{'share':>8}{'calls':>8}"]
-    for each in averages[:most]:
-        spent = each.self_cpu_time_total
-        lines.append(f"{each.key[:27]:28}{spent / 1e3:8.0f}{spent / whole:8.1%}{each.count:8}")
-    return "\n".join([*lines, f"{'all':28}{whole / 1e3:8.0f}"])
+    for average in averages[:most]:
+        time_us = average.self_cpu_time_total
+        lines.append(f"{average.key[:27]:28}{time_us / 1e3:8.0f}{time_us / total:8.1%}{average.count:8}")
+    return "\n".join([*lines, f"{'all':28}{total / 1e3:8.0f}"])
 
 
 class _Callback(TrainerCallback):  # type: ignore[misc]
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
 
     def on_train_begin(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
-        self._watch.begin(model)
+        self._monitor.begin(model)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self._watch.step()
+        self._monitor.step()
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
         if "loss" in logs:
-            self._watch.losses.append(logs["loss"])
+            self._monitor.losses.append(logs["loss"])
 
 
-def train_peer(kind: str, config: RunConfig, watch: Watch, options: dict[str, Any]) -> None:
+def train_with_other(kind: str, config: RunConfig, monitor: Monitor, options: dict[str, Any]) -> None:
     """Train with another trainer.
 
     Args:
-        kind: `fastchat` (float32 base, padded to the longest allowed), `trainer` (base in 16 bits, padded to the
-            longest of the batch) or `trl`.
-        options: more arguments of the trainer.
+        kind: `fastchat` (float32 base, padded to `data.max_length`), `trainer` (16-bit base, padded to the longest
+            example of the batch) or `trl`.
+        options: additional arguments of the trainer.
     """
     import datasets
     from peft import get_peft_model
@@ -189,29 +189,35 @@ def train_peer(kind: str, config: RunConfig, watch: Watch, options: dict[str, An
             train_dataset=datasets.Dataset.from_dict(columns),
             data_collator=DataCollatorForSeq2Seq(tokenizer, padding=padding, max_length=config.data.max_length),
         )
-    trainer.add_callback(_Callback(watch))
+    trainer.add_callback(_Callback(monitor))
     trainer.train()
 
 
 def matmul_rate(model: str, tokens: int = 4096) -> float:
-    """Return FLOP/s of the products of a model's own linear layers in bfloat16, each as often as it occurs."""
+    """Return the FLOP/s of bfloat16 matrix products with the shapes of a model's linear layers.
+
+    Args:
+        tokens: rows of the input.
+    """
     shapes = [tuple(x.weight.shape) for x in _on_meta(model).modules() if isinstance(x, torch.nn.Linear)]
     flops = seconds = 0.0
     for shape in sorted(set(shapes)):
         weight, x = torch.randn(shape, dtype=torch.bfloat16), torch.randn(tokens, shape[1], dtype=torch.bfloat16)
         fastest = float("inf")
         for _ in range(10):
-            began = time.perf_counter()
+            start = time.perf_counter()
             torch.nn.functional.linear(x, weight)
-            fastest = min(fastest, time.perf_counter() - began)
-        count = shapes.count(shape) if shape[0] < 20_000 else 0  # the head is made for some tokens only
+            fastest = min(fastest, time.perf_counter() - start)
+        count = shapes.count(shape) if shape[0] < 20_000 else 0  # the head runs on supervised tokens only
         flops, seconds = flops + count * 2 * tokens * weight.numel(), seconds + count * fastest
     return flops / seconds
 
 
 def step_flops(model: str, tokens: int, supervised: int) -> float:
-    """Return FLOP that LoRA on a frozen base needs: each weight once forward and once back, the head for supervised
-    tokens only. Attention and the adapter are left out."""
+    """Return the FLOP of a step of LoRA on a frozen base, without attention and the adapter.
+
+    Each weight is used once in forward and once in backward; the head for supervised tokens only.
+    """
     layers = head = 0
     for name, module in _on_meta(model).named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -224,23 +230,23 @@ def _on_meta(model: str) -> torch.nn.Module:
     from transformers import AutoConfig
 
     with torch.device("meta"):
-        empty: torch.nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    return empty
+        meta_model: torch.nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    return meta_model
 
 
 def main() -> None:
-    """Train as the JSON of the command line says."""
+    """Run the training that the JSON argument describes."""
     case: dict[str, Any] = json.loads(sys.argv[1])
     silence_libraries()
-    watch = Watch()
+    monitor = Monitor()
     folder = Path(case["folder"])
     config = RunConfig.model_validate(case["config"] | {"output_dir": str(folder / "run")})
     if case["trainer"] == "lora_accel":
-        train_here(config, watch, folder / "profile.txt" if case.get("profile") else None)
+        train_with_lora_accel(config, monitor, folder / "profile.txt" if case.get("profile") else None)
     else:
-        train_peer(case["trainer"], config, watch, case.get("options", {}))
+        train_with_other(case["trainer"], config, monitor, case.get("options", {}))
     rank = os.environ.get("RANK", "0")
-    (folder / f"told-{rank}.json").write_text(json.dumps(watch.told()))
+    (folder / f"rank-{rank}.json").write_text(json.dumps(monitor.measurements()))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,12 @@ SUFFIXES = (".py", ".md", ".yaml", ".toml", ".sh", ".txt")
 SKIPPED = ("scripts/check_language.py", "LICENSE", "recipes/data/", "tests/reference/", "constraints")
 MAX_COLUMNS = 120
 
+ALLOWED = {
+    "scripts/make_quickstart_data.py": ("price", "grey", "want"),  # rows of the demonstration
+    "tests/conftest.py": ("say",),  # a chat behind the reference losses
+}
+"""Phrases that are data, by file."""
+
 BANNED: dict[str, str] = {
     r"\bthe way back\b": "backward, the backward pass; saved for backward",
     r"\b(made|make|makes|making) again\b": "recompute, repeat",
@@ -102,9 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     total = 0
     for file in files(options.paths):
-        found = list(hits(file.read_text(encoding="utf-8"), file.suffix))
+        name = str(file.relative_to(ROOT))
+        allowed = ALLOWED.get(name, ())
+        found = [hit for hit in hits(file.read_text(encoding="utf-8"), file.suffix) if hit[1].lower() not in allowed]
         total += len(found)
-        name = file.relative_to(ROOT)
         if options.count and found:
             print(f"{len(found):5} {name}")
         elif not options.count:

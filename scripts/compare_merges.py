@@ -1,11 +1,11 @@
-"""Say which merge of a QLoRA adapter is nearer to what was trained: into the original weights, or the dequantized ones.
+"""Compare both merges of a QLoRA adapter, into the original and the dequantized weights, with the trained model.
 
     python scripts/compare_merges.py --run runs/qlora
 
-RUN is the folder of a finished run with quantization.bits=4 whose config names evaluation rows. Prints, for the 4-bit
-base + adapter and for both merged models: loss on the evaluation rows; and beside the 4-bit base + adapter how far
-logits move (as a share of their spread), the divergence of the next token's distribution in nats, and how often the
-first choice is the same.
+--run is the folder of a finished run with quantization.bits=4 and evaluation rows. Prints loss and exact match on these
+rows for the 4-bit base + adapter and for both merged models. For the merged models it also prints the difference from
+the 4-bit base + adapter: of the logits relative to their spread, the KL divergence of the next token in nats, and the
+share of positions with the same most likely token.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from lora_accel.saving.adapter import load_adapter
 
 
 def main() -> None:
-    """Merge both ways, compare, print a table."""
+    """Merge both ways and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, metavar="DIR")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     silence_libraries()
-    config, adapter = read_config(asked.run / "config.yaml", []), asked.run / "adapter"
+    config, adapter = read_config(args.run / "config.yaml", []), args.run / "adapter"
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     model = load_adapter(load_base_model(config.model, config.quantization), adapter)
     rows = token_ids(tokenizer, model.config.vocab_size)
     reference = logits_of(model, rows)
     del model
-    lines = ["| | loss | exact match | logits moved | mean | KL, nats | first choice the same |", "| --- " * 7 + "|"]
+    lines = ["| | loss | exact match | max logit difference | mean | KL, nats | same top-1 token |", "| --- " * 7 + "|"]
     with tempfile.TemporaryDirectory(prefix="compare-merges-") as folder:
         for number, weights in enumerate(("original", "dequantized")):
             out = Path(folder) / weights
             merge_adapter(adapter, out, base_weights=weights)
-            scores = evaluate(config, adapters=[adapter], merged=out, max_new_tokens=asked.max_new_tokens)
+            scores = evaluate(config, adapters=[adapter], merged=out, max_new_tokens=args.max_new_tokens)
             base, both, merged = scores
             if number == 0:
                 lines += [

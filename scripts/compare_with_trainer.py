@@ -1,9 +1,10 @@
-"""Train the same rows twice, with lora_accel and with Hugging Face Trainer + PEFT, and print how far they differ.
+"""Train on the same rows with lora_accel and with Hugging Face Trainer + PEFT, and print the differences.
 
     python scripts/compare_with_trainer.py --model models/SmolLM2-135M-Instruct --data rows.jsonl --rows 64 --steps 8
 
-Float32 and no dropout; same order of examples, AdamW, cosine with warm-up, clipping to 1, token-weighted mean. The step
-is cut differently on purpose: by tokens here, 2 examples x 4 accumulations there. The rest is float32's rounding.
+Both train in float32 without dropout, with the same order of examples, AdamW, cosine schedule with warm-up, clipping
+to 1 and token-weighted mean. Micro-batches differ on purpose: by tokens here, 2 examples x 4 accumulation steps there.
+The remaining differences are float32 rounding.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PER_DEVICE, ACCUMULATION = 2, 4
 
 
 class Step(NamedTuple):
-    """What one step told."""
+    """Loss and gradient norm of one step."""
 
     loss: float
     """Mean per supervised token."""
@@ -38,7 +39,7 @@ class Step(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a training gave."""
+    """The result of a training."""
 
     steps: list[Step]
     adapter: dict[str, torch.Tensor]
@@ -55,7 +56,7 @@ def comparison_config(
     learning_rate: float = 1e-3,
     alpha: float = 16,
 ) -> RunConfig:
-    """Return the run that both sides make."""
+    """Return the config that both sides train with."""
     return RunConfig.model_validate(
         {
             "output_dir": str(output_dir),
@@ -89,11 +90,11 @@ def train_with_trainer(config: RunConfig, folder: Path) -> Run:
     """Train the same examples with transformers' Trainer on a PEFT model.
 
     Args:
-        folder: for what the Trainer writes.
+        folder: output folder of the Trainer.
     """
     data = prepare_data(config, num_ranks=1)
     base = AutoModelForCausalLM.from_pretrained(config.model.name_or_path, dtype=torch.float32)
-    torch.manual_seed(config.seed)  # the adapter's first weights
+    torch.manual_seed(config.seed)  # initial weights of the adapter
     model = get_peft_model(base, lora_config(config.adapter))
     training = config.training
     arguments = TrainingArguments(
@@ -127,7 +128,7 @@ def train_with_trainer(config: RunConfig, folder: Path) -> Run:
 
 
 def examples_in_order(config: RunConfig, data: PreparedData) -> list[dict[str, Any]]:
-    """Return the tokenised examples in the order in which lora_accel sees them."""
+    """Return the tokenized examples in lora_accel's training order."""
     if data.plan.total_steps > data.plan.steps_per_epoch:
         raise SystemExit(f"{data.plan.num_examples} examples make only {data.plan.steps_per_epoch} steps; take fewer")
     sources = data.dataset.sources
@@ -136,54 +137,54 @@ def examples_in_order(config: RunConfig, data: PreparedData) -> list[dict[str, A
     return [{"input_ids": examples[i].input_ids, "labels": examples[i].labels} for i in order]
 
 
-def relative(ours: float, theirs: float) -> float:
-    """Return the difference of two numbers as a share of the second."""
-    return abs(ours - theirs) / max(abs(theirs), 1e-30)
+def relative(actual: float, expected: float) -> float:
+    """Return the difference of two numbers relative to the second."""
+    return abs(actual - expected) / max(abs(expected), 1e-30)
 
 
-def adapter_differences(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Return for each tensor the norm of the difference as a share of its norm."""
-    if ours.keys() != theirs.keys():
-        raise SystemExit(f"different tensors: {sorted(ours.keys() ^ theirs.keys())[:3]} …")
-    return {name: ((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in sorted(ours)}
+def adapter_differences(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Return the norm of each tensor's difference, relative to the norm of the Trainer's tensor."""
+    if actual.keys() != expected.keys():
+        raise SystemExit(f"different tensors: {sorted(actual.keys() ^ expected.keys())[:3]} …")
+    return {name: ((actual[name] - expected[name]).norm() / expected[name].norm()).item() for name in sorted(actual)}
 
 
 def main() -> None:
-    """Compare as the command line says."""
+    """Train both and print the differences."""
     parser = argparse.ArgumentParser(description="Compare lora_accel with Hugging Face Trainer + PEFT.")
     parser.add_argument("--model", required=True, metavar="DIR", help="base model: folder or Hub id")
     parser.add_argument("--data", required=True, metavar="FILE", help="rows of any format that lora_accel reads")
-    parser.add_argument("--rows", type=int, default=64, help="take only the first so many rows")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of 8 examples")
-    parser.add_argument("--max-length", type=int, default=256, help="longest example, in tokens")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="its peak")
-    asked = parser.parse_args()
+    parser.add_argument("--rows", type=int, default=64, help="number of rows to use, from the first")
+    parser.add_argument("--steps", type=int, default=8, help="number of optimizer steps of 8 examples")
+    parser.add_argument("--max-length", type=int, default=256, help="maximum length of an example in tokens")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate")
+    args = parser.parse_args()
     silence_libraries()
     with tempfile.TemporaryDirectory() as folder:
         config = comparison_config(
-            asked.model,
-            asked.data,
+            args.model,
+            args.data,
             Path(folder) / "lora_accel",
-            rows=asked.rows,
-            steps=asked.steps,
-            max_length=asked.max_length,
-            learning_rate=asked.learning_rate,
+            rows=args.rows,
+            steps=args.steps,
+            max_length=args.max_length,
+            learning_rate=args.learning_rate,
         )
-        ours = train_with_lora_accel(config)
-        theirs = train_with_trainer(config, Path(folder) / "trainer")
+        actual = train_with_lora_accel(config)
+        expected = train_with_trainer(config, Path(folder) / "trainer")
     rows = [
         (
             str(number),
-            f"{mine.loss:.7f}",
-            f"{other.loss:.7f}",
-            f"{relative(mine.loss, other.loss):.1e}",
-            f"{relative(mine.grad_norm, other.grad_norm):.1e}",
+            f"{step.loss:.7f}",
+            f"{expected_step.loss:.7f}",
+            f"{relative(step.loss, expected_step.loss):.1e}",
+            f"{relative(step.grad_norm, expected_step.grad_norm):.1e}",
         )
-        for number, (mine, other) in enumerate(zip(ours.steps, theirs.steps, strict=True), start=1)
+        for number, (step, expected_step) in enumerate(zip(actual.steps, expected.steps, strict=True), start=1)
     ]
-    heads = ("step", "lora_accel", "Trainer", "relative difference", "of gradient norms")
+    heads = ("step", "lora_accel", "Trainer", "relative difference", "of the gradient norm")
     print_table("loss", rows, heads=heads)
-    differences = adapter_differences(ours.adapter, theirs.adapter)
+    differences = adapter_differences(actual.adapter, expected.adapter)
     worst = max(differences, key=lambda name: differences[name])
     print(f"adapter: {len(differences)} tensors; largest relative difference {differences[worst]:.1e} ({worst})")
 

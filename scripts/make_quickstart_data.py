@@ -1,18 +1,17 @@
-"""Write the quickstart's data: messy one-line orders and the strict JSON that they mean.
+"""Write the quickstart's data: messy one-line orders and the strict JSON to extract from them.
 
     python scripts/make_quickstart_data.py     # recipes/data/orders_{train,heldout}.jsonl
 
-A row is one conversation: `{"messages": [{"role": ..., "content": ...}, ...]}`. The user writes as
-people type on a phone; the assistant answers with one line of JSON, always these five keys:
+A row is one conversation: `{"messages": [{"role": ..., "content": ...}, ...]}`. The user writes as people type on a
+phone; the assistant answers with one line of JSON, always with these five keys:
 
     {"customer":"Dana Whitfield","item":"oak shelf","quantity":24,"day":"friday","express":false}
 
 Nothing in a row names the keys, so an untrained model cannot guess them.
 
-The text is the input, the JSON is the truth: an `Order` is drawn first, then written down messily.
-Held-out rows use last names that training never shows, and a quarter of their first names is new.
-Rows are short on purpose: the quickstart's time is tokens.
-All is drawn from one seed: the same script writes the same bytes.
+Each row starts from a random `Order`: the JSON is exact, and the text is a messy version of it. Held-out rows use last
+names that do not occur in training, and a quarter of their first names is new. Rows are short, since the quickstart's
+time is proportional to tokens. Everything depends on one seed: the script always writes the same bytes.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ Messages = list[dict[str, str]]
 class Item:
     noun: str
     size: str | None
-    colour: str | None
+    color: str | None
 
     @property
     def name(self) -> str:
-        return " ".join(part for part in (self.size, self.colour, self.noun) if part)
+        return " ".join(part for part in (self.size, self.color, self.noun) if part)
 
 
 @dataclass(frozen=True)
 class Order:
-    """What the customer means; None is what the message does not say."""
+    """The meaning of a message; None for what it does not mention."""
 
     customer: str | None
     item: Item | None
@@ -56,18 +55,18 @@ class Order:
 
     def to_json(self) -> str:
         answer = {**asdict(self), "item": self.item.name if self.item else None}
-        return json.dumps(answer, separators=(",", ":"))  # no spaces: a fifth fewer tokens
+        return json.dumps(answer, separators=(",", ":"))  # without spaces: a fifth fewer tokens
 
 
 @dataclass(frozen=True)
-class Words:
-    """What one file draws from."""
+class Names:
+    """The names that occur in one file."""
 
     first_names: Sequence[str]
     last_names: Sequence[str]
 
 
-TRAIN = Words(
+TRAIN = Names(
     first_names=(
         "Aaron", "Alice", "Amir", "Amy", "Anna", "Ben", "Brian", "Carla", "Carlos",
         "Chris", "Dan", "Daniel", "Dana", "David", "Diana", "Emma", "Eric", "Fatima", "Frank",
@@ -86,7 +85,7 @@ TRAIN = Words(
         "Turner", "Walker", "Whitfield", "Young",
     ),
 )  # fmt: skip
-HELDOUT = Words(
+HELDOUT = Names(
     first_names=(
         "Adam", "Peter", "Bob", "Emily", "Henry", "James", "Mary", "Michael", "Richard", "William",
         *TRAIN.first_names[:30],  # a quarter of the first names are new, every last name is
@@ -107,7 +106,7 @@ ITEMS = (
 SMALL_TALK = ("hope ur well", "lovely weather btw", "sorry for the late msg", "its me again", "great shop btw")
 GREETINGS = ("hi", "hello", "hey", "hi there", "good morning", "morning", "hiya", "hey guys")
 CLOSINGS = ("thx", "thanks", "cheers", "ta", "many thanks", "tks!")
-COLOURS = ("red", "blue", "green", "black", "white", "grey", "yellow", "brown")
+COLORS = ("red", "blue", "green", "black", "white", "grey", "yellow", "brown")
 SIZES = {"small": ("small", "sm", "smal"), "medium": ("medium", "med"), "large": ("large", "lg")}
 ASKING = (
     "need", "i need", "we need", "can i get", "can u send", "pls send", "please order", "id like",
@@ -147,9 +146,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     rng = Random(SEED)
-    taken: set[str] = set()  # no user line occurs twice, in one file or across both
-    write_rows(folder / "orders_train.jsonl", make_rows(rng, TRAIN, NUM_TRAIN, taken))
-    write_rows(folder / "orders_heldout.jsonl", make_rows(rng, HELDOUT, NUM_HELDOUT, taken))
+    used_texts: set[str] = set()  # no text occurs twice, within a file or in both
+    write_rows(folder / "orders_train.jsonl", make_rows(rng, TRAIN, NUM_TRAIN, used_texts))
+    write_rows(folder / "orders_heldout.jsonl", make_rows(rng, HELDOUT, NUM_HELDOUT, used_texts))
 
 
 def write_rows(file: Path, rows: list[Messages]) -> None:
@@ -158,23 +157,23 @@ def write_rows(file: Path, rows: list[Messages]) -> None:
     print(f"wrote {file} ({len(rows)} rows)")
 
 
-def make_rows(rng: Random, words: Words, num_rows: int, taken: set[str]) -> list[Messages]:
+def make_rows(rng: Random, names: Names, num_rows: int, used_texts: set[str]) -> list[Messages]:
     rows: list[Messages] = []
     while len(rows) < num_rows:
-        order = draw_order(rng, words)
+        order = draw_order(rng, names)
         text = write_order(rng, order)
-        if text not in taken:
-            taken.add(text)
+        if text not in used_texts:
+            used_texts.add(text)
             rows.append([{"role": "user", "content": text}, {"role": "assistant", "content": order.to_json()}])
     return rows
 
 
-# What is meant
+# Orders
 
 
-def draw_order(rng: Random, words: Words) -> Order:
+def draw_order(rng: Random, names: Names) -> Order:
     return Order(
-        customer=draw_customer(rng, words) if rng.random() < 0.88 else None,
+        customer=draw_customer(rng, names) if rng.random() < 0.88 else None,
         item=draw_item(rng) if rng.random() < 0.95 else None,
         quantity=draw_quantity(rng) if rng.random() < 0.92 else None,
         day=draw_day(rng) if rng.random() < 0.85 else None,
@@ -182,15 +181,15 @@ def draw_order(rng: Random, words: Words) -> Order:
     )
 
 
-def draw_customer(rng: Random, words: Words) -> str:
-    return f"{rng.choice(words.first_names)} {rng.choice(words.last_names)}"
+def draw_customer(rng: Random, names: Names) -> str:
+    return f"{rng.choice(names.first_names)} {rng.choice(names.last_names)}"
 
 
 def draw_item(rng: Random) -> Item:
     return Item(
         noun=rng.choice(ITEMS),
         size=rng.choice(list(SIZES)) if rng.random() < 0.3 else None,
-        colour=rng.choice(COLOURS) if rng.random() < 0.45 else None,
+        color=rng.choice(COLORS) if rng.random() < 0.45 else None,
     )
 
 
@@ -205,12 +204,12 @@ def draw_day(rng: Random) -> str:
     return rng.choice(list(WEEKDAYS if rng.random() < 0.85 else NEAR_DAYS))
 
 
-# How it is written
+# Their text
 
 
 def write_order(rng: Random, order: Order) -> str:
-    """One messy line: the parts in any order, glued and cased as people do in a hurry."""
-    parts = [" ".join(filter(None, (rng.choice(ASKING), goods(rng, order))))]
+    """Return one messy line: its parts in any order, with random separators and casing."""
+    parts = [" ".join(filter(None, (rng.choice(ASKING), goods_text(rng, order))))]
     if order.day:
         parts.append(f"{preposition(rng, order.day)} {day_text(rng, order.day)}".strip())
     if order.express:
@@ -234,10 +233,10 @@ def write_order(rng: Random, order: Order) -> str:
         parts.insert(0, rng.choice(GREETINGS))
     if rng.random() < 0.1:
         parts.append(rng.choice(CLOSINGS))
-    return glue(rng, parts)
+    return join_parts(rng, parts)
 
 
-def glue(rng: Random, parts: list[str]) -> str:
+def join_parts(rng: Random, parts: list[str]) -> str:
     separator = rng.choice((", ", ", ", ", ", ". ", " - ", "; ", " "))
     text = separator.join(parts)
     kind = rng.random()
@@ -250,8 +249,8 @@ def name_text(rng: Random, name: str) -> str:
     return name.lower() if rng.random() < 0.3 else name
 
 
-def goods(rng: Random, order: Order) -> str:
-    """Quantity and item, in one of the many ways to say both."""
+def goods_text(rng: Random, order: Order) -> str:
+    """Return quantity and item in one of many phrasings."""
     if order.item is None:
         usual = rng.choice(("the usual", "same as last time"))
         return usual if order.quantity is None else f"{usual} x{order.quantity}"
@@ -273,33 +272,33 @@ def quantity_text(rng: Random, quantity: int) -> str:
 
 
 def item_text(rng: Random, item: Item, *, plural: bool) -> str:
-    noun = plural_of(item.noun) if plural else item.noun
+    noun = pluralize(item.noun) if plural else item.noun
     size = rng.choice(SIZES[item.size]) if item.size else ""
-    colour = item.colour or ""
-    patterns = ["{size} {colour} {noun}"] * 3
+    color = item.color or ""
+    patterns = ["{size} {color} {noun}"] * 3
     if size:
-        patterns += ["{colour} {noun} ({size})", "{colour} {noun}, {size}"]
-    if colour:
-        patterns += ["{size} {noun} in {colour}", "{size} {noun} ({colour})"]
-    text = rng.choice(patterns).format(size=size, colour=colour, noun=noun)
+        patterns += ["{color} {noun} ({size})", "{color} {noun}, {size}"]
+    if color:
+        patterns += ["{size} {noun} in {color}", "{size} {noun} ({color})"]
+    text = rng.choice(patterns).format(size=size, color=color, noun=noun)
     return " ".join(text.split())
 
 
-def plural_of(noun: str) -> str:
+def pluralize(noun: str) -> str:
     if noun.endswith("shelf"):
         return noun.removesuffix("f") + "ves"
     return noun + ("es" if noun.endswith(("x", "s", "sh", "ch")) else "s")
 
 
 def preposition(rng: Random, day: str) -> str:
-    words = ("for", "for", "by", "deliver", "needed", "")
-    return rng.choice(words if day in NEAR_DAYS else (*words, "on"))
+    choices = ("for", "for", "by", "deliver", "needed", "")
+    return rng.choice(choices if day in NEAR_DAYS else (*choices, "on"))
 
 
 def day_text(rng: Random, day: str) -> str:
-    known = WEEKDAYS | NEAR_DAYS
-    # As written in full most often; abbreviations and slips share the rest.
-    return rng.choice((day, day, day.title(), *known[day][1:]))
+    spellings = WEEKDAYS | NEAR_DAYS
+    # Mostly the full name; sometimes an abbreviation or a typo.
+    return rng.choice((day, day, day.title(), *spellings[day][1:]))
 
 
 if __name__ == "__main__":

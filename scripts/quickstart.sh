@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The main job on a real model: install, fetch, train, merge, and score what was learned, on two CPU cores.
+# The quickstart on a real model: install, fetch the model, train, merge and evaluate, on two CPU cores.
 #
 #   scripts/quickstart.sh                              # results in runs/quickstart
 #   scripts/quickstart.sh seed=1                       # arguments are overrides of the recipe; results in runs/quickstart-seed-1
 #   scripts/quickstart.sh seed=1 output_dir=runs/mine
 #
-# Can be run again after an interruption: finished stages are skipped, training resumes from its last checkpoint.
+# Run it again after an interruption: it skips finished stages, and training resumes from its newest checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -26,11 +26,11 @@ finish() { echo "      ${1:-done} in $((SECONDS - stage_started)) s"; }
 
 stage 1 "install into .venv"
 [ -d .venv ] || "${PYTHON:-python3}" -m venv .venv
-# Nothing is installed again while the requirements are those of the last installation, here or by scripts/test.sh.
-wanted=$(cat pyproject.toml constraints.txt | cksum)
-if ! cat .venv/installed .venv/installed-quickstart 2>/dev/null | grep -qxF "$wanted"; then
+# Skip the installation if the requirements are those of the last one, by this script or by scripts/test.sh.
+requirements=$(cat pyproject.toml constraints.txt | cksum)
+if ! cat .venv/installed .venv/installed-quickstart 2>/dev/null | grep -qxF "$requirements"; then
     .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[quickstart]'
-    echo "$wanted" >.venv/installed-quickstart
+    echo "$requirements" >.venv/installed-quickstart
 fi
 finish
 
@@ -38,12 +38,12 @@ stage 2 "fetch SmolLM2-135M-Instruct"
 .venv/bin/python scripts/fetch_model.py
 finish
 
-# Idle threads spin briefly and then sleep: where other processes need the cores, longer spinning is many times slower.
+# Idle threads spin briefly and then sleep: if other processes need the cores, longer spinning is many times slower.
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000}
-# Freed memory is kept and reused: page faults are expensive, most of all in a virtual machine (glibc's names).
+# glibc keeps and reuses freed memory: page faults are expensive, especially in a virtual machine.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
 
-# DeepSpeed's extensions are not built in the user's cache, where another program may have left a build half done.
+# Build DeepSpeed's extensions in .venv: the user's cache may contain an unfinished build of another program.
 TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$(.venv/bin/python scripts/extensions_dir.py)}
 export TORCH_EXTENSIONS_DIR
 
@@ -64,7 +64,7 @@ stage 5 "score base, base + adapter and merged on held-out orders"
 if [ "$scores" -nt "$merged/config.json" ]; then
     echo "$scores is up to date"
 else
-    # The longest answer has 31 tokens with its end, so nothing longer can match.
+    # The longest answer has 31 tokens including its end token, so a longer reply cannot match.
     .venv/bin/lora-accel evaluate --config "$recipe" "${overrides[@]}" --adapter "$adapter" --merged "$merged" \
         --batch-size 100 --max-new-tokens 32 --json >"$scores.partial"
     mv "$scores.partial" "$scores"

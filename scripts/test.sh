@@ -18,12 +18,12 @@ case "${1:-}" in
         ;;
 esac
 
-# Nothing is installed again while the requirements are those of the last installation.
-wanted=$(cat pyproject.toml "$constraints" | cksum)
-if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
+# Reinstalls only when the requirements have changed.
+requirements=$(cat pyproject.toml "$constraints" | cksum)
+if [ "$(cat "$venv/installed" 2>/dev/null)" != "$requirements" ]; then
     [ -d "$venv" ] || "${PYTHON:-python3}" -m venv "$venv"
     "$venv/bin/python" -m pip install --quiet --constraint "$constraints" --editable ".[$extra]"
-    echo "$wanted" >"$venv/installed"
+    echo "$requirements" >"$venv/installed"
 fi
 export PATH="$PWD/$venv/bin:$PATH"
 
@@ -31,6 +31,7 @@ if [ "$tier" != oldest ]; then
     ruff format --check .
     ruff check .
     codespell src tests scripts docs recipes ./*.md
+    python scripts/check_language.py
     mypy
     lint-imports
 fi
@@ -39,8 +40,8 @@ export TORCH_EXTENSIONS_DIR
 unset PYTHONDONTWRITEBYTECODE # pytest rewrites every assertion: 10 s of each start, unless it may keep what it wrote
 if [ "$tier" = ordinary ]; then
     python scripts/fetch_model.py
-    # DeepSpeed compiles these at their first use; once here, before many processes want them.
+    # DeepSpeed compiles these at first use: once here, before many processes need them.
     python -c 'from deepspeed.accelerator import get_accelerator as a; [a().create_op_builder(op).load(verbose=False) for op in ("ShareMemCommBuilder", "CPUAdamBuilder")]'
 fi
-# One thread for each of the two workers: more only wait for each other.
+# One thread for each of the two workers: more would wait for each other.
 OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal "$@"

@@ -1,6 +1,6 @@
-"""What tests share: a tokenizer and models small enough to train in a second, rows, and ways to run the commands.
+"""Shared fixtures and helpers: a tokenizer and models that train in a second, rows, and functions that run commands.
 
-Nothing is fetched. Weights are made by a formula, not by a generator, so that losses can be written down.
+Nothing is downloaded. Weights follow a formula instead of a random generator, so tests can compare with stored losses.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Tokenised data of tests go with them; set before the Hub's library reads it. Processes that tests start, and
-# kill, have it from them.
+# The data cache of the tests is deleted after them. Set before huggingface_hub reads it; child processes inherit it.
 if "lora-accel-tests-" not in os.environ.get("HF_HOME", ""):
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lora-accel-tests-")
     atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
-# Where tests are begun with nohup, this signal is ignored, by all processes that they start too.
+# nohup ignores this signal, and child processes inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 from scripts.extensions_dir import extensions_dir
 
-# DeepSpeed's extensions are built once for all tests, and a build that another program left half done hinders none.
+# DeepSpeed's extensions are built once for all tests, apart from unfinished builds of other programs.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_dir()))
 
 import hypothesis
@@ -40,12 +39,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from lora_accel import cli
 from lora_accel.config.schema import RunConfig
+from lora_accel.console import show_logs
 from tests import forked
-from tests.tiers import Guard, fast
+from tests.tiers import ProcessGuard, select_fast_tests
 
 PATIENCE_SECONDS = 1200
-"""After so long a process hangs: many times what one takes on a slow machine that is busy."""
-GUARD = Guard()
+"""Timeout of a process that hangs: many times the duration of any test on a slow, busy machine."""
+PROCESS_GUARD = ProcessGuard()
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 SMOLLM = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -63,42 +63,47 @@ TINY = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--write-reference` writes tests/reference/ anew instead of comparing with it; the others choose a tier."""
-    parser.addoption("--write-reference", action="store_true", help="write the reference losses anew")
+    """Add `--write-reference` and the options that select a tier."""
     parser.addoption(
-        "--fast", action="store_true", help="only tests that start no process and train no longer than 1 s"
+        "--write-reference", action="store_true", help="write the reference losses instead of comparing with them"
     )
-    parser.addoption("--faults", action="store_true", help="kill at every place, stop everywhere: hours, not minutes")
+    parser.addoption(
+        "--fast", action="store_true", help="run only tests that start no process and train for less than 1 s"
+    )
+    parser.addoption(
+        "--faults", action="store_true", help="run the fault matrices too: kill and stop at every fault point; hours"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let hypothesis try fewer examples in the fast tier."""
+    """Reduce hypothesis's examples in the fast tier."""
     hypothesis.settings.register_profile("tier", max_examples=20 if config.getoption("--fast") else 300)
     hypothesis.settings.load_profile("tier")
+    show_logs()  # as the commands do
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is slow, unless it is asked for; see tests/tiers.py for the fast tier."""
+    """Skip slow tests without `--faults`; select the fast tier with `--fast` (tests/tiers.py)."""
     if not config.getoption("--faults"):
         for item in items:
             if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow; say --faults"))
+                item.add_marker(pytest.mark.skip(reason="slow; pass --faults"))
     if not config.getoption("--fast"):
         return
-    kept = fast(items)
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+    selected = select_fast_tests(items)
+    config.hook.pytest_deselected(items=[item for item in items if item not in selected])
+    items[:] = [item for item in items if item in selected]
 
 
 @pytest.fixture(autouse=True)
 def _no_process_in_the_fast_tier(request: pytest.FixtureRequest) -> Iterator[None]:
-    with GUARD.on() if request.config.getoption("--fast") else contextlib.nullcontext():
+    with PROCESS_GUARD.active() if request.config.getoption("--fast") else contextlib.nullcontext():
         yield
 
 
 @pytest.fixture(scope="session")
 def tokenizer_factory() -> Callable[..., PreTrainedTokenizerFast]:
-    """A byte-level BPE tokenizer trained on a few lines, with chatml's markers as special tokens."""
+    """Return a function that trains a small byte-level BPE tokenizer with chatml's markers as special tokens."""
 
     def make(**options: Any) -> PreTrainedTokenizerFast:
         tokenizer = Tokenizer(models.BPE())
@@ -121,17 +126,17 @@ def tokenizer_factory() -> Callable[..., PreTrainedTokenizerFast]:
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_factory: Callable[..., PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
-    """The tokenizer of the tiny models."""
+    """Return the tokenizer of the tiny models."""
     return tokenizer_factory()
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Path]:
-    """Make the folder of a tiny model of a family: `tiny_model("gpt2", dtype=torch.bfloat16)`."""
-    made: dict[tuple[str, torch.dtype], Path] = {}
+    """Return a function that saves a tiny model and returns its folder: `tiny_model("gpt2", dtype=torch.bfloat16)`."""
+    folders: dict[tuple[str, torch.dtype], Path] = {}
 
     def make(family: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
-        if (family, dtype) not in made:
+        if (family, dtype) not in folders:
             folder = tmp_path_factory.mktemp(f"{family}-{str(dtype).removeprefix('torch.')}")
             heads = {} if family == "gpt2" else {"num_attention_heads": 4}
             config = AutoConfig.for_model(
@@ -148,25 +153,25 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
             fill_by_formula(model)
             model.to(dtype).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            made[family, dtype] = folder
-        return made[family, dtype]
+            folders[family, dtype] = folder
+        return folders[family, dtype]
 
     return make
 
 
 def fill_by_formula(model: torch.nn.Module) -> None:
-    """Set each weight from its name and index alone, spread like an ordinary initialisation."""
+    """Set each weight from its name and index, with the spread of a normal initialization."""
     for name, parameter in model.named_parameters():
         index = torch.arange(parameter.numel(), dtype=torch.float64)
         phase = sum(map(ord, name)) % 97
         noise = torch.frac(torch.sin(index * 12.9898 + phase) * 43758.5453)  # in (-1, 1)
-        around_one = parameter.ndim == 1 and name.endswith("weight")  # norms
-        values = 1 + 0.1 * noise if around_one else 0.15 * noise
+        is_norm = parameter.ndim == 1 and name.endswith("weight")
+        values = 1 + 0.1 * noise if is_norm else 0.15 * noise
         parameter.data = values.reshape(parameter.shape).to(parameter.dtype)
 
 
 def chat_rows(count: int) -> list[dict[str, Any]]:
-    """Conversations of uneven length, some of two rounds."""
+    """Return conversations of different lengths; every third one has two turns."""
     words = ["alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india"]
     rows = []
     for i in range(count):
@@ -182,20 +187,20 @@ def chat_rows(count: int) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
-    """Write rows, one a line."""
+    """Write one row per line and return the path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 @pytest.fixture
 def rows_file(tmp_path: Path) -> Path:
-    """21 training rows: with 4 examples a step, 6 steps an epoch, the last one short."""
+    """Return a file of 21 training rows: 6 steps per epoch of 4 examples, the last step of one."""
     return write_jsonl(tmp_path / "rows.jsonl", chat_rows(21))
 
 
 @pytest.fixture
 def make_config(tmp_path: Path, tiny_model: Callable[..., Path], rows_file: Path) -> Callable[..., RunConfig]:
-    """A run config on the tiny model; sections given by name are merged in: `make_config(training={...})`."""
+    """Return a function that makes a run config on the tiny model: `make_config(training={...})` changes a section."""
 
     def make(**changes: Any) -> RunConfig:
         values: dict[str, Any] = {
@@ -203,7 +208,7 @@ def make_config(tmp_path: Path, tiny_model: Callable[..., Path], rows_file: Path
             "model": {"name_or_path": str(tiny_model())},
             "adapter": {"r": 4, "alpha": 8, "dropout": 0.1, "target_modules": "all-linear"},
             "data": {"train": [{"path": str(rows_file)}], "max_length": 200},
-            # float32 on every machine: what `auto` chooses is a matter of tests/model/test_device.py.
+            # float32 on every machine; tests/model/test_device.py covers `auto`.
             "training": {"epochs": 1, "batch_size": 4, "micro_batch_tokens": 256, "learning_rate": 3e-2}
             | {"mixed_precision": "no"},
             "checkpoint": {"every_steps": 2},
@@ -218,7 +223,7 @@ def make_config(tmp_path: Path, tiny_model: Callable[..., Path], rows_file: Path
 
 @pytest.fixture
 def config_file(tmp_path: Path) -> Callable[[RunConfig], Path]:
-    """Write a run config to a file."""
+    """Return a function that writes a run config to a file and returns its path."""
     from lora_accel.config.files import config_to_yaml
 
     def write(config: RunConfig) -> Path:
@@ -230,7 +235,7 @@ def config_file(tmp_path: Path) -> Callable[[RunConfig], Path]:
 
 
 def run_code(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a few lines in a process of their own."""
+    """Run Python code in a separate process."""
     return subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -243,15 +248,15 @@ def run_code(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def run_module(
-    *words: str | Path, env: dict[str, str] | None = None, fresh: bool = False
+    *args: str | Path, env: dict[str, str] | None = None, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m …` to its end in a process of its own.
+    """Run `python -m …` in a separate process and wait for it.
 
     Args:
-        env: changes of the environment.
-        fresh: a new interpreter, which imports everything itself; else a fork that has imported it.
+        env: changes to the environment.
+        fresh: whether to start a new interpreter instead of a fork of one that has imported everything.
     """
-    command = ["-m", *map(str, words)]
+    command = ["-m", *map(str, args)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
     if not fresh:
         return forked.run(command, environment, PATIENCE_SECONDS)
@@ -266,8 +271,8 @@ def run_module(
     )
 
 
-class Told(NamedTuple):
-    """What a command answered."""
+class CommandResult(NamedTuple):
+    """The exit code and the output of a command."""
 
     returncode: int
     stdout: str
@@ -275,28 +280,28 @@ class Told(NamedTuple):
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Told]:
-    """Run `lora-accel …` within this process, which saves the seconds that importing takes."""
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., CommandResult]:
+    """Return a function that runs `lora-accel …` in this process, without the seconds that imports take."""
 
-    def run(*words: str | Path) -> Told:
-        monkeypatch.setattr(sys, "argv", ["lora-accel", *map(str, words)])
+    def run(*args: str | Path) -> CommandResult:
+        monkeypatch.setattr(sys, "argv", ["lora-accel", *map(str, args)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(SystemExit) as exit_info:
             cli.main()
-        return Told(int(stopped.value.code or 0), *capsys.readouterr())
+        return CommandResult(int(exit_info.value.code or 0), *capsys.readouterr())
 
     return run
 
 
 def read_metrics(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """Read the lines of one kind of metrics.jsonl."""
+    """Return the lines of metrics.jsonl of one kind."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line["kind"] == kind]
 
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerator_state() -> Iterator[None]:
-    """Accelerate keeps its state in the class; each test begins without it."""
+    """Reset Accelerate's state after each test: it is stored in the class."""
     from accelerate.state import AcceleratorState, GradientState
 
     yield

@@ -1,4 +1,4 @@
-"""A tiny model of each of transformers' families that are treated in a way of their own."""
+"""Tiny models of the model families that the package supports specially."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-PARTICULAR = {
+FAMILY_OPTIONS = {
     "mistral": {"sliding_window": 6},
     "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8, "attn_implementation": "eager"},
     "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 8},
@@ -38,8 +38,8 @@ PARTICULAR = {
 
 
 def model_of(family: str, **options: Any) -> PreTrainedModel:
-    """A model of a family, the same at every call."""
-    options = SIZES | PARTICULAR.get(family, {}) | options
+    """Return a tiny model of a family in eval mode, with the same weights at every call."""
+    options = SIZES | FAMILY_OPTIONS.get(family, {}) | options
     implementation = options.pop("attn_implementation", None)
     config = AutoConfig.for_model(family, **options)
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
-"""Run commands in processes that need no seconds for imports: forks of a process that has imported everything.
+"""Run commands in forks of a process that has imported everything, which saves seconds of imports.
 
-Each is a process of its own, with its environment, its output and its death. Where imports are what a test is about, or
-what they print or read from the environment, it starts a fresh process.
+Each fork is a separate process with its own environment, output and exit code. Tests of the imports themselves, or of
+what they print or read from the environment, start a new interpreter instead.
 """
 
 from __future__ import annotations
@@ -31,45 +31,48 @@ PRELOAD += ["accelerate.commands.launch", "torch.distributed.run"]
 
 
 def context() -> ForkServerContext:
-    """Return the server's context."""
+    """Return the context of the fork server."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(PRELOAD)
     return server
 
 
-def start(words: list[str], environment: dict[str, str], stdout: Path, stderr: Path) -> BaseProcess:
+def start(args: list[str], environment: dict[str, str], stdout: Path, stderr: Path) -> BaseProcess:
     """Start `python -m MODULE …` or `python SCRIPT …` in a fork.
 
     Args:
-        words: `-m` and a module, or a script, and its arguments.
-        environment: all of it.
-        stdout, stderr: files for what it prints; may be the same.
+        args: `-m` and a module, or a script; then its arguments.
+        environment: the complete environment.
+        stdout, stderr: output files; may be the same.
     """
-    process = context().Process(target=_main, args=(words, environment, str(stdout), str(stderr)))
+    process = context().Process(target=_main, args=(args, environment, str(stdout), str(stderr)))
     process.start()
     return process
 
 
-def run(words: list[str], environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
-    """Run one to its end; its exit code is negative where a signal killed it.
+def run(args: list[str], environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run a command and wait for it. The exit code is negative if a signal killed it.
+
+    Args:
+        timeout: in seconds.
 
     Raises:
-        AssertionError: it hangs.
+        AssertionError: the command ran longer.
     """
     with tempfile.TemporaryDirectory(prefix="lora-accel-fork-") as folder:
         stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
-        process = start(words, environment, stdout, stderr)
+        process = start(args, environment, stdout, stderr)
         process.join(timeout)
-        hangs = process.is_alive()
+        timed_out = process.is_alive()
         process.kill()
         process.join()
-        printed = [path.read_text(encoding="utf-8") if path.exists() else "" for path in (stdout, stderr)]
-    assert not hangs, f"{words} still ran after {timeout} seconds\n{printed[0][-2000:]}\n{printed[1][-4000:]}"
-    return subprocess.CompletedProcess(words, process.exitcode or 0, *printed)
+        output = [path.read_text(encoding="utf-8") if path.exists() else "" for path in (stdout, stderr)]
+    assert not timed_out, f"{args} still ran after {timeout} seconds\n{output[0][-2000:]}\n{output[1][-4000:]}"
+    return subprocess.CompletedProcess(args, process.exitcode or 0, *output)
 
 
 def become(environment: dict[str, str], stdout: str, stderr: str) -> None:
-    """Make of a fork what a fresh process is: folder, environment, output, what signals do."""
+    """Give a fork the working directory, environment, output and signal handlers of a new process."""
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment)
@@ -80,12 +83,12 @@ def become(environment: dict[str, str], stdout: str, stderr: str) -> None:
         os.close(descriptor)
 
 
-def _main(words: list[str], environment: dict[str, str], stdout: str, stderr: str) -> None:
+def _main(args: list[str], environment: dict[str, str], stdout: str, stderr: str) -> None:
     become(environment, stdout, stderr)
-    if words[0] == "-m":
-        sys.argv = words[1:]
-        sys.modules.pop(words[1], None)  # runpy warns of a module that is imported already
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    if args[0] == "-m":
+        sys.argv = args[1:]
+        sys.modules.pop(args[1], None)  # runpy warns about modules that are already imported
+        runpy.run_module(args[1], run_name="__main__", alter_sys=True)
     else:
-        sys.argv = words
-        runpy.run_path(words[0], run_name="__main__")
+        sys.argv = args
+        runpy.run_path(args[0], run_name="__main__")

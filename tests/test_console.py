@@ -1,4 +1,4 @@
-"""Names, durations and long stages, as a person sees them."""
+"""Console output: short names, durations, tables and long stages."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from lora_accel.console import NAME_WIDTH, Stage, format_seconds, print_table, s
         ([], []),
     ],
 )
-def test_a_name_is_as_short_as_it_can_be(paths: list[str], names: list[str]) -> None:
+def test_short_names_are_short_and_unique(paths: list[str], names: list[str]) -> None:
     assert short_names(paths) == names
     assert all(len(name) <= NAME_WIDTH for name in names)
 
 
 @pytest.mark.parametrize("width", range(1, 12))
-def test_a_shortened_text_has_its_width(width: int) -> None:
+def test_shorten_returns_text_of_the_given_width(width: int) -> None:
     assert len(shorten("abcdefghij", width)) == min(width, 10)
 
 
@@ -62,7 +62,7 @@ def test_a_name_is_not_wrapped_in_a_table_of_80_columns(
         (183_600, "2 d 3 h"),
     ],
 )
-def test_a_duration_is_told_in_two_units(seconds: float, text: str) -> None:
+def test_durations_have_at_most_two_units(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
 
 
@@ -72,21 +72,22 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture(autouse=True)
-def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_quiet_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "QUIET_SECONDS", 0.01)
 
 
-def until(stream: io.StringIO, text: str) -> None:
+def wait_for(stream: io.StringIO, text: str) -> None:
+    """Wait until a stream contains a text."""
     deadline = time.monotonic() + 60
     while text not in stream.getvalue():
         assert time.monotonic() < deadline, stream.getvalue()
         time.sleep(0.01)
 
 
-def test_a_long_stage_is_one_line_where_no_terminal_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_stage_prints_one_line_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with Stage("loading a model"):
-        until(sys.stderr, "\n")  # type: ignore[arg-type]
+        wait_for(sys.stderr, "\n")  # type: ignore[arg-type]
     assert sys.stderr.getvalue() == "loading a model\n"  # type: ignore[attr-defined]
 
 
@@ -94,18 +95,18 @@ def test_a_terminal_shows_a_stage_with_its_count_and_clears_it(monkeypatch: pyte
     monkeypatch.setattr(sys, "stderr", Terminal())
     with Stage("tokenizing rows.jsonl") as stage:
         stage.note("12 rows")
-        until(sys.stderr, "rows.jsonl 12 rows … ")  # type: ignore[arg-type]
-    said = sys.stderr.getvalue()  # type: ignore[attr-defined]
-    assert said.endswith(console.CLEAR_LINE)
-    assert "\n" not in said
+        wait_for(sys.stderr, "rows.jsonl 12 rows … ")  # type: ignore[arg-type]
+    output = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert output.endswith(console.CLEAR_LINE)
+    assert "\n" not in output
 
 
-def test_a_table_begins_on_a_clear_line_while_a_stage_is_shown(
+def test_a_table_clears_the_line_of_a_stage(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     with Stage("starting"):
-        until(sys.stderr, "starting")  # type: ignore[arg-type]
+        wait_for(sys.stderr, "starting")  # type: ignore[arg-type]
         before = sys.stderr.getvalue()  # type: ignore[attr-defined]
         print_table("title", [("a", "b")])
         assert console.CLEAR_LINE in sys.stderr.getvalue()[len(before) :]  # type: ignore[attr-defined]
@@ -113,9 +114,7 @@ def test_a_table_begins_on_a_clear_line_while_a_stage_is_shown(
 
 @pytest.mark.parametrize("enabled", [False, True])
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
-def test_a_stage_ends_at_once_with_an_error(
-    monkeypatch: pytest.MonkeyPatch, enabled: bool, error: BaseException
-) -> None:
+def test_an_error_ends_a_stage_at_once(monkeypatch: pytest.MonkeyPatch, enabled: bool, error: BaseException) -> None:
     monkeypatch.setattr(console, "QUIET_SECONDS", 600)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with pytest.raises(type(error)), Stage("loading", enabled=enabled):
@@ -123,7 +122,7 @@ def test_a_stage_ends_at_once_with_an_error(
     assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
 
 
-def test_a_stage_of_another_process_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disabled_stage_prints_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with Stage("loading", enabled=False):
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""A fault happens where, when and on the rank that is said, and nowhere else; what says nothing known is refused."""
+"""Faults occur only at the given point, occurrence and rank; an invalid LORA_ACCEL_FAULT raises."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lora_accel.errors import ConfigError
 from lora_accel.faults import POINTS, active_fault
 from tests.conftest import ROOT
 
-PASS = """
+REACH = """
 import sys
 from lora_accel import faults
 faults.SLEEP_SECONDS = 1
 for point in sys.argv[1:]:
     try:
-        faults.reach(point)
+        faults.fault_point(point)
     except OSError as error:
         print(repr(error))
     print("after", point, flush=True)
@@ -32,60 +32,60 @@ for point in sys.argv[1:]:
 
 
 @pytest.fixture
-def arm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Set the variable for this process."""
+def set_fault(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Return a function that sets LORA_ACCEL_FAULT in this process."""
 
-    def set_to(text: str) -> None:
+    def set_variable(text: str) -> None:
         monkeypatch.setenv("LORA_ACCEL_FAULT", text)
         active_fault.cache_clear()
 
     active_fault.cache_clear()
-    yield set_to
+    yield set_variable
     monkeypatch.undo()
     active_fault.cache_clear()
 
 
-def pass_by(*points: str, fault: str | None, rank: str | None = None) -> tuple[int, list[str]]:
-    """Come to places in a process of its own; return its exit code and what it said."""
+def reach(*points: str, fault: str | None, rank: str | None = None) -> tuple[int, list[str]]:
+    """Reach fault points in another process; return its exit code and its lines of output."""
     environment = {key: value for key, value in os.environ.items() if key not in ("LORA_ACCEL_FAULT", "RANK")}
     environment |= {} if fault is None else {"LORA_ACCEL_FAULT": fault}
     environment |= {} if rank is None else {"RANK": rank}
-    command = [sys.executable, "-c", PASS, *points]
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
-    assert ran.stderr == ""
-    return ran.returncode, ran.stdout.splitlines()
+    command = [sys.executable, "-c", REACH, *points]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert process.stderr == ""
+    return process.returncode, process.stdout.splitlines()
 
 
 @pytest.mark.parametrize("fault", [None, ""])
-def test_without_the_variable_nothing_happens(fault: str | None) -> None:
-    assert pass_by(*POINTS, fault=fault) == (0, [f"after {point}" for point in POINTS])
+def test_no_fault_without_the_variable(fault: str | None) -> None:
+    assert reach(*POINTS, fault=fault) == (0, [f"after {point}" for point in POINTS])
 
 
-def test_killed_a_process_says_nothing_more() -> None:
-    said = ["after step.begin"]
-    assert pass_by("step.begin", "save.begin", "save.begin", fault="save.begin@1=kill") == (-9, said)
+def test_kill() -> None:
+    fault = "save.begin@1=kill"
+    assert reach("step.begin", "save.begin", "save.begin", fault=fault) == (-9, ["after step.begin"])
 
 
-def test_an_exit_is_one_without_teardown() -> None:
-    assert pass_by("save.begin", "step.begin", fault="step.begin@1=exit") == (1, ["after save.begin"])
+def test_exit() -> None:
+    assert reach("save.begin", "step.begin", fault="step.begin@1=exit") == (1, ["after save.begin"])
 
 
-def test_a_full_disk_is_an_oserror_and_happens_once() -> None:
+def test_enospc_raises_oserror_once() -> None:
     error = "OSError(28, 'No space left on device')"
-    said = [error, "after save.mid_file", "after save.mid_file"]
-    assert pass_by("save.mid_file", "save.mid_file", fault="save.mid_file@1=enospc") == (0, said)
+    lines = [error, "after save.mid_file", "after save.mid_file"]
+    assert reach("save.mid_file", "save.mid_file", fault="save.mid_file@1=enospc") == (0, lines)
 
 
-def test_asleep_a_process_goes_on_later() -> None:
+def test_sleep() -> None:
     began = time.perf_counter()
-    assert pass_by("merge.mid", fault="merge.mid@1=sleep") == (0, ["after merge.mid"])
+    assert reach("merge.mid", fault="merge.mid@1=sleep") == (0, ["after merge.mid"])
     assert time.perf_counter() - began >= 1
     assert 5 <= faults.SLEEP_SECONDS <= 60
 
 
 @pytest.mark.parametrize("end", ["signal", "mark deleted"])
-def test_a_paused_process_waits_for_a_signal_or_until_its_mark_is_deleted(tmp_path: Path, end: str) -> None:
-    program = "import signal\nsignal.signal(signal.SIGUSR1, lambda *_: print('signal', flush=True))" + PASS
+def test_pause_ends_with_a_signal_or_when_the_mark_is_deleted(tmp_path: Path, end: str) -> None:
+    program = "import signal\nsignal.signal(signal.SIGUSR1, lambda *_: print('signal', flush=True))" + REACH
     environment = os.environ | {
         "LORA_ACCEL_FAULT": "merge.mid@1=pause",
         "LORA_ACCEL_FAULT_MARK": str(tmp_path / "mark"),
@@ -106,15 +106,14 @@ def test_a_paused_process_waits_for_a_signal_or_until_its_mark_is_deleted(tmp_pa
     assert process.returncode == 0
 
 
-def test_only_its_own_place_is_counted() -> None:
+def test_only_the_given_point_is_counted() -> None:
     points = ("step.begin", "save.begin", "step.begin", "save.begin", "save.begin", "step.begin")
-    code, said = pass_by(*points, fault="step.begin@3=exit")
-    assert (code, said) == (1, [f"after {point}" for point in points[:-1]])
-    assert pass_by(*points, fault="step.begin@4=exit")[0] == 0
+    assert reach(*points, fault="step.begin@3=exit") == (1, [f"after {point}" for point in points[:-1]])
+    assert reach(*points, fault="step.begin@4=exit")[0] == 0
 
 
 @pytest.mark.parametrize(
-    ("asked", "rank", "dies"),
+    ("suffix", "rank", "is_killed"),
     [
         ("", None, True),
         ("", "3", True),
@@ -127,8 +126,8 @@ def test_only_its_own_place_is_counted() -> None:
         (":rank=12", "1", False),
     ],
 )
-def test_a_fault_is_that_of_its_rank(asked: str, rank: str | None, dies: bool) -> None:
-    assert pass_by("rotate.mid", fault=f"rotate.mid@1=kill{asked}", rank=rank)[0] == (-9 if dies else 0)
+def test_fault_occurs_only_on_its_rank(suffix: str, rank: str | None, is_killed: bool) -> None:
+    assert reach("rotate.mid", fault=f"rotate.mid@1=kill{suffix}", rank=rank)[0] == (-9 if is_killed else 0)
 
 
 @pytest.mark.parametrize(
@@ -148,33 +147,33 @@ def test_a_fault_is_that_of_its_rank(asked: str, rank: str | None, dies: bool) -
         " ",
     ],
 )
-def test_what_says_nothing_known_is_refused(arm: Callable[[str], None], text: str) -> None:
-    arm(text)
-    with pytest.raises(ConfigError) as refused:
+def test_invalid_fault_raises(set_fault: Callable[[str], None], text: str) -> None:
+    set_fault(text)
+    with pytest.raises(ConfigError) as caught:
         active_fault()
-    said = str(refused.value)
-    assert said.startswith(f"LORA_ACCEL_FAULT={text!r}: say ")
-    assert "NAME@N=kill|enospc|exit|sleep|pause|hang[:rank=R]" in said
+    message = str(caught.value)
+    assert message.startswith(f"LORA_ACCEL_FAULT={text!r}: use ")
+    assert "NAME@N=kill|enospc|exit|sleep|pause|hang[:rank=R]" in message
 
 
-def test_an_unknown_place_is_refused_with_the_nearest_one(arm: Callable[[str], None]) -> None:
-    arm("save.befor_manifest@1=kill")
-    with pytest.raises(ConfigError, match=r"'save\.befor_manifest' is no place \(did you mean save\.before_manifest\?"):
+def test_unknown_fault_point_raises_with_a_suggestion(set_fault: Callable[[str], None]) -> None:
+    set_fault("save.befor_manifest@1=kill")
+    with pytest.raises(ConfigError, match=r"is not a fault point \(did you mean save\.before_manifest\?"):
         active_fault()
 
 
-def test_a_training_refuses_a_wrong_fault_before_it_writes(
-    arm: Callable[[str], None], make_config: Callable[..., RunConfig], tmp_path: Path
+def test_training_with_an_invalid_fault_writes_nothing(
+    set_fault: Callable[[str], None], make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    arm("save.begin@1=explode")
+    set_fault("save.begin@1=explode")
     with pytest.raises(ConfigError, match="LORA_ACCEL_FAULT"):
         run_training(make_config())
     assert not (tmp_path / "run").exists()
 
 
-def test_every_place_is_in_the_code_and_every_place_in_the_code_is_known() -> None:
-    """A misspelt place would be a test that tests nothing."""
+def test_points_match_the_code() -> None:
+    """A test with a misspelled fault point would test nothing."""
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "src" / "lora_accel").rglob("*.py")]
-    reached = [point for source in sources for point in re.findall(r'\bfault_point\("([^"]+)"\)', source)]
-    assert set(reached) == set(POINTS)
+    used = [point for source in sources for point in re.findall(r'\bfault_point\("([^"]+)"\)', source)]
+    assert set(used) == set(POINTS)
     assert len(set(POINTS)) == len(POINTS)

@@ -1,4 +1,4 @@
-"""`lora-accel train`: the line that it runs, its exit codes, and how a signal reaches training."""
+"""`lora-accel train`: its accelerate launch command, exit codes and signals."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from lora_accel.processes import is_python
 from lora_accel.training.stopping import signal_handler
 from tests.conftest import run_code
 from tests.distributed.launching import PRESETS
-from tests.distributed.test_signals import lives, status, wait_for
+from tests.distributed.test_signals import is_running, status, wait_for
 
 MACHINES = [Machine(0, None), Machine(0, 1), Machine(0, 8), Machine(1, None), Machine(8, None)]
 
 
 @pytest.fixture(autouse=True)
-def _nothing_was_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The person who runs the tests may have called `accelerate config`."""
+def _no_default_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ignore a file that `accelerate config` wrote on this machine."""
     monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "none.yaml"))
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=str)
 @pytest.mark.parametrize("threads", [None, "1"])
-def test_accelerate_takes_the_options_and_misses_none_but_precision(
+def test_options_are_valid_and_complete_except_precision(
     machine: Machine, threads: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if threads:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
     elif machine == Machine(0, None):
-        pytest.skip("threads are given where the environment says none")
+        pytest.skip("without OMP_NUM_THREADS, the number of threads is set")
     arguments = [*machine_options(machine), "-m", "lora_accel.train", "--config", "x.yaml", "a.b=1"]
     parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
     warned = [line for record in caplog.records for line in record.getMessage().splitlines() if line.startswith("\t")]
@@ -58,7 +58,7 @@ def test_accelerate_takes_the_options_and_misses_none_but_precision(
     )
 
 
-def test_several_processes_meet_at_a_free_port(tmp_path: Path) -> None:
+def test_several_processes_use_a_free_port(tmp_path: Path) -> None:
     file = tmp_path / "launcher.yaml"
     values = yaml.safe_load((PRESETS / "cpu_ddp.yaml").read_text())
     assert config_file_options(PRESETS / "cpu_ddp.yaml")[2:] == ["--main_process_port", "0"]
@@ -68,7 +68,7 @@ def test_several_processes_meet_at_a_free_port(tmp_path: Path) -> None:
         assert config_file_options(file) == ["--config_file", str(file)]
 
 
-def test_what_accelerate_config_wrote_is_used_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_of_accelerate_config_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config_file_options(None) == []
     written = tmp_path / "default_config.yaml"
     written.write_bytes((PRESETS / "cpu.yaml").read_bytes())
@@ -78,10 +78,10 @@ def test_what_accelerate_config_wrote_is_used_and_named(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("text", ["a: [", "unknown_key: 1", "[]", ""])
-def test_a_file_that_is_no_launchers_config_is_refused(tmp_path: Path, text: str) -> None:
+def test_an_invalid_launcher_config_is_an_error(tmp_path: Path, text: str) -> None:
     file = tmp_path / "launcher.yaml"
     file.write_text(text)
-    with pytest.raises(ConfigError, match=r"launcher\.yaml: no config of accelerate launch"):
+    with pytest.raises(ConfigError, match=r"launcher\.yaml: not a config file of accelerate launch"):
         config_file_options(file)
 
 
@@ -101,18 +101,18 @@ class Failure:
     ],
 )
 def test_the_exit_code_is_that_of_the_rank_that_failed_first(failures: list[tuple[int, int]], code: int) -> None:
-    assert launcher._code_of_ranks({rank: Failure(*failure) for rank, failure in enumerate(failures)}) == code
+    assert launcher._first_exit_code({rank: Failure(*failure) for rank, failure in enumerate(failures)}) == code
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 130, 143])
-def test_exit_codes_pass_through(code: int) -> None:
+def test_exit_codes_are_returned_unchanged(code: int) -> None:
     assert launcher._exit_code(code) == code
 
 
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143), (signal.SIGUSR1, 143)]
 )
-def test_a_process_that_a_signal_killed_while_it_started(
+def test_exit_code_of_a_process_that_a_signal_killed_at_startup(
     number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert launcher._exit_code(-number) == code
@@ -120,39 +120,39 @@ def test_a_process_that_a_signal_killed_while_it_started(
 
 
 @pytest.mark.parametrize(("number", "hint"), [(signal.SIGKILL, "out of memory"), (signal.SIGSEGV, "SIGSEGV")])
-def test_a_process_that_was_killed_is_told_of(number: signal.Signals, hint: str) -> None:
+def test_a_killed_process_is_an_error(number: signal.Signals, hint: str) -> None:
     with pytest.raises(LoraAccelError, match=f"killed by {number.name}.*run|Run") as caught:
         launcher._exit_code(-number)
     assert hint in str(caught.value)
     assert caught.value.exit_code == 1
 
 
-def test_a_signal_before_anything_was_started_ends_the_command() -> None:
-    """In a process of its own: that of the tests may have children, which the signal would be passed on to."""
-    ran = run_code(
+def test_a_signal_without_child_processes_ends_the_command() -> None:
+    """Runs in a process of its own, since the test process may have children that would get the signal."""
+    result = run_code(
         "import signal\n"
         "from lora_accel.errors import Aborted\n"
         "from lora_accel.launcher import Signals\n"
-        "from lora_accel.training.stopping import taking\n"
+        "from lora_accel.training.stopping import signal_handler\n"
         "before = signal.getsignal(signal.SIGTERM)\n"
         "try:\n"
-        "    with taking(Signals().take):\n"
+        "    with signal_handler(Signals().forward):\n"
         "        signal.raise_signal(signal.SIGTERM)\n"
         "except Aborted as aborted:\n"
         "    print(aborted.exit_code, signal.getsignal(signal.SIGTERM) is before)\n"
     )
-    assert ran.stdout.split() == ["143", "True"], ran.stderr
+    assert result.stdout.split() == ["143", "True"], result.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_reaches_what_was_started(number: signal.Signals) -> None:
+def test_a_signal_is_forwarded_to_child_processes(number: signal.Signals) -> None:
     code = (
         "import signal, sys\n"
         f"signal.signal({int(number)}, lambda *_: sys.exit(7))\n"
         "print('ready', flush=True)\n"
         "while True: signal.pause()\n"
     )
-    with signal_handler(Signals().take):
+    with signal_handler(Signals().forward):
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         assert child.stdout is not None
         child.stdout.readline()
@@ -161,14 +161,14 @@ def test_a_signal_reaches_what_was_started(number: signal.Signals) -> None:
         child.stdout.close()
 
 
-# --- real launches
+# Real launches
 
 
 @pytest.fixture
 def train_command(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start `lora-accel train` in an empty folder."""
+    """Return a function that starts `lora-accel train` in an empty folder."""
     started: list[subprocess.Popen[str]] = []
-    folder = tmp_path / "elsewhere"
+    folder = tmp_path / "empty"
     folder.mkdir()
 
     def start(*arguments: str | Path, fault: str = "") -> subprocess.Popen[str]:
@@ -193,12 +193,12 @@ def test_a_wrong_config_is_one_message(config_file: Callable[..., Path], make_co
     file = config_file(make_config())
     with pytest.raises(ConfigError, match="trainin"):
         launch_training(file, ["trainin.epochs=3"])
-    with pytest.raises(ConfigError, match=r"--launcher: there is no file none\.yaml"):
+    with pytest.raises(ConfigError, match=r"--launcher: none\.yaml does not exist"):
         launch_training(file, [], Path("none.yaml"))
 
 
 @pytest.mark.distributed
-def test_one_process_trains_and_its_error_is_told_once(
+def test_one_process_trains_and_its_error_is_printed_once(
     train_command: Callable[..., subprocess.Popen[str]],
     make_config: Callable[..., RunConfig],
     config_file: Callable[..., Path],
@@ -231,7 +231,7 @@ def test_one_process_trains_and_its_error_is_told_once(
     ("preset", "number", "code"),
     [("cpu", signal.SIGINT, 130), ("cpu_ddp", signal.SIGTERM, 143)],
 )
-def test_a_signal_saves_and_its_exit_code_comes_out(
+def test_a_signal_saves_a_checkpoint_and_sets_the_exit_code(
     train_command: Callable[..., subprocess.Popen[str]],
     make_config: Callable[..., RunConfig],
     config_file: Callable[..., Path],
@@ -251,16 +251,16 @@ def test_a_signal_saves_and_its_exit_code_comes_out(
     _, err = process.communicate(timeout=600)
     assert process.returncode == code, err
     assert "Traceback" not in err
-    what = "finishing this step, then saving"
-    assert sum(what in line for line in err.splitlines()) == 1, "the first of the machine says it once"
-    assert err.count(f"stopped by {number.name} (rank ") == 1
-    assert not any(map(lives, pids))
+    notice = "finishing this step, then saving"
+    assert sum(notice in line for line in err.splitlines()) == 1, "only local rank 0 prints it"
+    assert err.count(f"stopped by {number.name} on rank ") == 1
+    assert not any(map(is_running, pids))
     assert (status(output)["state"], status(output)["step"]) == ("preempted", 3)
     assert json.loads((output / "status.json").read_text())["checkpoint"].endswith("step-00000003")
 
 
 @pytest.mark.distributed
-def test_a_signal_before_training_ends_it_with_one_line(
+def test_a_signal_before_training_ends_the_command_with_one_line(
     train_command: Callable[..., subprocess.Popen[str]],
     make_config: Callable[..., RunConfig],
     config_file: Callable[..., Path],
@@ -273,7 +273,7 @@ def test_a_signal_before_training_ends_it_with_one_line(
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=600)
     assert process.returncode == 143, err
-    told = [line for line in err.splitlines() if "stopped by" in line]
-    assert told == ["stopped by SIGTERM before training started; run the same command to start again"]
+    messages = [line for line in err.splitlines() if "stopped by" in line]
+    assert messages == ["stopped by SIGTERM before training started; run the same command to start again"]
     assert "Traceback" not in err
     assert not Path(config.output_dir).exists()

@@ -1,4 +1,4 @@
-"""The package and its commands from outside: what they import, print, and answer to a wrong request."""
+"""The package and its commands as a user sees them: imports, output and error messages."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import lora_accel
 from lora_accel import RunConfig, run_training
 from lora_accel.config.files import config_to_yaml
 from lora_accel.saving.atomic import why_invalid
-from tests.conftest import ROOT, Told, chat_rows, read_metrics, run_module, write_jsonl
+from tests.conftest import ROOT, CommandResult, chat_rows, read_metrics, run_module, write_jsonl
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "deepspeed", "bitsandbytes")
 
-# Runs a command within the process, then tells its exit code and which heavy packages it has imported.
+# Runs a command in this process, then prints its exit code and the heavy packages that it imported.
 PROBE = f"""
 import sys
 sys.argv = ["lora-accel", *sys.argv[1:]]
@@ -34,10 +34,10 @@ print("HEAVY", code or 0, *[name for name in {HEAVY!r} if name in sys.modules])
 
 
 def imported_by(statement: str, *arguments: str) -> tuple[int, list[str]]:
-    """Return the exit code of a statement and the heavy packages that it imports, in a process of its own."""
+    """Return the exit code of a statement and the heavy packages that it imports, in a separate process."""
     command = [sys.executable, "-c", PROBE, *arguments, statement]
-    told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    _, code, *names = told.stdout.splitlines()[-1].split()
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    _, code, *names = result.stdout.splitlines()[-1].split()
     return int(code), names
 
 
@@ -64,13 +64,13 @@ def test_help_and_schema_import_nothing_heavy(arguments: tuple[str, ...]) -> Non
     assert imported_by(CLI, *arguments) == (0, [])
 
 
-def test_training_says_its_help_without_torch() -> None:
+def test_help_of_training_does_not_import_torch() -> None:
     assert imported_by("from lora_accel.train import main; sys.exit(main(sys.argv[1:]))", "--help") == (0, [])
 
 
 @pytest.mark.parametrize("command", ["plan", "evaluate", "train", "python -m lora_accel.train"])
 @pytest.mark.parametrize("fault", ["absent", "unknown key", "no yaml"])
-def test_a_bad_config_is_answered_without_torch(tmp_path: Path, command: str, fault: str) -> None:
+def test_a_bad_config_is_reported_without_importing_torch(tmp_path: Path, command: str, fault: str) -> None:
     file = tmp_path / "config.yaml"
     if fault != "absent":
         file.write_text("train: {}\n" if fault == "unknown key" else "a: [")
@@ -80,7 +80,7 @@ def test_a_bad_config_is_answered_without_torch(tmp_path: Path, command: str, fa
     assert imported_by(statement, *arguments, "--config", str(file)) == (2, [])
 
 
-def test_the_probe_sees_what_is_imported() -> None:
+def test_the_probe_detects_imports() -> None:
     assert imported_by("import torch") == (0, ["torch"])
 
 
@@ -93,13 +93,13 @@ def test_every_exported_name_resolves() -> None:
         lora_accel.run_trainig  # noqa: B018
 
 
-def test_train_stays_the_modules_name() -> None:
+def test_lora_accel_train_is_the_module() -> None:
     import lora_accel.train
 
     assert lora_accel.train.__name__ == "lora_accel.train"
 
 
-def test_the_version_is_that_of_the_distribution() -> None:
+def test_the_version_matches_the_distribution() -> None:
     assert importlib.metadata.version("lora-accel") == lora_accel.__version__
 
 
@@ -108,7 +108,7 @@ def test_the_version_is_that_of_the_distribution() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]) -> RunConfig:
-    """The config of a finished run: run folder and eval rows are where it says."""
+    """Return the config of a finished run."""
     folder = tmp_path_factory.mktemp("trained")
     values = {
         "output_dir": str(folder / "run"),
@@ -136,29 +136,31 @@ def file_of(config: RunConfig) -> Path:
     return Path(config.output_dir).parent / "config.yaml"
 
 
-def test_plan_tells_the_plan_that_the_run_wrote(command: Callable[..., Told], trained: RunConfig) -> None:
-    told = command("plan", "--config", file_of(trained), "--json")
-    assert told.returncode == 0, told.stderr
-    assert json.loads(told.stdout) == json.loads((Path(trained.output_dir) / "plan.json").read_text())
+def test_plan_prints_the_plan_that_the_run_wrote(command: Callable[..., CommandResult], trained: RunConfig) -> None:
+    result = command("plan", "--config", file_of(trained), "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == json.loads((Path(trained.output_dir) / "plan.json").read_text())
 
 
-def test_plan_takes_overrides_and_ranks(command: Callable[..., Told], trained: RunConfig, tmp_path: Path) -> None:
+def test_plan_takes_overrides_and_ranks(
+    command: Callable[..., CommandResult], trained: RunConfig, tmp_path: Path
+) -> None:
     output = tmp_path / "planned"
-    words = ("training.max_steps=7", f"output_dir={output}", "--ranks", "3", "--json")
-    told = command("plan", "--config", file_of(trained), *words)
-    plan = json.loads(told.stdout)
+    args = ("training.max_steps=7", f"output_dir={output}", "--ranks", "3", "--json")
+    result = command("plan", "--config", file_of(trained), *args)
+    plan = json.loads(result.stdout)
     assert (plan["total_steps"], plan["num_ranks"], plan["batch_size"]) == (7, 3, 4)
     assert not output.exists(), "planning writes nothing"
 
 
-def test_plan_says_it_in_words(command: Callable[..., Told], trained: RunConfig) -> None:
-    told = command("plan", "--config", file_of(trained))
-    assert told.returncode == 0
-    assert "12 rows" in told.stdout
-    assert "4 examples over 1 rank" in told.stdout
+def test_plan_prints_a_table(command: Callable[..., CommandResult], trained: RunConfig) -> None:
+    result = command("plan", "--config", file_of(trained))
+    assert result.returncode == 0
+    assert "12 rows" in result.stdout
+    assert "4 examples over 1 rank" in result.stdout
 
 
-def test_the_schema_describes_every_key(command: Callable[..., Told], trained: RunConfig) -> None:
+def test_the_schema_describes_every_key(command: Callable[..., CommandResult], trained: RunConfig) -> None:
     schema = json.loads(command("plan", "--schema").stdout)
     training = schema["$defs"]["TrainingSection"]
     assert training["properties"]["learning_rate"]["description"] == "Peak learning rate of AdamW."
@@ -166,45 +168,45 @@ def test_the_schema_describes_every_key(command: Callable[..., Told], trained: R
     assert set(schema["properties"]) == set(RunConfig.model_fields)
 
 
-def test_merge_makes_a_folder_and_tells_how_near_it_is(
-    command: Callable[..., Told], trained: RunConfig, tmp_path: Path
+def test_merge_writes_a_folder_and_reports_how_close_it_is(
+    command: Callable[..., CommandResult], trained: RunConfig, tmp_path: Path
 ) -> None:
     out = tmp_path / "merged"
-    told = command("merge", adapter_of(trained), out, "--json")
-    assert told.returncode == 0, told.stderr
-    assert json.loads(told.stdout)["merged"]["agreement"]["moved"] < 1e-4
+    result = command("merge", adapter_of(trained), out, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["merged"]["agreement"]["moved"] < 1e-4
     assert why_invalid(out) is None
-    again = command("merge", adapter_of(trained), out)
-    assert again.returncode == 2
-    assert "is there already" in again.stderr
+    repeated = command("merge", adapter_of(trained), out)
+    assert repeated.returncode == 2
+    assert "already exists" in repeated.stderr
     replaced = command("merge", adapter_of(trained), out, "--overwrite")
     assert replaced.returncode == 0
     assert replaced.stdout.startswith(f"merged: {out}")
 
 
-def test_merge_takes_a_whole_run_and_a_weighted_combination_and_fastchats_names(
-    command: Callable[..., Told], trained: RunConfig, tmp_path: Path
+def test_merge_of_all_checkpoints_of_a_combination_and_with_fastchats_options(
+    command: Callable[..., CommandResult], trained: RunConfig, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained.output_dir, run)
-    told = command("merge", "--all", run)
-    assert told.returncode == 0, told.stderr
-    made = {path.name for path in (run / "merged").iterdir()}
-    assert made == {"adapter", *(path.name for path in (run / "checkpoints").iterdir())}
-    assert sum(line.startswith("merged: ") for line in told.stdout.splitlines()) == len(made)
-    assert command("merge", "--all", run).stdout.count("merged already: ") == len(made)
+    result = command("merge", "--all", run)
+    assert result.returncode == 0, result.stderr
+    names = {path.name for path in (run / "merged").iterdir()}
+    assert names == {"adapter", *(path.name for path in (run / "checkpoints").iterdir())}
+    assert sum(line.startswith("merged: ") for line in result.stdout.splitlines()) == len(names)
+    assert command("merge", "--all", run).stdout.count("already merged: ") == len(names)
 
-    words = ("--lora-path", run / "adapter", "--base-model-path", trained.model.name_or_path)
-    told = command("merge", *words, "--target-model-path", tmp_path / "fastchat")
-    assert told.returncode == 0, told.stderr
+    args = ("--lora-path", run / "adapter", "--base-model-path", trained.model.name_or_path)
+    result = command("merge", *args, "--target-model-path", tmp_path / "fastchat")
+    assert result.returncode == 0, result.stderr
     weights = "model.safetensors"
     assert (tmp_path / "fastchat" / weights).read_bytes() == (run / "merged" / "adapter" / weights).read_bytes()
 
     checkpoint = min((run / "checkpoints").iterdir())
-    words = ("--adapter", f"{run / 'adapter'}=0.7", "--adapter", f"{checkpoint}=0.3")
-    told = command("merge", *words, tmp_path / "combined", "--json", "--max-shard-size", "50KB")
-    assert told.returncode == 0, told.stderr
-    assert json.loads(told.stdout)["merged"]["adapter"] == {str(run / "adapter"): 0.7, str(checkpoint): 0.3}
+    args = ("--adapter", f"{run / 'adapter'}=0.7", "--adapter", f"{checkpoint}=0.3")
+    result = command("merge", *args, tmp_path / "combined", "--json", "--max-shard-size", "50KB")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["merged"]["adapter"] == {str(run / "adapter"): 0.7, str(checkpoint): 0.3}
     assert len(list((tmp_path / "combined").glob("*.safetensors"))) > 1
 
 
@@ -216,34 +218,36 @@ def merged(trained: RunConfig) -> Path:
 
 
 def test_generate_compares_base_adapter_and_merged(
-    command: Callable[..., Told], trained: RunConfig, merged: Path
+    command: Callable[..., CommandResult], trained: RunConfig, merged: Path
 ) -> None:
-    words = ("--compare", "--json", "--max-new-tokens", "6", "say alpha", "hello")
-    told = command("generate", "--adapter", adapter_of(trained), "--merged", merged, *words)
-    assert told.returncode == 0, told.stderr
-    answers = json.loads(told.stdout)
-    assert [answer["prompt"] for answer in answers] == ["say alpha", "hello"]
+    args = ("--compare", "--json", "--max-new-tokens", "6", "alpha bravo", "hello")
+    result = command("generate", "--adapter", adapter_of(trained), "--merged", merged, *args)
+    assert result.returncode == 0, result.stderr
+    answers = json.loads(result.stdout)
+    assert [answer["prompt"] for answer in answers] == ["alpha bravo", "hello"]
     for answer in answers:
         assert set(answer) == {"prompt", "base", "base + adapter", "merged"}
         assert answer["merged"] == answer["base + adapter"]
     assert any(answer["base"] != answer["base + adapter"] for answer in answers)
 
 
-def test_generate_without_compare_asks_the_adapter_alone(command: Callable[..., Told], trained: RunConfig) -> None:
-    told = command("generate", "--adapter", adapter_of(trained), "--json", "--max-new-tokens", "3", "hello")
-    ((answer),) = json.loads(told.stdout)
+def test_generate_without_compare_uses_only_the_adapter(
+    command: Callable[..., CommandResult], trained: RunConfig
+) -> None:
+    result = command("generate", "--adapter", adapter_of(trained), "--json", "--max-new-tokens", "3", "hello")
+    ((answer),) = json.loads(result.stdout)
     assert set(answer) == {"prompt", "base + adapter"}
-    in_words = command("generate", "--adapter", adapter_of(trained), "--max-new-tokens", "3", "hello")
-    assert in_words.returncode == 0
-    assert "base + adapter" in in_words.stdout
+    as_text = command("generate", "--adapter", adapter_of(trained), "--max-new-tokens", "3", "hello")
+    assert as_text.returncode == 0
+    assert "base + adapter" in as_text.stdout
 
 
 def test_evaluate_scores_all_three(trained: RunConfig, merged: Path) -> None:
-    words = ("--adapter", adapter_of(trained), "--merged", merged, "--json", "--max-new-tokens", "4")
-    # In a process of its own, since libraries print at import what would spoil JSON on stdout.
-    told = run_module("lora_accel.cli", "evaluate", "--config", file_of(trained), *words, fresh=True)
-    assert told.returncode == 0, told.stderr
-    scores = {score["name"]: score for score in json.loads(told.stdout)}
+    args = ("--adapter", adapter_of(trained), "--merged", merged, "--json", "--max-new-tokens", "4")
+    # In a separate process: what libraries print when they are imported must not end up in the JSON on stdout.
+    result = run_module("lora_accel.cli", "evaluate", "--config", file_of(trained), *args, fresh=True)
+    assert result.returncode == 0, result.stderr
+    scores = {score["name"]: score for score in json.loads(result.stdout)}
     assert list(scores) == ["base", "base + adapter", "merged"]
     assert scores["base + adapter"]["eval_loss"] < scores["base"]["eval_loss"]
     assert scores["merged"]["eval_loss"] == pytest.approx(scores["base + adapter"]["eval_loss"], rel=1e-5)
@@ -253,14 +257,14 @@ def test_evaluate_scores_all_three(trained: RunConfig, merged: Path) -> None:
     assert all(0 <= score["exact_match"] <= 1 for score in scores.values())
 
 
-# A wrong request: one message, exit code 2, no traceback, nothing written
+# Wrong requests: one message, exit code 2, no traceback, nothing written
 
 
-def refused(told: Told, *parts: str) -> None:
-    assert told.returncode == 2
-    assert "Traceback" not in told.stderr
-    lines = [line for line in told.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, told.stderr
+def check_one_error(result: CommandResult, *parts: str) -> None:
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
     for part in parts:
         assert part in lines[0]
 
@@ -268,38 +272,42 @@ def refused(told: Told, *parts: str) -> None:
 @pytest.mark.parametrize("kind", ["absent", "empty", "a file"])
 @pytest.mark.parametrize("verb", ["merge", "generate", "generate --base", "evaluate"])
 def test_a_missing_adapter_is_one_message(
-    command: Callable[..., Told], trained: RunConfig, tmp_path: Path, verb: str, kind: str
+    command: Callable[..., CommandResult], trained: RunConfig, tmp_path: Path, verb: str, kind: str
 ) -> None:
     adapter = tmp_path / "no-adapter"
     if kind == "empty":
         adapter.mkdir()
     elif kind == "a file":
         adapter.write_text("mine")
-    words: dict[str, tuple[str | Path, ...]] = {
+    command_lines: dict[str, tuple[str | Path, ...]] = {
         "merge": ("merge", adapter, tmp_path / "merged"),
         "generate": ("generate", "--adapter", adapter, "hello"),
         "generate --base": ("generate", "--adapter", adapter, "--base", trained.model.name_or_path, "hello"),
         "evaluate": ("evaluate", "--config", file_of(trained), "--adapter", adapter),
     }
-    refused(command(*words[verb]), "no-adapter", "adapter")
+    check_one_error(command(*command_lines[verb]), "no-adapter", "adapter")
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_adapter_whose_base_is_gone_is_one_message(
-    command: Callable[..., Told], trained: RunConfig, tmp_path: Path
+def test_a_missing_base_of_an_adapter_is_one_message(
+    command: Callable[..., CommandResult], trained: RunConfig, tmp_path: Path
 ) -> None:
     adapter = tmp_path / "adapter"
     shutil.copytree(adapter_of(trained), adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(tmp_path / "gone")
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    refused(command("merge", adapter, tmp_path / "merged"), "gone")
-    refused(command("generate", "--adapter", adapter, "hello"), "gone")
+    check_one_error(command("merge", adapter, tmp_path / "merged"), "gone")
+    check_one_error(command("generate", "--adapter", adapter, "hello"), "gone")
 
 
 @pytest.mark.parametrize("verb", ["generate", "evaluate"])
-def test_a_missing_merged_model_is_told_before_the_others_are_asked(
-    command: Callable[..., Told], trained: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+def test_a_missing_merged_model_is_reported_before_a_model_is_loaded(
+    command: Callable[..., CommandResult],
+    trained: RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
 ) -> None:
     from lora_accel.model import base
 
@@ -307,28 +315,26 @@ def test_a_missing_merged_model_is_told_before_the_others_are_asked(
         pytest.fail("a model was loaded first")
 
     monkeypatch.setattr(base, "load_base_model", load)
-    words: tuple[str | Path, ...] = ("generate", "hello")
+    args: tuple[str | Path, ...] = ("generate", "hello")
     if verb == "evaluate":
-        words = ("evaluate", "--config", file_of(trained))
-    told = command(*words, "--adapter", adapter_of(trained), "--merged", tmp_path / "no-model")
-    refused(told, "no-model")
+        args = ("evaluate", "--config", file_of(trained))
+    result = command(*args, "--adapter", adapter_of(trained), "--merged", tmp_path / "no-model")
+    check_one_error(result, "no-model")
     if verb == "evaluate":
-        refused(command(*words, "--adapter", tmp_path / "no-adapter"), "no-adapter")
+        check_one_error(command(*args, "--adapter", tmp_path / "no-adapter"), "no-adapter")
 
 
-def test_evaluate_without_rows_is_one_message(command: Callable[..., Told], trained: RunConfig) -> None:
-    refused(command("evaluate", "--config", file_of(trained), "data.eval=[]"), "data.eval")
+def test_evaluate_without_rows_is_one_message(command: Callable[..., CommandResult], trained: RunConfig) -> None:
+    check_one_error(command("evaluate", "--config", file_of(trained), "data.eval=[]"), "data.eval")
 
 
-def test_plan_without_a_config_is_one_message(command: Callable[..., Told]) -> None:
-    refused(command("plan"), "--config FILE is missing")
+def test_plan_without_a_config_is_one_message(command: Callable[..., CommandResult]) -> None:
+    check_one_error(command("plan"), "--config FILE is missing")
 
 
-@pytest.mark.parametrize("words", [("plam",), ("merge", "--outt"), ("plan", "--rnaks", "2"), ("plan", "--ranks", "0")])
-def test_a_word_that_the_command_line_does_not_know_is_exit_code_2(
-    command: Callable[..., Told], words: tuple[str, ...]
-) -> None:
-    told = command(*words)
-    assert told.returncode == 2
-    assert "Traceback" not in told.stderr
-    assert "Usage: " in told.stderr
+@pytest.mark.parametrize("args", [("plam",), ("merge", "--outt"), ("plan", "--rnaks", "2"), ("plan", "--ranks", "0")])
+def test_an_unknown_argument_is_exit_code_2(command: Callable[..., CommandResult], args: tuple[str, ...]) -> None:
+    result = command(*args)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "Usage: " in result.stderr

@@ -1,4 +1,4 @@
-"""Precision of a run from first to last: asked for, launched with, kept by a checkpoint, or the device's own."""
+"""The precision of a run: set in the config, by the launcher, by a checkpoint, or by the device."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from lora_accel.saving.discovery import RunPrecision, precision_of_run
 from tests.conftest import read_metrics
 
 NATIVE = native_dtypes(detect_device(torch.device("cpu")))
-emulates_bf16 = pytest.mark.skipif(torch.bfloat16 in NATIVE, reason="this CPU computes bfloat16 natively")
+needs_bf16_emulation = pytest.mark.skipif(torch.bfloat16 in NATIVE, reason="this CPU computes bfloat16 natively")
 
 
 def losses(config: RunConfig) -> list[float]:
     return [line["loss"] for line in read_metrics(Path(config.output_dir))]
 
 
-def forget(config: RunConfig, step: int) -> None:
-    """Take a run back to where it was before a checkpoint."""
+def delete_checkpoint(config: RunConfig, step: int) -> None:
+    """Delete a checkpoint and the adapter, so that the run resumes from an earlier checkpoint."""
     folder = Path(config.output_dir)
     shutil.rmtree(folder / "checkpoints" / f"step-{step:08d}")
     shutil.rmtree(folder / "adapter")
 
 
-def test_a_fresh_run_follows_the_device(make_config: Callable[..., RunConfig]) -> None:
+def test_new_run_uses_the_precision_of_the_device(make_config: Callable[..., RunConfig]) -> None:
     config = make_config(training={"mixed_precision": "auto", "max_steps": 1})
     run_training(config)
     provenance = json.loads((Path(config.output_dir) / "provenance.json").read_text())
@@ -46,50 +46,50 @@ def test_a_fresh_run_follows_the_device(make_config: Callable[..., RunConfig]) -
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_a_resumed_run_keeps_the_precision_of_its_checkpoint(
+def test_resumed_run_keeps_the_precision_of_its_checkpoint(
     make_config: Callable[..., RunConfig], tmp_path: Path, precision: str
 ) -> None:
-    def config(name: str, asked: str) -> RunConfig:
-        training = {"mixed_precision": asked, "max_steps": 4, "learning_rate": 1e-3}
+    def config(name: str, mixed_precision: str) -> RunConfig:
+        training = {"mixed_precision": mixed_precision, "max_steps": 4, "learning_rate": 1e-3}
         return make_config(output_dir=str(tmp_path / name), training=training)
 
-    run_training(config("straight", precision))
+    run_training(config("uninterrupted", precision))
     run_training(config("resumed", precision))
-    forget(config("resumed", precision), 4)
+    delete_checkpoint(config("resumed", precision), 4)
     run_training(config("resumed", "auto"))
     events = [(line["event"], line["step"]) for line in read_metrics(tmp_path / "resumed", "event")]
     assert ("resume", 2) in events
-    assert losses(config("resumed", "auto")) == losses(config("straight", precision))
+    assert losses(config("resumed", "auto")) == losses(config("uninterrupted", precision))
     kept = precision_of_run(tmp_path / "resumed" / "checkpoints", "auto")
-    assert kept == precision_of_run(tmp_path / "straight" / "checkpoints", "auto")
+    assert kept == precision_of_run(tmp_path / "uninterrupted" / "checkpoints", "auto")
     assert kept is not None
     assert kept.mixed_precision == precision
 
 
-def test_a_named_checkpoint_decides_before_others_that_do_not_descend_from_it(
+def test_precision_comes_from_the_checkpoint_to_resume_from(
     make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     for name, precision in (("first", "no"), ("second", "bf16")):
         training = {"max_steps": 2, "mixed_precision": precision}
         run_training(make_config(output_dir=str(tmp_path / name), training=training))
-        AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
-    named = str(tmp_path / "first" / "checkpoints" / "step-00000002")
-    kept = precision_of_run(tmp_path / "second" / "checkpoints", named)
+        AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
+    checkpoint = str(tmp_path / "first" / "checkpoints" / "step-00000002")
+    kept = precision_of_run(tmp_path / "second" / "checkpoints", checkpoint)
     assert kept is not None
     assert kept.mixed_precision == "no"
 
 
-def test_another_precision_than_the_checkpoints_is_an_error(make_config: Callable[..., RunConfig]) -> None:
+def test_different_precision_than_the_checkpoint_is_an_error(make_config: Callable[..., RunConfig]) -> None:
     config = make_config(training={"max_steps": 4})
     run_training(config)
-    forget(config, 4)
-    AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
+    delete_checkpoint(config, 4)
+    AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
     with pytest.raises(ArtifactError, match=r"training\.mixed_precision: 'no' -> 'bf16'"):
         run_training(make_config(training={"max_steps": 4, "mixed_precision": "bf16"}))
 
 
-@emulates_bf16
-def test_a_base_in_bfloat16_is_loaded_in_float32_where_that_is_emulated(
+@needs_bf16_emulation
+def test_bf16_base_is_loaded_in_float32_if_bf16_is_emulated(
     make_config: Callable[..., RunConfig], tiny_model: Callable[..., Path]
 ) -> None:
     model = {"name_or_path": str(tiny_model(dtype=torch.bfloat16))}
@@ -99,14 +99,14 @@ def test_a_base_in_bfloat16_is_loaded_in_float32_where_that_is_emulated(
     assert (provenance["mixed_precision"], provenance["base_dtype"]) == ("no", "float32")
 
 
-def test_a_checkpoint_that_names_no_dtype_was_trained_as_stored(
+def test_checkpoint_without_dtype_was_trained_as_stored(
     make_config: Callable[..., RunConfig], tiny_model: Callable[..., Path]
 ) -> None:
-    """Written before this package named it."""
+    """Checkpoints of older versions have no dtype."""
     model = {"name_or_path": str(tiny_model(dtype=torch.bfloat16)), "dtype": "auto"}
     config = make_config(model=model, training={"max_steps": 4})
     run_training(config)
-    forget(config, 4)
+    delete_checkpoint(config, 4)
     state_file = Path(config.output_dir) / "checkpoints" / "step-00000002" / "state.json"
     state: dict[str, Any] = json.loads(state_file.read_text())
     del state["provenance"]["base_dtype"], state["overflowed"], state["loss_scale"]
@@ -131,20 +131,20 @@ def test_a_checkpoint_that_names_no_dtype_was_trained_as_stored(
         ("auto", "no", None, torch.bfloat16 if torch.bfloat16 in NATIVE else torch.float32),
     ],
 )
-def test_who_decides_the_dtype_of_the_base(
+def test_precedence_of_the_base_dtype(
     tiny_model: Callable[..., Path], dtype: str, precision: str, kept: str | None, expected: object
 ) -> None:
     section = ModelSection.model_validate({"name_or_path": str(tiny_model(dtype=torch.bfloat16)), "dtype": dtype})
     assert choose_dtype(section, precision, torch.device("cpu"), kept) == expected
 
 
-@emulates_bf16
+@needs_bf16_emulation
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_precision_that_is_emulated_is_reported_with_the_way_out(
+def test_emulated_precision_prints_a_warning(
     make_config: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str], precision: str
 ) -> None:
     run_training(make_config(training={"mixed_precision": precision, "max_steps": 1}))
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     name = {"bf16": "bfloat16", "fp16": "float16"}[precision]
-    assert f"warning: this CPU emulates {name}: a matrix product takes " in said
-    assert "training.mixed_precision=auto" in said
+    assert f"warning: this CPU emulates {name}: a matrix product takes " in output
+    assert "training.mixed_precision=auto" in output

@@ -1,4 +1,4 @@
-"""`lora-accel inspect`: it shows what training would learn, to the token, and rows are never more than words."""
+"""`lora-accel inspect`: it shows exactly the tokens and loss masks of training, and never interprets text of rows."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from lora_accel.config.files import read_config
 from lora_accel.data.chat import Example
 from lora_accel.labels import IGNORE_INDEX
 from lora_accel.preview import (
-    LEARNED,
     SPECIAL,
-    UNLEARNED,
-    coloured,
+    SUPERVISED,
+    UNSUPERVISED,
+    color_pieces,
     histogram,
     load_parts,
-    marked,
-    pieces,
+    make_visible,
+    mark_pieces,
     show_examples,
-    visible,
+    split_pieces,
 )
 from lora_accel.setup.data import prepare_data
 from lora_accel.setup.recipe import make_recipe
@@ -48,7 +48,7 @@ data:
   max_length: 60
 """
 ONE_ROW = [{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "one two"}]}]
-HOSTILE = (
+UNTRUSTED = (
     "[red]red[/red] [link=file:///x]y[/link] :smile:",
     "\x1b[31mred \x1b]0;title\x07 \x9b2J \u202eback \u2028 \x00 \x7f",
     "<script>alert(1)</script> & <b title='\"'></mark></pre>",
@@ -58,8 +58,8 @@ HOSTILE = (
 )
 
 
-class Told(NamedTuple):
-    """What the command answered."""
+class CommandResult(NamedTuple):
+    """Exit code and output of the command."""
 
     code: int
     out: str
@@ -67,16 +67,16 @@ class Told(NamedTuple):
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """Return the objects of its JSON."""
+        """Return the objects of the JSON output."""
         return [json.loads(line) for line in self.out.splitlines()]
 
 
-Inspect = Callable[..., Told]
+Inspect = Callable[..., CommandResult]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the command runs: a config, three files of rows, and a model of which there is only the tokenizer."""
+    """Create the working folder: a config, three data files, and a model folder with a tokenizer only."""
     monkeypatch.chdir(tmp_path)
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "run.yaml").write_text(CONFIG.replace("MODEL", str(tmp_path / "model")), encoding="utf-8")
@@ -88,20 +88,20 @@ def folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pyte
 
 @pytest.fixture
 def inspect(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Inspect:
-    """Run `lora-accel inspect --config run.yaml …` within this process."""
+    """Return a function that runs `lora-accel inspect --config run.yaml …` within this process."""
 
-    def run(*words: str | Path) -> Told:
-        monkeypatch.setattr(sys, "argv", ["lora-accel", "inspect", "--config", "run.yaml", *map(str, words)])
+    def run(*args: str | Path) -> CommandResult:
+        monkeypatch.setattr(sys, "argv", ["lora-accel", "inspect", "--config", "run.yaml", *map(str, args)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             cli.main()
-        return Told(int(stopped.value.code or 0), *capsys.readouterr())
+        return CommandResult(int(stopped.value.code or 0), *capsys.readouterr())
 
     return run
 
 
 def write_rows(folder: Path, *contents: str) -> None:
-    """Let rows.jsonl hold conversations in which both sides say the same."""
+    """Write rows.jsonl with conversations in which both messages have the same text."""
     rows = [{"messages": [{"role": r, "content": c} for r in ("user", "assistant")]} for c in contents]
     write_jsonl(folder / "rows.jsonl", rows)
 
@@ -110,12 +110,12 @@ def write_rows(folder: Path, *contents: str) -> None:
 
 
 @pytest.mark.parametrize("overlong", ["truncate", "split", "drop"])
-def test_json_tells_every_example_and_sums_that_agree(
+def test_json_has_every_example_and_matching_sums(
     inspect: Inspect, tokenizer: PreTrainedTokenizerFast, overlong: str
 ) -> None:
-    told = inspect("--json", f"data.overlong={overlong}", "data.max_dropped=1")
-    assert (told.code, told.err) == (0, "")
-    *examples, last = told.lines
+    result = inspect("--json", f"data.overlong={overlong}", "data.max_dropped=1")
+    assert (result.code, result.err) == (0, "")
+    *examples, last = result.lines
     assert list(last) == ["audit"]
     fields = ["source", "split", "held_out", "file", "row", "text", "input_ids", "labels"]
     assert all(list(x) == fields for x in examples)
@@ -130,32 +130,33 @@ def test_json_tells_every_example_and_sums_that_agree(
     assert [ledger["path"] for ledger in audit["eval"]] == ["eval.jsonl"]
     for split in ("train", "eval"):
         for ledger in audit[split]:
-            mine = [x for x in examples if (x["split"], x["source"]) == (split, ledger["path"])]
-            agree(ledger, mine)
+            of_source = [x for x in examples if (x["split"], x["source"]) == (split, ledger["path"])]
+            check_sums(ledger, of_source)
             assert ledger["num_rows"] == sum(bucket["num_rows"] for bucket in ledger["buckets"].values())
-    agree(audit["total"], examples)
+    check_sums(audit["total"], examples)
     assert audit["total"]["num_rows"] == 8 + 2 + 1
     used = {(x["source"], x["row"]) for x in examples}
     assert audit["total"]["num_rows"] == len(used) + audit["total"]["num_dropped"]
 
 
-def agree(sums: dict[str, Any], examples: list[dict[str, Any]]) -> None:
+def check_sums(sums: dict[str, Any], examples: list[dict[str, Any]]) -> None:
+    """Check that a ledger has the sums of these examples."""
     assert sums["num_examples"] == len(examples)
     assert sums["num_tokens"] == sum(len(x["input_ids"]) for x in examples)
     assert sums["num_supervised_tokens"] == sum(label != -100 for x in examples for label in x["labels"])
     assert sums["longest"] == max((len(x["input_ids"]) for x in examples), default=0)
 
 
-def test_json_is_text_that_no_terminal_obeys(inspect: Inspect, folder: Path) -> None:
-    write_rows(folder, *HOSTILE)
-    told = inspect("--json", "data.max_length=400")
-    assert told.code == 0
-    assert re.fullmatch(r"[\n -~]*", told.out)
-    for line, content in zip(told.lines, HOSTILE, strict=False):
+def test_json_output_is_printable_ascii(inspect: Inspect, folder: Path) -> None:
+    write_rows(folder, *UNTRUSTED)
+    result = inspect("--json", "data.max_length=400")
+    assert result.code == 0
+    assert re.fullmatch(r"[\n -~]*", result.out)
+    for line, content in zip(result.lines, UNTRUSTED, strict=False):
         assert line["text"] == (f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n{content}<|im_end|>\n")
 
 
-def test_rows_and_source_choose(inspect: Inspect) -> None:
+def test_rows_and_source_options_select_examples(inspect: Inspect) -> None:
     *examples, last = inspect("--json", "--rows", "1").lines
     assert [(x["source"], x["row"]) for x in examples] == [("rows.jsonl", 1), ("others.jsonl", 1), ("eval.jsonl", 1)]
     assert last["audit"]["total"]["num_rows"] == 11, "the audit is of all rows"
@@ -170,46 +171,48 @@ def test_rows_and_source_choose(inspect: Inspect) -> None:
 HOLDING_OUT = ("data.eval=[]", "data.eval_fraction=0.3")
 
 
-def test_held_out_examples_are_those_of_training(inspect: Inspect, folder: Path) -> None:
-    """In JSON, text and the page, whichever source is looked at; every row is in one ledger still."""
+def test_held_out_examples_match_training(inspect: Inspect, folder: Path) -> None:
+    """In JSON, text and the HTML page, with any `--source`. Every row is still in exactly one ledger."""
     write_jsonl(folder / "rows.jsonl", [*chat_rows(4), {"messages": []}, *chat_rows(12)[4:]])
-    words = (*HOLDING_OUT, "data.overlong=split", "data.max_dropped=0.1", "seed=1")
-    *examples, last = inspect("--json", *words).lines
-    held = [x for x in examples if x["held_out"]]
-    data = prepare_data(read_config(folder / "run.yaml", words), num_ranks=1)
+    args = (*HOLDING_OUT, "data.overlong=split", "data.max_dropped=0.1", "seed=1")
+    *examples, last = inspect("--json", *args).lines
+    held_out = [x for x in examples if x["held_out"]]
+    data = prepare_data(read_config(folder / "run.yaml", args), num_ranks=1)
     expected = [(*x.row, x.input_ids) for x in data.eval_sources["data.eval_fraction"]]
-    assert [(x["file"], x["row"], x["input_ids"]) for x in held] == expected
+    assert [(x["file"], x["row"], x["input_ids"]) for x in held_out] == expected
     trained = [(*x.row, x.input_ids) for x in data.dataset.examples]
     assert [(x["file"], x["row"], x["input_ids"]) for x in examples if not x["held_out"]] == trained
     assert {(x["split"], x["held_out"]) for x in examples} == {("train", False), ("eval", True)}
-    assert {x["source"] for x in held} == {"rows.jsonl", "others.jsonl"}
-    agree(last["audit"]["total"], examples)
+    assert {x["source"] for x in held_out} == {"rows.jsonl", "others.jsonl"}
+    check_sums(last["audit"]["total"], examples)
     assert last["audit"]["total"]["num_rows"] == 13 + 2
     assert ([x["path"] for x in last["audit"]["train"]], last["audit"]["eval"]) == (["rows.jsonl", "others.jsonl"], [])
 
-    *alone, _ = inspect("--json", *words, "--source", "data.eval_fraction").lines
-    assert alone == held
-    *of_file, last = inspect("--json", *words, "--source", "rows.jsonl").lines
-    assert of_file == [x for x in examples if x["source"] == "rows.jsonl"], "held out of all sources, then chosen"
+    *only_held_out, _ = inspect("--json", *args, "--source", "data.eval_fraction").lines
+    assert only_held_out == held_out
+    *of_file, last = inspect("--json", *args, "--source", "rows.jsonl").lines
+    assert of_file == [x for x in examples if x["source"] == "rows.jsonl"], (
+        "held out of all sources before one is selected"
+    )
     assert [x["path"] for x in last["audit"]["train"]] == ["rows.jsonl"]
 
-    out = inspect(*words, "--rows", "50", "--html", "page.html").out
+    out = inspect(*args, "--rows", "50", "--html", "page.html").out
     marked_rows = re.findall(r"^(\S+) \(eval\), row (\d+), .*, held out by data.eval_fraction$", out, re.MULTILINE)
-    assert marked_rows == [(x["file"], str(x["row"])) for x in held]
-    assert out.count("held out by") == len(held)
-    assert f"{len(held)} of them held out" in out
+    assert marked_rows == [(x["file"], str(x["row"])) for x in held_out]
+    assert out.count("held out by") == len(held_out)
+    assert f"{len(held_out)} of them held out" in out
     assert "tokens per example (eval)" in out
-    assert (folder / "page.html").read_text(encoding="utf-8").count("held out by data.eval_fraction") == len(held)
+    assert (folder / "page.html").read_text(encoding="utf-8").count("held out by data.eval_fraction") == len(held_out)
 
 
-def test_what_cannot_be_held_out_is_refused(inspect: Inspect, folder: Path) -> None:
-    told = inspect(*HOLDING_OUT, "data.train=[{path: eval.jsonl}]")
-    assert (told.code, told.out) == (2, "")
-    assert "data.eval_fraction=0.3 leaves no training example of 1" in told.err
+def test_holding_out_too_much_is_an_error(inspect: Inspect, folder: Path) -> None:
+    result = inspect(*HOLDING_OUT, "data.train=[{path: eval.jsonl}]")
+    assert (result.code, result.out) == (2, "")
+    assert "data.eval_fraction=0.3 leaves no training example of 1" in result.err
     write_jsonl(folder / "rows.jsonl", [{"messages": []}])
-    told = inspect(*HOLDING_OUT, "data.train=[{path: rows.jsonl}]")
-    assert told.code == 2
-    assert "rows.jsonl, row 1: empty conversation" in told.err, "the reason why there is nothing to hold out"
+    result = inspect(*HOLDING_OUT, "data.train=[{path: rows.jsonl}]")
+    assert result.code == 2
+    assert "rows.jsonl, row 1: empty conversation" in result.err, "why no row is left"
     assert "known are rows.jsonl, others.jsonl, eval.jsonl\n" in inspect("--source", "data.eval_fraction").err
 
 
@@ -220,9 +223,9 @@ def headings(out: str) -> list[str]:
 # Text
 
 
-def test_a_file_shows_supervised_runs_exactly(inspect: Inspect) -> None:
-    told = inspect("--source", "eval.jsonl")
-    assert told.code == 0
+def test_text_output_marks_supervised_tokens(inspect: Inspect) -> None:
+    result = inspect("--source", "eval.jsonl")
+    assert result.code == 0
     assert (
         "\neval.jsonl (eval), row 1, 33 tokens, 4 supervised\n"
         "│ <|im_start|>user⏎\n"
@@ -230,31 +233,31 @@ def test_a_file_shows_supervised_runs_exactly(inspect: Inspect) -> None:
         "│ <|im_start|>assistant⏎\n"
         "│ ⟦one two<|im_end|>⟧⏎\n"
         "\n"
-    ) in re.sub(r"row 1, \d+ tokens, \d+", "row 1, 33 tokens, 4", told.out)
-    assert "messages, 1 rows: 1 used" in told.out
-    assert "\x1b" not in told.out
+    ) in re.sub(r"row 1, \d+ tokens, \d+", "row 1, 33 tokens, 4", result.out)
+    assert "messages, 1 rows: 1 used" in result.out
+    assert "\x1b" not in result.out
 
 
-def test_text_and_json_tell_the_same(inspect: Inspect, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_text_and_json_agree(inspect: Inspect, tokenizer: PreTrainedTokenizerFast) -> None:
     out, lines = inspect("--rows", "8").out, inspect("--json", "--rows", "8").lines[:-1]
-    learned = []
+    supervised_texts = []
     for line in lines:
         for supervised, run in itertools.groupby(line["labels"], lambda label: label != -100):
-            learned += [tokenizer.decode(list(run))] if supervised else []
-    assert len(learned) > 11
+            supervised_texts += [tokenizer.decode(list(run))] if supervised else []
+    assert len(supervised_texts) > 11
     rows = out[out.index("row 1") :].replace("\n│ ", "\n").replace("⏎", "")
-    assert re.findall("⟦(.*?)⟧", rows, re.DOTALL) == learned
+    assert re.findall("⟦(.*?)⟧", rows, re.DOTALL) == supervised_texts
 
 
-def test_what_was_cut_is_told(inspect: Inspect, tokenizer: PreTrainedTokenizerFast) -> None:
-    whole = len(tokenizer("one two three " * 30).input_ids) + 1
-    assert whole == 121
+def test_cut_tokens_are_reported(inspect: Inspect, tokenizer: PreTrainedTokenizerFast) -> None:
+    num_tokens = len(tokenizer("one two three " * 30).input_ids) + 1
+    assert num_tokens == 121
     out = inspect("--source", "others.jsonl").out
     assert "others.jsonl (train), row 2, 60 tokens, 59 supervised, truncated\n" in out
     assert "\n│ … cut at data.max_length=60: 61 tokens left out\n" in out
     assert out.count("… cut at") == 1
     split = inspect("--source", "others.jsonl", "--rows", "9", "data.overlong=split").out
-    assert "… cut at data.max_length=60: 1 tokens left out" in split, "a block of one token teaches nothing"
+    assert "… cut at data.max_length=60: 1 tokens left out" in split, "a block of one token has no target"
     assert len(re.findall("row 2, .* supervised, split\n", split)) == 2
 
 
@@ -266,61 +269,61 @@ def test_a_source_without_examples_and_several_files(inspect: Inspect, folder: P
     out = inspect("data.train=[{path: many}, {path: rows.jsonl, format: messages}]").out
     assert "\nmany (train), many/a.jsonl, row 1, " in out
     assert "\nmany (train), many/b.jsonl, row 1, " in out
-    assert "\nrows.jsonl (train), no example\n" in out
-    nothing = inspect("data.train=[{path: rows.jsonl, format: messages}]", "data.eval=[]")
-    assert nothing.code == 2
-    assert "tokens per example" not in nothing.out
+    assert "\nrows.jsonl (train), no examples\n" in out
+    result = inspect("data.train=[{path: rows.jsonl, format: messages}]", "data.eval=[]")
+    assert result.code == 2
+    assert "tokens per example" not in result.out
 
 
-def test_too_many_dropped_rows_are_shown_and_then_refused(inspect: Inspect, folder: Path) -> None:
+def test_too_many_dropped_rows_are_an_error_after_the_output(inspect: Inspect, folder: Path) -> None:
     write_jsonl(folder / "rows.jsonl", [*chat_rows(2), {"messages": []}])
-    for words in ((), ("--json",)):
-        told = inspect(*words)
-        assert told.code == 2
-        assert told.err.startswith("error: rows.jsonl: 1 of 3 rows cannot be used; data.max_dropped allows 5.0%")
-        assert "rows.jsonl, row 3: empty conversation" in told.err
-    assert told.lines[-1]["audit"]["total"]["num_dropped"] == 1
+    for args in ((), ("--json",)):
+        result = inspect(*args)
+        assert result.code == 2
+        assert result.err.startswith("error: rows.jsonl: 1 of 3 rows cannot be used; data.max_dropped allows 5.0%")
+        assert "rows.jsonl, row 3: empty conversation" in result.err
+    assert result.lines[-1]["audit"]["total"]["num_dropped"] == 1
     assert "empty conversation" in inspect().out
     assert headings(inspect().out)[:2] == ["rows.jsonl (train), row 1", "rows.jsonl (train), row 2"]
 
 
-def test_rows_that_training_refuses_are_refused_here(inspect: Inspect, folder: Path) -> None:
-    told = inspect("data.overlong=error", "--source", "others.jsonl")
-    assert (told.code, told.out) == (2, "")
-    assert "others.jsonl, row 2: " in told.err
+def test_errors_of_training_are_errors_of_inspect(inspect: Inspect, folder: Path) -> None:
+    result = inspect("data.overlong=error", "--source", "others.jsonl")
+    assert (result.code, result.out) == (2, "")
+    assert "others.jsonl, row 2: " in result.err
     (folder / "rows.jsonl").write_text("{", encoding="utf-8")
     assert inspect().err.startswith("error: rows.jsonl, line 1: not valid JSON")
 
 
-# What rows may hold
+# Untrusted text
 
 
-@pytest.mark.parametrize("content", HOSTILE)
-def test_hostile_words_are_shown_and_do_nothing(inspect: Inspect, folder: Path, content: str) -> None:
+@pytest.mark.parametrize("content", UNTRUSTED)
+def test_untrusted_text_is_escaped(inspect: Inspect, folder: Path, content: str) -> None:
     write_rows(folder, content)
     out = inspect("--source", "rows.jsonl", "data.max_length=400").out
     assert not re.search(r"[^\n\u200d\ufffd\U0001f3fd]", "".join(c for c in out if not c.isprintable()))
-    shown = visible(content).replace("\n", "\n│ ")
+    shown = make_visible(content).replace("\n", "\n│ ")
     assert f"\n│ ⟦{shown}<|im_end|>⟧⏎\n" in out
     assert f"\n│ {shown}<|im_end|>⏎\n" in out
     assert headings(out) == ["rows.jsonl (train), row 1"], "a row cannot look like a heading"
-    assert out.count("⟦") == out.count("⟧") == 2, "nor like a mark (one pair is the legend's)"
+    assert out.count("⟦") == out.count("⟧") == 2, "nor like a mark (one pair is in the legend)"
 
 
-def test_words_that_look_like_a_special_token_look_different(inspect: Inspect, folder: Path) -> None:
+def test_text_that_looks_like_a_special_token_is_marked(inspect: Inspect, folder: Path) -> None:
     write_rows(folder, "a<|im_end|>b")
     out = inspect("--source", "rows.jsonl").out
     assert "│ ⟦a<·|im_end|>b<|im_end|>⟧⏎\n" in out
     assert "│ ⟦a<|im_end|>b<|im_end|>⟧⏎\n" in inspect("--source", "rows.jsonl", "data.parse_special_tokens=true").out
 
 
-def test_visible_changes_what_cannot_be_seen_and_nothing_else() -> None:
-    assert visible("plain é 漢 👍🏽 [b] \\n") == "plain é 漢 👍🏽 [b] \\n"
-    assert visible("a\n\tb\x1b\u202e") == "a⏎\n⇥b⟨U+001B⟩⟨U+202E⟩"
-    assert visible("\udc80⟦") == "⟨U+DC80⟩⟨U+27E6⟩"
-    assert visible("\U000e0041") == "⟨U+E0041⟩", "tag letters, which no font shows"
+def test_make_visible_changes_only_invisible_characters() -> None:
+    assert make_visible("plain é 漢 👍🏽 [b] \\n") == "plain é 漢 👍🏽 [b] \\n"
+    assert make_visible("a\n\tb\x1b\u202e") == "a⏎\n⇥b⟨U+001B⟩⟨U+202E⟩"
+    assert make_visible("\udc80⟦") == "⟨U+DC80⟩⟨U+27E6⟩"
+    assert make_visible("\U000e0041") == "⟨U+E0041⟩", "tag characters are invisible"
     hidden = "".join(map(chr, [*range(32), *range(127, 160)]))
-    assert visible(hidden).replace("⏎\n", "").isprintable()
+    assert make_visible(hidden).replace("⏎\n", "").isprintable()
 
 
 # Tokens to text
@@ -328,64 +331,64 @@ def test_visible_changes_what_cannot_be_seen_and_nothing_else() -> None:
 
 @pytest.fixture(scope="module")
 def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """A tokenizer as Llama 2 has it: ▁ for spaces, bytes for what it has no letter for; the first space is dropped."""
+    """Return a tokenizer like Llama 2's: ▁ for spaces, byte fallback, and a decoder that drops the first space."""
     letters = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefgh"]
     bpe = models.BPE({text: i for i, text in enumerate(letters)}, [], unk_token="<unk>", byte_fallback=True)
-    made = Tokenizer(bpe)
-    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    made.decoder = decoders.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 @pytest.mark.parametrize("text", ["a bad cab", "a 👍🏽é漢 b</s>", "👍", " a  b", "漢</s>字<s> a", "\ufffd a"])
-def test_pieces_are_the_decoded_text(
+def test_pieces_concatenate_to_the_decoded_text(
     tokenizer: PreTrainedTokenizerFast, sentencepiece_like: PreTrainedTokenizerFast, text: str
 ) -> None:
-    for one in (tokenizer, sentencepiece_like):
-        ids = one(text, add_special_tokens=False).input_ids
-        found = list(pieces(Example(ids, [IGNORE_INDEX] * len(ids)), one))
-        assert "".join(piece.text for piece in found) == one.decode(ids, skip_special_tokens=False)
-        assert [i for piece in found for i in piece.ids] == ids
-        assert all("\ufffd" not in piece.text for piece in found) or "\ufffd" in text
-        assert {p.text for p in found if p.special} == {"<s>", "</s>"} & set(re.findall("</?s>", text))
+    for each in (tokenizer, sentencepiece_like):
+        ids = each(text, add_special_tokens=False).input_ids
+        pieces = list(split_pieces(Example(ids, [IGNORE_INDEX] * len(ids)), each))
+        assert "".join(piece.text for piece in pieces) == each.decode(ids, skip_special_tokens=False)
+        assert [i for piece in pieces for i in piece.ids] == ids
+        assert all("\ufffd" not in piece.text for piece in pieces) or "\ufffd" in text
+        assert {p.text for p in pieces if p.special} == {"<s>", "</s>"} & set(re.findall("</?s>", text))
 
 
-def test_an_unfinished_character_is_shown_as_one(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_incomplete_character_is_one_piece(tokenizer: PreTrainedTokenizerFast) -> None:
     (*head, _), (letter,) = (tokenizer(text).input_ids for text in ("漢", "a"))
     broken = [*head, letter]
-    assert [p.text for p in pieces(Example(head, [IGNORE_INDEX] * len(head)), tokenizer)] == ["\ufffd"]
-    assert "".join(p.text for p in pieces(Example(broken, [IGNORE_INDEX] * len(broken)), tokenizer)) == "\ufffda"
+    assert [p.text for p in split_pieces(Example(head, [IGNORE_INDEX] * len(head)), tokenizer)] == ["\ufffd"]
+    assert "".join(p.text for p in split_pieces(Example(broken, [IGNORE_INDEX] * len(broken)), tokenizer)) == "\ufffda"
     many = head * 20
-    assert max(len(p.ids) for p in pieces(Example(many, [IGNORE_INDEX] * len(many)), tokenizer)) <= 16
+    assert max(len(p.ids) for p in split_pieces(Example(many, [IGNORE_INDEX] * len(many)), tokenizer)) <= 16
 
 
-def test_no_piece_crosses_a_border_of_the_mask(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_no_piece_crosses_a_boundary_of_the_loss_mask(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = tokenizer("漢").input_ids
-    found = list(pieces(Example(ids, [IGNORE_INDEX, *ids[1:]]), tokenizer))
-    assert [i for piece in found for i in piece.ids] == ids
-    assert [piece.supervised for piece in found for _ in piece.ids] == [False, True, True]
-    assert re.fullmatch("\ufffd⟦\ufffd+⟧", marked(found, {"</s>"}))
+    pieces = list(split_pieces(Example(ids, [IGNORE_INDEX, *ids[1:]]), tokenizer))
+    assert [i for piece in pieces for i in piece.ids] == ids
+    assert [piece.supervised for piece in pieces for _ in piece.ids] == [False, True, True]
+    assert re.fullmatch("\ufffd⟦\ufffd+⟧", mark_pieces(pieces, {"</s>"}))
 
 
-# Colours
+# Colors
 
 
-def test_colours_say_what_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_colors_show_what_is_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = tokenizer("<|im_start|>user\n[red]👍<|im_end|>").input_ids
     for labels in ([IGNORE_INDEX] * len(ids), ids):
-        found = list(pieces(Example(ids, labels), tokenizer))
-        text = coloured(found)
+        pieces = list(split_pieces(Example(ids, labels), tokenizer))
+        text = color_pieces(pieces)
         assert text.plain == "<|im_start|>user⏎\n[red]👍<|im_end|>"
-        shades = LEARNED if labels is ids else UNLEARNED
+        shades = SUPERVISED if labels is ids else UNSUPERVISED
         styles = [str(span.style) for span in text.spans]
-        assert len(styles) == len(found)
-        assert styles[1:-1] == [shades[number % 2] for number in range(1, len(found) - 1)]
+        assert len(styles) == len(pieces)
+        assert styles[1:-1] == [shades[number % 2] for number in range(1, len(pieces) - 1)]
         assert all("bold" in style for style in (styles[0], styles[-1]))
         assert (styles[0] == SPECIAL) == (labels is not ids)
 
 
-def test_a_terminal_gets_colours_and_folded_lines(folder: Path) -> None:
+def test_a_terminal_gets_colors_and_folded_lines(folder: Path) -> None:
     config = read_config(folder / "run.yaml", ["data.train=[{path: others.jsonl}]", "data.eval=[]"])
     recipe = make_recipe(config)
     parts = load_parts(config, recipe, None)
@@ -399,13 +402,13 @@ def test_a_terminal_gets_colours_and_folded_lines(folder: Path) -> None:
     inside = [line for line in outs[0].splitlines() if line.startswith("│")]
     assert len(inside) > 5
     assert max(map(len, inside)) <= 40
-    assert ("⟦" in outs[0], "⟦" in outs[1]) == (False, True), "without colours there are marks"
+    assert ("⟦" in outs[0], "⟦" in outs[1]) == (False, True), "marks replace colors"
 
 
 # The histogram
 
 
-def test_the_histogram_counts_every_example() -> None:
+def test_histogram_counts_every_example() -> None:
     for lengths in ([5], [1, 1, 1, 2], list(range(1, 2049)), [3] * 70 + [2048], [7, 10**7]):
         bins = histogram(np.array(lengths, np.int64))
         assert sum(int(count.replace(",", "")) for _, count, _ in bins) == len(lengths)
@@ -414,12 +417,12 @@ def test_the_histogram_counts_every_example() -> None:
         for name, count, bar in bins:
             low, _, high = name.replace(",", "").partition("-")
             assert sum(int(low) <= length <= int(high or low) for length in lengths) == int(count.replace(",", ""))
-            assert bool(bar) == (count.strip() != "0"), "one example among many is seen, too"
+            assert bool(bar) == (count.strip() != "0"), "a single example among many is visible"
     assert len(histogram(np.arange(1, 2049))) == 11
     assert histogram(np.array([100, 512]))[-1][0] == "500-512"
 
 
-# The page
+# The HTML page
 
 
 TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "b", "em", "table", "tr", "td"}
@@ -427,7 +430,7 @@ TAGS |= {"pre", "mark", "span"}
 
 
 class Page(HTMLParser):
-    """Marked and unmarked text of each row's tokens, and the names of all tags."""
+    """Parses the page: (tag, token ids, text) of each piece of each row, the other text, and the names of all tags."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -458,12 +461,12 @@ class Page(HTMLParser):
             self.outside += data
 
 
-def test_the_page_marks_what_is_learned(inspect: Inspect, folder: Path) -> None:
-    write_rows(folder, *HOSTILE)
-    words = ("--rows", "9", "--html", "page.html", "data.max_length=400")
-    told, lines = inspect(*words), inspect("--json", *words).lines[:-1]
-    assert told.code == 0
-    assert told.out == inspect("--rows", "9", "data.max_length=400").out, "the page comes in addition"
+def test_page_marks_supervised_tokens(inspect: Inspect, folder: Path) -> None:
+    write_rows(folder, *UNTRUSTED)
+    args = ("--rows", "9", "--html", "page.html", "data.max_length=400")
+    result, lines = inspect(*args), inspect("--json", *args).lines[:-1]
+    assert result.code == 0
+    assert result.out == inspect("--rows", "9", "data.max_length=400").out, "the page is written in addition"
     source = (folder / "page.html").read_text(encoding="utf-8")
     page = Page(source)
     assert page.open == []
@@ -473,57 +476,57 @@ def test_the_page_marks_what_is_learned(inspect: Inspect, folder: Path) -> None:
     assert len(page.rows) == len(lines)
     for row, line in zip(page.rows, lines, strict=True):
         assert [int(i) for _, ids, _ in row for i in ids.split()] == line["input_ids"]
-        learned = [int(i) for tag, ids, _ in row if tag == "mark" for i in ids.split()]
-        assert learned == [label for label in line["labels"] if label != -100]
-        assert "".join(text for *_, text in row) == visible(line["text"])
-    for row, content in zip(page.rows, HOSTILE, strict=False):
-        assert "".join(text for tag, _, text in row if tag == "mark") == f"{visible(content)}<|im_end|>"
+        supervised = [int(i) for tag, ids, _ in row if tag == "mark" for i in ids.split()]
+        assert supervised == [label for label in line["labels"] if label != -100]
+        assert "".join(text for *_, text in row) == make_visible(line["text"])
+    for row, content in zip(page.rows, UNTRUSTED, strict=False):
+        assert "".join(text for tag, _, text in row if tag == "mark") == f"{make_visible(content)}<|im_end|>"
     assert "rows.jsonl (train), row 1, " in page.outside
     assert "messages, 6 rows: 6 used" in page.outside
 
 
-def test_the_page_tells_what_was_cut(inspect: Inspect, folder: Path) -> None:
+def test_page_reports_cut_tokens(inspect: Inspect, folder: Path) -> None:
     assert inspect("--html", folder / "page.html", "--json").code == 0
     page = Page((folder / "page.html").read_text(encoding="utf-8"))
     assert "… cut at data.max_length=60: " in page.outside
-    assert len(page.rows) == 3 + 2 + 1, "a page holds few rows though JSON holds all"
+    assert len(page.rows) == 3 + 2 + 1, "the page has few examples, although JSON has all"
 
 
-@pytest.mark.parametrize(("file", "said"), [(".", "is a folder"), ("no/page.html", "there is no folder no")])
-def test_a_page_that_cannot_be_is_refused_first(inspect: Inspect, file: str, said: str) -> None:
-    told = inspect("--html", file)
-    assert (told.code, told.out) == (2, "")
-    assert said in told.err
+@pytest.mark.parametrize(("file", "message"), [(".", "is a folder"), ("no/page.html", "the folder no does not exist")])
+def test_an_impossible_page_path_fails_before_any_output(inspect: Inspect, file: str, message: str) -> None:
+    result = inspect("--html", file)
+    assert (result.code, result.out) == (2, "")
+    assert message in result.err
     assert not Path("no").exists()
 
 
-def test_a_page_that_may_not_be_written(inspect: Inspect, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+def test_a_page_without_write_permission_is_an_error(inspect: Inspect, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("lora_accel.preview.write_text", refuse)
-    told = inspect("--html", "page.html")
-    assert (told.code, told.out) == (2, "")
-    assert "page.html cannot be written: Permission denied" in told.err
+    monkeypatch.setattr("lora_accel.preview.write_text", fail)
+    result = inspect("--html", "page.html")
+    assert (result.code, result.out) == (2, "")
+    assert "page.html cannot be written: Permission denied" in result.err
 
 
-# From outside
+# Errors and processes
 
 
-def test_an_unknown_source_names_the_known_ones(inspect: Inspect) -> None:
-    told = inspect("--source", "row.jsonl")
-    assert (told.code, told.out) == (2, "")
-    assert told.err == (
-        "error: --source: 'row.jsonl' is no source of this config (did you mean rows.jsonl?); "
+def test_an_unknown_source_is_an_error_with_the_known_ones(inspect: Inspect) -> None:
+    result = inspect("--source", "row.jsonl")
+    assert (result.code, result.out) == (2, "")
+    assert result.err == (
+        "error: --source: 'row.jsonl' is not a source of this config (did you mean rows.jsonl?); "
         "known are rows.jsonl, others.jsonl, eval.jsonl\n"
     )
 
 
-@pytest.mark.parametrize("words", [("--json",), ("--rows", "600")], ids=["json", "text"])
+@pytest.mark.parametrize("args", [("--json",), ("--rows", "600")], ids=["json", "text"])
 @pytest.mark.parametrize("rows", [1, 600], ids=["fits the buffer", "does not"])
-def test_a_reader_who_leaves_is_no_error(folder: Path, words: tuple[str, ...], rows: int) -> None:
+def test_a_closed_pipe_is_not_an_error(folder: Path, args: tuple[str, ...], rows: int) -> None:
     write_jsonl(folder / "rows.jsonl", chat_rows(rows))
-    command = [sys.executable, "-m", "lora_accel.cli", "inspect", "--config", "run.yaml", "data.max_length=200", *words]
+    command = [sys.executable, "-m", "lora_accel.cli", "inspect", "--config", "run.yaml", "data.max_length=200", *args]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder)
     assert process.stdout is not None
     if rows > 1:
@@ -534,15 +537,15 @@ def test_a_reader_who_leaves_is_no_error(folder: Path, words: tuple[str, ...], r
     assert process.returncode in (0, 1)
 
 
-def test_a_terminal_without_these_characters_gets_their_numbers(folder: Path) -> None:
-    told = run_module(
+def test_an_ascii_terminal_gets_escaped_characters(folder: Path) -> None:
+    result = run_module(
         *("lora_accel.cli", "inspect", "--config", folder / "run.yaml", f"data.train=[{{path: {folder}/rows.jsonl}}]"),
         "data.eval=[]",
         env={"PYTHONIOENCODING": "ascii"},
         fresh=True,
     )
-    assert told.returncode == 0, told.stderr
-    assert "\\u27e6" in told.stdout
+    assert result.returncode == 0, result.stderr
+    assert "\\u27e6" in result.stdout
 
 
 def test_help_imports_no_torch() -> None:
@@ -551,19 +554,19 @@ def test_help_imports_no_torch() -> None:
         "try: app(['inspect', '--help'])\n"
         "except SystemExit as end: print('LOADED', end.code, sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
-    told = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert told.stdout.splitlines()[-1] == "LOADED 0 []"
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.splitlines()[-1] == "LOADED 0 []"
 
 
 @pytest.mark.smollm
 @pytest.mark.skipif(not SMOLLM.is_dir(), reason="needs scripts/fetch_model.py")
 @pytest.mark.parametrize("name", ["dummy_conversation.json", "alpaca_en_demo.json", "c4_demo.jsonl"])
-def test_the_real_rows_add_up(inspect: Inspect, name: str) -> None:
+def test_sums_match_on_real_data(inspect: Inspect, name: str) -> None:
     if not (SHARED_DATA / name).is_file():
-        pytest.skip("the shared data are not here")
+        pytest.skip("shared/data is missing")
     train = f"data.train=[{{path: {SHARED_DATA / name}}}]"
-    told = inspect("--json", f"model.name_or_path={SMOLLM}", train, "data.eval=[]", "data.max_length=512")
-    assert told.code == 0, told.err
-    *examples, last = told.lines
-    agree(last["audit"]["total"], examples)
+    result = inspect("--json", f"model.name_or_path={SMOLLM}", train, "data.eval=[]", "data.max_length=512")
+    assert result.code == 0, result.err
+    *examples, last = result.lines
+    check_sums(last["audit"]["total"], examples)
     assert last["audit"]["total"]["num_rows"] == {"d": 500, "a": 999, "c": 300}[name[0]]

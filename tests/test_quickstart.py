@@ -1,4 +1,4 @@
-"""The quickstart's rows are what their script writes, and the held-out ones ask for more than memory."""
+"""The quickstart's rows are what their script writes, and held-out rows do not repeat training rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_held_out_orders_are_not_in_training() -> None:
         customers = [json.loads(answer["content"])["customer"] for _, answer in rows]
         texts.append({question["content"] for question, _ in rows})
         last_names.append({customer.split()[-1] for customer in customers if customer})
-    assert len(texts[1]) >= 100  # so that one percent of the score is one order at most
+    assert len(texts[1]) >= 100  # one order is at most one percent of the score
     assert texts[0].isdisjoint(texts[1])
     assert last_names[1]
     assert last_names[0].isdisjoint(last_names[1])

@@ -1,4 +1,4 @@
-"""The fast tier starts no process: such tests are left out, and one that is not recognized fails."""
+"""The fast tier starts no process: such tests are left out, and one that is not detected fails."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.conftest import GUARD, run_module
-from tests.tiers import _refers
+from tests.conftest import PROCESS_GUARD, run_module
+from tests.tiers import _refers_to_starter
 
 
 def helper() -> object:
     return run_module("lora_accel.cli")
 
 
-def within() -> Callable[[], object]:
+def nested() -> Callable[[], object]:
     return lambda: helper()
 
 
@@ -35,15 +35,15 @@ def uses_a_class() -> Helper:
 
 
 @pytest.mark.parametrize(
-    ("function", "starts"), [(helper, True), (within, True), (uses_a_class, True), (harmless, False)]
+    ("function", "starts"), [(helper, True), (nested, True), (uses_a_class, True), (harmless, False)]
 )
-def test_what_starts_a_process_is_found_through_helpers(function: Callable[[], object], starts: bool) -> None:
-    assert _refers(function, set()) == starts
+def test_starters_are_found_through_helpers(function: Callable[[], object], starts: bool) -> None:
+    assert _refers_to_starter(function, set()) == starts
 
 
-def test_the_guard_stops_a_python_process_and_nothing_else() -> None:
+def test_the_guard_stops_python_processes_only() -> None:
     command = [sys.executable, "-c", ""]
-    with GUARD.on():
+    with PROCESS_GUARD.active():
         with pytest.raises(AssertionError, match="mark this test"):
             subprocess.run(command, check=True)
         with pytest.raises(AssertionError, match="mark this test"):

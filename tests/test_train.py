@@ -1,4 +1,4 @@
-"""The main job end to end on a tiny model: the run folder, resuming, and what a killed run leaves."""
+"""Training a tiny model: the run folder, resuming, allowed changes, and crash recovery."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_accel import read_config, run_training
+from lora_accel.batching.batch import MicroBatch
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ArtifactError, ConfigError, Interrupted, TrainingError
 from lora_accel.saving.atomic import why_invalid
@@ -29,7 +30,7 @@ from lora_accel.train import main
 from lora_accel.training import step as step_module
 from tests.conftest import chat_rows, read_metrics, run_module, write_jsonl
 
-# What must be equal to the last bit; the rest of a line are times and memory.
+# Values that must be bitwise equal. The others of a line are times and memory.
 EXACT = ("step", "epoch", "loss", "learning_rate", "grad_norm", "examples", "tokens", "supervised_tokens")
 
 
@@ -37,11 +38,11 @@ def exact(folder: Path) -> list[tuple[object, ...]]:
     return [tuple(line[key] for key in EXACT) for line in read_metrics(folder)]
 
 
-def test_writes_the_run_folder_of_the_contract(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_run_folder_contents(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     held_out = write_jsonl(tmp_path / "eval.jsonl", chat_rows(5))
     config = make_config(
         data={"eval": [{"path": str(held_out)}]},
-        evaluation={"every_steps": 3, "prompts": ["say alpha"], "max_new_tokens": 4},
+        evaluation={"every_steps": 3, "prompts": ["repeat alpha"], "max_new_tokens": 4},
         logging={"trackers": ["tensorboard"]},
     )
     folder = Path(config.output_dir)
@@ -80,10 +81,10 @@ def test_writes_the_run_folder_of_the_contract(make_config: Callable[..., RunCon
     assert [line["step"] for line in evaluation] == [3, 6]
     assert evaluation[-1]["eval_perplexity"] == pytest.approx(math.exp(evaluation[-1]["eval_loss"]))
     replies = [line for line in read_metrics(folder, "event") if line["event"] == "reply"]
-    assert [line["prompt"] for line in replies] == ["say alpha", "say alpha"]
+    assert [line["prompt"] for line in replies] == ["repeat alpha", "repeat alpha"]
 
 
-def test_adapter_and_checkpoints_load_with_peft_alone(make_config: Callable[..., RunConfig]) -> None:
+def test_adapter_and_checkpoints_load_with_peft(make_config: Callable[..., RunConfig]) -> None:
     config = make_config()
     adapter = run_training(config)
     last = Path(config.output_dir) / "checkpoints" / "step-00000006"
@@ -99,50 +100,52 @@ def test_adapter_and_checkpoints_load_with_peft_alone(make_config: Callable[...,
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_resumed_run_is_bitwise_the_straight_run(
+def test_resumed_run_is_bitwise_the_uninterrupted_run(
     make_config: Callable[..., RunConfig], tmp_path: Path, dtype: str
 ) -> None:
-    straight = make_config(output_dir=str(tmp_path / "straight"), model={"dtype": dtype}, training={"epochs": 2})
-    run_training(straight)
+    uninterrupted = make_config(
+        output_dir=str(tmp_path / "uninterrupted"), model={"dtype": dtype}, training={"epochs": 2}
+    )
+    run_training(uninterrupted)
 
-    # The same run without its last checkpoints and results is a run that was stopped after step 8.
-    parts = make_config(output_dir=str(tmp_path / "parts"), model={"dtype": dtype}, training={"epochs": 2})
-    run_training(parts)
-    stopped = Path(parts.output_dir)
-    for gone in ("checkpoints/step-00000012", "adapter"):
-        shutil.rmtree(stopped / gone)
-    run_training(parts)
+    # Without its last checkpoint and its adapter it is a run that was stopped after step 10.
+    config = make_config(output_dir=str(tmp_path / "stopped"), model={"dtype": dtype}, training={"epochs": 2})
+    run_training(config)
+    stopped = Path(config.output_dir)
+    for name in ("checkpoints/step-00000012", "adapter"):
+        shutil.rmtree(stopped / name)
+    run_training(config)
 
     assert [line["step"] for line in read_metrics(stopped)] == list(range(1, 13))
-    assert exact(stopped) == exact(Path(straight.output_dir))
+    assert exact(stopped) == exact(Path(uninterrupted.output_dir))
     events = [(line["event"], line["step"]) for line in read_metrics(stopped, "event")]
     assert events == [("start", 0), ("resume", 10), ("done", 12)]
     for name in ("adapter/adapter_model.safetensors", "checkpoints/step-00000012/optimizer.safetensors"):
-        assert (stopped / name).read_bytes() == (Path(straight.output_dir) / name).read_bytes()
+        assert (stopped / name).read_bytes() == (Path(uninterrupted.output_dir) / name).read_bytes()
 
 
-def test_killed_with_sigkill_and_started_again_is_bitwise_the_straight_run(
+def test_run_killed_with_sigkill_resumes_bitwise(
     make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path
 ) -> None:
     config = make_config(training={"epochs": 4}, checkpoint={"every_steps": 5})
     file = config_file(config)
-    words = ("lora_accel.train", "--config", file)
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert run_module(*words, f"output_dir={straight}").returncode == 0
-    ended = run_module(*words, f"output_dir={killed}", env={"LORA_ACCEL_FAULT": "step.after_optimizer@13=kill"})
-    assert ended.returncode == -signal.SIGKILL
+    command = ("lora_accel.train", "--config", file)
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    assert run_module(*command, f"output_dir={uninterrupted}").returncode == 0
+    process = run_module(*command, f"output_dir={killed}", env={"LORA_ACCEL_FAULT": "step.after_optimizer@13=kill"})
+    assert process.returncode == -signal.SIGKILL
     assert json.loads((killed / "status.json").read_text())["state"] == "running"
 
-    assert run_module(*words, f"output_dir={killed}").returncode == 0
-    assert exact(killed) == exact(straight)
+    assert run_module(*command, f"output_dir={killed}").returncode == 0
+    assert exact(killed) == exact(uninterrupted)
     resumed = [line["step"] for line in read_metrics(killed, "event") if line["event"] == "resume"]
     assert resumed
     assert 10 <= resumed[0] < 24
     for name in ("adapter/adapter_model.safetensors", "checkpoints/step-00000024/optimizer.safetensors"):
-        assert (killed / name).read_bytes() == (straight / name).read_bytes()
+        assert (killed / name).read_bytes() == (uninterrupted / name).read_bytes()
 
 
-def test_a_finished_run_started_again_changes_nothing(make_config: Callable[..., RunConfig]) -> None:
+def test_restarting_a_finished_run_changes_nothing(make_config: Callable[..., RunConfig]) -> None:
     config = make_config()
     adapter = run_training(config)
     before = (adapter / "adapter_model.safetensors").read_bytes(), exact(Path(config.output_dir))
@@ -162,44 +165,42 @@ def test_a_finished_run_started_again_changes_nothing(make_config: Callable[...,
         ("seed", 1, "seed"),
     ],
 )
-def test_resuming_with_other_mathematics_is_refused(
+def test_resuming_with_a_different_config_is_an_error(
     make_config: Callable[..., RunConfig], section: str, change: object, key: str
 ) -> None:
     run_training(make_config())
-    with pytest.raises(ArtifactError, match=key.replace(".", r"\.")) as refused:
+    with pytest.raises(ArtifactError, match=key.replace(".", r"\.")) as caught:
         run_training(make_config(**{section: change}))
-    assert "checkpoint -> now" in str(refused.value)
+    assert "checkpoint -> now" in str(caught.value)
 
 
-def test_resuming_with_other_data_is_refused(make_config: Callable[..., RunConfig], rows_file: Path) -> None:
+def test_resuming_with_different_data_is_an_error(make_config: Callable[..., RunConfig], rows_file: Path) -> None:
     run_training(make_config())
     rows_file.write_text(rows_file.read_text().replace("alpha", "omega"))
     with pytest.raises(ArtifactError, match=r"data\.train\[0\]\.bytes"):
         run_training(make_config())
 
 
-def test_harmless_changes_resume(make_config: Callable[..., RunConfig]) -> None:
+def test_changes_that_keep_the_result_are_allowed(make_config: Callable[..., RunConfig]) -> None:
     run_training(make_config())
     run_training(make_config(logging={"every_steps": 2}, training={"micro_batch_tokens": 512}))
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(
+def test_nonfinite_loss_stops_the_run_and_keeps_the_last_checkpoint(
     make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_accel.training import loop
-
-    config = make_config(training={"micro_batch_tokens": 10_000})  # one forward a step
-    whole = step_module.summed_token_loss
+    config = make_config(training={"micro_batch_tokens": 10_000})  # one forward per step
+    original = step_module.summed_token_loss
     calls = iter(range(1000))
 
-    def spoiled(model: torch.nn.Module, batch: loop.Batch) -> torch.Tensor:
-        loss = whole(model, batch)
+    def patched(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+        loss = original(model, batch)
         return loss * math.nan if next(calls) >= 4 else loss
 
-    monkeypatch.setattr(step_module, "summed_token_loss", spoiled)
-    with pytest.raises(TrainingError, match="step 5: loss nan") as stopped:
+    monkeypatch.setattr(step_module, "summed_token_loss", patched)
+    with pytest.raises(TrainingError, match="step 5: loss nan") as caught:
         run_training(config)
-    assert stopped.value.exit_code == 3
+    assert caught.value.exit_code == 3
     folder = Path(config.output_dir)
     assert why_invalid(folder / "checkpoints" / "step-00000004") is None
     assert json.loads((folder / "status.json").read_text())["state"] == "failed"
@@ -209,7 +210,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_qlora_trains_on_a_quantised_base(make_config: Callable[..., RunConfig], bits: int) -> None:
+def test_qlora_trains_on_a_quantized_base(make_config: Callable[..., RunConfig], bits: int) -> None:
     config = make_config(quantization={"bits": bits}, training={"epochs": 2})
     adapter = run_training(config)
     losses = [line["loss"] for line in read_metrics(Path(config.output_dir))]
@@ -218,19 +219,19 @@ def test_qlora_trains_on_a_quantised_base(make_config: Callable[..., RunConfig],
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
-def test_activation_checkpointing_changes_no_loss(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_activation_checkpointing_gives_the_same_losses(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     plain = make_config(output_dir=str(tmp_path / "plain"))
-    saved = make_config(output_dir=str(tmp_path / "saved"), training={"activation_checkpointing": True})
+    recomputed = make_config(output_dir=str(tmp_path / "recomputed"), training={"activation_checkpointing": True})
     run_training(plain)
-    run_training(saved)
-    assert exact(Path(plain.output_dir)) == exact(Path(saved.output_dir))
+    run_training(recomputed)
+    assert exact(Path(plain.output_dir)) == exact(Path(recomputed.output_dir))
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_compiled_layers_learn_the_same(make_config: Callable[..., RunConfig], tmp_path: Path, again: bool) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compile_gives_the_same_losses(make_config: Callable[..., RunConfig], tmp_path: Path, recompute: bool) -> None:
     folders, dropout = [tmp_path / "plain", tmp_path / "compiled"], {"dropout": 0.1}
     for folder in folders:
-        training = {"compile": folder.name == "compiled", "activation_checkpointing": again}
+        training = {"compile": folder.name == "compiled", "activation_checkpointing": recompute}
         run_training(make_config(output_dir=str(folder), adapter=dropout, training=training))
     plain, compiled = ([line["loss"] for line in read_metrics(folder)] for folder in folders)
     assert compiled == pytest.approx(plain, rel=1e-5)
@@ -238,33 +239,33 @@ def test_compiled_layers_learn_the_same(make_config: Callable[..., RunConfig], t
     assert first.keys() == second.keys()
 
 
-@pytest.mark.parametrize(("free", "again"), [(2**40, False), (2**20, True)])
-def test_activations_are_kept_where_they_fit(
+@pytest.mark.parametrize(("free", "recompute"), [(2**40, False), (2**20, True)])
+def test_auto_activation_checkpointing_depends_on_free_memory(
     make_config: Callable[..., RunConfig],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     free: int,
-    again: bool,
+    recompute: bool,
 ) -> None:
     monkeypatch.setattr("lora_accel.setup.model.free_bytes", lambda device, processes: free)
     layers = []
     monkeypatch.setattr("lora_accel.training.loop.train", lambda run, *_: layers.extend(run.model.modules()))
     run_training(make_config(output_dir=str(tmp_path / "auto"), training={"activation_checkpointing": "auto"}))
-    assert any(getattr(module, "gradient_checkpointing", False) for module in layers) == again
-    assert ("made again on the way back" in capsys.readouterr().out) == again
+    assert any(getattr(module, "gradient_checkpointing", False) for module in layers) == recompute
+    assert ("GB free: enabling activation checkpointing" in capsys.readouterr().out) == recompute
 
 
-# What a run folder may be
+# Valid and invalid run folders
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Return every file of a folder, and every folder as an empty one."""
+    """Return path -> bytes of all files in a folder; subfolders map to no bytes."""
     return {str(path): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
 
 
-def refused(make_config: Callable[..., RunConfig], folder: Path, base: Path) -> str:
-    """Train into a folder that cannot be one; return what is said, nothing below `base` having changed."""
+def output_dir_error(make_config: Callable[..., RunConfig], folder: Path, base: Path) -> str:
+    """Train into an invalid run folder and return the error. Check that nothing below `base` changed."""
     before = tree(base)
     with pytest.raises(ConfigError) as caught:
         run_training(make_config(output_dir=str(folder)))
@@ -274,46 +275,46 @@ def refused(make_config: Callable[..., RunConfig], folder: Path, base: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["run[1]", "a[/run", "up/../run", "../run", ".."])
-def test_a_name_that_other_programs_stumble_over_is_refused(
+def test_run_folder_name_with_special_characters_is_an_error(
     make_config: Callable[..., RunConfig], tmp_path: Path, name: str
 ) -> None:
-    assert "write the path without them" in refused(make_config, tmp_path / "inner" / name, tmp_path)
+    assert "write the path without them" in output_dir_error(make_config, tmp_path / "inner" / name, tmp_path)
 
 
-def test_names_with_spaces_dots_and_any_script_are_names(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_run_folder_name_may_have_spaces_dots_and_unicode(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
     folder = tmp_path / "..lauf nr. 3" / "läuft…今 (b)*?]"
     assert run_training(make_config(output_dir=str(folder), training={"max_steps": 1})) == folder / "adapter"
     assert why_invalid(folder / "adapter") is None
 
 
-@pytest.mark.parametrize("where", ["itself", "above"])
-def test_a_file_is_no_run_folder(make_config: Callable[..., RunConfig], tmp_path: Path, where: str) -> None:
+@pytest.mark.parametrize("name", ["file", "file/deep/run"])
+def test_run_folder_cannot_be_a_file(make_config: Callable[..., RunConfig], tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("notes")
-    folder = tmp_path / "file" if where == "itself" else tmp_path / "file" / "deep" / "run"
-    assert f"{tmp_path / 'file'} is a file" in refused(make_config, folder, tmp_path)
+    folder = tmp_path / name
+    assert f"{tmp_path / 'file'} is a file" in output_dir_error(make_config, folder, tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_to_is_refused(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    (tmp_path / "there").mkdir(mode=0o555)
-    for folder in (tmp_path / "there", tmp_path / "there" / "run"):
-        assert f"{tmp_path / 'there'} cannot be written to" in refused(make_config, folder, tmp_path)
+def test_folder_that_is_not_writable_is_an_error(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o555)
+    for folder in (tmp_path / "locked", tmp_path / "locked" / "run"):
+        assert f"{tmp_path / 'locked'} is not writable" in output_dir_error(make_config, folder, tmp_path)
 
 
 @pytest.mark.parametrize("other", ["thesis.tex", ".git", "data"])
-def test_a_folder_of_other_things_is_refused(make_config: Callable[..., RunConfig], tmp_path: Path, other: str) -> None:
+def test_folder_with_other_files_is_an_error(make_config: Callable[..., RunConfig], tmp_path: Path, other: str) -> None:
     (tmp_path / "run" / other).mkdir(parents=True)
-    assert "holds other things and no run" in refused(make_config, tmp_path / "run", tmp_path)
+    assert "contains other files but no run" in output_dir_error(make_config, tmp_path / "run", tmp_path)
 
 
-def test_an_adapter_that_no_checkpoint_could_bring_back_is_not_replaced(
-    make_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_adapter_without_checkpoints_is_not_replaced(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     run_training(make_config())
     (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
-    said = refused(make_config, tmp_path / "run", tmp_path)
-    assert "holds an adapter and no checkpoints" in said
-    assert "move the adapter away" in said
+    message = output_dir_error(make_config, tmp_path / "run", tmp_path)
+    assert "contains an adapter but no checkpoints" in message
+    assert "move the adapter" in message
     (tmp_path / "run" / "adapter").rename(tmp_path / "adapter")
     assert run_training(make_config(training={"max_steps": 1})) == tmp_path / "run" / "adapter"
 
@@ -321,21 +322,21 @@ def test_an_adapter_that_no_checkpoint_could_bring_back_is_not_replaced(
 @pytest.mark.parametrize(
     "names", [[], [".lock"], [".lock", ".plan.json.writing"], [".lock", "plan.json", ".config.yaml.writing"]]
 )
-def test_what_a_run_leaves_that_was_killed_as_it_began_is_no_obstacle(tmp_path: Path, names: list[str]) -> None:
+def test_leftovers_of_a_run_that_was_killed_at_the_start_are_accepted(tmp_path: Path, names: list[str]) -> None:
     for name in (".lock", *names):
         (tmp_path / name).write_text("")
     check_output_folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "thesis.tex"])
-def test_a_folder_that_no_run_has_begun_in_is_not_written_over(tmp_path: Path, name: str) -> None:
+def test_folder_without_a_run_is_not_overwritten(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
-    with pytest.raises(ConfigError, match="holds other things and no run"):
+    with pytest.raises(ConfigError, match="contains other files but no run"):
         check_output_folder(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["long", "file"])
-def test_a_path_that_can_hold_no_run_is_said_before_anything_else(tmp_path: Path, kind: str) -> None:
+def test_invalid_run_folder_path_is_reported(tmp_path: Path, kind: str) -> None:
     if kind == "long":
         folder = tmp_path / ("a" * 300)
     else:
@@ -346,16 +347,16 @@ def test_a_path_that_can_hold_no_run_is_said_before_anything_else(tmp_path: Path
         check_output_folder(folder)
 
 
-def test_an_adapter_beside_emptied_checkpoints_is_not_replaced(
+def test_adapter_with_an_empty_checkpoints_folder_is_not_replaced(
     make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     run_training(make_config())
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     (tmp_path / "run" / "checkpoints").mkdir()
-    assert "holds an adapter and no checkpoints" in refused(make_config, tmp_path / "run", tmp_path)
+    assert "contains an adapter but no checkpoints" in output_dir_error(make_config, tmp_path / "run", tmp_path)
 
 
-def test_a_dangling_link_in_an_older_checkpoint_stops_no_start(make_config: Callable[..., RunConfig]) -> None:
+def test_dangling_link_in_an_older_checkpoint_does_not_prevent_resuming(make_config: Callable[..., RunConfig]) -> None:
     adapter = run_training(make_config())
     older = adapter.parent / "checkpoints" / "step-00000004" / "optimizer.safetensors"
     older.unlink()
@@ -363,62 +364,62 @@ def test_a_dangling_link_in_an_older_checkpoint_stops_no_start(make_config: Call
     run_training(make_config())
 
 
-def test_another_config_of_the_base_is_another_base(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_changed_config_of_the_base_is_an_error(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(make_config().model.name_or_path, base)
     config = make_config(model={"name_or_path": str(base)})
     run_training(config)
-    told = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(told | {"transformers_version": "9", "_name_or_path": "x"}))
+    values = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(values | {"transformers_version": "9", "_name_or_path": "x"}))
     run_training(config)
-    (base / "config.json").write_text(json.dumps(told | {"rms_norm_eps": 0.5}))
+    (base / "config.json").write_text(json.dumps(values | {"rms_norm_eps": 0.5}))
     with pytest.raises(ArtifactError, match=r"model\.config: "):
         run_training(config)
 
 
-def test_a_run_begun_from_anothers_checkpoint_writes_over_nothing_of_its_own(
+def test_run_that_resumes_from_another_run_keeps_its_own_files(
     make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    named = run_training(make_config()).parent / "checkpoints" / "step-00000004"
-    changed = {"checkpoint": {"every_steps": 2, "allow_changes": ["seed"]}, "seed": 1}
-    other = make_config(output_dir=str(tmp_path / "other"), **changed)
+    parent = run_training(make_config()).parent / "checkpoints" / "step-00000004"
+    options = {"checkpoint": {"every_steps": 2, "allow_changes": ["seed"]}, "seed": 1}
+    other = make_config(output_dir=str(tmp_path / "other"), **options)
     run_training(other)
-    checkpoints, log = tmp_path / "other" / "checkpoints", tmp_path / "other" / "metrics.jsonl"
-    before, told = (checkpoints / "step-00000004" / "adapter_model.safetensors").read_bytes(), log.read_bytes()
-    changed["checkpoint"] |= {"resume": str(named)}
-    run_training(make_config(output_dir=str(tmp_path / "other"), **changed))
-    kept = checkpoints / "superseded-step-00000004" / "adapter_model.safetensors"
-    assert kept.read_bytes() == before
-    assert (tmp_path / "other" / "superseded-metrics.jsonl").read_bytes() == told
+    checkpoints, log_file = tmp_path / "other" / "checkpoints", tmp_path / "other" / "metrics.jsonl"
+    weights, log = (checkpoints / "step-00000004" / "adapter_model.safetensors").read_bytes(), log_file.read_bytes()
+    options["checkpoint"] |= {"resume": str(parent)}
+    run_training(make_config(output_dir=str(tmp_path / "other"), **options))
+    superseded = checkpoints / "superseded-step-00000004" / "adapter_model.safetensors"
+    assert superseded.read_bytes() == weights
+    assert (tmp_path / "other" / "superseded-metrics.jsonl").read_bytes() == log
     assert [line["step"] for line in read_metrics(tmp_path / "other")] == [5, 6]
-    # Rotated away where it was, it is not missed: what descends from it is here.
-    shutil.rmtree(named)
-    run_training(make_config(output_dir=str(tmp_path / "other"), **changed))
-    with pytest.raises(ArtifactError, match="is no folder"):
-        run_training(make_config(output_dir=str(tmp_path / "third"), **changed))
+    # The run has its own checkpoints now, so it no longer needs the parent.
+    shutil.rmtree(parent)
+    run_training(make_config(output_dir=str(tmp_path / "other"), **options))
+    with pytest.raises(ArtifactError, match="is not a folder"):
+        run_training(make_config(output_dir=str(tmp_path / "third"), **options))
 
 
 @pytest.mark.parametrize("fault", ["step.begin@2=kill", "save.mid_file@1=kill", "save.before_rename@1=kill"])
-def test_killed_before_its_first_checkpoint_a_run_begins_afresh_and_is_bitwise_the_straight_run(
+def test_run_killed_before_its_first_checkpoint_restarts_bitwise(
     make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path, fault: str
 ) -> None:
     config = make_config()
     folder = Path(config.output_dir)
-    straight = make_config(output_dir=str(tmp_path / "straight"))
-    run_training(straight)
+    uninterrupted = make_config(output_dir=str(tmp_path / "uninterrupted"))
+    run_training(uninterrupted)
     killed = run_module("lora_accel.train", "--config", config_file(config), env={"LORA_ACCEL_FAULT": fault})
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (folder / ".lock").exists()
     assert not list(folder.glob("checkpoints/step-*"))
     run_training(config)
-    assert exact(folder) == exact(tmp_path / "straight")
+    assert exact(folder) == exact(tmp_path / "uninterrupted")
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
     assert not list(folder.glob(".*"))
     for name in ("adapter/adapter_model.safetensors", "checkpoints/step-00000006/optimizer.safetensors"):
-        assert (folder / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+        assert (folder / name).read_bytes() == (tmp_path / "uninterrupted" / name).read_bytes()
 
 
-def test_leftovers_in_the_run_folder_are_put_right(make_config: Callable[..., RunConfig]) -> None:
+def test_leftovers_in_the_run_folder_are_cleaned_up(make_config: Callable[..., RunConfig]) -> None:
     config = make_config()
     adapter = run_training(config)
     folder = adapter.parent
@@ -434,30 +435,28 @@ def test_leftovers_in_the_run_folder_are_put_right(make_config: Callable[..., Ru
     assert not list(folder.glob(".*"))
 
 
-def test_an_adapter_that_was_moved_away_is_back_before_the_run_goes_on(make_config: Callable[..., RunConfig]) -> None:
-    """Killed between two renames a run leaves none under its name, and the next may die before it makes its own."""
+def test_moved_adapter_is_restored_before_training(make_config: Callable[..., RunConfig]) -> None:
+    """A run that is killed between two renames leaves no adapter under its name; the next run restores it first."""
     adapter = run_training(make_config())
-    whole = tree(adapter)
+    before = tree(adapter)
     adapter.rename(adapter.with_name(".adapter.older"))
     longer = make_config(training={"epochs": 2, "max_hours": 1e-9}, checkpoint={"allow_changes": ["training.epochs"]})
     with pytest.raises(Interrupted, match="after step 7"):
         run_training(longer)
-    assert tree(adapter) == whole
+    assert tree(adapter) == before
 
 
-# Going on with something else
+# Resuming with a different config
 
 
-def test_an_allowed_change_takes_effect_from_where_the_run_goes_on(
-    make_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_allowed_change_takes_effect_on_resume(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     options = {"scheduler": "constant", "warmup_steps": 0, "max_hours": None}
     first = make_config(training=options | {"learning_rate": 3e-2})
     run_training(first)
     folder = Path(first.output_dir)
     unchanged = exact(folder)
-    for gone in ("checkpoints/step-00000006", "adapter"):
-        shutil.rmtree(folder / gone)
+    for name in ("checkpoints/step-00000006", "adapter"):
+        shutil.rmtree(folder / name)
     run_training(
         make_config(
             training=options | {"learning_rate": 1e-3}, checkpoint={"allow_changes": ["training.learning_rate"]}
@@ -465,55 +464,55 @@ def test_an_allowed_change_takes_effect_from_where_the_run_goes_on(
     )
     assert [line["learning_rate"] for line in read_metrics(folder)] == [3e-2] * 4 + [1e-3] * 2
     assert exact(folder)[:4] == unchanged[:4]
-    assert exact(folder)[4][2] == unchanged[4][2], "the loss of a step is that before its update"
+    assert exact(folder)[4][2] == unchanged[4][2], "a step logs the loss before its update"
     assert exact(folder)[5][2] != unchanged[5][2]
     recorded = json.loads((folder / "checkpoints" / "step-00000006" / "state.json").read_text())["provenance"]
     assert recorded["config"]["training"]["learning_rate"] == 1e-3
-    # What it now is it stays without leave; back again needs leave anew.
+    # The new value needs no permission any more; changing it back does.
     run_training(make_config(training=options | {"learning_rate": 1e-3}))
     with pytest.raises(ArtifactError, match=r"training\.learning_rate: 0\.001 -> 0\.03"):
         run_training(first)
 
 
-def test_a_finished_run_goes_on_for_more_epochs_if_that_is_allowed(
-    make_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
-    """With a rate that does not depend on the length the longer run is that which would have been."""
+def test_finished_run_trains_more_epochs_if_allowed(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """With a constant learning rate it equals a run that had the longer plan from the start."""
     options = {"scheduler": "constant", "warmup_steps": 1}
     run_training(make_config(training=options))
     longer = make_config(training=options | {"epochs": 2}, checkpoint={"allow_changes": ["training.epochs"]})
     adapter = run_training(longer)
-    straight = run_training(make_config(output_dir=str(tmp_path / "straight"), training=options | {"epochs": 2}))
+    uninterrupted = run_training(
+        make_config(output_dir=str(tmp_path / "uninterrupted"), training=options | {"epochs": 2})
+    )
     assert [line["step"] for line in read_metrics(adapter.parent)] == list(range(1, 13))
-    assert exact(adapter.parent) == exact(straight.parent)
+    assert exact(adapter.parent) == exact(uninterrupted.parent)
     name = "adapter_model.safetensors"
-    assert (adapter / name).read_bytes() == (straight / name).read_bytes()
+    assert (adapter / name).read_bytes() == (uninterrupted / name).read_bytes()
 
 
-def test_fewer_steps_than_are_done_are_refused_though_allowed(make_config: Callable[..., RunConfig]) -> None:
+def test_fewer_steps_than_are_done_are_an_error(make_config: Callable[..., RunConfig]) -> None:
     adapter = run_training(make_config())
     before = tree(adapter.parent)
     shorter = make_config(training={"max_steps": 3}, checkpoint={"allow_changes": ["training.max_steps"]})
     with pytest.raises(
-        ConfigError, match=r"the run would have 3 steps, but .*step-00000006 is after step 6; give more"
+        ConfigError, match=r"the run has 3 steps, but .*step-00000006 is after step 6; raise epochs or max_steps"
     ):
         run_training(shorter)
     assert tree(adapter.parent) == before
 
 
-# Stopping in time
+# Graceful stops, and finished runs
 
 
-def test_a_run_of_the_shortest_hours_started_again_and_again_is_bitwise_the_straight_run(
+def test_run_with_minimal_max_hours_is_bitwise_the_uninterrupted_run(
     make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """Every start makes one step and stops."""
-    run_training(make_config(output_dir=str(tmp_path / "straight"), checkpoint={"every_steps": 100}))
+    """Every start trains one step and stops."""
+    run_training(make_config(output_dir=str(tmp_path / "uninterrupted"), checkpoint={"every_steps": 100}))
     config = make_config(training={"max_hours": 1e-9}, checkpoint={"every_steps": 100})
     folder = Path(config.output_dir)
     for step in range(1, 7):
         with pytest.raises(
-            Interrupted, match=rf"stopped by training\.max_hours \(rank 0\) after step {step};"
+            Interrupted, match=rf"stopped by training\.max_hours on rank 0 after step {step};"
         ) as caught:
             run_training(config)
         assert caught.value.exit_code == 143
@@ -523,36 +522,36 @@ def test_a_run_of_the_shortest_hours_started_again_and_again_is_bitwise_the_stra
         assert not (folder / "adapter").exists()
     run_training(config)
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
-    assert exact(folder) == exact(tmp_path / "straight")
+    assert exact(folder) == exact(tmp_path / "uninterrupted")
     for name in ("adapter/adapter_model.safetensors", "checkpoints/step-00000006/optimizer.safetensors"):
-        assert (folder / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+        assert (folder / name).read_bytes() == (tmp_path / "uninterrupted" / name).read_bytes()
 
 
-def test_the_command_that_is_asked_to_stop_says_so_and_exits_with_143(
+def test_stopped_command_prints_the_cause_and_exits_with_143(
     make_config: Callable[..., RunConfig],
     config_file: Callable[[RunConfig], Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     command = ["--config", str(config_file(make_config()))]
     assert main([*command, "training.max_hours=1e-9"]) == 143
-    said = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
-    assert said == [
+    lines = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
+    assert lines == [
         "stopped by training.max_hours on rank 0 after step 1; checkpoint saved. Run the same command to resume"
     ]
     assert main(command) == 0
 
 
-def test_a_finished_run_started_again_says_so_and_does_nothing(
+def test_finished_run_prints_nothing_to_do(
     make_config: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(checkpoint={"keep_last": 1})
     adapter = run_training(config)
     before = tree(adapter.parent)
-    said = capsys.readouterr().out
-    assert re.search(r"^finished: 6 steps in .*; loss \d+\.\d{4}$", said, re.MULTILINE)
+    output = capsys.readouterr().out
+    assert re.search(r"^finished: 6 steps in .*; loss \d+\.\d{4}$", output, re.MULTILINE)
     commands = [f"  lora-accel chat --adapter {adapter}", f"  lora-accel merge {adapter} {adapter.parent / 'merged'}"]
-    assert said.splitlines()[-3:] == ["next:", *commands]
-    assert f"adapter: {adapter}" in said.splitlines()
+    assert output.splitlines()[-3:] == ["next:", *commands]
+    assert f"adapter: {adapter}" in output.splitlines()
 
     def load(*_: object, **__: object) -> None:
         pytest.fail("a model was loaded")
@@ -560,12 +559,12 @@ def test_a_finished_run_started_again_says_so_and_does_nothing(
     monkeypatch.setattr("lora_accel.setup.model.load_base_model", load)
     assert run_training(config) == adapter
     assert tree(adapter.parent) == before
-    said = capsys.readouterr().out
-    assert f"{adapter.parent}: finished after step 6; nothing to do" in said.splitlines()
-    assert f"adapter: {adapter}" in said.splitlines()
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{adapter.parent}: finished after step 6; nothing to do" in lines
+    assert f"adapter: {adapter}" in lines
 
 
-def test_a_finished_run_whose_adapter_is_damaged_writes_it_anew(make_config: Callable[..., RunConfig]) -> None:
+def test_finished_run_rewrites_a_corrupt_adapter(make_config: Callable[..., RunConfig]) -> None:
     config = make_config(checkpoint={"keep_last": 1})
     adapter = run_training(config)
     before = tree(adapter), tree(adapter.parent / "checkpoints")
@@ -573,11 +572,11 @@ def test_a_finished_run_whose_adapter_is_damaged_writes_it_anew(make_config: Cal
         file.write(b"x")
     run_training(config)
     assert (tree(adapter), tree(adapter.parent / "checkpoints")) == before
-    states = [line["step"] for line in read_metrics(adapter.parent, "event") if line["event"] == "resume"]
-    assert states == [6]
+    resumed = [line["step"] for line in read_metrics(adapter.parent, "event") if line["event"] == "resume"]
+    assert resumed == [6]
 
 
-def test_a_finished_run_trains_longer_as_it_says(make_config: Callable[..., RunConfig]) -> None:
+def test_finished_run_trains_longer_if_allowed(make_config: Callable[..., RunConfig]) -> None:
     run_training(make_config())
     longer = make_config(training={"epochs": 2}, checkpoint={"allow_changes": ["training.epochs"]})
     assert [line["step"] for line in read_metrics(run_training(longer).parent)] == list(range(1, 13))
@@ -586,15 +585,13 @@ def test_a_finished_run_trains_longer_as_it_says(make_config: Callable[..., RunC
 @pytest.mark.parametrize(
     "change", ["state", "step", "plan", "data", "config", "precision", "template", "base", "no file"]
 )
-def test_a_run_that_differs_from_the_finished_one_is_not_taken_for_it(
-    make_config: Callable[..., RunConfig], change: str
-) -> None:
+def test_is_finished_compares_the_run(make_config: Callable[..., RunConfig], change: str) -> None:
     config = make_config(training={"max_steps": 1})
     folder = run_training(config).parent
     data = prepare_data(config, 1)
-    same = {"template": data.template.source, "mixed_precision": "no"}
-    assert is_finished(folder, config, data.plan, data.dataset.ledgers, **same)
-    assert is_finished(folder, config, dataclasses.replace(data.plan, num_ranks=7), data.dataset.ledgers, **same)
+    options = {"template": data.template.source, "mixed_precision": "no"}
+    assert is_finished(folder, config, data.plan, data.dataset.ledgers, **options)
+    assert is_finished(folder, config, dataclasses.replace(data.plan, num_ranks=7), data.dataset.ledgers, **options)
     file = folder / "provenance.json"
     values = json.loads(file.read_text())
     if change in ("state", "step"):
@@ -607,12 +604,12 @@ def test_a_run_that_differs_from_the_finished_one_is_not_taken_for_it(
     elif change == "config":
         values["config"]["evaluation"]["prompts"] = ["hello"]
     elif change == "precision":
-        same["mixed_precision"] = "bf16"
+        options["mixed_precision"] = "bf16"
     elif change == "template":
-        same["template"] += " "
+        options["template"] += " "
     elif change == "base":
         values["base"]["sha256"] = {"model.safetensors": "0"}
     file.write_text(json.dumps(values))
     if change == "no file":
         file.unlink()
-    assert not is_finished(folder, config, data.plan, data.dataset.ledgers, **same)
+    assert not is_finished(folder, config, data.plan, data.dataset.ledgers, **options)

@@ -1,4 +1,4 @@
-"""`lora-accel verify-resume` and `lora-accel checkpoints`, as a person runs them."""
+"""The commands `lora-accel verify-resume` and `lora-accel checkpoints`, and merges that are killed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ pytestmark = pytest.mark.distributed
 FORGETFUL = """
 import sys
 from lora_accel import train
-from lora_accel.distributed.launch import leave
+from lora_accel.distributed.launch import exit_process
 from lora_accel.saving import checkpoint
 checkpoint._restore_moments = lambda *_: None
-leave(train.main(sys.argv[3:]))  # after -m lora_accel.train
+exit_process(train.main(sys.argv[3:]))  # after -m lora_accel.train
 """
 
 
@@ -36,48 +36,49 @@ def file(make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig
 
 
 def launcher(preset: str) -> str:
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", PRESETS / f"{preset}.yaml"]
-    return shlex.join(map(str, [*words, "--main_process_port", free_port()]))
+    args = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", PRESETS / f"{preset}.yaml"]
+    return shlex.join(map(str, [*args, "--main_process_port", free_port()]))
 
 
 @pytest.mark.parametrize("preset", ["cpu", pytest.param("cpu_zero2", marks=pytest.mark.slow)])
-def test_a_killed_run_is_proven_equal_and_nothing_stays(file: Path, tmp_path: Path, preset: str) -> None:
-    """In a folder whose name needs quotes, too."""
-    words = ("--launcher", launcher(preset), f"output_dir='{tmp_path / 'my #1'}'")
-    ran = run_module("lora_accel.cli", "verify-resume", "--config", file, *words)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout == "equal to the last bit: 4 steps straight, and with a SIGKILL after 2\n"
-    assert [line.split(":")[0] for line in ran.stderr.splitlines()] == ["straight", "killed half-way", "resumed"]
+def test_a_resumed_run_is_equal_and_its_folder_is_deleted(file: Path, tmp_path: Path, preset: str) -> None:
+    """Even in a folder whose name must be quoted."""
+    args = ("--launcher", launcher(preset), f"output_dir='{tmp_path / 'my #1'}'")
+    result = run_module("lora_accel.cli", "verify-resume", "--config", file, *args)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ("bitwise equal: 4 steps uninterrupted, and killed by SIGKILL after step 2 and resumed\n")
+    assert [line.split(":")[0] for line in result.stderr.splitlines()] == ["uninterrupted", "killed", "resumed"]
     assert not [*tmp_path.glob("run*"), *tmp_path.glob("my*")]
 
 
-def test_a_run_that_forgets_its_moments_is_found_out(file: Path, tmp_path: Path) -> None:
+def test_a_run_without_its_optimizer_state_differs(file: Path, tmp_path: Path) -> None:
     (tmp_path / "forgetful.py").write_text(FORGETFUL)
-    words = shlex.join([sys.executable, str(tmp_path / "forgetful.py")])
-    ran = run_module("lora_accel.cli", "verify-resume", "--config", file, "--launcher", words, "--json", "--steps", "5")
-    assert ran.returncode == 1
-    told = json.loads(ran.stdout)
-    assert (told["equal"], told["steps"], told["killed_after"]) == (False, 5, 2)
-    assert [line.split(":")[0] for line in told["differences"]] == [
+    launch_command = shlex.join([sys.executable, str(tmp_path / "forgetful.py")])
+    args = ("--launcher", launch_command, "--json", "--steps", "5")
+    result = run_module("lora_accel.cli", "verify-resume", "--config", file, *args)
+    assert result.returncode == 1
+    verdict = json.loads(result.stdout)
+    assert (verdict["equal"], verdict["steps"], verdict["killed_after"]) == (False, 5, 2)
+    assert [line.split(":")[0] for line in verdict["differences"]] == [
         *("train line of step 4", "train line of step 5"),
         *("adapter/adapter_model.safetensors", "checkpoints/step-00000005/optimizer.safetensors"),
     ]
     assert (tmp_path / "run-verify-resume" / "resumed" / "adapter").is_dir()
-    assert "error: the resumed run differs from the straight one" in ran.stderr
-    again = run_module("lora_accel.cli", "verify-resume", "--config", file)
-    assert again.returncode == 2
-    assert "is there from an earlier proof; delete it" in again.stderr
+    assert "error: the resumed run differs from the uninterrupted one" in result.stderr
+    repeated = run_module("lora_accel.cli", "verify-resume", "--config", file)
+    assert repeated.returncode == 2
+    assert "exists from an earlier verification; delete it" in repeated.stderr
 
 
-def test_a_run_that_fails_is_told_with_its_last_words(file: Path, tmp_path: Path) -> None:
-    words = ("--launcher", sys.executable, "model.name_or_path=/nowhere")
-    ran = run_module("lora_accel.cli", "verify-resume", "--config", file, *words)
-    assert ran.returncode == 1
-    assert "the straight run ended with exit code 2; its last words:" in ran.stderr
-    assert "model.name_or_path" in ran.stderr
+def test_a_failed_run_is_an_error_with_its_output(file: Path, tmp_path: Path) -> None:
+    args = ("--launcher", sys.executable, "model.name_or_path=/nowhere")
+    result = run_module("lora_accel.cli", "verify-resume", "--config", file, *args)
+    assert result.returncode == 1
+    assert "the uninterrupted run ended with exit code 2; its last output:" in result.stderr
+    assert "model.name_or_path" in result.stderr
 
 
-def test_other_metrics_or_bytes_are_differences(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_different_metrics_or_bytes_are_reported(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     run_training(make_config())
     one, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(one, other)
@@ -91,72 +92,72 @@ def test_other_metrics_or_bytes_are_differences(make_config: Callable[..., RunCo
     ]
 
 
-def test_checkpoints_are_listed_with_what_is_wrong(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_checkpoints_are_listed_with_their_defects(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     config = make_config(checkpoint={"every_steps": 1, "keep_last": 4})
     run_training(config)
     folder = tmp_path / "run" / "checkpoints"
-    spoiled = folder / "step-00000005" / OPTIMIZER
-    data = bytearray(spoiled.read_bytes())
+    corrupt = folder / "step-00000005" / OPTIMIZER
+    data = bytearray(corrupt.read_bytes())
     data[-1] ^= 1
-    spoiled.write_bytes(data)
+    corrupt.write_bytes(data)
     (folder / "step-00000003" / OPTIMIZER).unlink()
     (folder / "step-00000006").rename(folder / "corrupt-step-00000006")
 
-    def listed(*words: str) -> list[tuple[str, str | None]]:
-        ran = run_module("lora_accel.cli", "checkpoints", tmp_path / "run", "--json", *words)
-        assert ran.returncode == 0, ran.stderr
-        entries = json.loads(ran.stdout)
+    def list_as_json(*args: str) -> list[tuple[str, str | None]]:
+        result = run_module("lora_accel.cli", "checkpoints", tmp_path / "run", "--json", *args)
+        assert result.returncode == 0, result.stderr
+        entries = json.loads(result.stdout)
         assert all(entry["bytes"] > 10_000 and 0 <= entry["age_seconds"] < 600 for entry in entries)
         assert [entry["step"] for entry in entries] == [3, 4, 5, 6]
         return [(entry["name"], entry["reason"]) for entry in entries]
 
     missing = ("step-00000003", f"{OPTIMIZER} is missing")
-    aside = ("corrupt-step-00000006", "set aside")
-    assert listed() == [missing, ("step-00000004", None), ("step-00000005", None), aside]
-    changed = f"{OPTIMIZER} is not what was written (size or SHA-256 differs)"
-    assert listed("--verify") == [missing, ("step-00000004", None), ("step-00000005", changed), aside]
+    quarantined = ("corrupt-step-00000006", "quarantined")
+    assert list_as_json() == [missing, ("step-00000004", None), ("step-00000005", None), quarantined]
+    changed = f"{OPTIMIZER} is corrupt (size or SHA-256 differs)"
+    assert list_as_json("--verify") == [missing, ("step-00000004", None), ("step-00000005", changed), quarantined]
     table = run_module("lora_accel.cli", "checkpoints", tmp_path / "run", env={"COLUMNS": "200"}, fresh=True)
     assert "step-00000004" in table.stdout
     assert "valid" in table.stdout
 
 
-def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:
-    ran = run_module("lora_accel.cli", "checkpoints", tmp_path)
-    assert ran.returncode == 2
-    assert "give the output_dir of a run" in ran.stderr
+def test_a_folder_without_checkpoints_is_an_error(tmp_path: Path) -> None:
+    result = run_module("lora_accel.cli", "checkpoints", tmp_path)
+    assert result.returncode == 2
+    assert "pass the output_dir of a run" in result.stderr
 
 
-def test_a_merge_that_is_killed_is_done_again_to_the_same_bytes(
+def test_a_killed_merge_can_be_repeated_with_the_same_bytes(
     make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     adapter = run_training(make_config())
-    words = ("lora_accel.cli", "merge", adapter, tmp_path / "merged")
+    args = ("lora_accel.cli", "merge", adapter, tmp_path / "merged")
     for point in ("merge.mid", "save.before_manifest", "save.before_rename"):
-        killed = run_module(*words, env={"LORA_ACCEL_FAULT": f"{point}@1=kill"})
+        killed = run_module(*args, env={"LORA_ACCEL_FAULT": f"{point}@1=kill"})
         assert killed.returncode == -9
         assert not (tmp_path / "merged").exists()
         assert [path.name for path in tmp_path.glob(".*")] == [".merged.writing"]
-    assert run_module(*words).returncode == 0
-    whole = (tmp_path / "merged" / "model.safetensors").read_bytes()
+    assert run_module(*args).returncode == 0
+    expected = (tmp_path / "merged" / "model.safetensors").read_bytes()
     assert not list(tmp_path.glob(".*"))
-    killed = run_module(*words, "--overwrite", env={"LORA_ACCEL_FAULT": "save.before_rename@1=kill"})
+    killed = run_module(*args, "--overwrite", env={"LORA_ACCEL_FAULT": "save.before_rename@1=kill"})
     assert killed.returncode == -9
-    assert run_module(*words, "--overwrite").returncode == 0
-    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == whole
-    full = run_module(*words, "--overwrite", env={"LORA_ACCEL_FAULT": "merge.mid@1=enospc"})
-    assert full.returncode == 3
-    assert "No space left on device" in full.stderr
-    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == whole
-    assert str(ROOT) not in full.stderr or "Traceback" not in full.stderr
+    assert run_module(*args, "--overwrite").returncode == 0
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == expected
+    disk_full = run_module(*args, "--overwrite", env={"LORA_ACCEL_FAULT": "merge.mid@1=enospc"})
+    assert disk_full.returncode == 3
+    assert "No space left on device" in disk_full.stderr
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == expected
+    assert str(ROOT) not in disk_full.stderr or "Traceback" not in disk_full.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "reason"),
+    ("args", "reason"),
     [
-        (["--launcher", "nosuchcmd launch"], "--launcher: there is no program 'nosuchcmd'"),
+        (["--launcher", "nosuchcmd launch"], "--launcher: program 'nosuchcmd' not found"),
         (["--launcher", 'a "b'], "--launcher: No closing quotation"),
     ],
 )
-def test_a_launcher_that_cannot_be_started_is_said(file: Path, words: list[str], reason: str) -> None:
-    ran = run_module("lora_accel.cli", "verify-resume", "--config", file, *words)
-    assert (ran.returncode, ran.stderr) == (2, f"error: {reason}\n")
+def test_an_invalid_launcher_is_an_error(file: Path, args: list[str], reason: str) -> None:
+    result = run_module("lora_accel.cli", "verify-resume", "--config", file, *args)
+    assert (result.returncode, result.stderr) == (2, f"error: {reason}\n")

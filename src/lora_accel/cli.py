@@ -1,4 +1,4 @@
-"""`lora-accel …`: parses, then imports what it needs. No logic."""
+"""The `lora-accel` command line. Each command parses its options, imports what it needs and calls it; no logic here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from lora_accel.config.schema import Dtype
-from lora_accel.console import print_table, run_command, silence_libraries
+from lora_accel.console import print_table, run_command, show_logs, silence_libraries
 from lora_accel.errors import ConfigError, LoraAccelError
 from lora_accel.processes import keep_freed_memory
 
@@ -21,40 +21,41 @@ app = typer.Typer(
     help="Fine-tune causal language models with LoRA and QLoRA.",
 )
 
-Config = Annotated[Optional[Path], typer.Option("--config", metavar="FILE", help="Run config, YAML.")]  # noqa: UP045
+Config = Annotated[Optional[Path], typer.Option("--config", metavar="FILE", help="Run config (YAML).")]  # noqa: UP045
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Argument(metavar="[section.key=value …]", help="What differs from the file."),
+    typer.Argument(metavar="[section.key=value …]", help="Options that override the config file."),
 ]
 DtypeOption = Annotated[
     Dtype,
     typer.Option(
-        "--dtype", help="What models compute in. auto: as stored, or float32 where the device only emulates that."
+        "--dtype", help="Compute dtype. auto = as stored, or float32 where the device only emulates that dtype."
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script to read.")]
-# typer evaluates these annotations, so they must hold on Python 3.10 as they stand.
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
+# typer evaluates these annotations at run time, so they must be valid on Python 3.10.
 
 
 def main() -> None:
     """Run the command line."""
+    show_logs()
     sys.exit(run_command(lambda: app(standalone_mode=True)))
 
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="Run config, YAML.")],
+    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="Run config (YAML).")],
     overrides: Overrides = None,
     launcher: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
             metavar="FILE",
-            help="Config file of accelerate launch. Without it, what `accelerate config` wrote, else what fits "
-            "this machine.",
+            help="Config file for accelerate launch. Default: the file written by `accelerate config`, else settings "
+            "for this machine.",
         ),
     ] = None,
 ) -> None:
-    """Train, or resume: runs accelerate launch on this machine and prints its command line."""
+    """Train an adapter, or resume training. Runs accelerate launch on this machine and prints its command line."""
     from lora_accel.launcher import launch_training
 
     raise typer.Exit(launch_training(config, overrides or [], launcher))
@@ -64,11 +65,11 @@ def train(
 def plan(
     overrides: Overrides = None,
     config: Config = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a run config.")] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="Number of training processes.")] = 1,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of the run config.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what a run will do with its data, without loading the model."""
+    """Print the training plan for a config: data, epochs, steps. Loads no model."""
     from lora_accel.config.files import read_config
     from lora_accel.config.schema import RunConfig
 
@@ -76,22 +77,23 @@ def plan(
         print(json.dumps(RunConfig.model_json_schema(), indent=2))
         return
     if config is None:
-        raise ConfigError("--config FILE is missing (or say --schema)")
-    asked = read_config(config, overrides or [])
-    from lora_accel.setup.data import prepare_data, print_data
+        raise ConfigError("--config FILE is missing (or pass --schema)")
+    run_config = read_config(config, overrides or [])
+    silence_libraries()
+    from lora_accel.setup.data import log_data, prepare_data
 
-    data = prepare_data(asked, ranks)
+    data = prepare_data(run_config, ranks)
     if as_json:
         print(json.dumps(data.plan.as_dict(), indent=2))
     else:
-        print_data(data)
+        log_data(data)
 
 
 @app.command()
 def init(
     file: Annotated[Path, typer.Argument(metavar="[FILE]", help="File to create.")] = Path("my_rows.yaml"),
 ) -> None:
-    """Write a commented recipe for your own rows."""
+    """Write a commented config file for training on your own data."""
     from lora_accel.config.files import write_recipe
 
     write_recipe(file)
@@ -100,95 +102,124 @@ def init(
 
 @app.command()
 def inspect(
-    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="Run config, YAML.")],
+    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="Run config (YAML).")],
     overrides: Overrides = None,
     rows: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Examples of each source. Without it 3, with --json all."),
+        typer.Option(min=1, help="Examples to show per source. Default: 3, or all with --json."),
     ] = None,
     source: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="PATH", help="Only this source; data.eval_fraction = what it holds out."),
+        typer.Option(
+            metavar="PATH", help="Show only this source; data.eval_fraction = the examples held out for evaluation."
+        ),
     ] = None,
-    html: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write a page for a browser, too.")] = None,  # noqa: UP045
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")] = False,
+    html: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Also write an HTML page.")] = None,  # noqa: UP045
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")] = False,
 ) -> None:
-    """Show the data as they are learned: every token, the ledger, lengths. No model is loaded."""
+    """Show the training data token by token, with its loss mask, the audit of all rows and a length histogram."""
     from lora_accel.config.files import read_config
 
-    asked = read_config(config, overrides or [])
-    from lora_accel.preview import inspect as show
+    run_config = read_config(config, overrides or [])
+    silence_libraries()
+    from lora_accel.preview import inspect as print_preview
 
-    show(asked, rows=rows, source=source, html=html, as_json=as_json)
+    print_preview(run_config, rows=rows, source=source, html=html, as_json=as_json)
 
 
 @app.command()
 def merge(
-    adapter: Annotated[Optional[str], typer.Argument(metavar="ADAPTER", help="Folder of the adapter.")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Argument(metavar="OUT", help="Folder to make.")] = None,  # noqa: UP045
+    adapter: Annotated[Optional[str], typer.Argument(metavar="ADAPTER", help="Adapter folder.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Argument(metavar="OUT", help="Output folder.")] = None,  # noqa: UP045
     base: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--base", "--base-model-path", metavar="PATH", help="Base, instead of the one that it names."),
+        typer.Option(
+            "--base", "--base-model-path", metavar="PATH", help="Base model, instead of the one that the adapter names."
+        ),
     ] = None,
     adapters: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option("--adapter", metavar="DIR=WEIGHT", help="Several, weighted; then OUT is the only word."),
+        typer.Option(
+            "--adapter",
+            metavar="DIR=WEIGHT",
+            help="Adapter to combine, with its weight; repeat it for each. OUT is then the only argument.",
+        ),
     ] = None,
-    combine: Annotated[str, typer.Option(help="How: linear, svd, ties, dare_linear or dare_ties.")] = "linear",
-    density: Annotated[Optional[float], typer.Option(help="Part of the values that ties and dare keep.")] = None,  # noqa: UP045
+    combine: Annotated[
+        str, typer.Option(help="How to combine adapters: linear, svd, ties, dare_linear or dare_ties.")
+    ] = "linear",
+    density: Annotated[Optional[float], typer.Option(help="Fraction of the values that ties and dare_* keep.")] = None,  # noqa: UP045
     every: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--all", metavar="RUN", help="Every checkpoint of a run and its adapter, into RUN/merged/."),
+        typer.Option(
+            "--all", metavar="RUN", help="Merge every checkpoint of a run and its final adapter into RUN/merged/."
+        ),
     ] = None,
     base_weights: Annotated[
-        str, typer.Option(help="original, or dequantized: what the adapter of a QLoRA run was trained on.")
+        str,
+        typer.Option(
+            help="Weights to merge into: original, or dequantized (the 4-bit weights that a QLoRA run trained on)."
+        ),
     ] = "original",
     verify: Annotated[
         Optional[bool],  # noqa: UP045
-        typer.Option("--verify/--no-verify", help="Compare with base + adapter. Without either: if memory allows."),
+        typer.Option(
+            "--verify/--no-verify",
+            help="Compare the merged model with base + adapter. Default: compare if memory allows.",
+        ),
     ] = None,
     max_shard_size: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="5GB", help="Of a weight file; without it files are as the base has them."),
+        typer.Option(metavar="5GB", help="Largest weight file. Default: the same files as the base."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Take a base that the adapter was not trained on.")] = False,
-    lora_path: Annotated[Optional[str], typer.Option("--lora-path", help="ADAPTER, in FastChat's words.")] = None,  # noqa: UP045
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Allow a base that the adapter was not trained on.")] = False,
+    lora_path: Annotated[Optional[str], typer.Option("--lora-path", help="Alias of ADAPTER (FastChat).")] = None,  # noqa: UP045
     target_model_path: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--target-model-path", help="OUT, in FastChat's words."),
+        typer.Option("--target-model-path", help="Alias of OUT (FastChat)."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Merge an adapter into its base: an ordinary model folder."""
+    """Merge an adapter into its base model and write an ordinary model folder."""
     from lora_accel.merging.request import merge_lines, parse_merge
 
-    words = [word for word in (adapter, None if out is None else str(out)) if word is not None]
-    asked = parse_merge(words, adapters or [], every, lora_path, target_model_path, max_shard_size)
+    folders = [folder for folder in (adapter, None if out is None else str(out)) if folder is not None]
+    request = parse_merge(folders, adapters or [], every, lora_path, target_model_path, max_shard_size)
     silence_libraries()
     keep_freed_memory()
-    from lora_accel.merging.merge import MergeOptions, merge_adapter, merge_checkpoints, merge_weighted
+    from lora_accel.merging.merge import MergeKeywords, merge_adapter, merge_checkpoints, merge_weighted
 
-    options = MergeOptions(base_weights, verify, asked.max_shard_bytes, overwrite, force)
-    if asked.run is not None:
-        made = merge_checkpoints(asked.run, base=base, options=options)
+    options: MergeKeywords = {
+        "base_weights": base_weights,
+        "verify": verify,
+        "max_shard_bytes": request.max_shard_bytes,
+        "overwrite": overwrite,
+        "force": force,
+    }
+    if request.run is not None:
+        merged = merge_checkpoints(request.run, base=base, **options)
     elif adapters:
-        made = [merge_weighted(asked.adapters, asked.out, how=combine, density=density, base=base, options=options)]
+        merged = [merge_weighted(request.adapters, request.out, how=combine, density=density, base=base, **options)]
     else:
-        made = [merge_adapter(asked.adapters[0][0], asked.out, base=base, options=options)]
+        merged = [merge_adapter(request.adapters[0][0], request.out, base=base, **options)]
     if as_json:
-        print(json.dumps(made if asked.run is not None else made[0], indent=2))
+        print(json.dumps(merged if request.run is not None else merged[0], indent=2))
     else:
-        print("\n".join(merge_lines(made, asked)))
+        print("\n".join(merge_lines(merged, request)))
 
 
 @app.command()
 def export(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of the adapter, or a file of loralib's.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder, or a loralib file.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder.")],
     format: Annotated[
         str,
-        typer.Option("--format", metavar="NAME", help="peft, peft-bin (an older pickle) or loralib (microsoft/LoRA)."),
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="Output format: peft, peft-bin (PEFT's older pickle file) or loralib (microsoft/LoRA).",
+        ),
     ],
     base: Annotated[
         Optional[str],  # noqa: UP045
@@ -196,12 +227,12 @@ def export(
     ] = None,
     alpha: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(metavar="NUMBER", help="lora_alpha of a file of loralib's, which does not tell it."),
+        typer.Option(metavar="NUMBER", help="lora_alpha of a loralib file, which does not store it."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write an adapter in another tool's format, or take one of loralib's over."""
+    """Convert an adapter to another tool's format, or import one from loralib."""
     silence_libraries()
     from lora_accel.export.export import export_adapter
 
@@ -211,48 +242,50 @@ def export(
 
 @app.command()
 def generate(
-    adapter: Annotated[list[Path], typer.Option(metavar="DIR", help="Folder of an adapter; may be repeated.")],
+    adapter: Annotated[list[Path], typer.Option(metavar="DIR", help="Adapter folder; repeat it for several.")],
     prompts: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Argument(metavar="[PROMPT …]", help="User messages."),
+        typer.Argument(metavar="[PROMPT …]", help="Prompts (user messages)."),
     ] = None,
     prompts_file: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
             "--prompts",
             metavar="FILE",
-            help="More prompts: one a line (.txt), or a text, {prompt} or {messages} a line (.jsonl).",
+            help="File with more prompts: one per line (.txt), or a string, {prompt} or {messages} per line (.jsonl).",
         ),
     ] = None,
     base: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="PATH", help="Base model, instead of the one that the adapters name."),
     ] = None,
-    merged: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Merged model to compare with.")] = None,  # noqa: UP045
-    compare: Annotated[bool, typer.Option("--compare", help="Show base, adapters and merged side by side.")] = False,
+    merged: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Merged model, to compare its replies.")] = None,  # noqa: UP045
+    compare: Annotated[bool, typer.Option("--compare", help="Also show the replies of the base model.")] = False,
     system: Annotated[Optional[str], typer.Option(metavar="TEXT", help="System message.")] = None,  # noqa: UP045
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum reply length in tokens.")] = 128,
     streamed: Annotated[
-        bool, typer.Option("--stream", help="Show replies of one adapter as they are written.")
+        bool, typer.Option("--stream", help="Print tokens as they are generated (one adapter only).")
     ] = False,
     dtype: DtypeOption = "auto",
     as_json: Json = False,
 ) -> None:
-    """Reply to prompts, greedily, with the chat template of training."""
-    from lora_accel.inference.generation import generate as replies
+    """Generate replies to prompts: greedy decoding, with the chat template of training."""
+    from lora_accel.inference.generation import generate as generate_replies
     from lora_accel.inference.generation import stream
-    from lora_accel.inference.prompts import last_words, read_prompts
+    from lora_accel.inference.prompts import last_message, read_prompts
 
-    asked = read_prompts(prompts or [], prompts_file)
+    conversations = read_prompts(prompts or [], prompts_file)
     if streamed and (len(adapter) > 1 or compare or merged or as_json):
-        raise ConfigError("--stream: shows one adapter alone; leave out --compare, --merged, --json, other --adapter")
+        raise ConfigError(
+            "--stream supports a single adapter; leave out --compare, --merged, --json and further --adapter options"
+        )
     silence_libraries()
     if streamed:
-        stream(asked, adapter=adapter[0], base=base, system=system, max_new_tokens=max_new_tokens, dtype=dtype)
+        stream(conversations, adapter=adapter[0], base=base, system=system, max_new_tokens=max_new_tokens, dtype=dtype)
         return
-    answers = replies(
-        asked,
+    answers = generate_replies(
+        conversations,
         adapters=adapter,
         base=base,
         merged=merged,
@@ -262,62 +295,64 @@ def generate(
         max_new_tokens=max_new_tokens,
         dtype=dtype,
     )
-    named = [(last_words(prompt), answer) for prompt, answer in zip(asked, answers, strict=True)]
+    replies = [(last_message(prompt), answer) for prompt, answer in zip(conversations, answers, strict=True)]
     if as_json:
-        print(json.dumps([{"prompt": prompt, **answer} for prompt, answer in named], indent=2))
+        print(json.dumps([{"prompt": prompt, **answer} for prompt, answer in replies], indent=2))
         return
-    for prompt, answer in named:
+    for prompt, answer in replies:
         print_table(prompt, list(answer.items()))
 
 
 @app.command()
 def chat(
-    adapter: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Folder of the adapter.")] = None,  # noqa: UP045
+    adapter: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Adapter folder.")] = None,  # noqa: UP045
     base: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="PATH", help="Base model, instead of the one that the adapter names."),
     ] = None,
     merged: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(metavar="DIR", help="Merged model to talk to, instead of base + adapter."),
+        typer.Option(metavar="DIR", help="Merged model to chat with, instead of base + adapter."),
     ] = None,
     system: Annotated[Optional[str], typer.Option(metavar="TEXT", help="System message.")] = None,  # noqa: UP045
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum reply length in tokens.")] = 512,
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Talk with what was trained: replies are greedy, and shown as they are written."""
+    """Chat with an adapter or a merged model in the terminal. Decoding is greedy."""
     silence_libraries()
-    from lora_accel.inference.chat import chat as talk
+    from lora_accel.inference.chat import chat as start_chat
 
-    talk(adapter=adapter, base=base, merged=merged, system=system, max_new_tokens=max_new_tokens, dtype=dtype)
+    start_chat(adapter=adapter, base=base, merged=merged, system=system, max_new_tokens=max_new_tokens, dtype=dtype)
 
 
 @app.command()
 def evaluate(
     config: Annotated[
         Path,
-        typer.Option("--config", metavar="FILE", help="Run config, YAML; its data.eval or data.eval_fraction is used."),
+        typer.Option("--config", metavar="FILE", help="Run config (YAML) with data.eval or data.eval_fraction."),
     ],
     overrides: Overrides = None,
     adapter: Annotated[
         Optional[list[Path]],  # noqa: UP045
-        typer.Option(metavar="DIR", help="Folder of an adapter; may be repeated."),
+        typer.Option(metavar="DIR", help="Adapter folder; repeat it for several."),
     ] = None,
-    merged: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Merged model.")] = None,  # noqa: UP045
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows answered at once.")] = 25,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reply.")] = 128,
+    merged: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Merged model to score.")] = None,  # noqa: UP045
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 25,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum reply length in tokens.")] = 128,
     dtype: DtypeOption = "auto",
     as_json: Json = False,
 ) -> None:
-    """Score base, base + each adapter and a merged model on the evaluation rows."""
+    """Compute loss, perplexity and exact match of base, adapters and a merged model on the evaluation data."""
     from lora_accel.config.files import read_config
 
-    asked = read_config(config, [*(overrides or []), *([] if dtype == "auto" else [f"model.dtype={dtype}"])])
+    run_config = read_config(config, [*(overrides or []), *([] if dtype == "auto" else [f"model.dtype={dtype}"])])
     silence_libraries()
-    from lora_accel.inference.evaluation import evaluate as score
+    from lora_accel.inference.evaluation import evaluate as score_models
     from lora_accel.inference.evaluation import scores_as_json, scores_as_table
 
-    scores = score(asked, adapters=adapter or [], merged=merged, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    scores = score_models(
+        run_config, adapters=adapter or [], merged=merged, batch_size=batch_size, max_new_tokens=max_new_tokens
+    )
     if as_json:
         print(scores_as_json(scores))
         return
@@ -328,35 +363,41 @@ def evaluate(
 @app.command()
 def checkpoints(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder (output_dir).")],
-    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare its hash.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Also compare the SHA-256 of every file.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the checkpoints of a run: step, age, size, and whether each can be used."""
+    """List the checkpoints of a run: step, age, size, and whether each is valid."""
     from lora_accel.saving.discovery import list_checkpoints
 
-    listed = list_checkpoints(run, hashes=verify)
+    infos = list_checkpoints(run, hashes=verify)
     if as_json:
-        print(json.dumps([entry._asdict() for entry in listed], indent=2))
+        print(json.dumps([info._asdict() for info in infos], indent=2))
         return
     rows = [
-        (e.name, str(e.step), f"{e.age_seconds / 3600:,.1f} h", f"{e.bytes / 1e6:,.1f} MB", e.reason or "valid")
-        for e in listed
+        (x.name, str(x.step), f"{x.age_seconds / 3600:,.1f} h", f"{x.bytes / 1e6:,.1f} MB", x.reason or "valid")
+        for x in infos
     ]
     print_table(str(run), rows, heads=("checkpoint", "step", "age", "size", "bytes and hashes" if verify else "state"))
 
 
 @app.command(name="verify-resume")
 def verify_resume(
-    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="Run config, YAML.")],
+    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="Run config (YAML).")],
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(min=2, help="Steps of each run.")] = 4,
+    steps: Annotated[int, typer.Option(min=2, help="Training steps of each run.")] = 4,
     launcher: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="WORDS", help="How runs are started: 'accelerate launch --config_file FILE', say."),
+        typer.Option(
+            metavar="COMMAND",
+            help="Launch command, such as 'accelerate launch --config_file FILE'. Default: accelerate launch.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Prove on this machine that a killed run goes on exactly: train, train again with a SIGKILL half-way, compare."""
+    """Verify on this machine that resuming is exact.
+
+    Trains a few steps twice, once with a SIGKILL half-way, and compares losses and weights bit by bit.
+    """
     from lora_accel.verify_resume import verify_resume as verify
 
     verdict = verify(config, overrides or [], steps=steps, launcher=launcher)
@@ -364,10 +405,13 @@ def verify_resume(
     if as_json:
         print(json.dumps({"equal": equal, **verdict._asdict(), "folder": str(verdict.folder)}, indent=2))
     elif equal:
-        print(f"equal to the last bit: {verdict.steps} steps straight, and with a SIGKILL after {verdict.killed_after}")
+        print(
+            f"bitwise equal: {verdict.steps} steps uninterrupted, and killed by SIGKILL after step "
+            f"{verdict.killed_after} and resumed"
+        )
     if not equal:
         raise LoraAccelError(
-            f"the resumed run differs from the straight one (straight -> resumed); both are in {verdict.folder}\n"
+            f"the resumed run differs from the uninterrupted one (straight -> resumed); both are in {verdict.folder}\n"
             + "\n".join(f"  {line}" for line in verdict.differences)
         )
 

@@ -1,4 +1,4 @@
-"""What a person sees of a command: tables, one clear message for an error, and less noise of other libraries."""
+"""Console output: tables, progress of long stages, and one message per error."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from types import TracebackType
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 
 from lora_accel.errors import Aborted, Interrupted, LoraAccelError, TrainingError, is_full_disk
+from lora_accel.logs import logger
 
 PATIENCE_SECONDS = 5
-"""A launcher looks after its processes several times a second, and ends all when one has failed."""
+"""How long a rank other than local rank 0 waits before it reports an error. If local rank 0 failed too, the launcher
+ends this rank sooner, and the error is printed once."""
 QUIET_SECONDS = 2.0
-"""A stage that takes longer than this is shown while it runs."""
+"""A stage that takes longer is shown while it runs."""
 NAME_WIDTH = 32
-"""Longest name in the first column of a table, so that the rest fits 80 columns."""
+"""Maximum width of the first column of a table, so that the rest fits into 80 columns."""
 CLEAR_LINE = "\r\x1b[K"
 NOISE = (
     "Setting accelerator to CPU",  # DeepSpeed, on every import without a GPU
@@ -32,23 +35,35 @@ NOISE = (
 )
 
 
-def print_table(title: str, rows: Iterable[tuple[str, ...]], heads: tuple[str, ...] | None = None) -> None:
-    """Print rows under a title; without heads, as names and values."""
+def format_table(title: str, rows: Iterable[tuple[str, ...]], heads: tuple[str, ...] | None = None) -> str:
+    """Return a table as lines that fit the terminal.
+
+    Args:
+        heads: column heads; None = two columns, names and values, without heads.
+    """
     rows = list(rows)
     table = Table(title=Text(title), title_justify="left", show_header=heads is not None)
     names_fit = all(len(row[0]) <= NAME_WIDTH for row in rows)
     for number, head in enumerate(heads or ("", "")):
         table.add_column(head, overflow="fold", no_wrap=number == 0 and names_fit)
     for row in rows:
-        table.add_row(*map(Text, row))  # anybody's words, a path with brackets say, and no markup
+        table.add_row(*map(Text, row))  # a path may contain [brackets]: not markup
+    console = Console(soft_wrap=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip("\n")
+
+
+def print_table(title: str, rows: Iterable[tuple[str, ...]], heads: tuple[str, ...] | None = None) -> None:
+    """Print a table to stdout; see `format_table`."""
     Stage.hide()
-    Console(soft_wrap=False).print(table)
+    print(format_table(title, rows, heads), flush=True)
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """Return a short name for each path: its last components, as many as tell it from the others.
+    """Return a short, unique name for each path: itself if it fits, else as few of its last components as possible.
 
-    A name that is still longer than `NAME_WIDTH` is cut in the middle. Equal paths have equal names.
+    A name that is still longer than `NAME_WIDTH` is shortened in the middle. Equal paths have equal names.
     """
     names = []
     for path in paths:
@@ -65,7 +80,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def shorten(text: str, width: int) -> str:
-    """Return a text of at most so many characters: the middle of a longer one is replaced by an ellipsis."""
+    """Return a text of at most `width` characters: an ellipsis replaces the middle of a longer one."""
     if len(text) <= width:
         return text
     end = (width - 1) // 2
@@ -73,14 +88,14 @@ def shorten(text: str, width: int) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a duration for a person: `4.2 s`, `26 s`, `3 min 20 s`, `1 h 18 min`, `2 d 3 h`."""
+    """Return a duration in one or two units: `4.2 s`, `26 s`, `3 min 20 s`, `1 h 18 min`, `2 d 3 h`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60} s"
     minutes = round(seconds / 60)
     if minutes < 48 * 60:
         return f"{minutes // 60} h {minutes % 60} min"
@@ -89,14 +104,14 @@ def format_seconds(seconds: float) -> str:
 
 
 class Stage:
-    """A stage of a command that may take long; it is shown on stderr while it runs.
+    """Context manager that shows a long stage of a command on stderr while it runs.
 
-    On a terminal one line shows what is done and for how long, and disappears at the end. Elsewhere one line is written
-    once the stage has taken `QUIET_SECONDS`. A short stage shows nothing.
+    On a terminal, one line shows the name of the stage and the elapsed time, and is cleared at the end. Elsewhere, one
+    line is printed after `QUIET_SECONDS`. A short stage prints nothing.
     """
 
-    def __init__(self, what: str, *, enabled: bool = True) -> None:
-        self._what, self._detail = what, ""
+    def __init__(self, name: str, *, enabled: bool = True) -> None:
+        self._name, self._detail = name, ""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True) if enabled else None
 
@@ -104,12 +119,12 @@ class Stage:
 
     @classmethod
     def hide(cls) -> None:
-        """Clear the line of the stage that is shown, if there is one, before something else is printed."""
+        """Clear the line of the current stage, if one is shown. Call this before printing anything else."""
         if cls._is_shown:
             print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
 
     def note(self, detail: str) -> None:
-        """Set what is shown after the name of the stage, such as a count."""
+        """Set the text after the name of the stage, such as a count."""
         self._detail = f" {detail}"
 
     def __enter__(self) -> Stage:
@@ -129,11 +144,11 @@ class Stage:
         if self._end.wait(QUIET_SECONDS / 4 if is_terminal else QUIET_SECONDS):
             return
         if not is_terminal:
-            print(self._what, file=sys.stderr, flush=True)
+            print(self._name, file=sys.stderr, flush=True)
             return
         Stage._is_shown = True
         while True:
-            line = f"{self._what}{self._detail} … {format_seconds(time.monotonic() - began)}"
+            line = f"{self._name}{self._detail} … {format_seconds(time.monotonic() - began)}"
             print(f"{CLEAR_LINE}{shorten(line, 79)}", end="", file=sys.stderr, flush=True)
             if self._end.wait(1):
                 Stage.hide()
@@ -144,15 +159,15 @@ class Stage:
 def run_command(
     command: Callable[[], object], *, rank: int = 0, reports: bool = True, error_file: str | None = None
 ) -> int:
-    """Run a command and return its exit code; an error of ours is a message on stderr, without a traceback.
+    """Run a command and return its exit code. An error of this package is printed to stderr without a traceback.
 
-    Of the processes of a machine the first tells it. What all meet (a wrong config) is told once: the launcher ends the
-    others as soon as the first has failed. What one of the others meets alone it tells itself, a little later.
+    An error that all ranks meet, such as a wrong config, is printed once per machine: local rank 0 reports it, and the
+    launcher ends the other ranks. A rank that fails alone reports its error after `PATIENCE_SECONDS`.
 
     Args:
-        rank: of this process among those launched.
-        reports: whether it is the first on its machine.
-        error_file: where torchrun (which `accelerate launch` uses) looks for an error, to show it last.
+        rank: rank of this process.
+        reports: whether this process is local rank 0.
+        error_file: file in which torchrun (used by `accelerate launch`) expects the error.
     """
     try:
         command()
@@ -166,41 +181,66 @@ def run_command(
         return aborted.exit_code
     except KeyboardInterrupt:
         if reports:
-            print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+            print("interrupted; run the same command to resume from the newest checkpoint", file=sys.stderr, flush=True)
         return 130
     except Exception as caught:
         error: Exception = caught
         if is_full_disk(caught):
-            error = TrainingError(f"{caught}. What was saved before is as it was; make room, and say it again")
+            error = TrainingError(
+                f"{caught}. What was saved before is intact; free some disk space and run the same command again"
+            )
         if not isinstance(error, LoraAccelError):
-            _leave_message(traceback.format_exc(), error_file)
+            _write_error_file(traceback.format_exc(), error_file)
             raise
         if not reports:
             time.sleep(PATIENCE_SECONDS)
         message = f"error on rank {rank}: {error}" if rank > 0 else f"error: {error}"
         print(message, file=sys.stderr, flush=True)
-        _leave_message(message, error_file)
+        _write_error_file(message, error_file)
         return error.exit_code
     return 0
 
 
+def show_logs() -> None:
+    """Print the package's messages: information to stdout, warnings to stderr, without a prefix."""
+    if not any(isinstance(handler, _LogHandler) for handler in logger.handlers):
+        logger.addHandler(_LogHandler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+class _LogHandler(logging.Handler):
+    """Prints messages without breaking a progress bar or the line of a stage."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        try:
+            Stage.hide()
+            tqdm.write(self.format(record), file=stream)
+            stream.flush()
+        except Exception:
+            self.handleError(record)
+
+
 def silence_libraries() -> None:
-    """Keep warnings and bars of other libraries away that tell a user of this package nothing."""
+    """Turn off warnings and progress bars of other libraries that do not help users of this package."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for name in ("DeepSpeed", "bitsandbytes", "bitsandbytes.backends.cpu.ops"):
-        logging.getLogger(name).addFilter(_is_no_noise)
+        logging.getLogger(name).addFilter(_is_not_noise)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|deepspeed|bitsandbytes)\b")
 
 
-def _leave_message(message: str, error_file: str | None) -> None:
+def _write_error_file(message: str, error_file: str | None) -> None:
     if error_file:
         text = json.dumps({"message": message, "timestamp": int(time.time())})
         Path(error_file).write_text(text, encoding="utf-8")
-        time.sleep(1.1)  # times are in whole seconds: what others suffer from our end must be dated later
+        # torchrun reports the rank that failed first, by these timestamps in seconds: ranks that fail as a consequence
+        # must have later ones.
+        time.sleep(1.1)
 
 
-def _is_no_noise(record: logging.LogRecord) -> bool:
+def _is_not_noise(record: logging.LogRecord) -> bool:
     return not any(text in record.getMessage() for text in NOISE)

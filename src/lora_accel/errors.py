@@ -1,15 +1,15 @@
-"""The package's few exceptions, each with the exit code of the command that meets it.
+"""The exceptions of this package, and the exit code that each one gives a command.
 
-    LoraAccelError                1   something here went wrong
+    LoraAccelError                1   any other failure
     ├── UserError                 2   the config, the data or the request is wrong; nothing was written
-    │   ├── ConfigError               an option or the file that holds it
-    │   ├── DataError                 a data file, a row, a template
+    │   ├── ConfigError               an option or the config file
+    │   ├── DataError                 a data file, a row or a chat template
     │   └── ArtifactError             an adapter, a checkpoint or a base model that cannot be used
-    ├── TrainingError             3   training cannot go on; the last good checkpoint is kept
-    └── Interrupted         143/130  asked to stop, by Ctrl-C (130) or otherwise; a checkpoint is saved
+    ├── TrainingError             3   training cannot continue; the last good checkpoint is kept
+    └── Interrupted         143/130   stopped by Ctrl-C (130) or another signal (143); a checkpoint is saved
     Aborted (KeyboardInterrupt)  143/130  a signal before training started; there is nothing to save
 
-A message says which option, file, line or row is wrong, and the way out. It is shown without a traceback.
+A message names the option, file, line or row that is wrong, and how to fix it. It is printed without a traceback.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from collections.abc import Iterable
 
 
 class LoraAccelError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of the exceptions that this package raises."""
 
     exit_code = 1
 
 
 class UserError(LoraAccelError):
-    """The person at the keyboard can mend this."""
+    """An error that the user can fix."""
 
     exit_code = 2
 
 
 class ConfigError(UserError):
-    """The run config, or a word that overrides it, is wrong."""
+    """The run config, a command-line override or another option is wrong."""
 
 
 class DataError(UserError):
-    """A data file, a row of it, or a chat template cannot be used."""
+    """A data file, one of its rows or a chat template cannot be used."""
 
 
 class ArtifactError(UserError):
-    """An adapter, a checkpoint or a base model is damaged, missing, or belongs to something else."""
+    """An adapter, a checkpoint or a base model is missing, corrupt or does not match."""
 
 
 class TrainingError(LoraAccelError):
-    """Training cannot go on (a loss that is not finite, say)."""
+    """Training cannot continue, for example because the loss is not finite."""
 
     exit_code = 3
 
 
 class Interrupted(LoraAccelError):
-    """Something asked the run to stop; its state is saved, and the same command goes on."""
+    """The run was stopped and its state saved. The same command resumes it."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -59,7 +59,7 @@ class Interrupted(LoraAccelError):
 
 
 class Aborted(KeyboardInterrupt):
-    """A signal ended the command before training started. No `Exception`: nothing on the way swallows it."""
+    """A signal ended the command before training started. Not an `Exception`, so that nothing catches it by chance."""
 
     def __init__(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -68,25 +68,30 @@ class Aborted(KeyboardInterrupt):
 
 
 def exit_code_of(number: int) -> int:
-    """Return the exit code of a run that a signal stopped: 130 for Ctrl-C, 143 for all others."""
+    """Return the exit code of a run that a signal stopped: 130 for SIGINT, 143 for any other."""
     return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean X?)` for the nearest known name, or an empty string."""
-    nearest = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.55)
-    return f" (did you mean {nearest[0]}?)" if nearest else ""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean X?)` with the most similar known name, or an empty string."""
+    matches = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.55)
+    return f" (did you mean {matches[0]}?)" if matches else ""
 
 
-def join_or(words: Iterable[str]) -> str:
+def join_or(names: Iterable[str]) -> str:
     """Return `A, B or C`."""
-    *rest, last = words
+    *rest, last = names
     return f"{', '.join(rest)} or {last}" if rest else last
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error message, without a final period."""
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
 def is_full_disk(error: BaseException) -> bool:
-    """Whether an error says that a disk is full, over its quota, or cannot be written to."""
+    """Whether an error means that a disk is full, over its quota or not writable."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-    # Libraries written in Rust (safetensors, tokenizers) give the number in words.
+    # Libraries written in Rust (safetensors, tokenizers) give the number in the message only.
     return any(f"os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))

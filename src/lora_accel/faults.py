@@ -1,10 +1,12 @@
-"""Places where a test may make a process die, run out of disk, or wait. Inert unless LORA_ACCEL_FAULT is set.
+"""Fault injection for tests: points at which a test can kill or pause a process, or simulate a full disk.
+
+Off unless LORA_ACCEL_FAULT is set:
 
     LORA_ACCEL_FAULT=NAME@N=kill|enospc|exit|sleep|pause|hang[:rank=R]
 
-N counts from 1 how often this process has come to the place NAME; without `rank` every rank has the fault. `pause`
-creates the file LORA_ACCEL_FAULT_MARK-RANK and waits for a signal that this process handles, or until that file is
-deleted; `hang` waits forever.
+The fault occurs the N-th time (from 1) that the process reaches the point NAME, on every rank unless `rank` is set.
+`pause` creates the file LORA_ACCEL_FAULT_MARK-RANK and waits for a signal that this process handles, or until that file
+is deleted; `hang` waits forever.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ POINTS = (
     *("save.before_rename", "save.after_rename", "save.before_fsync_dir", "rotate.mid", "export.mid", "merge.mid"),
 )
 SLEEP_SECONDS = 5
-"""Long enough for a person, or a test, to do something to a process that waits in the middle of something."""
+"""Duration of `sleep`: long enough for a test to act on the waiting process."""
 
 
 @dataclasses.dataclass
 class Fault:
-    """What goes wrong, where, and at which time of passing."""
+    """A fault to inject."""
 
     point: str
     occurrence: int
@@ -41,14 +43,15 @@ class Fault:
     rank: int | None
     """None = every rank."""
     passed: int = 0
+    """How often this process has reached the point."""
 
 
 @functools.cache
 def active_fault() -> Fault | None:
-    """Return the fault that this process has, if any.
+    """Return the fault to inject into this process, None without one.
 
     Raises:
-        ConfigError: the variable is set and says nothing that is known.
+        ConfigError: LORA_ACCEL_FAULT is invalid.
     """
     text = os.environ.get("LORA_ACCEL_FAULT", "")
     if not text:
@@ -56,16 +59,18 @@ def active_fault() -> Fault | None:
     match = re.fullmatch(r"([a-z_.]+)@([1-9]\d*)=(kill|enospc|exit|sleep|pause|hang)(?::rank=(\d+))?", text)
     if match is None:
         raise ConfigError(
-            f"LORA_ACCEL_FAULT={text!r}: say NAME@N=kill|enospc|exit|sleep|pause|hang[:rank=R], or unset it"
+            f"LORA_ACCEL_FAULT={text!r}: use NAME@N=kill|enospc|exit|sleep|pause|hang[:rank=R], or unset it"
         )
     point, occurrence, action, rank = match.groups()
     if point not in POINTS:
-        raise ConfigError(f"LORA_ACCEL_FAULT: {point!r} is no place{did_you_mean(point, POINTS)}: {', '.join(POINTS)}")
+        raise ConfigError(
+            f"LORA_ACCEL_FAULT: {point!r} is not a fault point{did_you_mean(point, POINTS)}: {', '.join(POINTS)}"
+        )
     return Fault(point, int(occurrence), action, None if rank is None else int(rank))
 
 
 def fault_point(point: str) -> None:
-    """Say that this process has come to a place."""
+    """Mark a point of the code; inject the fault here if it is active."""
     fault = active_fault()
     if fault is None or fault.point != point or fault.rank not in (None, int(os.environ.get("RANK", "0"))):
         return
@@ -85,13 +90,13 @@ def fault_point(point: str) -> None:
 
 
 def _pause(forever: bool) -> None:
-    """Wait where a test can see it. Python writes to a socket as soon as a signal comes, so none is missed."""
+    """Create the mark file and wait. Python's wakeup socket reports every signal, so none is missed."""
     mark = Path(f"{os.environ['LORA_ACCEL_FAULT_MARK']}-{os.environ.get('RANK', '0')}")
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
-    with ours, theirs:
-        before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    with receiver, sender:
+        before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         mark.touch()
-        while forever or (mark.exists() and not select.select([ours], [], [], 0.02)[0]):
+        while forever or (mark.exists() and not select.select([receiver], [], [], 0.02)[0]):
             time.sleep(0.01)
         signal.set_wakeup_fd(before)

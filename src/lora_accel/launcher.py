@@ -1,7 +1,7 @@
-"""`lora-accel train`: `accelerate launch` with what fits this machine, run within this process.
+"""`lora-accel train`: runs `accelerate launch` within this process, with options for this machine.
 
-So the exit code of training becomes this command's, signals reach training, and an error is shown once, by the process
-that met it.
+So this command returns the exit code of training and forwards signals to it, and an error is printed once, by the
+process in which it occurred.
 """
 
 from __future__ import annotations
@@ -25,21 +25,24 @@ from lora_accel.training.stopping import SIGNALS, signal_handler
 
 
 def launch_training(config: Path, overrides: Sequence[str], launcher: Path | None = None) -> int:
-    """Start training as a run config says, wait for it, and return its exit code.
+    """Run training in processes started by `accelerate launch`, and return its exit code.
 
     Args:
-        launcher: config file of `accelerate launch`; None = what `accelerate config` wrote, else what this machine has.
+        config: run config file.
+        overrides: `section.key=value` options that override it.
+        launcher: config file for `accelerate launch`; None = the file written by `accelerate config`, else options for
+            this machine.
 
     Raises:
-        ConfigError: the run config or the launcher's is wrong; nothing was started.
+        ConfigError: the run config or the launcher's config is wrong; nothing was started.
         LoraAccelError: the training process was killed.
     """
     check_output_folder(Path(read_config(config, overrides).output_dir))
     if launcher is not None and not launcher.is_file():
-        raise ConfigError(f"--launcher: there is no file {launcher}; a preset is in accelerate_configs/ of the sources")
+        raise ConfigError(f"--launcher: {launcher} does not exist; the repository has presets in accelerate_configs/")
     training = ["-m", "lora_accel.train", "--config", str(config), *overrides]
     signals = Signals()
-    with signal_handler(signals.take):
+    with signal_handler(signals.forward):
         with Stage("importing PyTorch and Accelerate"):
             options = config_file_options(launcher) or machine_options(detect_machine())
         print(shlex.join(["accelerate", "launch", *options, *training]), flush=True)
@@ -51,16 +54,16 @@ def launch_training(config: Path, overrides: Sequence[str], launcher: Path | Non
 
 
 class Machine(NamedTuple):
-    """What training may use."""
+    """The hardware that training may use."""
 
     num_devices: int
-    """Accelerators; 0 = the CPU trains."""
+    """Accelerators; 0 = train on the CPU."""
     num_threads: int | None
-    """Threads for the CPU; None = the environment says it."""
+    """CPU threads; None = not set here."""
 
 
 def detect_machine() -> Machine:
-    """Return what this machine has."""
+    """Detect the accelerators of this machine, or the CPU threads if it has none and OMP_NUM_THREADS is not set."""
     import psutil
     import torch
 
@@ -68,30 +71,33 @@ def detect_machine() -> Machine:
         return Machine(torch.accelerator.device_count(), None)
     if os.environ.get("OMP_NUM_THREADS"):
         return Machine(0, None)
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(0, min(usable, psutil.cpu_count(logical=False) or usable))
+    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(0, min(num_cpus, psutil.cpu_count(logical=False) or num_cpus))
 
 
 def machine_options(machine: Machine) -> list[str]:
-    """Return options of `accelerate launch` for one machine: a process for each accelerator, or one on the CPU.
+    """Return the options of `accelerate launch` for one machine: one process per accelerator, or one on the CPU.
 
-    Precision is left out: training decides it.
+    Mixed precision is not among them: training chooses it.
     """
     options = ["--num_processes", str(max(1, machine.num_devices)), "--num_machines", "1", "--dynamo_backend", "no"]
     if machine.num_devices == 0:
         options.append("--cpu")
     if machine.num_devices > 1:
-        options += ["--multi_gpu", "--main_process_port", "0"]  # 0 = a free one, so that two runs do not meet
+        options += ["--multi_gpu", "--main_process_port", "0"]  # 0 = a free port, so that two runs do not collide
     if machine.num_threads is not None:
         options += ["--num_cpu_threads_per_process", str(machine.num_threads)]
     return options
 
 
 def config_file_options(launcher: Path | None) -> list[str]:
-    """Return options of `accelerate launch` for a config file: this one, or what `accelerate config` wrote, or none.
+    """Return the options of `accelerate launch` that select a config file, empty if there is none.
+
+    Args:
+        launcher: the config file; None = the file written by `accelerate config`, if it exists.
 
     Raises:
-        ConfigError: Accelerate cannot read it.
+        ConfigError: Accelerate cannot read the file.
     """
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 
@@ -101,24 +107,27 @@ def config_file_options(launcher: Path | None) -> list[str]:
     try:
         values = load_config_from_file(str(file))
     except Exception as error:  # whatever a YAML parser and Accelerate's dataclasses raise
-        raise ConfigError(f"{file}: no config of accelerate launch: {str(error).strip()}") from None
+        raise ConfigError(f"{file}: not a config file of accelerate launch: {str(error).strip()}") from None
     options = ["--config_file", str(file)]
-    is_alone = (getattr(values, "num_machines", 1) or 1) == 1
-    if is_alone and (getattr(values, "num_processes", 1) or 1) > 1 and values.main_process_port is None:
+    is_single_machine = (getattr(values, "num_machines", 1) or 1) == 1
+    if is_single_machine and (getattr(values, "num_processes", 1) or 1) > 1 and values.main_process_port is None:
         options += ["--main_process_port", "0"]
     return options
 
 
 class Signals:
-    """Passes signals on to the processes that train; they save and end, and so does this process."""
+    """Forwards signals to the training processes, which save a checkpoint and exit; then this process exits too."""
 
     def __init__(self) -> None:
         self.is_over = False
 
-    def take(self, number: int, frame: FrameType | None = None) -> None:
-        """Take a signal.
+    def forward(self, number: int, frame: FrameType | None = None) -> None:
+        """Send a signal to all child processes; without any, end the command.
 
-        A terminal sends Ctrl-C to training, too, which takes what comes twice within a second for one.
+        A terminal sends Ctrl-C to the children too. They ignore a second one within a second.
+
+        Raises:
+            Aborted: training has not started.
         """
         import psutil
 
@@ -132,22 +141,22 @@ class Signals:
 
 
 def _accelerate_launch(arguments: Sequence[str]) -> int:
-    """Run `accelerate launch`; return the exit code of training, negative where a signal killed it."""
+    """Run `accelerate launch` and return the exit code of training; negative = the signal that killed it."""
     from subprocess import CalledProcessError
 
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     parsed = launch_command_parser().parse_args(list(arguments))
-    # torchrun would pass signals on by itself, but kills after 30 seconds, which a step may take.
+    # torchrun forwards signals itself, but kills its processes after 30 seconds; a step may take longer.
     parsed.signals_to_handle = "SIGQUIT"
-    logging.disable(logging.CRITICAL)  # training itself reports what goes wrong, once
+    logging.disable(logging.CRITICAL)  # training reports its errors itself, once
     try:
         launch_command(parsed)
     except CalledProcessError as error:
         return int(error.returncode)
     except ChildFailedError as error:
-        return _code_of_ranks(error.failures)
+        return _first_exit_code(error.failures)
     except (ValueError, AssertionError, ImportError, ConnectionError) as error:
         raise ConfigError(f"accelerate launch: {error}") from None
     finally:
@@ -155,8 +164,8 @@ def _accelerate_launch(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _code_of_ranks(failures: dict[int, Any]) -> int:
-    """Return the exit code of the rank that failed first; one that was killed follows from another's failure."""
+def _first_exit_code(failures: dict[int, Any]) -> int:
+    """Return the exit code of the rank that failed first. Ranks killed by a signal count only if all were."""
     first, *others = sorted(failures.values(), key=lambda failure: failure.timestamp)
     return int(next((failure.exitcode for failure in (first, *others) if failure.exitcode > 0), first.exitcode))
 
@@ -165,12 +174,12 @@ def _exit_code(code: int) -> int:
     """Return the exit code of this command.
 
     Raises:
-        LoraAccelError: training was killed, and could not say so.
+        LoraAccelError: training was killed and could not report it.
     """
     if code >= 0:
         return code
     number = -code
-    if number in SIGNALS:  # it came while Python still read its files
+    if number in SIGNALS:  # it arrived while Python was starting, before there was a handler
         print(Aborted(number), file=sys.stderr, flush=True)
         return exit_code_of(number)
     name = signal.Signals(number).name

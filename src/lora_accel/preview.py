@@ -1,6 +1,6 @@
-"""What is learned of the data, to look at: every token, supervised or not, every row in the ledger. Loads no model.
+"""`lora-accel inspect`: shows every token and its loss mask, and the ledger of all rows. Loads no model.
 
-Rows are anybody's words. They are shown as words: never as markup, HTML, or codes that a terminal obeys.
+Data is untrusted: its text is never interpreted as markup, HTML or terminal control codes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lora_accel.config.schema import DataSection, RunConfig, SourceSection
 from lora_accel.console import print_table
 from lora_accel.data.audit import SPLIT, TRUNCATED, SourceLedger, ledger_lines, total
 from lora_accel.data.chat import Example
-from lora_accel.data.dataset import Recipe, find_rows, load_dataset, prepare
+from lora_accel.data.dataset import Dataset, Recipe, find_rows, load_dataset, prepare
 from lora_accel.data.splits import HELD_OUT, split_train
 from lora_accel.data.store import Examples
 from lora_accel.data.tokens import special_tokens
@@ -35,36 +35,36 @@ from lora_accel.saving.atomic import write_text
 from lora_accel.setup.recipe import make_recipe
 
 ROWS = 3
-"""Examples of each source that a person is shown."""
-MOST_BINS, BAR = 12, 40
-"""Lines that a histogram has at most (and seldom less than half of), and characters of its longest bar."""
-BROKEN, MOST_TOKENS = "\ufffd", 16
-"""What stands for bytes that are no character (yet), and how many tokens are waited for to make one."""
+"""Examples shown per source by default, except in JSON."""
+MAX_BINS, BAR_WIDTH = 12, 40
+"""Maximum number of bins of a histogram, and the length of its longest bar in characters."""
+REPLACEMENT, MAX_PENDING = "\ufffd", 16
+"""The character for bytes that are not (yet) valid UTF-8, and how many tokens are combined to complete a character."""
 HIDDEN, JOINERS, MARKS = ("Cc", "Cf", "Cs", "Zl", "Zp"), "\u200c\u200d", "⟦⟧⟨⏎⇥"
-"""Kinds of characters that a reader would not see; two that emoji and scripts need; and our own marks."""
+"""Unicode categories of invisible characters; two joiners that emoji and some scripts need; the marks used here."""
 GUTTER = "│ "
-"""Before each line of a row, so that no row can look like a heading."""
-SIGNS = "⏎ line break, ⇥ tab, ⟨U+…⟩ a character that would not show"
-LEARNED, UNLEARNED = ("color(16) on color(120)", "color(16) on color(114)"), ("color(243)", "color(247)")
-"""Two shades each, in turn: black on greens, and greys that can be read on white and on black."""
+"""Prefix of each line of a row, so that no row can look like a heading."""
+LEGEND = "⏎ line break, ⇥ tab, ⟨U+…⟩ an invisible character"
+SUPERVISED, UNSUPERVISED = ("color(16) on color(120)", "color(16) on color(114)"), ("color(243)", "color(247)")
+"""Two alternating shades each: black on green, and grays that are readable on white and on black."""
 SPECIAL = "bold color(133)"
 
 
 class Part(NamedTuple):
-    """The examples of one source that are trained on, or that are evaluated."""
+    """The examples of one source that belong to one split."""
 
     split: str
     """train or eval."""
     section: SourceSection
     ledger: SourceLedger
-    """Of the source; those of its examples that are held out have the same one."""
+    """Ledger of the source; its training and held-out examples share it."""
     examples: Examples
     held_out: bool = False
-    """Whether data.eval_fraction holds them out of a training source."""
+    """Whether data.eval_fraction holds the examples out of a training source."""
 
 
 class Piece(NamedTuple):
-    """Tokens that are text together: one, or the few that the bytes of a character are spread over."""
+    """The text of one token, or of the few tokens that share a character."""
 
     text: str
     ids: list[int]
@@ -72,13 +72,13 @@ class Piece(NamedTuple):
     special: bool
 
 
-class Shown(NamedTuple):
-    """An example as a person sees it."""
+class RenderedExample(NamedTuple):
+    """An example, ready to be shown."""
 
     heading: str
     pieces: list[Piece]
     ending: str
-    """What max_length cut off, in words; empty if nothing."""
+    """A note on what max_length cut off; empty if nothing."""
 
 
 def inspect(
@@ -89,32 +89,32 @@ def inspect(
     html: Path | None = None,
     as_json: bool = False,
 ) -> None:
-    """Print examples and the ledger of a run config's data, as a person or a script reads them.
+    """Print examples and the ledger of a run config's data, as text or JSON.
 
     Args:
-        rows: how many examples of each source; None = 3, in JSON all.
-        source: `path` of the one source to look at, or `data.eval_fraction` for what it holds out; None = all.
-        html: a page to write as well.
-        as_json: print one JSON object for each example, and one for the ledger.
+        rows: number of examples per source; None = 3, in JSON all.
+        source: `path` of the only source to show, or `data.eval_fraction` for the held-out examples; None = all.
+        html: file of an HTML page to write as well.
+        as_json: print one JSON object per example, then one with the ledgers.
 
     Raises:
-        ConfigError: there is no such source, or the page cannot be written there.
-        DataError: as training would; if too many rows are unusable, after all has been shown.
+        ConfigError: there is no such source, or the page cannot be written.
+        DataError: training would raise it too. If too many rows are unusable, it is raised after everything is printed.
     """
     if html is not None:
-        _refuse_page(html)
+        _check_page_path(html)
     recipe = make_recipe(config)
     parts = load_parts(config, recipe, source)
     tokenizer = recipe.template().tokenizer
     if html is not None:
-        _write_page(html, page(parts, config.data, recipe, rows or ROWS))
+        _write_page(html, render_page(parts, config.data, recipe, rows or ROWS))
     if as_json:
         for line in json_lines(parts, tokenizer, rows):
             print(json.dumps(line))
-        sys.stdout.flush()  # here, where a reader who has left is no error, and not at the end of the process
+        sys.stdout.flush()  # here, since a closed pipe must not raise at the end of the process
     else:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that has not all characters
+            sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
         show_examples(parts, config.data, recipe, rows or ROWS, Console())
         show_audit(parts)
     for ledger in _ledgers(parts):
@@ -122,7 +122,10 @@ def inspect(
 
 
 def load_parts(config: RunConfig, recipe: Recipe, source: str | None) -> list[Part]:
-    """Load the sources that are asked for, and hold out of them what training would.
+    """Load the selected sources, and hold out the same examples as training.
+
+    Args:
+        source: as in `inspect`.
 
     Raises:
         ConfigError: no source has this path.
@@ -133,34 +136,48 @@ def load_parts(config: RunConfig, recipe: Recipe, source: str | None) -> list[Pa
     known += [HELD_OUT] if data.eval_fraction else []
     if source is not None and source not in known:
         raise ConfigError(
-            f"--source: {source!r} is no source of this config{did_you_mean(source, known)}; known are "
+            f"--source: {source!r} is not a source of this config{did_you_mean(source, known)}; known are "
             + ", ".join(known)
         )
 
-    def wanted(sections: Sequence[SourceSection]) -> list[SourceSection]:
+    def select(sections: Sequence[SourceSection]) -> list[SourceSection]:
         return [section for section in sections if source in (None, section.path)]
 
     # Which examples are held out depends on all training sources.
-    sections = data.train if data.eval_fraction else wanted(data.train)
-    whole = load_dataset(sections, recipe, data)
-    train, held = split_train(whole, data, config.seed)
-    parts = [
-        Part("train", *of) for of in zip(sections, whole.ledgers, (x.examples for x in train.sources), strict=True)
-    ]
-    if held is not None:
-        outs = zip(sections, whole.ledgers, (x.examples for x in held.sources), strict=True)
-        parts += [Part("eval", *of, held_out=True) for of in outs]
-    sections = wanted(data.eval)
-    given = load_dataset(sections, recipe, data)
-    outs = zip(sections, given.ledgers, (x.examples for x in given.sources), strict=True)
-    parts += [Part("eval", *of) for of in outs]
+    train_sections = data.train if data.eval_fraction else select(data.train)
+    full = load_dataset(train_sections, recipe, data)
+    train, held_out = split_train(full, data, config.seed)
+    parts = _make_parts("train", train_sections, full.ledgers, train)
+    if held_out is not None:
+        parts += _make_parts("eval", train_sections, full.ledgers, held_out, held_out=True)
+    eval_sections = select(data.eval)
+    evaluation = load_dataset(eval_sections, recipe, data)
+    parts += _make_parts("eval", eval_sections, evaluation.ledgers, evaluation)
     if source == HELD_OUT:
         return [part for part in parts if part.held_out]
     return [part for part in parts if source in (None, part.section.path)]
 
 
+def _make_parts(
+    split: str,
+    sections: Sequence[SourceSection],
+    ledgers: Sequence[SourceLedger],
+    dataset: Dataset,
+    *,
+    held_out: bool = False,
+) -> list[Part]:
+    return [
+        Part(split, section, ledger, source.examples, held_out)
+        for section, ledger, source in zip(sections, ledgers, dataset.sources, strict=True)
+    ]
+
+
 def json_lines(parts: Sequence[Part], tokenizer: Any, rows: int | None) -> Iterator[dict[str, Any]]:
-    """Yield each example, at most so many of a source, and then the ledgers, as plain values."""
+    """Yield each example as plain values, then the ledgers.
+
+    Args:
+        rows: maximum number of examples per source; None = all.
+    """
     for part in parts:
         for example in itertools.islice(part.examples, rows):
             yield {
@@ -169,61 +186,64 @@ def json_lines(parts: Sequence[Part], tokenizer: Any, rows: int | None) -> Itera
                 "held_out": part.held_out,
                 "file": example.row[0],
                 "row": example.row[1],
-                "text": _decoded(tokenizer, example.input_ids),
+                "text": _decode(tokenizer, example.input_ids),
                 "input_ids": example.input_ids,
                 "labels": example.labels,
             }
-    given = [part for part in parts if part.split == "eval" and not part.held_out]
+    eval_parts = [part for part in parts if part.split == "eval" and not part.held_out]
     audit: dict[str, Any] = {
-        "train": [ledger.as_dict() for ledger in _ledgers([part for part in parts if part not in given])],
-        "eval": [ledger.as_dict() for ledger in _ledgers(given)],
+        "train": [ledger.as_dict() for ledger in _ledgers([part for part in parts if part not in eval_parts])],
+        "eval": [ledger.as_dict() for ledger in _ledgers(eval_parts)],
     }
     yield {"audit": audit | {"total": total(_ledgers(parts))}}
 
 
-def shown_examples(parts: Sequence[Part], options: DataSection, recipe: Recipe, rows: int) -> Iterator[Shown]:
-    """Yield the first examples of each source."""
+def render_examples(
+    parts: Sequence[Part], options: DataSection, recipe: Recipe, rows: int
+) -> Iterator[RenderedExample]:
+    """Yield the first `rows` examples of each source."""
     tokenizer = recipe.template().tokenizer
     for part in parts:
         examples = part.examples[:rows]
-        fates = {row: bucket for bucket in (TRUNCATED, SPLIT) for row in part.ledger.buckets.get(bucket, ())}
-        long = {example.row for example in examples} & fates.keys()
-        cut = _cut_tokens(long, part, recipe, options)
+        buckets = {row: bucket for bucket in (TRUNCATED, SPLIT) for row in part.ledger.buckets.get(bucket, ())}
+        overlong = {example.row for example in examples} & buckets.keys()
+        num_cut = _count_cut_tokens(overlong, part, recipe, options)
         if not examples and not part.held_out:
-            yield Shown(f"{visible(part.section.path)} ({part.split}), no example", [], "")
+            yield RenderedExample(f"{make_visible(part.section.path)} ({part.split}), no examples", [], "")
         for example in examples:
-            heading = _heading(example, part, fates.get(example.row))
+            heading = _heading(example, part, buckets.get(example.row))
             ending = ""
-            if cut.get(example.row) and len(example.input_ids) == options.max_length:
-                ending = f"… cut at data.max_length={options.max_length}: {cut[example.row]:,} tokens left out"
-            yield Shown(heading, list(pieces(example, tokenizer)), ending)
+            if num_cut.get(example.row) and len(example.input_ids) == options.max_length:
+                ending = f"… cut at data.max_length={options.max_length}: {num_cut[example.row]:,} tokens left out"
+            yield RenderedExample(heading, list(split_pieces(example, tokenizer)), ending)
 
 
-def _heading(example: Example, part: Part, fate: str | None) -> str:
+def _heading(example: Example, part: Part, bucket: str | None) -> str:
     file, row = example.row
-    within = f"{file}, " if file != part.section.path else ""
+    prefix = f"{file}, " if file != part.section.path else ""
     counts = f"{len(example.input_ids):,} tokens, {example.num_supervised:,} supervised"
-    remarks = [fate] if fate else []
+    remarks = [bucket] if bucket else []
     remarks += [f"held out by {HELD_OUT}"] if part.held_out else []
-    return visible(", ".join([f"{part.section.path} ({part.split}), {within}row {row}, {counts}", *remarks]))
+    return make_visible(", ".join([f"{part.section.path} ({part.split}), {prefix}row {row}, {counts}", *remarks]))
 
 
-def _cut_tokens(
+def _count_cut_tokens(
     rows: set[tuple[str, int]], part: Part, recipe: Recipe, options: DataSection
 ) -> dict[tuple[str, int], int]:
-    """Return how many tokens each of these rows lost. The ledger holds their sum, so they are tokenised again."""
-    named, found = part.section.model_copy(update={"format": part.ledger.format}), {}
-    for alone in find_rows(part.section, rows):
-        done = prepare(alone, template=recipe.template(), section=named, options=options)
-        found[alone.file, alone.numbers[0]] = done.num_cut_tokens
-    return found
+    """Return how many tokens of each row were cut off. The ledger has only the sum, so the rows are tokenized again."""
+    section = part.section.model_copy(update={"format": part.ledger.format})
+    num_cut = {}
+    for chunk in find_rows(part.section, rows):
+        prepared = prepare(chunk, template=recipe.template(), section=section, options=options)
+        num_cut[chunk.file, chunk.numbers[0]] = prepared.num_cut_tokens
+    return num_cut
 
 
-# From tokens to text.
+# Tokens to text.
 
 
-def pieces(example: Example, tokenizer: Any) -> Iterator[Piece]:
-    """Yield the tokens of an example as text. None goes together with one that has another label."""
+def split_pieces(example: Example, tokenizer: Any) -> Iterator[Piece]:
+    """Yield the tokens of an example as text. Supervised and other tokens are never in one piece."""
     specials = {tokenizer.convert_tokens_to_ids(text): text for text in special_tokens(tokenizer)}
     before: list[int] = []
 
@@ -231,127 +251,133 @@ def pieces(example: Example, tokenizer: Any) -> Iterator[Piece]:
         return pair[1] != IGNORE_INDEX, pair[0] in specials
 
     for (supervised, special), run in itertools.groupby(zip(example.input_ids, example.labels, strict=True), kind):
-        waiting: list[int] = []
+        pending: list[int] = []
         tokens = [token for token, _ in run]
-        for place, token in enumerate(tokens, start=1):
-            waiting.append(token)
-            text = specials[token] if special else _decoded_after(tokenizer, before, waiting)
-            if text.endswith(BROKEN) and len(waiting) < MOST_TOKENS and place < len(tokens):
-                continue  # the next token may hold the rest of a character
-            yield Piece(text, waiting, supervised, special)
-            if not text.endswith(BROKEN):  # half a character would melt with what follows it
-                before = waiting
-            waiting = []
+        for position, token in enumerate(tokens, start=1):
+            pending.append(token)
+            text = specials[token] if special else _decode_after(tokenizer, before, pending)
+            if text.endswith(REPLACEMENT) and len(pending) < MAX_PENDING and position < len(tokens):
+                continue  # the next token may complete the character
+            yield Piece(text, pending, supervised, special)
+            if not text.endswith(REPLACEMENT):  # an incomplete character would combine with the next piece
+                before = pending
+            pending = []
 
 
-def _decoded_after(tokenizer: Any, before: list[int], tokens: list[int]) -> str:
-    """Return the text of tokens after others: some decoders drop a space before the first of all."""
-    known, both = _decoded(tokenizer, before), _decoded(tokenizer, before + tokens)
-    return both.removeprefix(known) if both.startswith(known) else _decoded(tokenizer, tokens)
+def _decode_after(tokenizer: Any, before: list[int], tokens: list[int]) -> str:
+    """Decode tokens as a continuation of others, since some decoders drop the first space of a text."""
+    prefix, text = _decode(tokenizer, before), _decode(tokenizer, before + tokens)
+    return text.removeprefix(prefix) if text.startswith(prefix) else _decode(tokenizer, tokens)
 
 
-def _decoded(tokenizer: Any, tokens: list[int]) -> str:
+def _decode(tokenizer: Any, tokens: list[int]) -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 class _Visible(dict[int, str]):
-    """What each character is shown as, by its number; filled as it is asked."""
+    """Translation table of `make_visible`, filled on demand."""
 
     def __missing__(self, number: int) -> str:
-        letter = chr(number)
-        hidden = unicodedata.category(letter) in HIDDEN and letter not in JOINERS
-        self[number] = f"⟨U+{number:04X}⟩" if hidden or letter in MARKS else letter
+        character = chr(number)
+        is_hidden = unicodedata.category(character) in HIDDEN and character not in JOINERS
+        self[number] = f"⟨U+{number:04X}⟩" if is_hidden or character in MARKS else character
         return self[number]
 
 
 _VISIBLE = _Visible({ord("\n"): "⏎\n", ord("\t"): "⇥"})
 
 
-def visible(text: str) -> str:
-    """Return a text in which each character can be seen, and none steers a terminal.
+def make_visible(text: str) -> str:
+    """Replace invisible characters, among them terminal control codes, by visible marks.
 
-    Line breaks stay, each behind a mark. Characters that look like our marks are shown by number as well.
+    Line breaks are kept, each after a mark. Characters that are marks themselves are shown by their code point.
     """
     return text.translate(_VISIBLE)
 
 
-# On a terminal, or in a file without colours.
+# Text, with colors on a terminal.
 
 
 def show_examples(parts: Sequence[Part], options: DataSection, recipe: Recipe, rows: int, console: Console) -> None:
-    """Print the first examples of each source, in colours where there are any."""
-    colours = console.color_system is not None and not console.no_color
+    """Print the first `rows` examples of each source, in color if the console supports it."""
+    has_color = console.color_system is not None and not console.no_color
     specials = special_tokens(recipe.template().tokenizer)
-    console.print(_legend(colours), soft_wrap=True)
-    for shown in shown_examples(parts, options, recipe, rows):
+    console.print(_legend(has_color), soft_wrap=True)
+    for example in render_examples(parts, options, recipe, rows):
         console.print()
-        console.print(Text(shown.heading, style="bold"), soft_wrap=True)
-        if not shown.pieces:
+        console.print(Text(example.heading, style="bold"), soft_wrap=True)
+        if not example.pieces:
             continue
-        text = coloured(shown.pieces) if colours else Text(marked(shown.pieces, specials))
-        if shown.ending:
-            text.append("" if text.plain.endswith("\n") else "\n").append(shown.ending, style="bold")
+        text = color_pieces(example.pieces) if has_color else Text(mark_pieces(example.pieces, specials))
+        if example.ending:
+            text.append("" if text.plain.endswith("\n") else "\n").append(example.ending, style="bold")
         for line in text.split("\n"):
-            # A file gets lines as they are; on a terminal the gutter goes on where a line is folded.
+            # On a terminal, long lines are folded here, so that each part gets a gutter. A file gets complete lines.
             width = console.width - len(GUTTER)
             folded = line.wrap(console, width, overflow="fold") if console.is_terminal else [line]
             for part in folded:
                 console.print(Text.assemble((GUTTER, "dim"), part), soft_wrap=True)
 
 
-def _legend(colours: bool) -> Text:
-    if not colours:
-        return Text(f"supervised tokens stand between ⟦ and ⟧; {SIGNS}")
-    legend = Text.assemble(("supervised", LEARNED[0]), " ", ("not supervised", UNLEARNED[0]), " ", ("special", SPECIAL))
-    return legend.append(f"; shades change from token to token; {SIGNS}")
+def _legend(has_color: bool) -> Text:
+    if not has_color:
+        return Text(f"supervised tokens are between ⟦ and ⟧; {LEGEND}")
+    legend = Text.assemble(
+        ("supervised", SUPERVISED[0]), " ", ("not supervised", UNSUPERVISED[0]), " ", ("special", SPECIAL)
+    )
+    return legend.append(f"; shades alternate between tokens; {LEGEND}")
 
 
-def coloured(pieces: Sequence[Piece]) -> Text:
-    """Return pieces in colours: two shades in turn, so that one sees where tokens end."""
+def color_pieces(pieces: Sequence[Piece]) -> Text:
+    """Return pieces in color. Shades alternate, which shows where tokens end."""
     text = Text()
     for number, piece in enumerate(pieces):
-        style = (LEARNED if piece.supervised else UNLEARNED)[number % 2]
+        style = (SUPERVISED if piece.supervised else UNSUPERVISED)[number % 2]
         if piece.special:
             style = f"bold {style}" if piece.supervised else SPECIAL
-        text.append(visible(piece.text), style)
+        text.append(make_visible(piece.text), style)
     return text
 
 
-def marked(pieces: Sequence[Piece], specials: set[str]) -> str:
-    """Return pieces as plain text: supervised ones between ⟦ and ⟧.
+def mark_pieces(pieces: Sequence[Piece], specials: set[str]) -> str:
+    """Return pieces as plain text, supervised ones between ⟦ and ⟧.
 
-    Words that only look like a special token have a dot after the first letter, `<·/s>`.
+    Ordinary text that looks like a special token gets a dot after its first character, `<·/s>`.
+
+    Args:
+        specials: the texts of all special tokens.
     """
     longest_first = sorted(map(re.escape, specials), key=len, reverse=True)
-    alike = re.compile("|".join(longest_first) or r"(?!)")
-    shown = []
+    lookalike = re.compile("|".join(longest_first) or r"(?!)")
+    parts = []
     for supervised, run in itertools.groupby(pieces, lambda piece: piece.supervised):
-        shown.append("⟦" if supervised else "")
+        parts.append("⟦" if supervised else "")
         for special, part in itertools.groupby(run, lambda piece: piece.special):
             text = "".join(piece.text for piece in part)
-            shown.append(visible(text if special else alike.sub(lambda found: f"{found[0][0]}·{found[0][1:]}", text)))
-        shown.append("⟧" if supervised else "")
-    return "".join(shown)
+            parts.append(make_visible(text if special else lookalike.sub(lambda m: f"{m[0][0]}·{m[0][1:]}", text)))
+        parts.append("⟧" if supervised else "")
+    return "".join(parts)
 
 
 def show_audit(parts: Sequence[Part]) -> None:
-    """Print the ledgers, their sums, and how long examples are."""
+    """Print the ledgers, their sums, and histograms of example lengths."""
     print()
-    print_table("rows", [(visible(path), visible(told)) for path, told in ledger_lines(_ledgers(parts))])
+    print_table("rows", _visible_lines(_ledgers(parts)))
     print_table("total", total_lines(parts))
     for name, bins in _histograms(parts):
         print_table(name, bins, heads=("tokens", "examples", ""))
 
 
 def total_lines(parts: Sequence[Part]) -> list[tuple[str, str]]:
-    """Return the sums over sources as names and values."""
+    """Return the sums over all sources as (name, value)."""
     sums = total(_ledgers(parts))
-    num_held = sum(len(part.examples) for part in parts if part.held_out)
+    num_held_out = sum(len(part.examples) for part in parts if part.held_out)
     return [
         ("rows", f"{sums['num_rows']:,}, {sums['num_dropped']:,} dropped"),
         (
             "examples",
-            f"{sums['num_examples']:,}" + (f", {num_held:,} of them held out for evaluation" if num_held else ""),
+            f"{sums['num_examples']:,}"
+            + (f", {num_held_out:,} of them held out for evaluation" if num_held_out else ""),
         ),
         ("tokens", f"{sums['num_tokens']:,}, {sums['num_cut_tokens']:,} more cut off"),
         ("supervised", f"{sums['num_supervised_tokens']:,} tokens, {sums['supervised_share']:.1%}"),
@@ -361,23 +387,27 @@ def total_lines(parts: Sequence[Part]) -> list[tuple[str, str]]:
 
 
 def histogram(lengths: npt.NDArray[np.int64]) -> list[tuple[str, str, str]]:
-    """Return about ten bins of equal, round width: (tokens, number of examples, bar).
+    """Return at most `MAX_BINS` bins of equal, round width: (tokens, number of examples, bar).
 
     Args:
-        lengths: [E], at least one.
+        lengths: [E], tokens of each example; not empty.
     """
     first, last = int(lengths.min()), int(lengths.max())
     widths = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
-    width = next(width for width in widths if last // width - first // width < MOST_BINS)
+    width = next(width for width in widths if last // width - first // width < MAX_BINS)
     start = first // width * width
     counts = np.bincount((lengths - start) // width)
     bins = []
     for number, count in enumerate(counts.tolist()):
         low, high = start + number * width, min(last, start + (number + 1) * width - 1)
-        eighths = -(-count * BAR * 8 // int(counts.max()))  # rounded up: one example is seen, too
+        eighths = -(-count * BAR_WIDTH * 8 // int(counts.max()))  # rounded up, so that a single example is visible
         bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
         bins.append((f"{low:,}" if low == high else f"{low:,}-{high:,}", f"{count:>8,}", bar))
     return bins
+
+
+def _visible_lines(ledgers: list[SourceLedger]) -> list[tuple[str, str]]:
+    return [(make_visible(path), make_visible(summary)) for path, summary in ledger_lines(ledgers)]
 
 
 def _histograms(parts: Sequence[Part]) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
@@ -388,11 +418,11 @@ def _histograms(parts: Sequence[Part]) -> Iterator[tuple[str, list[tuple[str, st
 
 
 def _ledgers(parts: Sequence[Part]) -> list[SourceLedger]:
-    """Return the ledger of each source once, also where some of its examples are held out."""
+    """Return the ledger of each source once, even if some of its examples are held out."""
     return list({id(part.ledger): part.ledger for part in parts}.values())
 
 
-# In a browser.
+# HTML.
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
@@ -409,25 +439,24 @@ td, th { border: 1px solid #ccc; padding: .2rem .6rem; text-align: left; vertica
 """
 
 
-def page(parts: Sequence[Part], options: DataSection, recipe: Recipe, rows: int) -> str:
-    """Return a page of HTML that needs nothing else: the first examples of each source, and the ledger."""
+def render_page(parts: Sequence[Part], options: DataSection, recipe: Recipe, rows: int) -> str:
+    """Return a self-contained HTML page with the first `rows` examples of each source, and the ledgers."""
     legend = (
-        '<p><mark>supervised</mark> tokens are learned, <b class="special">special</b> tokens are bold; '
-        f"{SIGNS}. Point at a token to see its id.</p>"
+        '<p><mark>supervised</mark> tokens are trained on, <b class="special">special</b> tokens are bold; '
+        f"{LEGEND}. Hover over a token to see its id.</p>"
     )
     blocks = [
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
         f"<title>lora-accel inspect</title><style>{STYLE}</style></head><body><h1>lora-accel inspect</h1>{legend}",
     ]
-    for shown in shown_examples(parts, options, recipe, rows):
-        text = "".join(map(_tag, shown.pieces))
-        blocks.append(f"<h2>{escape(shown.heading)}</h2>")
+    for example in render_examples(parts, options, recipe, rows):
+        text = "".join(map(_tag, example.pieces))
+        blocks.append(f"<h2>{escape(example.heading)}</h2>")
         blocks.append(f"<pre>{text}</pre>")
-        blocks.append(f"<p><em>{escape(shown.ending)}</em></p>" if shown.ending else "")
-    ledgers = _ledgers(parts)
+        blocks.append(f"<p><em>{escape(example.ending)}</em></p>" if example.ending else "")
     tables: list[tuple[str, Sequence[tuple[str, ...]]]] = [
-        ("rows", [(visible(path), visible(told)) for path, told in ledger_lines(ledgers)]),
+        ("rows", _visible_lines(_ledgers(parts))),
         ("total", total_lines(parts)),
         *_histograms(parts),
     ]
@@ -437,7 +466,7 @@ def page(parts: Sequence[Part], options: DataSection, recipe: Recipe, rows: int)
 
 def _tag(piece: Piece) -> str:
     tag, kind = "mark" if piece.supervised else "span", ' class="special"' if piece.special else ""
-    return f'<{tag}{kind} title="{" ".join(map(str, piece.ids))}">{escape(visible(piece.text))}</{tag}>'
+    return f'<{tag}{kind} title="{" ".join(map(str, piece.ids))}">{escape(make_visible(piece.text))}</{tag}>'
 
 
 def _html_table(title: str, lines: Sequence[tuple[str, ...]]) -> str:
@@ -445,15 +474,15 @@ def _html_table(title: str, lines: Sequence[tuple[str, ...]]) -> str:
     return f"<h2>{escape(title)}</h2>\n<table>\n{rows}\n</table>"
 
 
-def _refuse_page(file: Path) -> None:
+def _check_page_path(file: Path) -> None:
     if file.is_dir():
-        raise ConfigError(f"--html: {file} is a folder; name a file in it")
+        raise ConfigError(f"--html: {file} is a folder; pass a file name")
     if not file.parent.is_dir():
-        raise ConfigError(f"--html: there is no folder {file.parent} to write {file.name} into; make it first")
+        raise ConfigError(f"--html: the folder {file.parent} does not exist; create it first")
 
 
 def _write_page(file: Path, text: str) -> None:
     try:
         write_text(file, text)
     except PermissionError as error:
-        raise ConfigError(f"--html: {file} cannot be written: {error.strerror}; name another place") from None
+        raise ConfigError(f"--html: {file} cannot be written: {error.strerror}; pass another path") from None

@@ -1,4 +1,4 @@
-"""A process and the one that began it."""
+"""Parent processes, and the memory of this process."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ def end_with_parent(parent: int) -> None:
     """Ask the kernel to send SIGTERM to this process when its parent dies, however it dies.
 
     Args:
-        parent: process id, as known before it could have died. (Linux only: prctl(2), PR_SET_PDEATHSIG.)
+        parent: its process id, read before it could have died. (Linux only: prctl(2), PR_SET_PDEATHSIG.)
     """
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-    if os.getppid() != parent:  # it died meanwhile
+    if os.getppid() != parent:  # it died in the meantime
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def keep_freed_memory() -> None:
-    """Let this process use freed memory again instead of giving it back to the kernel: fresh pages are dear, above all
-    in a virtual machine. (glibc only, mallopt(3): M_MMAP_MAX and M_TRIM_THRESHOLD.)"""
+    """Keep freed memory in this process instead of returning it to the kernel: page faults are expensive, especially in
+    virtual machines. (glibc only, mallopt(3): M_MMAP_MAX and M_TRIM_THRESHOLD.)"""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-4, 0)
@@ -32,7 +32,7 @@ def keep_freed_memory() -> None:
 
 
 def is_python(pid: int) -> bool:
-    """Whether a process is a Python program, as launchers are, and not what adopts orphans. (Linux only: else True.)"""
+    """Whether a process is a Python program, as launchers are, and not init, which adopts orphans. Off Linux, True."""
     if sys.platform != "linux":
         return True
     try:

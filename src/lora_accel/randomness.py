@@ -1,6 +1,6 @@
-"""Everything random about a run: each draw is a pure function of a key, so nothing of it has to be stored.
+"""Random numbers as pure functions of a key, so no generator state has to be saved.
 
-No function here keeps a state or reads a global generator. A resumed run repeats the draws of an uninterrupted one.
+A resumed run gets the same numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def derive_seed(seed: int, *key: int) -> int:
 
 
 def permutation(count: int, *key: int) -> Order:
-    """Return a permutation of range(count), [count], for a key.
+    """Return the permutation of range(count) for a key, [count].
 
-    Sorts raw Philox output: the one part of numpy's generators whose values are guaranteed never to change.
+    Sorts raw Philox output, which numpy guarantees never to change.
     """
     return np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(count), kind="stable")
 
@@ -37,7 +37,7 @@ def permutation(count: int, *key: int) -> Order:
 def token_keys(example_key: int, length: int) -> npt.NDArray[np.int32]:
     """Return an odd int32 key for each position of an example, [length]: the upper half of SplitMix64.
 
-    Dropout hashes them (model/dropout.py).
+    The keys of dropout (model/dropout.py).
     """
     z = np.uint64(example_key) + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,4 +1,4 @@
-"""The summary of a finished run, and whether a run folder holds one already."""
+"""The summary of a finished run, and whether a run folder contains one."""
 
 from __future__ import annotations
 
@@ -24,28 +24,29 @@ def is_finished(
     template: str,
     mixed_precision: str,
 ) -> bool:
-    """Whether a run folder holds the result of this very run, so that nothing is left to do.
+    """Whether a run folder contains the finished result of this run, so that nothing is left to do.
 
-    Config, plan, data, chat template, precision and base must be those of the finished run, and its adapter must match
-    its manifest. Anything else is left to resuming, which continues the run or raises.
+    Config, plan, data, chat template, precision and base must be those of the finished run, and the adapter must match
+    its manifest. In any other case, resuming continues the run or raises.
 
     Args:
+        ledgers: ledgers of the training sources.
         template: source of the chat template.
     """
     adapter = folder / "adapter"
     try:
-        status, made_from = read_json(folder / "status.json"), read_json(folder / "provenance.json")
+        status, provenance = read_json(folder / "status.json"), read_json(folder / "provenance.json")
         if status["state"] != "done" or status["step"] != plan.total_steps or why_invalid(adapter) is not None:
             return False
-        then = {key: made_from["plan"][key] for key in plan.as_dict() if key != "num_ranks"}
-        tokens = [entry["tokens_sha256"] for entry in made_from["data"]]
-        settings, precision = made_from["config"], made_from["mixed_precision"]
-        hashes = (made_from["base"]["sha256"], made_from["base"]["config_sha256"], made_from["chat_template_sha256"])
+        finished_plan = {key: provenance["plan"][key] for key in plan.as_dict() if key != "num_ranks"}
+        tokens = [entry["tokens_sha256"] for entry in provenance["data"]]
+        settings, precision = provenance["config"], provenance["mixed_precision"]
+        base = provenance["base"]
+        hashes = (base["sha256"], base["config_sha256"], provenance["chat_template_sha256"])
     except (ArtifactError, KeyError, TypeError):
         return False
-    now = {key: value for key, value in plan.as_dict().items() if key != "num_ranks"}
     is_same = (
-        then == now
+        finished_plan == {key: value for key, value in plan.as_dict().items() if key != "num_ranks"}
         and tokens == [ledger.tokens_sha256 for ledger in ledgers]
         and settings == json.loads(json.dumps(config.model_dump()))
         and precision == mixed_precision
@@ -54,7 +55,12 @@ def is_finished(
 
 
 def finished_lines(folder: Path, step: int, *, can_evaluate: bool) -> list[str]:
-    """Return what is shown of a run that has been finished before."""
+    """Return the message for a run that is already finished.
+
+    Args:
+        step: its last step.
+        can_evaluate: whether the run's config has evaluation data.
+    """
     return [
         f"{folder}: finished after step {step:,}; nothing to do",
         f"adapter: {folder / 'adapter'}",
@@ -74,27 +80,32 @@ def summary_lines(
     eval_loss: float | None,
     can_evaluate: bool,
 ) -> list[str]:
-    """Return what is shown at the end of a run.
+    """Return the message at the end of a run.
 
     Args:
-        resumed_from: the step after which this process began.
-        seconds: since then.
+        resumed_from: the step after which this process started.
+        seconds: training time of this process.
         loss, eval_loss: of the last step; None = not logged, not evaluated.
-        can_evaluate: whether `lora-accel evaluate` finds rows in the run's config.
+        can_evaluate: whether the run's config has evaluation data.
     """
     steps = plan.total_steps - resumed_from
     resumed = f", resumed after step {resumed_from:,}" if resumed_from else ""
     losses = [("loss", loss), ("eval loss", eval_loss)]
-    told = ", ".join(f"{name} {value:.4f}" for name, value in losses if value is not None)
+    final_losses = ", ".join(f"{name} {value:.4f}" for name, value in losses if value is not None)
     return [
-        f"finished: {steps:,} steps in {format_seconds(seconds)}{resumed}" + (f"; {told}" if told else ""),
+        f"finished: {steps:,} steps in {format_seconds(seconds)}{resumed}"
+        + (f"; {final_losses}" if final_losses else ""),
         f"adapter: {folder / 'adapter'}",
         *next_lines(folder, can_evaluate=can_evaluate),
     ]
 
 
 def next_lines(folder: Path, *, can_evaluate: bool) -> list[str]:
-    """Return the commands that use an adapter, ready to be copied."""
+    """Return the commands to run next, ready to copy.
+
+    Args:
+        can_evaluate: whether the run's config has evaluation data.
+    """
     adapter, merged, config = (shlex.quote(str(folder / name)) for name in ("adapter", "merged", "config.yaml"))
     lines = [f"lora-accel chat --adapter {adapter}"]
     if can_evaluate:
@@ -104,10 +115,11 @@ def next_lines(folder: Path, *, can_evaluate: bool) -> list[str]:
 
 
 def _hashes(config: RunConfig, template: str) -> tuple[dict[str, str], str, str] | None:
+    """Return the hashes of base weights, base config and chat template; None if the base is not available."""
     from lora_accel.saving.provenance import base_hashes, config_hash, sha256_of_text
 
     name, revision = config.model.name_or_path, config.model.revision
     try:
         return base_hashes(name, revision), config_hash(name, revision), sha256_of_text(template)
-    except (ArtifactError, OSError):  # gone, or not in the cache any more
+    except (ArtifactError, OSError):  # deleted, or no longer in the cache
         return None

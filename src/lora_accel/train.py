@@ -1,4 +1,4 @@
-"""`accelerate launch -m lora_accel.train --config FILE [section.key=value …]`: the whole training run.
+"""`accelerate launch -m lora_accel.train --config FILE [section.key=value …]`: a training run.
 
 Read it from `run_training` on. One direction, cheap checks first, so that a mistake costs seconds:
 
@@ -13,13 +13,14 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_accel.config.files import read_config
 from lora_accel.config.schema import RunConfig
-from lora_accel.console import Stage, run_command, silence_libraries
+from lora_accel.console import Stage, run_command, show_logs, silence_libraries
 from lora_accel.distributed.launch import exit_process, exit_with_launcher, make_accelerator, resolve_launch
 from lora_accel.faults import active_fault
+from lora_accel.logs import logger
 from lora_accel.saving.discovery import RunPrecision, precision_of_run
 from lora_accel.saving.lock import check_output_folder, lock_run_folder
 from lora_accel.summary import finished_lines, is_finished, summary_lines
@@ -28,15 +29,20 @@ from lora_accel.training.stopping import abort_on_signal
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from lora_accel.setup.data import PreparedData
+    from lora_accel.setup.model import PreparedModel
+    from lora_accel.setup.resume import ResumePoint
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as the command line says; return the exit code."""
+    """Train with the options of the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m lora_accel.train", description="Train a LoRA adapter.")
     parser.add_argument("--config", required=True, metavar="FILE", help="run config, YAML")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that differ from the file")
     request = parser.parse_args(arguments)
 
     def command() -> None:
+        show_logs()
         with abort_on_signal():
             exit_with_launcher()
             run_training(read_config(request.config, request.overrides), silence=True)
@@ -89,7 +95,7 @@ def run_in_folder(
     precision: RunPrecision | None,
     create_folder: Callable[[], None],
 ) -> Path:
-    """Train in a locked run folder.
+    """Prepare the run's parts and train, in a locked run folder.
 
     Args:
         precision: of the checkpoint to resume from.
@@ -97,30 +103,24 @@ def run_in_folder(
     """
     from accelerate.utils import gather_object
 
-    from lora_accel.setup.data import prepare_data, print_data
+    from lora_accel.setup.data import log_data, prepare_data
 
-    checkpoints, is_main = folder / "checkpoints", accelerator.is_main_process
+    is_main = accelerator.is_main_process
     data = prepare_data(config, accelerator.num_processes)
     if is_main:
-        print_data(data)
+        log_data(data)
     identity = {"template": data.template.source, "mixed_precision": accelerator.mixed_precision}
     if gather_object([is_main and is_finished(folder, config, data.plan, data.dataset.ledgers, **identity)])[0]:
         lines = finished_lines(folder, data.plan.total_steps, can_evaluate=bool(data.eval_sources))
-        accelerator.print("\n".join(lines))
+        logger.info("\n".join(lines))
         return folder / "adapter"
 
     with Stage("importing PEFT", enabled=accelerator.is_local_main_process):
         from lora_accel.saving.checkpoint import check_disk_space
-        from lora_accel.saving.discovery import prune
-        from lora_accel.saving.run_folder import export_adapter, write_run_folder
-        from lora_accel.saving.status import running
+        from lora_accel.saving.run_folder import write_run_folder
         from lora_accel.setup.model import enable_activation_checkpointing, prepare_model
         from lora_accel.setup.provenance import make_provenance
         from lora_accel.setup.resume import resume_run
-        from lora_accel.setup.run import make_run
-        from lora_accel.training.loop import train
-        from lora_accel.training.stopping import handle_stop_signals
-
     prepared = prepare_model(config, accelerator, checkpoint_dtype=precision.base_dtype if precision else None)
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     enable_activation_checkpointing(config, data, accelerator, prepared, num_local_ranks)
@@ -129,11 +129,32 @@ def run_in_folder(
     create_folder()
     if is_main:
         keep_last = max(2, config.checkpoint.keep_last)
-        check_disk_space(accelerator, prepared.model, checkpoints, keep_last, config.training.optimizer)
+        check_disk_space(accelerator, prepared.model, folder / "checkpoints", keep_last, config.training.optimizer)
         ledgers = {"train": data.dataset.ledgers, "eval": data.eval_ledgers}
         write_run_folder(folder, config, data.plan, ledgers, provenance)
+    return train_and_export(config, data, accelerator, prepared, provenance, start)
 
-    pids, first_step = gather_object([os.getpid()]), start.progress.step
+
+def train_and_export(
+    config: RunConfig,
+    data: PreparedData,
+    accelerator: Accelerator,
+    prepared: PreparedModel,
+    provenance: dict[str, Any],
+    start: ResumePoint,
+) -> Path:
+    """Train from the resume point to the last step, and save the final adapter; status.json and the log follow."""
+    from accelerate.utils import gather_object
+
+    from lora_accel.saving.discovery import prune
+    from lora_accel.saving.run_folder import export_adapter
+    from lora_accel.saving.status import running
+    from lora_accel.setup.run import make_run
+    from lora_accel.training.loop import train
+    from lora_accel.training.stopping import handle_stop_signals
+
+    folder, is_main, first_step = Path(config.output_dir), accelerator.is_main_process, start.progress.step
+    checkpoints, pids = folder / "checkpoints", gather_object([os.getpid()])
     with (
         handle_stop_signals(config.training.max_hours, reports=accelerator.is_local_main_process) as stop,
         running(folder, first_step, start.checkpoint, pids=pids, enabled=is_main) as note_status,
@@ -148,16 +169,10 @@ def run_in_folder(
             run.metrics.begin()
             train(run, start.progress)
             export_adapter(
-                folder / "adapter",
-                data.template.tokenizer,
-                data.template.source,
-                accelerator,
-                prepared.model,
-                provenance,
-                config.checkpoint.gather,
+                folder / "adapter", data.template, accelerator, prepared.model, provenance, config.checkpoint.gather
             )
             if is_main:
-                prune(checkpoints, config.checkpoint.keep_last, spare=config.checkpoint.resume)
+                prune(checkpoints, config.checkpoint.keep_last, protected=config.checkpoint.resume)
             run.metrics.log_event(data.plan.total_steps, "done")
         finally:
             run.metrics.close()
@@ -171,7 +186,7 @@ def run_in_folder(
             eval_loss=run.metrics.eval_loss,
             can_evaluate=bool(data.eval_sources),
         )
-        print("\n".join(lines))
+        logger.info("\n".join(lines))
     return folder / "adapter"
 
 

@@ -1,4 +1,4 @@
-"""`lora-accel verify-resume`: proof, on the machine that will train, that a killed run goes on exactly."""
+"""`lora-accel verify-resume`: verify on the training machine that a killed run resumes exactly."""
 
 from __future__ import annotations
 
@@ -18,51 +18,53 @@ from lora_accel.saving.atomic import sha256_of
 from lora_accel.saving.discovery import OPTIMIZER, WEIGHTS
 
 COMPARED = {"train": ("loss", "grad_norm", "learning_rate", "supervised_tokens"), "eval": ("eval_loss", "eval_tokens")}
-"""What must be equal in each line of metrics.jsonl; times and speeds are not."""
+"""The values in metrics.jsonl that must be equal, by kind of line. Times and throughput differ."""
 
 
 class Verdict(NamedTuple):
-    """What two runs have come to."""
+    """The result of comparing two runs."""
 
     steps: int
     killed_after: int
     differences: list[str]
-    """Empty = equal to the last bit."""
+    """Empty = bitwise equal."""
     folder: Path
-    """Where both runs stay if they differ."""
+    """Where both runs are kept if they differ."""
 
 
 def verify_resume(config: Path, overrides: Sequence[str], *, steps: int, launcher: str | None) -> Verdict:
-    """Train some steps; train them again, killed half-way by SIGKILL and started again; compare.
+    """Train a few steps twice, the second time killed half-way by SIGKILL and resumed, and compare both runs.
 
     Args:
-        steps: of each of the two runs.
-        launcher: the words that start a run, before `-m lora_accel.train`; None = `accelerate launch`.
+        config: run config file.
+        overrides: `section.key=value` options that override it.
+        steps: number of steps of each run.
+        launcher: command that starts a run, without `-m lora_accel.train`; None = `accelerate launch`.
 
     Raises:
-        ConfigError: the config is wrong, or the folder of an earlier proof is there.
-        LoraAccelError: a run did not come to its end, or was not killed.
+        ConfigError: the config is wrong, or the folder of an earlier verification exists.
+        LoraAccelError: a run failed, or was not killed.
     """
     output = Path(read_config(config, overrides).output_dir)
     folder = output.absolute().with_name(f"{output.absolute().name}-verify-resume")
     if folder.exists():
-        raise ConfigError(f"output_dir: {folder} is there from an earlier proof; delete it")
+        raise ConfigError(f"output_dir: {folder} exists from an earlier verification; delete it")
     half = steps // 2
     try:
-        words = shlex.split(launcher) if launcher else [sys.executable, "-m", "accelerate.commands.launch"]
+        command = shlex.split(launcher) if launcher else [sys.executable, "-m", "accelerate.commands.launch"]
     except ValueError as error:
         raise ConfigError(f"--launcher: {error}") from None
-    if shutil.which(words[0]) is None:
-        raise ConfigError(f"--launcher: there is no program {words[0]!r}")
-    words += ["-m", "lora_accel.train", "--config", str(config), *overrides]
-    words += [f"training.max_steps={steps}", f"checkpoint.every_steps={half}", "checkpoint.resume=auto"]
-    words += ["evaluation.every_steps=null", "logging.every_steps=1", "logging.trackers=[]"]
+    if shutil.which(command[0]) is None:
+        raise ConfigError(f"--launcher: program {command[0]!r} not found")
+    command += ["-m", "lora_accel.train", "--config", str(config), *overrides]
+    command += [f"training.max_steps={steps}", f"checkpoint.every_steps={half}", "checkpoint.resume=auto"]
+    command += ["evaluation.every_steps=null", "logging.every_steps=1", "logging.trackers=[]"]
 
-    _run("straight", [*words, f"output_dir={json.dumps(str(folder / 'straight'))}"])
-    resumed = [*words, f"output_dir={json.dumps(str(folder / 'resumed'))}"]
-    _run("killed half-way", resumed, fault=f"step.begin@{half + 1}=kill")
+    _run("uninterrupted", [*command, f"output_dir={json.dumps(str(folder / 'straight'))}"])
+    resumed = [*command, f"output_dir={json.dumps(str(folder / 'resumed'))}"]
+    _run("killed", resumed, fault=f"step.begin@{half + 1}=kill")
     if not (folder / "resumed" / "checkpoints" / f"step-{half:08d}").is_dir():
-        raise LoraAccelError(f"{folder}: the run that should go on has no checkpoint after step {half}")
+        raise LoraAccelError(f"{folder}: the killed run has no checkpoint after step {half}")
     _run("resumed", resumed)
 
     differences = compare(folder / "straight", folder / "resumed")
@@ -72,23 +74,23 @@ def verify_resume(config: Path, overrides: Sequence[str], *, steps: int, launche
 
 
 def compare(one: Path, other: Path) -> list[str]:
-    """Return how two run folders differ, in losses to the last bit and in the bytes of adapter and moments."""
-    lines, other_lines = _lines(one), _lines(other)
-    other_values = [
+    """Return the differences between two run folders: logged values, and the bytes of adapter and optimizer state."""
+    lines, other_lines = _read_lines(one), _read_lines(other)
+    value_differences = [
         f"{kind} line of step {step}: {lines.get((kind, step))} -> {other_lines.get((kind, step))}"
         for step, kind in sorted((step, kind) for kind, step in lines.keys() | other_lines.keys())
         if lines.get((kind, step)) != other_lines.get((kind, step))
     ]
     last = max(path.name for path in (one / "checkpoints").glob("step-*"))
-    other_bytes = [
-        f"{file}: other bytes"
+    file_differences = [
+        f"{file}: different bytes"
         for file in (f"adapter/{WEIGHTS}", f"checkpoints/{last}/{OPTIMIZER}")
         if not (other / file).is_file() or sha256_of(one / file) != sha256_of(other / file)
     ]
-    return other_values + other_bytes
+    return value_differences + file_differences
 
 
-def _lines(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
+def _read_lines(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
     try:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
@@ -100,10 +102,11 @@ def _lines(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
     }
 
 
-def _run(what: str, words: Sequence[str], fault: str = "") -> None:
-    print(f"{what}: {shlex.join(words)}", file=sys.stderr, flush=True)
+def _run(name: str, command: Sequence[str], fault: str = "") -> None:
+    """Run a command; it must fail if a fault is injected, and succeed otherwise."""
+    print(f"{name}: {shlex.join(command)}", file=sys.stderr, flush=True)
     environment = os.environ | {"LORA_ACCEL_FAULT": fault}
-    ran = subprocess.run(words, env=environment, capture_output=True, text=True, errors="replace", check=False)
-    if (ran.returncode != 0) != bool(fault):
-        told = "\n".join((ran.stdout + ran.stderr).splitlines()[-30:])
-        raise LoraAccelError(f"the {what} run ended with exit code {ran.returncode}; its last words:\n{told}")
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+    if (result.returncode != 0) != bool(fault):
+        output = "\n".join((result.stdout + result.stderr).splitlines()[-30:])
+        raise LoraAccelError(f"the {name} run ended with exit code {result.returncode}; its last output:\n{output}")

@@ -1,4 +1,4 @@
-"""YAML and overrides to a run config, and back."""
+"""Reading a run config from YAML and overrides, and writing it."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def value_of(config: RunConfig, key: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         (),
         ("training.micro_batch_size=2", "training.gradient_accumulation_steps=3"),
         ("training.mixed_precision=no", "training.learning_rate=1e-5", "seed=4294967295"),
         ("training.warmup_steps=0", "training.max_steps=7", "evaluation.prompts=['no', '1', \"a: b\\n# c\", héé]"),
         ("adapter.target_modules='.*\\.(q|v)_proj$'", "adapter.rank_pattern={q_proj: 2}"),
-        ("evaluation.prompts=['costs \\${price}', 'a \\\\\\${x}']",),
+        ("evaluation.prompts=['costs \\${amount}', 'a \\\\\\${x}']",),
         ("data.train=[{path: a.csv, columns: {text: body}, format: text, limit: 3}]", "quantization.bits=4"),
     ],
 )
-def test_what_is_written_reads_back_as_the_same_config(file: Path, words: tuple[str, ...]) -> None:
-    config = read_config(file, words)
+def test_written_config_reads_back_equal(file: Path, overrides: tuple[str, ...]) -> None:
+    config = read_config(file, overrides)
     written = file.with_name("written.yaml")
     written.write_text(config_to_yaml(config), encoding="utf-8")
     assert read_config(written) == config
@@ -55,7 +55,7 @@ def test_what_is_written_reads_back_as_the_same_config(file: Path, words: tuple[
 
 
 @pytest.mark.parametrize(
-    ("word", "key", "value"),
+    ("override", "key", "value"),
     [
         ("seed=7", "seed", 7),
         ("training.learning_rate=3e-4", "training.learning_rate", 3e-4),
@@ -73,34 +73,34 @@ def test_what_is_written_reads_back_as_the_same_config(file: Path, words: tuple[
         ("checkpoint={every_steps: 5}", "checkpoint.every_steps", 5),
     ],
 )
-def test_an_override_sets_a_value(file: Path, word: str, key: str, value: Any) -> None:
+def test_override_sets_a_value(file: Path, override: str, key: str, value: Any) -> None:
     assert value_of(read_config(file), key) != value or value is None
-    assert value_of(read_config(file, [word]), key) == value
+    assert value_of(read_config(file, [override]), key) == value
 
 
-def test_a_list_given_as_an_override_replaces_the_list(file: Path) -> None:
+def test_override_replaces_a_list(file: Path) -> None:
     config = read_config(file, ["data.train=[{path: c.jsonl}]"])
     assert [source.path for source in config.data.train] == ["c.jsonl"]
 
 
-def test_the_last_override_wins_and_others_stay(file: Path) -> None:
+def test_last_override_wins_and_mappings_are_merged(file: Path) -> None:
     config = read_config(file, ["adapter.r=4", "adapter.alpha=9", "adapter={r: 6}", "seed=1", "seed=2"])
     assert (config.adapter.r, config.adapter.alpha, config.seed) == (6, 9, 2)
 
 
-def test_a_bare_no_in_yaml_is_the_word(file: Path) -> None:
+def test_bare_no_in_yaml_is_a_string(file: Path) -> None:
     file.write_text(MINIMAL + "training: {mixed_precision: no}\n", encoding="utf-8")
     assert read_config(file).training.mixed_precision == "no"
 
 
-def test_a_bare_yes_is_refused(file: Path) -> None:
+def test_bare_yes_is_an_error(file: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"training\.mixed_precision: should be 'auto', 'no', 'bf16' or 'fp16', not True"
     ):
         read_config(file, ["training.mixed_precision=yes"])
 
 
-def test_interpolation_takes_other_keys_and_the_environment(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpolation_of_keys_and_environment(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_ACCEL_TEST_RANK", "12")
     lines = [
         "checkpoint: {resume: '${output_dir}/checkpoints/last'}",
@@ -112,12 +112,12 @@ def test_interpolation_takes_other_keys_and_the_environment(file: Path, monkeypa
     assert config.adapter.r == 12
 
 
-def test_an_environment_variable_that_is_not_set_is_named(file: Path) -> None:
+def test_missing_environment_variable_is_reported(file: Path) -> None:
     with pytest.raises(ConfigError, match=r"override .*: output_dir: .*LORA_ACCEL_ABSENT"):
         read_config(file, ["output_dir=${oc.env:LORA_ACCEL_ABSENT}"])
 
 
-def test_numbers_in_yaml_read_as_a_person_means_them(file: Path) -> None:
+def test_numbers_in_scientific_notation_are_numbers(file: Path) -> None:
     file.write_text(MINIMAL + "training: {learning_rate: 2e-4, weight_decay: 1_0.5, epochs: 1}\n", encoding="utf-8")
     training = read_config(file).training
     assert (training.learning_rate, training.weight_decay, training.epochs) == (2e-4, 10.5, 1)
@@ -127,12 +127,12 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
-def test_shipped_recipes_read(recipe: Path) -> None:
+def test_recipes_are_valid(recipe: Path) -> None:
     config = read_config(recipe)
     for source in [*config.data.train, *config.data.eval]:
         if source.path.startswith("recipes/"):
             assert (ROOT / source.path).exists()
 
 
-def test_there_are_recipes() -> None:
+def test_recipes_exist() -> None:
     assert "quickstart.yaml" in [path.name for path in RECIPES]

@@ -1,4 +1,4 @@
-"""What the launcher says and what the run config says, brought to one value or refused by name."""
+"""The settings of launcher and run config: resolved to one value, or reported as a conflict."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ConfigError
 from tests.conftest import ROOT, run_code
 
-# What torchrun, and so `accelerate launch`, leaves for each of two processes.
+# Environment that torchrun, and so `accelerate launch`, sets for the first of two processes.
 TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 BY_TOKENS: dict[str, Any] = {"batch_size": 16, "micro_batch_tokens": 4096}
-PER_DEVICE: dict[str, Any] = {"micro_batch_size": 2, "gradient_accumulation_steps": 4}  # 16 a step on two devices
+PER_DEVICE: dict[str, Any] = {"micro_batch_size": 2, "gradient_accumulation_steps": 4}  # 16 per step on two devices
 AUTO = "auto"
 ALL_AUTO: dict[str, Any] = {
     "bf16": {"enabled": AUTO},
@@ -50,35 +50,35 @@ def model_of(dtype: str) -> dict[str, str]:
 
 
 def zero(stage: int, **more: str) -> dict[str, str]:
-    """The environment that `accelerate launch` makes of a preset's `deepspeed_config`."""
+    """Return the environment that `accelerate launch` sets for the `deepspeed_config` of a preset."""
     return TORCHRUN | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)} | more
 
 
-def of_machine() -> Precision:
-    """The precision of a device without bfloat16."""
+def device_default() -> Precision:
+    """Return the default precision of a device without bfloat16."""
     return Precision("no", "this machine")
 
 
-def settle(environment: dict[str, str], **sections: Any) -> Settings:
-    return reconcile(config_of(**sections), read_launch(environment), of_machine)
+def resolve(environment: dict[str, str], **sections: Any) -> Settings:
+    return reconcile(config_of(**sections), read_launch(environment), device_default)
 
 
 def rows_of(settings: Settings) -> dict[str, tuple[str, str]]:
-    """(value, who decided) under each setting."""
+    """Return (value, decided by) for each setting."""
     assert len({name for name, _, _ in settings.rows}) == len(settings.rows)
-    return {name: (value, who) for name, value, who in settings.rows}
+    return {name: (value, decided_by) for name, value, decided_by in settings.rows}
 
 
-def refused(environment: dict[str, str], **sections: Any) -> list[str]:
-    """Return the reasons why the two sides cannot agree, each a line."""
+def error_lines(environment: dict[str, str], **sections: Any) -> list[str]:
+    """Return the lines of the error that `reconcile` raises."""
     launch = read_launch(environment)
     with pytest.raises(ConfigError) as caught:
-        reconcile(config_of(**sections), launch, of_machine)
+        reconcile(config_of(**sections), launch, device_default)
     return str(caught.value).split("\n")
 
 
-def unread(environment: dict[str, str]) -> str:
-    """Return why what the launcher left is refused without a look at the run config."""
+def read_error(environment: dict[str, str]) -> str:
+    """Return the error that `read_launch` raises."""
     with pytest.raises(ConfigError) as caught:
         read_launch(environment)
     return str(caught.value)
@@ -86,12 +86,12 @@ def unread(environment: dict[str, str]) -> str:
 
 @pytest.fixture
 def write_json(tmp_path: Path) -> WriteJson:
-    """Write a DeepSpeed JSON and return the environment of a launch that names it."""
+    """Return a function that writes a DeepSpeed JSON and returns the environment of a launch with it."""
 
     def write(stage: object = 2, zero_optimization: dict[str, Any] | None = None, **values: Any) -> dict[str, str]:
-        whole = {"zero_optimization": {"stage": stage} | (zero_optimization or {})} | values
+        config = {"zero_optimization": {"stage": stage} | (zero_optimization or {})} | values
         path = tmp_path / "zero.json"
-        path.write_text(json.dumps(whole), encoding="utf-8")
+        path.write_text(json.dumps(config), encoding="utf-8")
         return TORCHRUN | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
 
     return write
@@ -100,26 +100,26 @@ def write_json(tmp_path: Path) -> WriteJson:
 # --- processes and backends
 
 
-def test_without_a_launcher_one_process_runs() -> None:
+def test_default_is_one_process() -> None:
     launch = read_launch({})
     assert launch == Launch(num_processes=1, mixed_precision="no", deepspeed=None, source="accelerate launch")
     assert (launch.zero, launch.zero_stage, launch.gathers_16bit) == ({}, 0, False)
     assert launch.offload == {"optimizer": "none", "param": "none"}
-    settings = reconcile(config_of(), launch, of_machine)
+    settings = reconcile(config_of(), launch, device_default)
     assert (settings.mixed_precision, settings.deepspeed) == ("no", {})
     assert settings.rows == [
         ("processes", "1", "accelerate launch"),
         ("backend", "one process", "accelerate launch"),
         ("mixed precision", "no", "this machine"),
-        ("gradient accumulation", "as many micro-batches as a step needs", "run config"),
+        ("gradient accumulation", "as needed per step", "run config"),
         ("gradient clipping", "1", "run config"),
-        ("batch size", "16 examples a step", "run config"),
-        ("micro-batch", "4096 tokens a device", "run config"),
+        ("batch size", "16 examples per step", "run config"),
+        ("micro-batch", "4096 tokens per device", "run config"),
     ]
 
 
-def test_two_processes_run_under_ddp() -> None:
-    settings = settle(TORCHRUN | {"ACCELERATE_MIXED_PRECISION": "bf16"}, training=PER_DEVICE | {"max_grad_norm": 0.3})
+def test_two_processes_use_ddp() -> None:
+    settings = resolve(TORCHRUN | {"ACCELERATE_MIXED_PRECISION": "bf16"}, training=PER_DEVICE | {"max_grad_norm": 0.3})
     assert (settings.mixed_precision, settings.deepspeed) == ("bf16", {})
     assert settings.rows == [
         ("processes", "2", "accelerate launch"),
@@ -127,8 +127,8 @@ def test_two_processes_run_under_ddp() -> None:
         ("mixed precision", "bf16", "accelerate launch"),
         ("gradient accumulation", "4 micro-batches", "run config"),
         ("gradient clipping", "0.3", "run config"),
-        ("batch size", "16 examples a step", "run config"),
-        ("micro-batch", "2 examples a device", "run config"),
+        ("batch size", "16 examples per step", "run config"),
+        ("micro-batch", "2 examples per device", "run config"),
     ]
 
 
@@ -137,13 +137,13 @@ def test_two_processes_run_under_ddp() -> None:
     [
         (TORCHRUN, 2),
         (TORCHRUN | {"WORLD_SIZE": "16"}, 16),
-        ({"WORLD_SIZE": "1"}, 1),  # one process needs nobody to meet
+        ({"WORLD_SIZE": "1"}, 1),  # one process needs no rendezvous
         ({"WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}, 1),
         ({"PMI_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}, 3),  # Intel MPI and MPICH
         ({"OMPI_COMM_WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}, 4),
         ({"MV2_COMM_WORLD_SIZE": "5"}, 5),
         ({"PMI_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}, 1),
-        (TORCHRUN | {"PMI_SIZE": "7"}, 2),  # torchrun under a batch system's MPI: the nearest launcher counts
+        (TORCHRUN | {"PMI_SIZE": "7"}, 2),  # torchrun under MPI: the inner launcher counts
         ({"WORLD_SIZE": "", "PMI_SIZE": "3"}, 3),
     ],
 )
@@ -151,10 +151,10 @@ def test_the_number_of_processes(environment: dict[str, str], num_processes: int
     assert read_launch(environment).num_processes == num_processes
 
 
-def test_several_processes_asked_for_and_one_started_is_refused() -> None:
-    said = unread({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
-    for bit in ("MASTER_ADDR is set", "WORLD_SIZE is not", "cpu_ddp.yaml", "unset MASTER_ADDR"):
-        assert bit in said
+def test_master_addr_without_world_size_is_an_error() -> None:
+    message = read_error({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
+    for fragment in ("MASTER_ADDR is set", "WORLD_SIZE is not", "cpu_ddp.yaml", "unset MASTER_ADDR"):
+        assert fragment in message
 
 
 @pytest.mark.parametrize(
@@ -168,38 +168,38 @@ def test_several_processes_asked_for_and_one_started_is_refused() -> None:
         (["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"], "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
     ],
 )
-def test_processes_that_could_not_meet_are_refused(missing: list[str], named: str) -> None:
-    said = unread({name: value for name, value in TORCHRUN.items() if name not in missing})
-    assert f"WORLD_SIZE is 2, but {named}" in said
-    assert "unset WORLD_SIZE" in said
+def test_missing_rendezvous_variables_are_an_error(missing: list[str], named: str) -> None:
+    message = read_error({name: value for name, value in TORCHRUN.items() if name not in missing})
+    assert f"WORLD_SIZE is 2, but {named}" in message
+    assert "unset WORLD_SIZE" in message
 
 
-def test_deepspeed_without_a_launcher_is_refused() -> None:
-    """As after an `export` that was forgotten."""
-    said = unread({"ACCELERATE_USE_DEEPSPEED": "true"})
-    assert said.startswith("ACCELERATE_USE_DEEPSPEED is true, but WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR")
-    assert "unset ACCELERATE_USE_DEEPSPEED" in said
+def test_deepspeed_without_a_launcher_is_an_error() -> None:
+    """For example after an `export` in the shell."""
+    message = read_error({"ACCELERATE_USE_DEEPSPEED": "true"})
+    assert message.startswith("ACCELERATE_USE_DEEPSPEED is true, but WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR")
+    assert "unset ACCELERATE_USE_DEEPSPEED" in message
 
 
 @pytest.mark.parametrize(
     ("variable", "backend"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")]
 )
-@pytest.mark.parametrize("word", ["true", "True", "1", "yes"])
-def test_other_backends_are_refused_by_name(variable: str, backend: str, word: str) -> None:
-    said = unread(TORCHRUN | {variable: word})
-    assert f"asks for {backend}, which is not supported" in said
-    assert "accelerate_configs/zero3.yaml" in said
+@pytest.mark.parametrize("value", ["true", "True", "1", "yes"])
+def test_other_backends_are_not_supported(variable: str, backend: str, value: str) -> None:
+    message = read_error(TORCHRUN | {variable: value})
+    assert f"asks for {backend}, which is not supported" in message
+    assert "accelerate_configs/zero3.yaml" in message
 
 
-@pytest.mark.parametrize("word", ["false", "False", "0", "no", ""])
-def test_a_backend_that_is_switched_off_does_not_run(word: str) -> None:
+@pytest.mark.parametrize("value", ["false", "False", "0", "no", ""])
+def test_disabled_backend_is_ignored(value: str) -> None:
     switches = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_DEEPSPEED")
-    launch = read_launch(TORCHRUN | dict.fromkeys(switches, word) | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})
+    launch = read_launch(TORCHRUN | dict.fromkeys(switches, value) | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"})
     assert (launch.deepspeed, launch.zero_stage) == (None, 0)
 
 
-def test_what_another_backend_could_not_do_is_no_problem_without_deepspeed() -> None:
-    settings = settle(
+def test_deepspeed_limits_do_not_apply_to_ddp() -> None:
+    settings = resolve(
         TORCHRUN, quantization={"bits": 4}, checkpoint={"gather": "state_dict"}, model=model_of("bfloat16")
     )
     assert rows_of(settings)["backend"] == ("DDP", "accelerate launch")
@@ -209,7 +209,7 @@ def test_what_another_backend_could_not_do_is_no_problem_without_deepspeed() -> 
 
 
 @pytest.mark.parametrize(
-    ("environment", "stage", "offload", "gathers", "rows"),
+    ("environment", "stage", "offload", "gathers", "expected"),
     [
         (zero(1), 1, ("none", "none"), False, {"offload": "optimizer none, parameters none"}),
         (zero(2), 2, ("none", "none"), False, {"offload": "optimizer none, parameters none"}),
@@ -248,17 +248,18 @@ def test_what_another_backend_could_not_do_is_no_problem_without_deepspeed() -> 
         ),
     ],
 )
-def test_deepspeed_from_accelerates_own_variables(
-    environment: dict[str, str], stage: int, offload: tuple[str, str], gathers: bool, rows: dict[str, str]
+def test_deepspeed_from_environment_variables(
+    environment: dict[str, str], stage: int, offload: tuple[str, str], gathers: bool, expected: dict[str, str]
 ) -> None:
     launch = read_launch(environment)
     assert (launch.zero_stage, launch.source) == (stage, "accelerate launch")
     assert (launch.offload["optimizer"], launch.offload["param"]) == offload
     assert launch.gathers_16bit is gathers
-    told = rows_of(reconcile(config_of(), launch, of_machine))
-    assert told["backend"] == (f"DeepSpeed ZeRO-{stage}", "accelerate launch")
-    assert {name: told[name] for name in rows} == {name: (value, "accelerate launch") for name, value in rows.items()}
-    assert ("base dtype" in told, "gather 16-bit on save" in told) == (stage == 3, stage == 3)
+    rows = rows_of(reconcile(config_of(), launch, device_default))
+    assert rows["backend"] == (f"DeepSpeed ZeRO-{stage}", "accelerate launch")
+    for name, value in expected.items():
+        assert rows[name] == (value, "accelerate launch")
+    assert ("base dtype" in rows, "gather 16-bit on save" in rows) == (stage == 3, stage == 3)
 
 
 @pytest.mark.parametrize(
@@ -276,30 +277,30 @@ def test_deepspeed_from_accelerates_own_variables(
         },
     ],
 )
-def test_accelerate_makes_the_same_of_these_variables(
+def test_environment_variables_are_read_as_accelerate_reads_them(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    theirs = DeepSpeedPlugin().deepspeed_config
-    ours = read_launch(TORCHRUN | environment | {"ACCELERATE_USE_DEEPSPEED": "true"})
-    assert ours.deepspeed is not None
-    assert ours.zero_stage == theirs["zero_optimization"]["stage"]
-    for name, device in ours.offload.items():
-        assert device == theirs["zero_optimization"][f"offload_{name}"]["device"]
-        path = ours.zero[f"offload_{name}"]["nvme_path"] if device == "nvme" else None
-        assert path == theirs["zero_optimization"][f"offload_{name}"]["nvme_path"]
-    assert ours.gathers_16bit is theirs["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+    expected = DeepSpeedPlugin().deepspeed_config
+    launch = read_launch(TORCHRUN | environment | {"ACCELERATE_USE_DEEPSPEED": "true"})
+    assert launch.deepspeed is not None
+    assert launch.zero_stage == expected["zero_optimization"]["stage"]
+    for name, device in launch.offload.items():
+        assert device == expected["zero_optimization"][f"offload_{name}"]["device"]
+        path = launch.zero[f"offload_{name}"]["nvme_path"] if device == "nvme" else None
+        assert path == expected["zero_optimization"][f"offload_{name}"]["nvme_path"]
+    assert launch.gathers_16bit is expected["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
     for key in ("gradient_accumulation_steps", "gradient_clipping"):
-        assert ours.deepspeed.get(key, AUTO) == theirs[key]
+        assert launch.deepspeed.get(key, AUTO) == expected[key]
 
 
 @pytest.mark.parametrize(
     ("variables", "training"),
     [
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}, BY_TOKENS),  # what `accelerate config` writes unasked
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}, BY_TOKENS),  # what `accelerate config` writes by default
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}, PER_DEVICE),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"}, PER_DEVICE),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, PER_DEVICE),
@@ -309,19 +310,22 @@ def test_accelerate_makes_the_same_of_these_variables(
         ({"ACCELERATE_GRADIENT_CLIPPING": "auto"}, {"max_grad_norm": 0.3}),
     ],
 )
-def test_accelerates_variables_that_agree_are_accepted(variables: dict[str, str], training: dict[str, Any]) -> None:
-    settings = settle(zero(2, **variables), training=training)
+def test_equal_environment_variables_are_accepted(variables: dict[str, str], training: dict[str, Any]) -> None:
+    settings = resolve(zero(2, **variables), training=training)
     assert settings.deepspeed["gradient_accumulation_steps"] == 1
     assert settings.deepspeed["gradient_clipping"] == training.get("max_grad_norm", 1.0)
 
 
 @pytest.mark.parametrize(
-    ("variables", "training", "bits"),
+    ("variables", "training", "fragments"),
     [
         (
             {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"},
             BY_TOKENS,
-            ("gradient_accumulation_steps is 8", "cut by tokens, not training.gradient_accumulation_steps"),
+            (
+                "gradient_accumulation_steps is 8",
+                "sized by training.micro_batch_tokens, not training.gradient_accumulation_steps",
+            ),
         ),
         (
             {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"},
@@ -340,13 +344,13 @@ def test_accelerates_variables_that_agree_are_accepted(variables: dict[str, str]
         ),
     ],
 )
-def test_accelerates_variables_that_differ_are_refused(
-    variables: dict[str, str], training: dict[str, Any], bits: tuple[str, ...]
+def test_different_environment_variables_are_an_error(
+    variables: dict[str, str], training: dict[str, Any], fragments: tuple[str, ...]
 ) -> None:
-    (said,) = refused(zero(2, **variables), training=training)
-    assert said.startswith("accelerate launch: ")
-    for bit in bits:
-        assert bit in said
+    (message,) = error_lines(zero(2, **variables), training=training)
+    assert message.startswith("accelerate launch: ")
+    for fragment in fragments:
+        assert fragment in message
 
 
 # --- DeepSpeed from a JSON file
@@ -361,13 +365,13 @@ def test_accelerates_variables_that_differ_are_refused(
         (3, {"mixed_precision": "no"}, "bf16", False),
     ],
 )
-def test_every_auto_is_filled_from_the_run_config(
+def test_auto_is_filled_from_the_run_config(
     write_json: WriteJson, stage: int, training: dict[str, Any], launched: str, bf16: bool
 ) -> None:
-    settings = settle(write_json(stage, **ALL_AUTO) | {"ACCELERATE_MIXED_PRECISION": launched}, training=training)
+    settings = resolve(write_json(stage, **ALL_AUTO) | {"ACCELERATE_MIXED_PRECISION": launched}, training=training)
     assert settings.mixed_precision == ("bf16" if bf16 else "no")
     assert settings.deepspeed == {
-        "gradient_accumulation_steps": 1,  # the loop itself says which micro-batch is a step's last
+        "gradient_accumulation_steps": 1,  # the loop marks the last micro-batch of a step
         "train_micro_batch_size_per_gpu": 1,
         "train_batch_size": 2,
         "gradient_clipping": training.get("max_grad_norm", 1.0),
@@ -378,42 +382,42 @@ def test_every_auto_is_filled_from_the_run_config(
     }
 
 
-def test_deepspeed_is_given_the_same_however_it_was_asked_for(write_json: WriteJson) -> None:
+def test_deepspeed_config_does_not_depend_on_its_source(write_json: WriteJson) -> None:
     training = PER_DEVICE | {"mixed_precision": "bf16"}
-    with_values = write_json(2, bf16={"enabled": True}, gradient_accumulation_steps=4, train_batch_size=16)
-    given = [settle(asked, training=training).deepspeed for asked in (zero(2), write_json(2), with_values)]
-    assert given[0] == given[1] == given[2]
-    assert settle(zero(2, WORLD_SIZE="8"), training=training).deepspeed == given[0] | {"train_batch_size": 8}
+    explicit = write_json(2, bf16={"enabled": True}, gradient_accumulation_steps=4, train_batch_size=16)
+    configs = [resolve(launch, training=training).deepspeed for launch in (zero(2), write_json(2), explicit)]
+    assert configs[0] == configs[1] == configs[2]
+    assert resolve(zero(2, WORLD_SIZE="8"), training=training).deepspeed == configs[0] | {"train_batch_size": 8}
 
 
-def test_the_presets_json_files_agree_with_any_run_config() -> None:
+def test_preset_json_files_fit_any_run_config() -> None:
     for stage in (2, 3):
         file = ROOT / "accelerate_configs" / "deepspeed" / f"zero{stage}.json"
-        asked = TORCHRUN | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+        environment = TORCHRUN | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
         for training in (BY_TOKENS, PER_DEVICE | {"mixed_precision": "bf16", "max_grad_norm": 0.1}):
-            settings = settle(asked, training=training)
+            settings = resolve(environment, training=training)
             assert rows_of(settings)["backend"] == (f"DeepSpeed ZeRO-{stage}", str(file))
             assert settings.mixed_precision == training.get("mixed_precision", "no")
 
 
-def test_what_the_json_decides_is_told_with_its_name(write_json: WriteJson) -> None:
-    asked = write_json(
+def test_rows_name_the_json_as_source(write_json: WriteJson) -> None:
+    environment = write_json(
         3,
         {"offload_param": {"device": "cpu"}, "stage3_gather_16bit_weights_on_model_save": True},
         bf16={"enabled": True},
     )
-    file = asked["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
-    assert settle(asked).rows == [
+    file = environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
+    assert resolve(environment).rows == [
         ("processes", "2", "accelerate launch"),
         ("backend", "DeepSpeed ZeRO-3", file),
         ("offload", "optimizer none, parameters cpu", file),
         ("base dtype", "bfloat16", file),
         ("gather 16-bit on save", "true", file),
         ("mixed precision", "bf16", file),
-        ("gradient accumulation", "as many micro-batches as a step needs", "run config"),
+        ("gradient accumulation", "as needed per step", "run config"),
         ("gradient clipping", "1", "run config"),
-        ("batch size", "16 examples a step", "run config"),
-        ("micro-batch", "4096 tokens a device", "run config"),
+        ("batch size", "16 examples per step", "run config"),
+        ("micro-batch", "4096 tokens per device", "run config"),
     ]
 
 
@@ -437,16 +441,16 @@ def test_what_the_json_decides_is_told_with_its_name(write_json: WriteJson) -> N
         ({"bf16": {}}, {"mixed_precision": "bf16"}),
     ],
 )
-def test_values_of_the_json_that_agree_are_accepted(
+def test_equal_json_values_are_accepted(
     write_json: WriteJson, values: dict[str, Any], training: dict[str, Any]
 ) -> None:
-    settings = settle(write_json(2, **values), training=training)
+    settings = resolve(write_json(2, **values), training=training)
     assert settings.mixed_precision == training.get("mixed_precision", "no")
     assert (settings.deepspeed["gradient_accumulation_steps"], settings.deepspeed["train_batch_size"]) == (1, 2)
 
 
 @pytest.mark.parametrize(
-    ("values", "training", "bits"),
+    ("values", "training", "fragments"),
     [
         (
             {"gradient_accumulation_steps": 8},
@@ -466,7 +470,10 @@ def test_values_of_the_json_that_agree_are_accepted(
         (
             {"gradient_accumulation_steps": 8},
             BY_TOKENS,
-            ("gradient_accumulation_steps is 8", "cut by tokens, not training.gradient_accumulation_steps"),
+            (
+                "gradient_accumulation_steps is 8",
+                "sized by training.micro_batch_tokens, not training.gradient_accumulation_steps",
+            ),
         ),
         ({"gradient_clipping": 0.5}, BY_TOKENS, ("gradient_clipping is 0.5", "training.max_grad_norm is 1.0")),
         ({"gradient_clipping": 0}, BY_TOKENS, ("gradient_clipping is 0,", "training.max_grad_norm is 1.0")),
@@ -480,7 +487,10 @@ def test_values_of_the_json_that_agree_are_accepted(
         (
             {"train_micro_batch_size_per_gpu": 1},
             BY_TOKENS,
-            ("train_micro_batch_size_per_gpu is 1", "cut by tokens, not training.micro_batch_size"),
+            (
+                "train_micro_batch_size_per_gpu is 1",
+                "sized by training.micro_batch_tokens, not training.micro_batch_size",
+            ),
         ),
         (
             {"bf16": {"enabled": True}},
@@ -504,30 +514,30 @@ def test_values_of_the_json_that_agree_are_accepted(
         ),
     ],
 )
-def test_values_of_the_json_that_differ_are_refused(
-    write_json: WriteJson, values: dict[str, Any], training: dict[str, Any], bits: tuple[str, ...]
+def test_different_json_values_are_an_error(
+    write_json: WriteJson, values: dict[str, Any], training: dict[str, Any], fragments: tuple[str, ...]
 ) -> None:
-    asked = write_json(2, **values)
-    (said,) = refused(asked, training=training)
-    assert said.startswith(asked["ACCELERATE_DEEPSPEED_CONFIG_FILE"] + ": ")
-    assert re.search(r'(say|use) "auto" there, or the same in both', said)
-    for bit in bits:
-        assert bit in said
+    environment = write_json(2, **values)
+    (message,) = error_lines(environment, training=training)
+    assert message.startswith(environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] + ": ")
+    assert 'use "auto" there, or the same value in both' in message
+    for fragment in fragments:
+        assert fragment in message
 
 
 @pytest.mark.parametrize("key", ["optimizer", "scheduler"])
-def test_an_optimizer_or_scheduler_of_the_json_is_refused(write_json: WriteJson, key: str) -> None:
-    asked = write_json(2, **{key: {"type": "AdamW", "params": {"lr": AUTO}}})
-    (said,) = refused(asked)
-    assert said.startswith(asked["ACCELERATE_DEEPSPEED_CONFIG_FILE"] + f": '{key}' would replace")
+def test_optimizer_or_scheduler_in_the_json_is_an_error(write_json: WriteJson, key: str) -> None:
+    environment = write_json(2, **{key: {"type": "AdamW", "params": {"lr": AUTO}}})
+    (message,) = error_lines(environment)
+    assert message.startswith(environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] + f": '{key}' would override")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         (None, "cannot be read: No such file"),
-        ("zero_optimization: {stage: 2}", "is no JSON"),
-        ("", "is no JSON"),
+        ("zero_optimization: {stage: 2}", "is not valid JSON"),
+        ("", "is not valid JSON"),
         ("[]", 'has no "zero_optimization": {"stage"'),
         ("{}", 'has no "zero_optimization": {"stage"'),
         ('{"zero_optimization": 2}', 'has no "zero_optimization": {"stage"'),
@@ -537,61 +547,65 @@ def test_an_optimizer_or_scheduler_of_the_json_is_refused(write_json: WriteJson,
         ('{"zero_optimization": {"stage": 2.0}}', "zero_optimization.stage must be 1, 2 or 3"),
     ],
 )
-def test_a_json_that_cannot_be_used_is_refused(tmp_path: Path, text: str | None, said: str) -> None:
+def test_invalid_json_is_an_error(tmp_path: Path, text: str | None, expected: str) -> None:
     path = tmp_path / "zero.json"
     if text is not None:
         path.write_text(text, encoding="utf-8")
-    refusal = unread(TORCHRUN | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
-    assert refusal.startswith(f"deepspeed_config_file: {path}")
-    assert said in refusal
+    message = read_error(TORCHRUN | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
+    assert message.startswith(f"deepspeed_config_file: {path}")
+    assert expected in message
 
 
-def test_a_json_that_is_no_text_and_a_folder_are_refused(tmp_path: Path) -> None:
+def test_binary_json_and_folder_are_errors(tmp_path: Path) -> None:
     (tmp_path / "zero.json").write_bytes(b"\xff\xfe\x00")
-    asked = TORCHRUN | {"ACCELERATE_USE_DEEPSPEED": "true"}
-    assert "is no JSON" in unread(asked | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json")})
-    assert "cannot be read: Is a directory" in unread(asked | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path)})
+    environment = TORCHRUN | {"ACCELERATE_USE_DEEPSPEED": "true"}
+    assert "is not valid JSON" in read_error(
+        environment | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json")}
+    )
+    assert "cannot be read: Is a directory" in read_error(
+        environment | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path)}
+    )
 
 
 @pytest.mark.parametrize("file", ["", "none", "None"])
-def test_no_json_is_named(file: str) -> None:
+def test_none_as_json_file_means_no_file(file: str) -> None:
     launch = read_launch(zero(3, ACCELERATE_DEEPSPEED_CONFIG_FILE=file))
     assert (launch.zero_stage, launch.source) == (3, "accelerate launch")
 
 
-# --- what cannot work
+# --- unsupported combinations
 
 
 @pytest.mark.parametrize("stage", [0, 4])
-def test_a_stage_that_does_not_exist_or_partitions_nothing_is_refused(write_json: WriteJson, stage: int) -> None:
-    for asked in (zero(stage), write_json(stage)):
-        (said,) = refused(asked)
-        assert said.startswith(asked.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "accelerate launch") + ": ")
-        assert f"ZeRO stage {stage}" in said
-        assert "use 1, 2 or 3, or accelerate_configs/ddp.yaml" in said
+def test_unsupported_zero_stage_is_an_error(write_json: WriteJson, stage: int) -> None:
+    for environment in (zero(stage), write_json(stage)):
+        (message,) = error_lines(environment)
+        assert message.startswith(environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "accelerate launch") + ": ")
+        assert f"ZeRO stage {stage}" in message
+        assert "is not supported; use 1, 2 or 3, or accelerate_configs/ddp.yaml" in message
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_base_is_refused_under_zero3_alone(bits: int) -> None:
-    (said,) = refused(zero(3), quantization={"bits": bits})
-    for bit in (f"quantization.bits={bits} with ZeRO-3", "accelerate_configs/zero2.yaml", "quantization.bits=null"):
-        assert bit in said
+def test_quantized_base_is_not_supported_under_zero3(bits: int) -> None:
+    (message,) = error_lines(zero(3), quantization={"bits": bits})
+    for fragment in (f"quantization.bits={bits} with ZeRO-3", "accelerate_configs/zero2.yaml", "bits=null"):
+        assert fragment in message
     for stage in (1, 2):
-        assert settle(zero(stage), quantization={"bits": bits}).deepspeed["train_batch_size"] == 2
+        assert resolve(zero(stage), quantization={"bits": bits}).deepspeed["train_batch_size"] == 2
 
 
 @pytest.mark.parametrize(
-    ("stage", "optimizer", "param", "said"),
+    ("stage", "optimizer", "param", "expected"),
     [
-        (1, "cpu", "none", "offload_optimizer is supported here with ZeRO stage 2 or 3, not 1"),
-        (1, "none", "cpu", "offload_param is supported here with ZeRO stage 3, not 1"),
-        (2, "none", "cpu", "offload_param is supported here with ZeRO stage 3, not 2"),
+        (1, "cpu", "none", "offload_optimizer is supported with ZeRO stage 2 or 3, not 1"),
+        (1, "none", "cpu", "offload_param is supported with ZeRO stage 3, not 1"),
+        (2, "none", "cpu", "offload_param is supported with ZeRO stage 3, not 2"),
         (3, "nvme", "none", "offload_optimizer to nvme is not supported"),
         (3, "none", "nvme", "offload_param to nvme has no nvme_path"),
     ],
 )
-def test_offload_that_cannot_work_is_refused(
-    write_json: WriteJson, stage: int, optimizer: str, param: str, said: str
+def test_unsupported_offload_is_an_error(
+    write_json: WriteJson, stage: int, optimizer: str, param: str, expected: str
 ) -> None:
     by_variables = zero(
         stage,
@@ -600,9 +614,11 @@ def test_offload_that_cannot_work_is_refused(
     )
     devices = {"offload_optimizer": {"device": optimizer}, "offload_param": {"device": param}}
     by_json = write_json(stage, devices)
-    for asked in (by_variables, by_json):
-        (reason,) = refused(asked)
-        assert reason.startswith(f"{asked.get('ACCELERATE_DEEPSPEED_CONFIG_FILE', 'accelerate launch')}: {said}")
+    for environment in (by_variables, by_json):
+        (reason,) = error_lines(environment)
+        assert reason.startswith(
+            f"{environment.get('ACCELERATE_DEEPSPEED_CONFIG_FILE', 'accelerate launch')}: {expected}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -617,33 +633,33 @@ def test_offload_that_cannot_work_is_refused(
         (3, {"offload_param": {"device": "nvme", "nvme_path": "/local"}}, {"optimizer": "none", "param": "nvme"}),
     ],
 )
-def test_offload_that_works(
+def test_supported_offload(
     write_json: WriteJson, stage: int, zero_optimization: dict[str, Any], offload: dict[str, str]
 ) -> None:
-    asked = write_json(stage, zero_optimization)
-    assert read_launch(asked).offload == offload
-    where, _ = rows_of(settle(asked))["offload"]
-    assert where == f"optimizer {offload['optimizer']}, parameters {offload['param']}"
+    environment = write_json(stage, zero_optimization)
+    assert read_launch(environment).offload == offload
+    devices, _ = rows_of(resolve(environment))["offload"]
+    assert devices == f"optimizer {offload['optimizer']}, parameters {offload['param']}"
 
 
 @pytest.mark.parametrize("path", [None, "", "none"])
-def test_nvme_needs_a_folder(write_json: WriteJson, path: str | None) -> None:
-    (said,) = refused(write_json(3, {"offload_param": {"device": "nvme", "nvme_path": path}}))
-    assert "has no nvme_path; give a folder of a local disk in a DeepSpeed JSON" in said
+def test_nvme_needs_a_path(write_json: WriteJson, path: str | None) -> None:
+    (message,) = error_lines(write_json(3, {"offload_param": {"device": "nvme", "nvme_path": path}}))
+    assert "has no nvme_path; set it to a folder on a local disk in a DeepSpeed JSON" in message
 
 
-def test_a_state_dict_is_gathered_under_zero3_only_where_deepspeed_gathers_it(write_json: WriteJson) -> None:
-    whole: dict[str, Any] = {"checkpoint": {"gather": "state_dict"}}
+def test_state_dict_gather_under_zero3_needs_gather_16bit_on_save(write_json: WriteJson) -> None:
+    state_dict: dict[str, Any] = {"checkpoint": {"gather": "state_dict"}}
     key = "stage3_gather_16bit_weights_on_model_save"
-    for asked in (zero(3), write_json(3), write_json(3, {key: False})):
-        (said,) = refused(asked, **whole)
-        for bit in ("checkpoint.gather=state_dict", "zero3_save_16bit_model", key, "or let gather be auto"):
-            assert bit in said
+    for environment in (zero(3), write_json(3), write_json(3, {key: False})):
+        (message,) = error_lines(environment, **state_dict)
+        for fragment in ("checkpoint.gather=state_dict", "zero3_save_16bit_model", key, "or checkpoint.gather=auto"):
+            assert fragment in message
         for other in ("auto", "parameters"):
-            assert settle(asked, checkpoint={"gather": other}).deepspeed["train_batch_size"] == 2
+            assert resolve(environment, checkpoint={"gather": other}).deepspeed["train_batch_size"] == 2
     gathering = [zero(3, ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL="true"), write_json(3, {key: True})]
-    for asked in (*gathering, zero(1), zero(2)):
-        assert settle(asked, **whole).deepspeed["train_batch_size"] == 2
+    for environment in (*gathering, zero(1), zero(2)):
+        assert resolve(environment, **state_dict).deepspeed["train_batch_size"] == 2
 
 
 @pytest.mark.parametrize(
@@ -651,18 +667,18 @@ def test_a_state_dict_is_gathered_under_zero3_only_where_deepspeed_gathers_it(wr
     [("no", "bfloat16"), ("no", "float16"), ("bf16", "float32"), ("bf16", "float16")],
 )
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_dtype_that_deepspeed_would_not_hold_is_refused(stage: int, precision: str, dtype: str) -> None:
-    (said,) = refused(zero(stage, ACCELERATE_MIXED_PRECISION=precision), model=model_of(dtype))
-    held = {"no": "float32", "bf16": "bfloat16"}[precision]
-    assert f"model.dtype={dtype} under DeepSpeed, which keeps all weights in {held} at mixed precision" in said
-    assert "let model.dtype be auto, or change training.mixed_precision" in said
+def test_dtype_that_deepspeed_would_change_is_an_error(stage: int, precision: str, dtype: str) -> None:
+    (message,) = error_lines(zero(stage, ACCELERATE_MIXED_PRECISION=precision), model=model_of(dtype))
+    kept = {"no": "float32", "bf16": "bfloat16"}[precision]
+    assert f"model.dtype={dtype} is not supported under DeepSpeed, which keeps all weights in {kept}" in message
+    assert "set model.dtype=auto, or change training.mixed_precision" in message
 
 
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("no", "auto"), ("no", "float32"), ("bf16", "auto"), ("bf16", "bfloat16")]
 )
-def test_a_dtype_that_deepspeed_holds(precision: str, dtype: str) -> None:
-    settings = settle(zero(3, ACCELERATE_MIXED_PRECISION=precision), model=model_of(dtype))
+def test_dtype_that_deepspeed_keeps(precision: str, dtype: str) -> None:
+    settings = resolve(zero(3, ACCELERATE_MIXED_PRECISION=precision), model=model_of(dtype))
     assert settings.deepspeed["bf16"] == {"enabled": precision == "bf16", "check_grad_overflow": True}
 
 
@@ -670,18 +686,18 @@ def test_a_dtype_that_deepspeed_holds(precision: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "launched", "of_json", "decided"),
+    ("requested", "launched", "json_value", "expected"),
     [
         ("auto", None, None, ("no", "this machine")),
-        ("auto", "no", None, ("no", "this machine")),  # Accelerate writes it where nobody has asked for anything
-        (None, "no", None, ("no", "this machine")),  # what auto was called before
+        ("auto", "no", None, ("no", "this machine")),  # Accelerate's default
+        (None, "no", None, ("no", "this machine")),  # the name of auto in older configs
         ("auto", "bf16", None, ("bf16", "accelerate launch")),
         ("auto", "BF16", None, ("bf16", "accelerate launch")),
         ("auto", "fp16", None, ("fp16", "accelerate launch")),
         ("bf16", "no", None, ("bf16", "run config")),
         ("fp16", "bf16", None, ("fp16", "run config")),
         ("no", "bf16", None, ("no", "run config")),
-        ("no", "fp16", None, ("no", "run config")),  # what the launcher asks for does not matter any more
+        ("no", "fp16", None, ("no", "run config")),  # overrides the launcher
         ("auto", "bf16", AUTO, ("bf16", "accelerate launch")),
         ("auto", "no", True, ("bf16", "the JSON")),
         ("auto", "bf16", True, ("bf16", "the JSON")),
@@ -690,43 +706,43 @@ def test_a_dtype_that_deepspeed_holds(precision: str, dtype: str) -> None:
         ("bf16", "no", AUTO, ("bf16", "run config")),
     ],
 )
-def test_who_decides_the_precision(
+def test_precedence_of_mixed_precision(
     write_json: WriteJson,
-    asked: str | None,
+    requested: str | None,
     launched: str | None,
-    of_json: bool | str | None,
-    decided: tuple[str, str],
+    json_value: bool | str | None,
+    expected: tuple[str, str],
 ) -> None:
-    environment = TORCHRUN if of_json is None else write_json(2, bf16={"enabled": of_json})
+    environment = TORCHRUN if json_value is None else write_json(2, bf16={"enabled": json_value})
     if launched is not None:
         environment = environment | {"ACCELERATE_MIXED_PRECISION": launched}
-    settings = settle(environment, training={"mixed_precision": asked})
-    precision, who = decided
+    settings = resolve(environment, training={"mixed_precision": requested})
+    precision, decided_by = expected
     assert settings.mixed_precision == precision
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
-    assert rows_of(settings)["mixed precision"] == (precision, who.replace("the JSON", file))
+    assert rows_of(settings)["mixed precision"] == (precision, decided_by.replace("the JSON", file))
 
 
-def test_a_default_that_the_json_switches_off_is_not_taken(write_json: WriteJson) -> None:
+def test_json_can_disable_the_default_precision(write_json: WriteJson) -> None:
     launch = read_launch(write_json(2, bf16={"enabled": False}))
     settings = reconcile(config_of(), launch, lambda: Precision("bf16", "this machine", "native"))
-    value, who = rows_of(settings)["mixed precision"]
+    value, decided_by = rows_of(settings)["mixed precision"]
     assert settings.mixed_precision == "no"
     assert value == "no (bf16.enabled is false)"
-    assert who == launch.source
+    assert decided_by == launch.source
 
 
-def test_the_machine_is_asked_last_and_only_if_nobody_else_decides(write_json: WriteJson) -> None:
-    def unasked() -> Precision:
-        raise AssertionError("asked")
+def test_default_precision_is_computed_last_and_only_if_needed(write_json: WriteJson) -> None:
+    def unused() -> Precision:
+        raise AssertionError("called")
 
     launch = read_launch(write_json(2))
-    assert reconcile(config_of(training={"mixed_precision": "bf16"}), launch, unasked).mixed_precision == "bf16"
-    with pytest.raises(ConfigError, match="gradient_clipping is 5"):  # a mistake costs no import of torch
-        reconcile(config_of(), read_launch(write_json(2, gradient_clipping=5)), unasked)
+    assert reconcile(config_of(training={"mixed_precision": "bf16"}), launch, unused).mixed_precision == "bf16"
+    with pytest.raises(ConfigError, match="gradient_clipping is 5"):  # an error needs no import of torch
+        reconcile(config_of(), read_launch(write_json(2, gradient_clipping=5)), unused)
 
 
-def test_the_reason_stands_in_the_table() -> None:
+def test_reason_is_shown_in_the_rows() -> None:
     settings = reconcile(config_of(), read_launch({}), lambda: Precision("bf16", "this machine", "it is native"))
     assert rows_of(settings)["mixed precision"] == ("bf16 (it is native)", "this machine")
 
@@ -738,37 +754,37 @@ def test_the_reason_stands_in_the_table() -> None:
         (zero(3, ACCELERATE_MIXED_PRECISION="fp8"), {}, "fp8"),
     ],
 )
-def test_a_precision_that_is_not_supported(
+def test_unsupported_precision_is_an_error(
     environment: dict[str, str], training: dict[str, Any], precision: str
 ) -> None:
-    (said,) = refused(environment, training=training)
-    assert said == f"mixed precision {precision} is not supported; use bf16, fp16, or no"
+    (message,) = error_lines(environment, training=training)
+    assert message == f"mixed precision {precision} is not supported; use bf16, fp16, or no"
 
 
 @pytest.mark.parametrize("training", [{}, {"mixed_precision": "fp16"}])
-def test_fp16_under_deepspeed_leaves_the_scale_to_the_loop(write_json: WriteJson, training: dict[str, Any]) -> None:
-    """Hugging Face's usual JSON names a window and a first scale; the rule is the loop's all the same."""
+def test_loop_sets_the_loss_scale_under_deepspeed(write_json: WriteJson, training: dict[str, Any]) -> None:
+    """Even if the JSON sets a window and an initial scale, as Hugging Face's example does."""
     usual = {"enabled": True, "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 12, "hysteresis": 2}
-    settings = settle(write_json(2, fp16=usual), training=training)
+    settings = resolve(write_json(2, fp16=usual), training=training)
     assert settings.mixed_precision == "fp16"
     assert settings.deepspeed["bf16"]["enabled"] is False
     fp16 = settings.deepspeed["fp16"]
     assert (fp16["enabled"], fp16["loss_scale"], fp16["hysteresis"], fp16["initial_scale_power"]) == (True, 0, 1, 16)
     assert fp16["loss_scale_window"] >= 10**9
-    assert settle(zero(3), training={"mixed_precision": "fp16"}).deepspeed["fp16"] == fp16
+    assert resolve(zero(3), training={"mixed_precision": "fp16"}).deepspeed["fp16"] == fp16
 
 
-def test_a_fixed_loss_scale_is_not_supported(write_json: WriteJson) -> None:
-    (said,) = refused(write_json(2, fp16={"enabled": True, "loss_scale": 128}))
-    assert "fp16.loss_scale is fixed" in said
-    assert "set it to 0" in said
+def test_fixed_loss_scale_is_not_supported(write_json: WriteJson) -> None:
+    (message,) = error_lines(write_json(2, fp16={"enabled": True, "loss_scale": 128}))
+    assert "fp16.loss_scale is fixed" in message
+    assert "set it to 0" in message
 
 
-# --- all at once
+# --- conflicts within the DeepSpeed config, and several problems at once
 
 
 @pytest.mark.parametrize(
-    ("sections", "environment", "said"),
+    ("sections", "environment", "expected"),
     [
         ({"bf16": {"enabled": False}}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, "bf16.enabled is false, but accelerate"),
         (
@@ -779,73 +795,73 @@ def test_a_fixed_loss_scale_is_not_supported(write_json: WriteJson) -> None:
         ({"bf16": {"enabled": "false"}}, {}, 'bf16.enabled is "false"'),
     ],
 )
-def test_a_precision_that_the_launcher_contradicts_itself_on_is_refused(
-    write_json: WriteJson, sections: dict[str, Any], environment: dict[str, str], said: str
+def test_contradictory_precision_of_the_launcher_is_an_error(
+    write_json: WriteJson, sections: dict[str, Any], environment: dict[str, str], expected: str
 ) -> None:
-    (reason,) = refused(write_json(2, **sections) | environment)
-    assert said in reason
+    (reason,) = error_lines(write_json(2, **sections) | environment)
+    assert expected in reason
 
 
-def test_what_nobody_else_owns_stays_as_the_json_says(write_json: WriteJson) -> None:
+def test_other_json_values_are_kept(write_json: WriteJson) -> None:
     section = {"enabled": AUTO, "immediate_grad_update": True, "check_grad_overflow": False}
-    asked = write_json(2, bf16=section, communication_data_type="bf16")
-    given = settle(asked).deepspeed
-    assert given["bf16"] == {"enabled": False, "immediate_grad_update": True, "check_grad_overflow": True}
-    assert given["communication_data_type"] == "bf16"
-    for left_open in ({}, {"communication_data_type": AUTO, "data_types": {"grad_accum_dtype": AUTO}}):
-        given = settle(write_json(2, **left_open)).deepspeed
-        assert (given["communication_data_type"], given["data_types"]) == ("fp32", {"grad_accum_dtype": "fp32"})
+    environment = write_json(2, bf16=section, communication_data_type="bf16")
+    config = resolve(environment).deepspeed
+    assert config["bf16"] == {"enabled": False, "immediate_grad_update": True, "check_grad_overflow": True}
+    assert config["communication_data_type"] == "bf16"
+    for default in ({}, {"communication_data_type": AUTO, "data_types": {"grad_accum_dtype": AUTO}}):
+        config = resolve(write_json(2, **default)).deepspeed
+        assert (config["communication_data_type"], config["data_types"]) == ("fp32", {"grad_accum_dtype": "fp32"})
 
 
 @pytest.mark.parametrize("key", ["torch_autocast", "amp", "bfloat16", "elasticity", "tensor_parallel"])
-def test_what_would_change_the_result_behind_the_runs_back_is_refused(write_json: WriteJson, key: str) -> None:
-    (said,) = refused(write_json(2, **{key: {"enabled": True}}))
-    assert f"{key!r} would change what is computed" in said
-    (said,) = refused(write_json(3, {"zero_quantized_gradients": True}))
-    assert "zero_optimization.zero_quantized_gradients would change" in said
+def test_json_keys_that_change_the_result_are_not_supported(write_json: WriteJson, key: str) -> None:
+    (message,) = error_lines(write_json(2, **{key: {"enabled": True}}))
+    assert f"{key!r} is not supported: it would change the result" in message
+    (message,) = error_lines(write_json(3, {"zero_quantized_gradients": True}))
+    assert "zero_optimization.zero_quantized_gradients is not supported" in message
 
 
-def test_compiling_and_other_parallelism_of_the_launcher_are_refused() -> None:
-    assert "dynamo_backend" in unread(TORCHRUN | {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"})
+def test_dynamo_and_parallelism_config_are_not_supported() -> None:
+    assert "dynamo_backend" in read_error(TORCHRUN | {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"})
     assert read_launch({"ACCELERATE_DYNAMO_BACKEND": "no"}).num_processes == 1
-    assert "a parallelism_config" in unread(TORCHRUN | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"})
+    assert "a parallelism_config" in read_error(TORCHRUN | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"})
 
 
-def test_single_trained_tokens_are_refused_under_zero3_alone() -> None:
+def test_trainable_token_indices_are_not_supported_under_zero3() -> None:
     adapter = {"trainable_token_indices": [1, 2]}
-    (said,) = refused(zero(3), adapter=adapter)
-    assert said.startswith("adapter.trainable_token_indices: PEFT cannot gather them")
-    settle(zero(2), adapter=adapter)
+    (message,) = error_lines(zero(3), adapter=adapter)
+    assert message.startswith("adapter.trainable_token_indices: PEFT cannot gather them")
+    resolve(zero(2), adapter=adapter)
 
 
-def test_compiled_layers_are_refused_under_zero3_alone() -> None:
-    (said,) = refused(zero(3), training={"compile": True})
-    assert said.startswith("training.compile with ZeRO-3")
-    settle(zero(2), training={"compile": True})
+def test_compile_is_not_supported_under_zero3() -> None:
+    (message,) = error_lines(zero(3), training={"compile": True})
+    assert message.startswith("training.compile with ZeRO-3")
+    resolve(zero(2), training={"compile": True})
 
 
 @pytest.mark.parametrize(
-    ("zero_optimization", "said"),
+    ("zero_optimization", "expected"),
     [
         ({"offload_optimizer": {"device": "gpu"}}, "offload_optimizer.device is 'gpu'; it must be none, cpu or nvme"),
-        ({"cpu_offload": True}, "cpu_offload is no longer read"),
+        ({"cpu_offload": True}, "cpu_offload is deprecated"),
     ],
 )
-def test_an_offload_that_would_not_be_seen_is_refused(
-    write_json: WriteJson, zero_optimization: dict[str, Any], said: str
+def test_invalid_or_deprecated_offload_is_an_error(
+    write_json: WriteJson, zero_optimization: dict[str, Any], expected: str
 ) -> None:
-    (reason,) = refused(write_json(2, zero_optimization))
-    assert said in reason
+    (reason,) = error_lines(write_json(2, zero_optimization))
+    assert expected in reason
 
 
-def test_an_offload_of_auto_is_none(write_json: WriteJson) -> None:
+def test_auto_offload_is_none(write_json: WriteJson) -> None:
     assert read_launch(write_json(2, {"offload_optimizer": {"device": AUTO}})).offload["optimizer"] == "none"
 
 
 @pytest.mark.parametrize("key", ["bf16", "fp16", "data_types"])
-def test_a_section_of_the_json_that_is_none_is_refused(write_json: WriteJson, key: str) -> None:
-    assert f"{key} must be an object, not true" in unread(write_json(2, **{key: True}))
-    assert "offload_param must be an object" in unread(write_json(3, {"offload_param": "cpu"}))
+def test_json_section_must_be_an_object(write_json: WriteJson, key: str) -> None:
+    assert f"{key} must be an object, not true" in read_error(write_json(2, **{key: True}))
+    assert "offload_param must be an object" in read_error(write_json(3, {"offload_param": "cpu"}))
 
 
 @pytest.mark.parametrize(
@@ -857,17 +873,17 @@ def test_a_section_of_the_json_that_is_none_is_refused(write_json: WriteJson, ke
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1.5"),
     ],
 )
-def test_a_variable_that_is_no_number_is_named(name: str, text: str) -> None:
-    assert f"{name} is {text!r}, which is no number" in unread(zero(2) | {name: text})
+def test_variable_that_is_not_a_number_is_reported(name: str, text: str) -> None:
+    assert f"{name} is {text!r}, which is not a number" in read_error(zero(2) | {name: text})
 
 
-def test_a_json_left_in_the_environment_decides_nothing_without_deepspeed() -> None:
+def test_json_file_is_ignored_without_deepspeed() -> None:
     launch = read_launch(TORCHRUN | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "left.json"})
     assert (launch.deepspeed, launch.source) == (None, "accelerate launch")
 
 
-def test_every_problem_is_told_in_one_message(write_json: WriteJson) -> None:
-    asked = write_json(
+def test_all_problems_are_in_one_message(write_json: WriteJson) -> None:
+    environment = write_json(
         3,
         {"offload_optimizer": {"device": "nvme"}, "offload_param": {"device": "nvme"}},
         bf16={"enabled": True},
@@ -879,14 +895,14 @@ def test_every_problem_is_told_in_one_message(write_json: WriteJson) -> None:
         optimizer={"type": "AdamW"},
         scheduler={"type": "WarmupLR"},
     )
-    said = refused(
-        asked,
+    message = error_lines(
+        environment,
         training={"mixed_precision": "no"},
         quantization={"bits": 4},
         checkpoint={"gather": "state_dict"},
         model=model_of("bfloat16"),
     )
-    file = re.escape(asked["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
+    file = re.escape(environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
     expected = [
         f"{file}: bf16.enabled is true",
         f"{file}: fp16.enabled is true",
@@ -895,26 +911,26 @@ def test_every_problem_is_told_in_one_message(write_json: WriteJson) -> None:
         f"{file}: gradient_clipping is 0.5",
         f"{file}: train_batch_size is 32",
         f"{file}: train_micro_batch_size_per_gpu is 4",
-        f"{file}: 'optimizer' would replace",
-        f"{file}: 'scheduler' would replace",
+        f"{file}: 'optimizer' would override",
+        f"{file}: 'scheduler' would override",
         "quantization.bits=4 with ZeRO-3",
         f"{file}: offload_optimizer to nvme",
         f"{file}: offload_param to nvme",
         "checkpoint.gather=state_dict",
     ]
-    for line, pattern in zip(said, expected, strict=True):
+    for line, pattern in zip(message, expected, strict=True):
         assert re.match(pattern, line), line
 
 
-def test_reading_a_launch_and_reconciling_imports_no_torch() -> None:
+def test_read_launch_and_reconcile_do_not_import_torch() -> None:
     code = (
         "import sys\n"
         "from lora_accel.config.launch import Precision, read_launch, reconcile\n"
         "from lora_accel.config.schema import RunConfig\n"
         "needed = {'output_dir': 'run', 'model': {'name_or_path': 'm'}, 'data': {'train': [{'path': 'x'}]}}\n"
-        f"asked = {TORCHRUN | {'ACCELERATE_USE_DEEPSPEED': 'true'}}\n"
+        f"environment = {TORCHRUN | {'ACCELERATE_USE_DEEPSPEED': 'true'}}\n"
         "default = lambda: Precision('no', 'this machine')\n"
-        "print(reconcile(RunConfig.model_validate(needed), read_launch(asked), default).rows[1][1])\n"
+        "print(reconcile(RunConfig.model_validate(needed), read_launch(environment), default).rows[1][1])\n"
         "heavy = ('torch', 'numpy', 'transformers', 'accelerate', 'deepspeed')\n"
         "print(*[name for name in heavy if name in sys.modules])\n"
     )
@@ -922,7 +938,7 @@ def test_reading_a_launch_and_reconciling_imports_no_torch() -> None:
     assert ran.stdout.splitlines() == ["DeepSpeed ZeRO-2", ""]
 
 
-def test_a_config_that_cannot_work_ends_before_torch_is_imported(
+def test_unsupported_config_is_reported_before_torch_is_imported(
     make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path]
 ) -> None:
     config = make_config(quantization={"bits": 4})
@@ -934,9 +950,9 @@ def test_a_config_that_cannot_work_ends_before_torch_is_imported(
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))\n"
         "sys.exit(code)\n"
     )
-    asked = TORCHRUN | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
-    ran = run_code(code, **asked)
+    environment = TORCHRUN | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+    ran = run_code(code, **environment)
     assert (ran.returncode, ran.stdout) == (2, "[]\n")
-    assert ran.stderr.startswith("error: quantization.bits=4 with ZeRO-3: packed weights cannot be partitioned.")
+    assert ran.stderr.startswith("error: quantization.bits=4 with ZeRO-3 is not supported: quantized weights cannot")
     assert "Traceback" not in ran.stderr
     assert not Path(config.output_dir).exists()

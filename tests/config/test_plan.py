@@ -1,4 +1,4 @@
-"""The arithmetic of a run, as tables."""
+"""The plan of a run."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_warm_up(warmup: dict[str, Any], total: int, steps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "place", "examples"),
+    ("step", "position", "examples"),
     [
         (0, (0, 0), 0),
         (1, (0, 1), 4),
@@ -83,35 +83,35 @@ def test_warm_up(warmup: dict[str, Any], total: int, steps: int) -> None:
         (13, (2, 1), 46),
     ],
 )
-def test_where_a_step_is(step: int, place: tuple[int, int], examples: int) -> None:
+def test_position_of_a_step(step: int, position: tuple[int, int], examples: int) -> None:
     plan = plan_of(training={"batch_size": 4, "epochs": 3})
-    assert plan.position(step) == place
+    assert plan.position(step) == position
     assert plan.examples_after(step) == examples
 
 
 @pytest.mark.parametrize("num_examples", [1, 7, 8, 9, 64])
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 100])
-def test_examples_grow_by_a_batch_or_by_what_is_left_of_the_epoch(num_examples: int, batch_size: int) -> None:
+def test_each_step_adds_a_batch_or_the_rest_of_the_epoch(num_examples: int, batch_size: int) -> None:
     plan = plan_of(num_examples, training={"batch_size": batch_size, "epochs": 4})
     counts = [plan.examples_after(step) for step in range(plan.total_steps + 1)]
-    grown = [later - earlier for earlier, later in itertools.pairwise(counts)]
+    increments = [later - earlier for earlier, later in itertools.pairwise(counts)]
     one_epoch = [min(batch_size, num_examples - start) for start in range(0, num_examples, batch_size)]
-    assert grown == one_epoch * 4
+    assert increments == one_epoch * 4
     assert counts[-1] == 4 * num_examples
 
 
-def happens(what: Any, total: int) -> list[int]:
-    return [step for step in range(1, total + 1) if what(step)]
+def steps_with(condition: Any, total: int) -> list[int]:
+    return [step for step in range(1, total + 1) if condition(step)]
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (5, [5]), (9, [5])])
-def test_logs_and_saves_at_its_steps_and_at_the_last(every: int, steps: list[int]) -> None:
+def test_logs_and_saves_at_intervals_and_after_the_last_step(every: int, steps: list[int]) -> None:
     plan = plan_of(training={"max_steps": 5}, logging={"every_steps": every}, checkpoint={"every_steps": 1})
-    assert happens(plan.logs_after, 5) == steps
-    assert happens(plan.saves_after, 5) == [1, 2, 3, 4, 5]
+    assert steps_with(plan.logs_after, 5) == steps
+    assert steps_with(plan.saves_after, 5) == [1, 2, 3, 4, 5]
     plan = plan_of(training={"max_steps": 5}, logging={"every_steps": 1}, checkpoint={"every_steps": every})
-    assert happens(plan.saves_after, 5) == steps
-    assert happens(plan.logs_after, 5) == [1, 2, 3, 4, 5]
+    assert steps_with(plan.saves_after, 5) == steps
+    assert steps_with(plan.logs_after, 5) == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -125,21 +125,21 @@ def test_logs_and_saves_at_its_steps_and_at_the_last(every: int, steps: list[int
         ({"prompts": ["hello"], "every_steps": 3}, 0, [3, 5]),
     ],
 )
-def test_evaluates_where_there_is_something_to_evaluate(
+def test_evaluates_only_with_examples_or_prompts(
     evaluation: dict[str, Any], num_eval_examples: int, steps: list[int]
 ) -> None:
     plan = plan_of(num_eval_examples=num_eval_examples, training={"max_steps": 5}, evaluation=evaluation)
-    assert happens(plan.evaluates_after, 5) == steps
+    assert steps_with(plan.evaluates_after, 5) == steps
 
 
-def test_the_table_says_the_numbers() -> None:
+def test_table_shows_the_numbers() -> None:
     table = dict(plan_of(num_eval_examples=2, training={"batch_size": 4, "epochs": 2}).table())
-    assert table["examples"] == "21 an epoch, 2 for evaluation"
-    assert table["tokens"] == "1,000 an epoch, 25.0% supervised"
-    assert table["steps"] == "12 = 2 epoch(s) of 6; 1 of warm-up"
+    assert table["examples"] == "21 per epoch, 2 for evaluation"
+    assert table["tokens"] == "1,000 per epoch, 25.0% supervised"
+    assert table["steps"] == "12 = 2 epoch(s) of 6 steps; 1 warm-up step(s)"
     assert table["evaluation"] == "only after the last step"
 
 
-def test_the_plan_as_plain_values_makes_the_same_plan() -> None:
+def test_as_dict_rebuilds_the_plan() -> None:
     plan = plan_of()
     assert Plan(**plan.as_dict()) == plan

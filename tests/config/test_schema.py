@@ -1,4 +1,4 @@
-"""The sections of a run config: PEFT's fields, the two batch habits, the schema an editor shows."""
+"""The run config: PEFT's fields, the batch options, the JSON schema, and validation."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ NEEDED: dict[str, Any] = {
     "data": {"train": [{"path": "rows.jsonl"}]},
 }
 
-# Of PEFT's fields, those that this package names otherwise or sets itself.
-OURS = {"lora_alpha", "lora_dropout", "task_type", "peft_type", "auto_mapping", "peft_version"}
-OURS |= {"base_model_name_or_path", "revision", "inference_mode"}
+# Fields of LoraConfig that this package renames or sets itself.
+RESERVED = {"lora_alpha", "lora_dropout", "task_type", "peft_type", "auto_mapping", "peft_version"}
+RESERVED |= {"base_model_name_or_path", "revision", "inference_mode"}
 
 
-def test_every_field_of_peft_can_be_set() -> None:
+def test_every_peft_field_is_an_option() -> None:
     peft_fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     newer = {name for name, since in PEFT_SINCE.items() if Version(since) > PEFT}
-    assert set(AdapterSection.model_fields) - {"alpha", "dropout"} == (peft_fields - OURS) | newer
+    assert set(AdapterSection.model_fields) - {"alpha", "dropout"} == (peft_fields - RESERVED) | newer
     assert not newer & peft_fields
 
 
 @pytest.mark.parametrize("name", PEFT_SINCE)
-def test_a_field_that_the_installed_peft_lacks_names_the_version_that_has_it(name: str) -> None:
+def test_field_that_the_installed_peft_lacks_is_an_error(name: str) -> None:
     value: Any = {}
     if Version(PEFT_SINCE[name]) <= PEFT:
         assert AdapterSection.model_validate({name: value}).peft_fields() == {name: value}
@@ -42,17 +42,17 @@ def test_a_field_that_the_installed_peft_lacks_names_the_version_that_has_it(nam
             AdapterSection.model_validate({name: value})
 
 
-def test_an_older_peft_is_told_apart_from_one_that_has_the_field(monkeypatch: pytest.MonkeyPatch) -> None:
-    for installed, fits in (("0.18.1", False), ("0.20.9", False), ("0.21.0", True), ("0.100.0.dev0", True)):
+def test_peft_versions_are_compared_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for installed, has_field in (("0.18.1", False), ("0.20.9", False), ("0.21.0", True), ("0.100.0.dev0", True)):
         monkeypatch.setattr("importlib.metadata.version", {"peft": installed}.__getitem__)
-        if fits:
+        if has_field:
             AdapterSection.model_validate({"kasa_config": {}})
         else:
             with pytest.raises(ValidationError, match=r"needs peft >= 0\.21"):
                 AdapterSection.model_validate({"kasa_config": {}})
 
 
-def test_fields_of_peft_are_passed_on_and_null_leaves_its_default() -> None:
+def test_peft_fields_are_passed_and_null_keeps_the_default() -> None:
     section = AdapterSection.model_validate({"r": 3, "alpha": 5, "use_rslora": True, "rank_pattern": {"q_proj": 2}})
     assert section.peft_fields() == {"use_rslora": True, "rank_pattern": {"q_proj": 2}}
     config = lora_config(section)
@@ -60,32 +60,32 @@ def test_fields_of_peft_are_passed_on_and_null_leaves_its_default() -> None:
     assert config.init_lora_weights is peft.LoraConfig().init_lora_weights is True
 
 
-def test_a_field_given_as_false_is_passed_on() -> None:
+def test_false_is_passed_to_peft() -> None:
     assert lora_config(AdapterSection(init_lora_weights=False)).init_lora_weights is False
 
 
-def test_every_key_of_the_schema_is_described() -> None:
+def test_every_schema_field_has_a_description() -> None:
     schema = RunConfig.model_json_schema()
     sections = {"RunConfig": schema, **schema["$defs"]}
     assert len(sections) == 10
     assert all(section["description"] for section in sections.values())
-    bare = [
+    missing = [
         f"{name}.{key}"
         for name, section in sections.items()
         for key, field in section["properties"].items()
-        if not field.get("description") and "$ref" not in field  # a section is described where it is defined
+        if not field.get("description") and "$ref" not in field  # sections are described in their own schema
     ]
-    assert bare == []
+    assert missing == []
 
 
-def test_a_config_cannot_be_changed() -> None:
+def test_config_is_frozen() -> None:
     config = RunConfig.model_validate(NEEDED)
     with pytest.raises(ValidationError, match="frozen"):
         config.training.batch_size = 3  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
-    ("given", "habit"),
+    ("values", "expected"),
     [
         ({}, (16, None, None)),
         ({"batch_size": 3}, (3, None, None)),
@@ -95,13 +95,13 @@ def test_a_config_cannot_be_changed() -> None:
         ({"micro_batch_size": None}, (16, None, None)),
     ],
 )
-def test_one_habit_of_batch_size(given: dict[str, Any], habit: tuple[int | None, ...]) -> None:
-    training = RunConfig.model_validate(NEEDED | {"training": given}).training
-    assert (training.batch_size, training.micro_batch_size, training.gradient_accumulation_steps) == habit
+def test_batch_options(values: dict[str, Any], expected: tuple[int | None, ...]) -> None:
+    training = RunConfig.model_validate(NEEDED | {"training": values}).training
+    assert (training.batch_size, training.micro_batch_size, training.gradient_accumulation_steps) == expected
 
 
 @pytest.mark.parametrize(
-    "given",
+    "values",
     [
         {"batch_size": 3, "micro_batch_size": 2},
         {"batch_size": None},
@@ -109,13 +109,13 @@ def test_one_habit_of_batch_size(given: dict[str, Any], habit: tuple[int | None,
         {"batch_size": 16, "gradient_accumulation_steps": 1},
     ],
 )
-def test_two_habits_or_none_are_refused(given: dict[str, Any]) -> None:
+def test_conflicting_batch_options_are_an_error(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="batch_size"):
-        RunConfig.model_validate(NEEDED | {"training": given})
+        RunConfig.model_validate(NEEDED | {"training": values})
 
 
 @pytest.mark.parametrize(
-    ("section", "values", "reason"),
+    ("section", "values", "message"),
     [
         ("quantization", {"bits": 3}, "4 or 8"),
         ("quantization", {"bits": "4"}, "4 or 8"),
@@ -128,7 +128,6 @@ def test_two_habits_or_none_are_refused(given: dict[str, Any]) -> None:
         ("training", {"max_grad_norm": 0}, "greater than 0"),
         ("data", {"train": []}, "at least 1 item"),
         ("data", {"train": [{"path": "x", "weight": 0}]}, "greater than 0"),
-        ("data", {"train": [{"path": "x", "format": "chat"}]}, "sharegpt"),
         ("checkpoint", {"keep_last": 0}, "greater than or equal to 1"),
         ("checkpoint", {"allow_changes": "seed"}, "valid list"),
         ("training", {"max_hours": 0}, "greater than 0"),
@@ -137,8 +136,8 @@ def test_two_habits_or_none_are_refused(given: dict[str, Any]) -> None:
         ("seed", 2**32, "less than 4294967296"),
     ],
 )
-def test_values_out_of_range_are_refused(section: str, values: Any, reason: str) -> None:
-    with pytest.raises(ValidationError, match=reason):
+def test_invalid_values_are_an_error(section: str, values: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         RunConfig.model_validate(NEEDED | {section: values})
 
 
@@ -146,7 +145,7 @@ def test_values_out_of_range_are_refused(section: str, values: Any, reason: str)
     "option",
     ["seed", "training", "training.learning_rate", "data.train", "adapter.alpha", "model.name_or_path", "data"],
 )
-def test_changes_are_allowed_by_option_or_section(option: str) -> None:
+def test_allow_changes_accepts_options_and_sections(option: str) -> None:
     config = RunConfig.model_validate(NEEDED | {"checkpoint": {"allow_changes": [option, "seed"]}})
     assert config.checkpoint.allow_changes == [option, "seed"]
 
@@ -167,23 +166,23 @@ def test_changes_are_allowed_by_option_or_section(option: str) -> None:
         ("*", None),
     ],
 )
-def test_a_change_of_no_option_cannot_be_allowed(option: str, nearest: str | None) -> None:
-    with pytest.raises(ValidationError) as refused:
+def test_allow_changes_rejects_unknown_options(option: str, nearest: str | None) -> None:
+    with pytest.raises(ValidationError) as caught:
         RunConfig.model_validate(NEEDED | {"checkpoint": {"allow_changes": ["seed", option]}})
-    said = str(refused.value)
-    assert f"checkpoint.allow_changes: {option!r} is no option" in said
+    message = str(caught.value)
+    assert f"checkpoint.allow_changes: {option!r} is not an option" in message
     if nearest is not None:
-        assert f"(did you mean {nearest}?)" in said
+        assert f"(did you mean {nearest}?)" in message
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("changes", "message"),
     [
         ({"quantization": {"bits": 4}, "model": {"name_or_path": "m", "dtype": "float16"}}, "model.dtype=float16"),
         ({"quantization": {"bits": 4}, "adapter": {"modules_to_save": ["lm_head"]}}, "modules_to_save"),
         ({"evaluation": {"every_steps": 1}}, "nothing to evaluate"),
     ],
 )
-def test_sections_that_do_not_agree_are_refused(changes: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ValidationError, match=reason):
+def test_conflicting_sections_are_an_error(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         RunConfig.model_validate(NEEDED | changes)

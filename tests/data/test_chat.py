@@ -1,4 +1,4 @@
-"""What a template makes of messages, and which tokens of it are learned."""
+"""Chat templates: the rendered text, and which of its tokens are supervised."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from lora_accel.labels import IGNORE_INDEX
 from tests.conftest import CHATML
 
 Factory = Callable[..., PreTrainedTokenizerFast]
+
+REJECTED = "the chat template rejects it: "
+"""How the reason of a row starts if its template raises."""
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -50,8 +53,8 @@ def template_of(make: Factory, name: str | None = None, **options: Any) -> ChatT
     return ChatTemplate(make(**options), name)
 
 
-def with_begin_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Let a tokenizer put `<s>` before every text, as Llama's does."""
+def add_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Make a tokenizer add `<s>` (BOS) to every text, as Llama's does."""
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
     )
@@ -59,8 +62,8 @@ def with_begin_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
     return tokenizer
 
 
-def learned(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The texts of the runs of supervised tokens."""
+def supervised_texts(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Return the text of each run of supervised tokens."""
     runs = []
     for supervised, run in itertools.groupby(range(len(example.labels)), lambda i: example.labels[i] != IGNORE_INDEX):
         if supervised:
@@ -71,11 +74,11 @@ def learned(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return runs
 
 
-def learned_of(template: ChatTemplate, messages: tuple[Message, ...], loss_on: str = "assistant") -> list[str]:
-    return learned(encode_record(Conversation(messages), template, loss_on), template.tokenizer)
+def supervised_of(template: ChatTemplate, messages: tuple[Message, ...], loss_on: str = "assistant") -> list[str]:
+    return supervised_texts(encode_record(Conversation(messages), template, loss_on), template.tokenizer)
 
 
-# What the built-in templates write.
+# The built-in templates.
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,7 @@ def learned_of(template: ChatTemplate, messages: tuple[Message, ...], loss_on: s
         ),
     ],
 )
-def test_built_in_templates_to_the_letter(
+def test_built_in_templates_render_exactly(
     tokenizer_factory: Factory, name: str, turns: tuple[tuple[str, str], ...], text: str
 ) -> None:
     template = template_of(tokenizer_factory, name, bos_token="<s>", eos_token="</s>", pad_token="</s>")
@@ -130,7 +133,7 @@ def test_built_in_templates_to_the_letter(
     assert [text[span.start : span.end] for span in rendered.spans if span] == [content for _, content in turns]
 
 
-def test_alpaca_with_an_input_has_its_own_words(tokenizer_factory: Factory) -> None:
+def test_alpaca_with_an_input_has_its_own_system_text(tokenizer_factory: Factory) -> None:
     template = template_of(tokenizer_factory, "alpaca", eos_token="</s>", pad_token="</s>")
     record = parse_row({"instruction": "do", "input": "this", "output": "done"}, "alpaca")
     assert isinstance(record, Conversation)
@@ -141,7 +144,7 @@ def test_alpaca_with_an_input_has_its_own_words(tokenizer_factory: Factory) -> N
 
 @pytest.mark.parametrize("name", BUILT_IN_TEMPLATES)
 @pytest.mark.parametrize("system", [(), (("system", "Be."),)])
-def test_the_prompt_is_what_training_saw_before_the_answer(
+def test_the_prompt_equals_the_training_text_before_the_answer(
     tokenizer_factory: Factory, name: str, system: tuple[tuple[str, str], ...]
 ) -> None:
     if name == "gemma" and system:
@@ -152,7 +155,7 @@ def test_the_prompt_is_what_training_saw_before_the_answer(
         rendered = template.render(messages[:end])
         span = rendered.spans[-1]
         assert span is not None
-        # The prompts of vicuna and llama-2 end before a space that they leave to the model.
+        # The prompts of vicuna and llama-2 end before a space, which the model generates.
         assert template.prompt(messages[: end - 1]) == rendered.text[: span.start].rstrip(" ")
 
 
@@ -163,13 +166,13 @@ def test_the_prompt_is_what_training_saw_before_the_answer(
         *((name, "system") for name in ("alpaca", "gemma", "llama-2")),
     ],
 )
-def test_a_role_that_a_template_has_no_place_for_is_refused(tokenizer_factory: Factory, name: str, role: str) -> None:
+def test_a_role_that_a_template_does_not_support_is_an_error(tokenizer_factory: Factory, name: str, role: str) -> None:
     template = template_of(tokenizer_factory, name, eos_token="</s>", pad_token="</s>")
-    with pytest.raises(UnusableRow, match=f"the chat template refuses it: {name} has no place for a {role} message"):
+    with pytest.raises(UnusableRow, match=f"{REJECTED}{name} .* a {role} message here"):
         template.render(chat(*TWO_ROUNDS, (role, "x")))
 
 
-# What is learned.
+# Supervised tokens.
 
 
 @pytest.mark.parametrize(
@@ -177,7 +180,7 @@ def test_a_role_that_a_template_has_no_place_for_is_refused(tokenizer_factory: F
     [
         (None, {}, "<|im_end|>"),
         (None, {"pad_token": "<unk>"}, "<|im_end|>"),
-        (None, {"eos_token": "</s>", "pad_token": "</s>"}, "<|im_end|>"),  # the turn's end is not the text's
+        (None, {"eos_token": "</s>", "pad_token": "</s>"}, "<|im_end|>"),  # the end-of-turn token is not EOS
         (None, {"chat_template": STRIPPING}, "</s>"),
         (None, {"chat_template": CHATML.replace("<|im_end|>", "\n <|im_end|>")}, "\n <|im_end|>"),
         ("chatml", {}, "<|im_end|>"),
@@ -186,34 +189,34 @@ def test_a_role_that_a_template_has_no_place_for_is_refused(tokenizer_factory: F
         ("alpaca", {"eos_token": "</s>", "pad_token": "</s>"}, "</s>"),
         ("llama-2", {"eos_token": "</s>", "pad_token": "</s>"}, " </s>"),
         ("zephyr", {"eos_token": "</s>", "pad_token": "</s>"}, "</s>"),
-        ("llama-3", {}, "<|eot_id|>"),  # no special tokens of this tokenizer, yet the end of every turn
+        ("llama-3", {}, "<|eot_id|>"),  # not a special token of this tokenizer, but it ends every turn
         ("gemma", {}, "<end_of_turn>"),
     ],
 )
-def test_answers_and_their_end_token_are_learned_and_nothing_else(
+def test_only_answers_and_their_end_of_turn_are_supervised(
     tokenizer_factory: Factory, name: str | None, options: dict[str, Any], end: str
 ) -> None:
     template = template_of(tokenizer_factory, name, **options)
     messages = chat(("user", "hello"), ("assistant", "QX 1."), ("user", "QX 1."), ("assistant", "YZ"))
     assert template.end_of_turn == end
-    # The prompts of vicuna and llama-2 end before a space, which the model has to write.
+    # The prompts of vicuna and llama-2 end before a space, which the model generates.
     space = " " if name in ("vicuna_v1.1", "llama-2") else ""
-    assert learned_of(template, messages) == [f"{space}QX 1.{end}", f"{space}YZ{end}"]
-    assert learned_of(template, messages, "last_assistant") == [f"{space}YZ{end}"]
+    assert supervised_of(template, messages) == [f"{space}QX 1.{end}", f"{space}YZ{end}"]
+    assert supervised_of(template, messages, "last_assistant") == [f"{space}YZ{end}"]
     example = encode_record(Conversation(messages), template, "all")
     assert example.labels == [IGNORE_INDEX, *example.input_ids[1:]]
 
 
-def test_a_template_that_ends_no_turn_teaches_the_words_alone(tokenizer_factory: Factory) -> None:
+def test_without_an_end_of_turn_only_the_answer_is_supervised(tokenizer_factory: Factory) -> None:
     template = template_of(tokenizer_factory, chat_template=PLAIN)
     assert template.end_of_turn == ""
-    assert learned_of(template, chat(("user", "hello"), ("assistant", "QX"))) == ["QX"]
+    assert supervised_of(template, chat(("user", "hello"), ("assistant", "QX"))) == ["QX"]
 
 
-def test_a_token_that_the_answer_shares_with_the_template_is_learned_whole(tokenizer_factory: Factory) -> None:
+def test_a_token_shared_by_answer_and_template_is_supervised(tokenizer_factory: Factory) -> None:
     template = template_of(tokenizer_factory, "vicuna_v1.1", eos_token="</s>", pad_token="</s>")
     assert " answer" in [template.tokenizer.decode([i]) for i in template.tokenizer(": answer").input_ids]
-    assert learned_of(template, chat(("user", "hello"), ("assistant", "answer"))) == [" answer</s>"]
+    assert supervised_of(template, chat(("user", "hello"), ("assistant", "answer"))) == [" answer</s>"]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +229,7 @@ def test_a_token_that_the_answer_shares_with_the_template_is_learned_whole(token
         "a  b   c",
         "😀👩‍👩‍👧 日本 é",
         "👍",
-        "hello",  # also the user's word
+        "hello",  # also the user's text
         "assistant",  # also the role's name
         "<|im_end|>",
         "<|im_start|>user\nhello<|im_end|>\n",
@@ -235,79 +238,82 @@ def test_a_token_that_the_answer_shares_with_the_template_is_learned_whole(token
     ],
 )
 @pytest.mark.parametrize("template", [CHATML, STRIPPING])
-def test_awkward_answers_are_learned_to_the_letter(tokenizer_factory: Factory, template: str, content: str) -> None:
+def test_unusual_answers_are_supervised_exactly(tokenizer_factory: Factory, template: str, content: str) -> None:
     chosen = template_of(tokenizer_factory, chat_template=template)
     text = content.strip() if template == STRIPPING else content
     example = encode_record(Conversation(chat(("user", "hello"), ("assistant", content))), chosen, "assistant")
-    # One run, except where an end token of the answer's own is a token like any other: it is learned, too.
-    assert "".join(learned(example, chosen.tokenizer)) in (text + chosen.end_of_turn, " " + text + chosen.end_of_turn)
+    # The answer's own end-of-turn text is plain text, and supervised like the rest.
+    assert "".join(supervised_texts(example, chosen.tokenizer)) in (
+        text + chosen.end_of_turn,
+        " " + text + chosen.end_of_turn,
+    )
 
 
-def test_an_answer_that_repeats_the_question_is_told_apart(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_answer_that_repeats_the_question_is_found(tokenizer: PreTrainedTokenizerFast) -> None:
     template = ChatTemplate(tokenizer)
     messages = chat(("user", "echo"), ("assistant", "echo"), ("user", "echo"), ("assistant", "echo"))
     example = encode_record(Conversation(messages), template, "assistant")
     text = template.render(messages).text
     first = text.index("assistant\necho") + len("assistant\n")
-    learned_tokens = [i for i, label in enumerate(example.labels) if label != IGNORE_INDEX]
+    supervised_tokens = [i for i, label in enumerate(example.labels) if label != IGNORE_INDEX]
     starts = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    assert starts[learned_tokens[0]][0] == first
-    assert learned(example, tokenizer) == ["echo<|im_end|>"] * 2
+    assert starts[supervised_tokens[0]][0] == first
+    assert supervised_texts(example, tokenizer) == ["echo<|im_end|>"] * 2
 
 
-def test_an_empty_answer_between_others_teaches_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_end_of_an_empty_answer_is_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
     messages = chat(("user", "q"), ("assistant", ""), ("user", "q"), ("assistant", "QX"))
-    assert learned_of(ChatTemplate(tokenizer), messages) == ["<|im_end|>", "QX<|im_end|>"]
+    assert supervised_of(ChatTemplate(tokenizer), messages) == ["<|im_end|>", "QX<|im_end|>"]
 
 
-def test_an_empty_answer_makes_no_neighbour_learned(tokenizer_factory: Factory) -> None:
-    # " answer" is one token here, and the empty answer stands in the middle of it.
+def test_an_empty_answer_does_not_make_its_neighbors_supervised(tokenizer_factory: Factory) -> None:
+    # " answer" is one token here, and the empty answer is in the middle of it.
     template = template_of(tokenizer_factory, chat_template=BARE)
     messages = chat(("user", "hello ans"), ("assistant", ""), ("user", "wer. "), ("assistant", "QX"))
     assert " answer" in [template.tokenizer.decode([i]) for i in template.tokenizer("hello answer").input_ids]
-    assert learned_of(template, messages) == ["QX"]
+    assert supervised_of(template, messages) == ["QX"]
 
 
-# Begin and end tokens.
+# BOS and end-of-turn tokens.
 
 
 @pytest.mark.parametrize("name", ["chatml", "vicuna_v1.1", "alpaca"])
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_a_built_in_template_begins_as_the_tokenizer_does_in_training_and_at_inference(
+def test_built_in_templates_leave_bos_to_the_tokenizer_in_training_and_inference(
     tokenizer_factory: Factory, adds_bos: bool, name: str
 ) -> None:
     tokenizer = tokenizer_factory(bos_token="<s>", eos_token="</s>", pad_token="</s>")
     if adds_bos:
-        with_begin_token(tokenizer)
+        add_bos(tokenizer)
     template = ChatTemplate(tokenizer, name)
     trained = encode_record(Conversation(chat(*TWO_ROUNDS)), template, "assistant")
     assert trained.input_ids.count(tokenizer.bos_token_id) == adds_bos
     assert (trained.input_ids[0] == tokenizer.bos_token_id) == adds_bos
-    asked, _ = question_of(Conversation(chat(*TWO_ROUNDS)), template) or ([], "")
-    assert trained.input_ids[: len(asked)] == asked
+    prompt, _ = question_of(Conversation(chat(*TWO_ROUNDS)), template) or ([], "")
+    assert trained.input_ids[: len(prompt)] == prompt
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_a_template_that_writes_the_begin_token_gets_it_once(tokenizer_factory: Factory, adds_bos: bool) -> None:
+def test_a_template_that_writes_bos_gets_it_once(tokenizer_factory: Factory, adds_bos: bool) -> None:
     tokenizer = tokenizer_factory(bos_token="<s>", chat_template=WITH_BOS)
     if adds_bos:
-        with_begin_token(tokenizer)
+        add_bos(tokenizer)
     example = encode_record(Conversation(chat(*TWO_ROUNDS)), ChatTemplate(tokenizer), "assistant")
     assert example.input_ids.count(1) == 1
     assert example.input_ids[0] == 1
-    assert learned(example, tokenizer) == ["a1<|im_end|>", "a2<|im_end|>"]
+    assert supervised_texts(example, tokenizer) == ["a1<|im_end|>", "a2<|im_end|>"]
 
 
 @pytest.mark.parametrize("record", [PlainText("hello world"), Completion("hello", " world")])
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_text_gets_the_begin_token_once_where_the_tokenizer_adds_it(
+def test_text_gets_bos_once_if_the_tokenizer_adds_it(
     tokenizer_factory: Factory, adds_bos: bool, record: PlainText | Completion
 ) -> None:
     tokenizer = tokenizer_factory(bos_token="<s>", eos_token="</s>", pad_token="</s>")
     if adds_bos:
-        with_begin_token(tokenizer)
+        add_bos(tokenizer)
     for given_record in (record, type(record)("<s>" + record[0], *record[1:])):
-        # A begin token in the text is text.
+        # BOS in the text is plain text.
         example = encode_record(given_record, ChatTemplate(tokenizer), "assistant")
         assert example.input_ids.count(1) == adds_bos
         assert (example.input_ids[0] == 1) == adds_bos
@@ -315,19 +321,19 @@ def test_text_gets_the_begin_token_once_where_the_tokenizer_adds_it(
         assert example.input_ids[-1] == example.labels[-1] == 2
 
 
-def test_text_is_learned_whole_and_of_a_completion_what_follows_the_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_all_of_a_text_and_the_completion_after_a_prompt_are_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
     template = ChatTemplate(tokenizer)
     text = encode_record(PlainText("hello world"), template, "assistant")
     assert text.labels == [IGNORE_INDEX, *text.input_ids[1:]]
     assert tokenizer.decode(text.input_ids) == "hello world<|im_end|>"
     completion = encode_record(Completion("hello", " world"), template, "assistant")
     assert tokenizer.decode(completion.input_ids) == "hello world<|im_end|>"
-    assert learned(completion, tokenizer) == [" world<|im_end|>"]
+    assert supervised_texts(completion, tokenizer) == [" world<|im_end|>"]
     everything = encode_record(Completion("hello", " world"), template, "all")
     assert everything.labels == [IGNORE_INDEX, *everything.input_ids[1:]]
 
 
-# Templates that cannot be trusted.
+# Untrusted templates.
 
 
 @pytest.mark.parametrize(
@@ -345,20 +351,20 @@ def test_text_is_learned_whole_and_of_a_completion_what_follows_the_prompt(token
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}{{ messages | string | length }}", "changes"),
         (CHATML + "{% if messages[0]['content'] == 'q1' %}!{% endif %}", "changes with the content"),
         ("always the same", "leaves message 1 out"),
-        ("{{ raise_exception('no thanks') }}", "refuses it: no thanks"),
-        ("{{ messages[9]['content'] }}", "refuses it: list object has no element 9"),
-        ("{{ 1 / 0 }}", "refuses it: division by zero"),
-        ("{{ 'x' + 1 }}", "refuses it: "),
-        ("{{ messages[0].content.nothing() }}", "refuses it: "),
-        ("{{ '%d' % 'x' }}", "refuses it: "),
-        ("{{ 'x' | int(default=none) + messages }}", "refuses it: "),
+        ("{{ raise_exception('no thanks') }}", f"{REJECTED}no thanks"),
+        ("{{ messages[9]['content'] }}", f"{REJECTED}list object has no element 9"),
+        ("{{ 1 / 0 }}", f"{REJECTED}division by zero"),
+        ("{{ 'x' + 1 }}", REJECTED),
+        ("{{ messages[0].content.nothing() }}", REJECTED),
+        ("{{ '%d' % 'x' }}", REJECTED),
+        ("{{ 'x' | int(default=none) + messages }}", REJECTED),
     ],
 )  # fmt: skip
-def test_a_template_whose_places_cannot_be_proven_is_refused(
+def test_a_template_whose_spans_cannot_be_verified_makes_the_row_unusable(
     tokenizer_factory: Factory, source: str, reason: str | None
 ) -> None:
     template = template_of(tokenizer_factory, chat_template=source)
-    if reason is None:  # an odd order can be proven
+    if reason is None:  # an unusual order can be verified
         rendered = template.render(chat(*TWO_ROUNDS))
         assert rendered.text == "a2|q2|a1|q1|"
         assert rendered.spans == [Span(9, 11), Span(6, 8), Span(3, 5), Span(0, 2)]
@@ -367,35 +373,35 @@ def test_a_template_whose_places_cannot_be_proven_is_refused(
         template.render(chat(*TWO_ROUNDS))
 
 
-def test_a_template_may_leave_the_system_message_out(tokenizer_factory: Factory) -> None:
+def test_a_template_may_leave_out_the_system_message(tokenizer_factory: Factory) -> None:
     template = template_of(tokenizer_factory, chat_template=NO_SYSTEM)
     messages = chat(("system", "s"), *TWO_ROUNDS)
     assert template.render(messages).spans[0] is None
-    assert learned_of(template, messages) == ["a1</s>", "a2</s>"]
+    assert supervised_of(template, messages) == ["a1</s>", "a2</s>"]
 
 
-def test_a_content_with_marks_of_ours_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_content_with_reserved_characters_makes_the_row_unusable(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UnusableRow, match="private use area"):
         ChatTemplate(tokenizer).render(chat(("user", "q"), ("assistant", chr(FIRST_MARK + 3))))
 
 
-def test_a_tokenizer_without_a_template_asks_for_one(tokenizer_factory: Factory) -> None:
+def test_a_tokenizer_without_a_template_needs_one_for_conversations(tokenizer_factory: Factory) -> None:
     template = template_of(tokenizer_factory, chat_template=None)
-    encode_record(PlainText("text needs none"), template, "assistant")
+    encode_record(PlainText("text needs no template"), template, "assistant")
     with pytest.raises(DataError, match=r"set model\.chat_template to one of alpaca, chatml, "):
         template.render(chat(*TWO_ROUNDS))
 
 
-def test_of_several_templates_the_default_is_taken(tokenizer_factory: Factory) -> None:
+def test_the_default_of_several_templates_is_used(tokenizer_factory: Factory) -> None:
     template = template_of(tokenizer_factory, chat_template={"default": CHATML, "tool_use": "x"})
     assert template.source == CHATML
 
 
-def test_a_prompt_that_a_template_refuses_is_named(tokenizer_factory: Factory) -> None:
+def test_a_prompt_that_a_template_rejects_is_in_the_message(tokenizer_factory: Factory) -> None:
     template = template_of(tokenizer_factory, "alpaca", eos_token="</s>", pad_token="</s>")
-    with pytest.raises(DataError, match="prompt 'one more': the chat template refuses it: alpaca has no place"):
+    with pytest.raises(DataError, match=f"prompt 'one more': {REJECTED}alpaca .* a tool message"):
         template.encode_prompt(chat(("user", "q"), ("tool", "one more")))
-    with pytest.raises(DataError, match="prompt '': the chat template refuses it"):
+    with pytest.raises(DataError, match=f"prompt '': {REJECTED}"):
         template.encode_prompt(())
 
 
@@ -405,7 +411,7 @@ def test_a_template_file_is_used(tokenizer: PreTrainedTokenizerFast, tmp_path: P
     assert ChatTemplate(tokenizer, str(file)).render(chat(*TWO_ROUNDS)).text == "[q1][a1][q2][a2]"
 
 
-def test_the_question_of_a_record_is_what_stands_before_its_last_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_question_of_a_record_is_the_prompt_of_its_last_answer(tokenizer: PreTrainedTokenizerFast) -> None:
     template = ChatTemplate(tokenizer)
     prompt = tokenizer(template.prompt(chat(*TWO_ROUNDS[:3]))).input_ids
     assert question_of(Conversation(chat(*TWO_ROUNDS, ("user", "q3"))), template) == (prompt, "a2")
@@ -413,51 +419,51 @@ def test_the_question_of_a_record_is_what_stands_before_its_last_answer(tokenize
     assert question_of(PlainText("t"), template) is None
 
 
-# Ends and borders that only some templates and tokenizers have.
+# Ends and boundaries that only some templates and tokenizers have.
 
 
-def test_the_end_of_another_turn_is_not_an_answers(tokenizer_factory: Factory) -> None:
-    ends_the_last = CHATML.replace("<|im_end|>\n", "{% if loop.last or m.role == 'user' %}<|im_end|>{% endif %}\n")
-    template = template_of(tokenizer_factory, chat_template=ends_the_last)
+def test_the_end_of_another_turn_is_not_supervised(tokenizer_factory: Factory) -> None:
+    ends_last_answer = CHATML.replace("<|im_end|>\n", "{% if loop.last or m.role == 'user' %}<|im_end|>{% endif %}\n")
+    template = template_of(tokenizer_factory, chat_template=ends_last_answer)
     messages = chat(("user", "q"), ("assistant", ""), ("user", ""), ("assistant", "x"))
-    assert learned_of(template, messages) == ["x<|im_end|>"]
+    assert supervised_of(template, messages) == ["x<|im_end|>"]
 
 
-def test_the_end_of_a_thought_that_no_answer_follows_is_learned(tokenizer_factory: Factory) -> None:
-    thought = "<think>\nso\n</think>\n\n"
+def test_the_end_of_reasoning_without_an_answer_is_supervised(tokenizer_factory: Factory) -> None:
+    reasoning = "<think>\nso\n</think>\n\n"
     template = template_of(tokenizer_factory, chat_template=BARE)
-    assert "".join(learned_of(template, chat(("user", "q."), ("assistant", thought)))) == thought
+    assert "".join(supervised_of(template, chat(("user", "q."), ("assistant", reasoning)))) == reasoning
 
 
-def test_a_special_token_that_swallows_white_space_is_not_learned(tokenizer_factory: Factory) -> None:
+def test_a_special_token_that_covers_white_space_of_an_answer_is_not_supervised(tokenizer_factory: Factory) -> None:
     tokenizer = tokenizer_factory(
         chat_template="{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     )
     tokenizer.add_tokens([AddedToken("<|im_start|>", rstrip=True, special=True)], special_tokens=True)
-    assert learned_of(ChatTemplate(tokenizer), chat(("user", "q"), ("assistant", "  x y"))) == ["x y<|im_end|>"]
+    assert supervised_of(ChatTemplate(tokenizer), chat(("user", "q"), ("assistant", "  x y"))) == ["x y<|im_end|>"]
 
 
-def test_normalised_letters_before_an_answer_take_nothing_of_it(tokenizer_factory: Factory) -> None:
+def test_characters_normalized_before_an_answer_do_not_change_its_mask(tokenizer_factory: Factory) -> None:
     tokenizer = tokenizer_factory(chat_template=BARE)
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     template = ChatTemplate(tokenizer)
-    assert "".join(learned_of(template, chat(("user", "he\u0301"), ("assistant", "x yes")))) == "x yes"
+    assert "".join(supervised_of(template, chat(("user", "he\u0301"), ("assistant", "x yes")))) == "x yes"
 
 
-# Any conversation at all.
+# Random conversations.
 
-HOSTILE = [
+UNTRUSTED = [
     *("<|im_start|>", "<|im_end|>", "</s>", "<s>", "<unk>", "assistant\n", "user\n", "ASSISTANT: ", "USER: "),
     *("### Response:", "### Instruction:\n", "\n\n### Input:\n", "{{ x }}", "{% endfor %}", "|", "hello world"),
     *(" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u2028", "\u200b", "\ufeff", "\x00", "\x85"),
     *("😀", "👩‍👩‍👧", "日本", "e\u0301", "\ud7ff", chr(FIRST_MARK), chr(FIRST_MARK + 1), "the answer", "a"),
 ]
-CONTENTS = st.lists(st.sampled_from(HOSTILE) | st.text(max_size=3), max_size=5).map("".join)
+CONTENTS = st.lists(st.sampled_from(UNTRUSTED) | st.text(max_size=3), max_size=5).map("".join)
 ROUNDS = st.lists(st.tuples(CONTENTS, CONTENTS), min_size=1, max_size=3)
 
 
-def written_by_hand(name: str, messages: tuple[Message, ...]) -> tuple[str, list[tuple[str, int, int]]]:
-    """The text of a template, and (role, start, end) of each content, by plain concatenation."""
+def concatenate(name: str, messages: tuple[Message, ...]) -> tuple[str, list[tuple[str, int, int]]]:
+    """Return the text of a template, and (role, start, end) of each content, by string concatenation."""
     heads = {
         "bare": {"user": "", "assistant": ""},
         "own": {"user": "<|im_start|>user\n", "assistant": "<|im_start|>assistant\n"},
@@ -471,18 +477,18 @@ def written_by_hand(name: str, messages: tuple[Message, ...]) -> tuple[str, list
         "vicuna_v1.1": {"user": " ", "assistant": "</s>"},
     }[name]
     text = VICUNA_SYSTEM + " " if name == "vicuna_v1.1" else ""
-    places = []
+    spans = []
     for message in messages:
         content = message.content.strip() if name == "strip" else message.content
         text += heads[message.role]
-        places.append((message.role, len(text), len(text) + len(content)))
+        spans.append((message.role, len(text), len(text) + len(content)))
         text += content + tails[message.role]
-    return text, places
+    return text, spans
 
 
 @pytest.fixture(scope="module")
-def hostile_templates(tokenizer_factory: Factory) -> dict[str, list[ChatTemplate]]:
-    """Each template on the plain tokenizer, and on one whose offsets leave leading spaces out, as GPT-2's do."""
+def probed_templates(tokenizer_factory: Factory) -> dict[str, list[ChatTemplate]]:
+    """Each template with the plain tokenizer, and with one whose offsets exclude leading spaces, as GPT-2's do."""
     templates: dict[str, list[ChatTemplate]] = {}
     for trims in (False, True):
         for name, options in {
@@ -505,51 +511,50 @@ def hostile_templates(tokenizer_factory: Factory) -> dict[str, list[ChatTemplate
 @given(rounds=ROUNDS)
 @settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 def test_no_content_can_move_a_mask(
-    hostile_templates: dict[str, list[ChatTemplate]], name: str, end: str, rounds: list[tuple[str, str]]
+    probed_templates: dict[str, list[ChatTemplate]], name: str, end: str, rounds: list[tuple[str, str]]
 ) -> None:
     turns = [turn for q, a in rounds for turn in (("user", q), ("assistant", a))]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    plain, trimming = hostile_templates[name]
+    plain, trimming = probed_templates[name]
     try:
         record = parse_row(row, "messages")
         example = encode_record(record, plain, "assistant")
     except (UnusableRow, MalformedRow, DataError):
-        marks = any(ord(character) >= 0x100000 for _, content in turns for character in content)
-        assert marks or not any(content.strip() for role, content in turns if role == "assistant")
+        has_marks = any(ord(character) >= 0x100000 for _, content in turns for character in content)
+        assert has_marks or not any(content.strip() for role, content in turns if role == "assistant")
         return
     assert isinstance(record, Conversation)
     assert example == encode_record(record, trimming, "assistant")
 
-    text, places = written_by_hand(name, record.messages)
-    data = "".join(text[start:stop] for _, start, stop in places)
-    specials = [token for token in ("<|im_start|>", "<|im_end|>", "</s>", "<s>", "<unk>") if token in data]
-    if not specials:
+    text, spans = concatenate(name, record.messages)
+    untrusted = "".join(text[start:stop] for _, start, stop in spans)
+    if not any(token in untrusted for token in ("<|im_start|>", "<|im_end|>", "</s>", "<s>", "<unk>")):
         assert example.input_ids == plain.tokenizer(text, add_special_tokens=False).input_ids
 
-    # Each token's place, by its bytes: nothing is lost, and no special token stands within anybody's words.
-    letters = bytes_of_letters()
-    before = 1 if name == "vicuna_v1.1" else 0  # the space that its prompt leaves to the model
-    wanted = {i for role, a, b in places if role == "assistant" for i in range(a - before, b + len(end))}
-    others = {i for role, start, stop in places if role != "assistant" for i in range(start, stop)}
-    words = {i for _, start, stop in places for i in range(start, stop)}
-    character = [i for i, letter in enumerate(text) for _ in letter.encode()]
-    place = 0
+    # The position of each token, from its bytes: no byte is lost, and no special token is within message text.
+    byte_table = byte_level_table()
+    before = 1 if name == "vicuna_v1.1" else 0  # the space after the prompt, which the model generates
+    expected = {i for role, a, b in spans if role == "assistant" for i in range(a - before, b + len(end))}
+    others = {i for role, start, stop in spans if role != "assistant" for i in range(start, stop)}
+    message_text = {i for _, start, stop in spans for i in range(start, stop)}
+    characters = [i for i, character in enumerate(text) for _ in character.encode()]
+    position = 0
     for i, token in enumerate(example.input_ids):
-        special = token < 5
+        is_special = token < 5
         piece = plain.tokenizer.convert_ids_to_tokens(token)
-        size = len(piece.encode()) if special else len(piece)
-        told = piece.encode() if special else bytes(letters[letter] for letter in piece)
-        assert text.encode()[place : place + size] == told
-        covered = set(character[place : place + size])
-        assert not (special and covered & words)
-        supervised = example.labels[i] != IGNORE_INDEX
-        assert supervised == (i > 0 and bool(covered & wanted) and not covered & others)
-        place += size
-    assert place == len(text.encode())
+        token_bytes = piece.encode() if is_special else bytes(byte_table[character] for character in piece)
+        size = len(token_bytes)
+        assert text.encode()[position : position + size] == token_bytes
+        covered = set(characters[position : position + size])
+        assert not (is_special and covered & message_text)
+        is_supervised = example.labels[i] != IGNORE_INDEX
+        assert is_supervised == (i > 0 and bool(covered & expected) and not covered & others)
+        position += size
+    assert position == len(text.encode())
 
 
-def bytes_of_letters() -> dict[str, int]:
-    """What byte each letter of a byte-level token stands for (GPT-2's table)."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+def byte_level_table() -> dict[str, int]:
+    """Return the byte of each character of a byte-level token (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,4 +1,4 @@
-"""Files to examples: every reader, every way to shorten, and a ledger that knows each row."""
+"""Files to examples: every file type, every option of `data.overlong`, and the ledger of each row."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ Load = Callable[..., Dataset]
 
 @pytest.fixture
 def template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
-    """The tiny tokenizer's own."""
+    """The tiny tokenizer's own template."""
     return ChatTemplate(tokenizer)
 
 
 @pytest.fixture
 def load(template: ChatTemplate) -> Load:
-    """Load one source; its keys and those of the data section by name."""
+    """Load one source; keyword arguments set its options and those of the data section."""
 
     def read(path: Path | str, **options: Any) -> Dataset:
         source = {name: options.pop(name) for name in set(options) & set(SourceSection.model_fields)}
@@ -53,7 +53,7 @@ def texts(dataset: Dataset, template: ChatTemplate) -> list[str]:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Write rows in the way of the file's name."""
+    """Write rows in the format of the file's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
@@ -75,7 +75,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "wrapped.json", "a.csv", "a.parquet"])
-def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, load: Load, template: ChatTemplate, name: str) -> None:
+def test_every_file_type_gives_the_same_rows(tmp_path: Path, load: Load, template: ChatTemplate, name: str) -> None:
     dataset = load(write(tmp_path / name, ROWS))
     assert texts(dataset, template) == TEXTS
     assert dataset.ledgers[0].format == "text"
@@ -83,15 +83,17 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, load: Load, temp
 
 
 @pytest.mark.parametrize("name", ["chats.jsonl", "chats.json", "chats.parquet"])
-def test_conversations_come_from_every_file_that_can_hold_them(tmp_path: Path, load: Load, name: str) -> None:
+def test_conversations_are_read_from_nested_file_types(tmp_path: Path, load: Load, name: str) -> None:
     rows = chat_rows(7)
-    found = load(write(tmp_path / name, rows)).examples
+    examples = load(write(tmp_path / name, rows)).examples
     same = load(write_jsonl(tmp_path / "same.jsonl", rows)).examples
-    assert [(x.input_ids, x.labels, x.row[1]) for x in found] == [(x.input_ids, x.labels, x.row[1]) for x in same]
-    assert sorted(x.row for x in found) == [(str(tmp_path / name), number) for number in range(1, 8)]
+    assert [(x.input_ids, x.labels, x.row[1]) for x in examples] == [(x.input_ids, x.labels, x.row[1]) for x in same]
+    assert sorted(x.row for x in examples) == [(str(tmp_path / name), number) for number in range(1, 8)]
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path, load: Load, template: ChatTemplate) -> None:
+def test_a_byte_order_mark_and_windows_line_ends_are_supported(
+    tmp_path: Path, load: Load, template: ChatTemplate
+) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}\r\n')
     dataset = load(file)
@@ -105,7 +107,7 @@ def test_a_csv_field_may_be_as_long_as_a_document(tmp_path: Path, load: Load) ->
     assert dataset.ledgers[0].longest > 40_000
 
 
-def test_a_folder_is_read_whole_and_sorted(tmp_path: Path, load: Load, template: ChatTemplate) -> None:
+def test_all_data_files_of_a_folder_are_read_in_order(tmp_path: Path, load: Load, template: ChatTemplate) -> None:
     for name, row in zip(("b.jsonl", "a.csv", "sub/c.parquet"), ROWS, strict=False):
         write(tmp_path / "all" / name, [row])
     (tmp_path / "all" / "README.md").write_text("not a row")
@@ -114,7 +116,7 @@ def test_a_folder_is_read_whole_and_sorted(tmp_path: Path, load: Load, template:
     assert [Path(name).name for name in dataset.ledgers[0].sha256] == ["a.csv", "b.jsonl", "c.parquet"]
 
 
-def test_a_glob_takes_what_matches(tmp_path: Path, load: Load, template: ChatTemplate) -> None:
+def test_a_glob_reads_matching_files(tmp_path: Path, load: Load, template: ChatTemplate) -> None:
     for name, row in zip(("x1.jsonl", "x2.jsonl", "y.jsonl", "x3.md"), ROWS, strict=False):
         write(tmp_path / name, [row])
     assert texts(load(tmp_path / "x*"), template) == TEXTS[:2]
@@ -122,15 +124,13 @@ def test_a_glob_takes_what_matches(tmp_path: Path, load: Load, template: ChatTem
 
 
 @pytest.mark.parametrize("limit", [1, 3, 5, 100])
-def test_a_limit_takes_the_first_rows_over_all_files(
-    tmp_path: Path, load: Load, template: ChatTemplate, limit: int
-) -> None:
+def test_a_limit_counts_rows_over_all_files(tmp_path: Path, load: Load, template: ChatTemplate, limit: int) -> None:
     write(tmp_path / "all" / "a.jsonl", ROWS[:2])
     write(tmp_path / "all" / "b.jsonl", ROWS[2:])
     assert texts(load(tmp_path / "all", limit=limit), template) == TEXTS[:limit]
 
 
-def test_what_lies_behind_the_limit_is_not_read(tmp_path: Path, load: Load) -> None:
+def test_rows_after_the_limit_are_not_read(tmp_path: Path, load: Load) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "one"}\nnot json\n', encoding="utf-8")
     assert len(load(file, limit=1).examples) == 1
@@ -138,7 +138,7 @@ def test_what_lies_behind_the_limit_is_not_read(tmp_path: Path, load: Load) -> N
         load(file, limit=2)
 
 
-def test_columns_give_keys_the_names_of_a_format(tmp_path: Path, load: Load, template: ChatTemplate) -> None:
+def test_columns_rename_keys(tmp_path: Path, load: Load, template: ChatTemplate) -> None:
     rows = [{"question": "q", "answer": "a", "prompt": "not this"}]
     dataset = load(write(tmp_path / "a.jsonl", rows), columns={"prompt": "question", "completion": "answer"})
     assert texts(dataset, template) == ["qa"]
@@ -147,34 +147,32 @@ def test_columns_give_keys_the_names_of_a_format(tmp_path: Path, load: Load, tem
     assert texts(swapped, template) == ["qa"]
 
 
-def test_a_column_that_is_renamed_is_not_there_under_its_old_name(
-    tmp_path: Path, load: Load, template: ChatTemplate
-) -> None:
+def test_a_renamed_column_no_longer_has_its_old_name(tmp_path: Path, load: Load, template: ChatTemplate) -> None:
     dataset = load(write(tmp_path / "a.jsonl", [{"messages": "only text"}]), columns={"text": "messages"})
     assert texts(dataset, template) == ["only text"]
 
 
-def test_a_format_that_is_named_is_not_looked_for(tmp_path: Path, load: Load, template: ChatTemplate) -> None:
+def test_an_explicit_format_is_not_detected(tmp_path: Path, load: Load, template: ChatTemplate) -> None:
     rows = [{"prompt": "p", "completion": "c", "text": "t"}]
     assert texts(load(write(tmp_path / "a.jsonl", rows)), template) == ["pc"]
     assert texts(load(tmp_path / "a.jsonl", format="text"), template) == ["t"]
 
 
 def test_records_are_read_by_row_and_in_the_format_of_the_source(tmp_path: Path) -> None:
-    """Which the first row shows: a row that is read alone may have keys of another format, too."""
+    """The first row determines the format: another row may have the keys of several."""
     rows = [{"text": "one"}, {"text": " "}, {"text": "two", "prompt": "p", "completion": "c"}, {"text": "three"}]
     file = write_jsonl(tmp_path / "a.jsonl", rows)
     section = SourceSection(path=str(file), limit=3)
-    wanted = {(str(file), number) for number in (3, 4)}
-    assert list(read_records(section, "text", wanted)) == [PlainText("two")]
+    rows_to_read = {(str(file), number) for number in (3, 4)}
+    assert list(read_records(section, "text", rows_to_read)) == [PlainText("two")]
     assert list(read_records(section, "text", ())) == []
 
 
-# Too long.
+# data.overlong.
 
 
 def uneven(tmp_path: Path) -> Path:
-    """Twelve rows: short, long, without an answer, empty."""
+    """Write twelve rows: short, long, without an answer, empty."""
     rows: list[dict[str, Any]] = chat_rows(9)
     rows[4:4] = [{"messages": []}, {"messages": [{"role": "user", "content": "q"}]}]
     rows.append({"messages": [{"role": "user", "content": "q " * 300}, {"role": "assistant", "content": "a"}]})
@@ -206,27 +204,27 @@ def test_each_row_is_in_exactly_one_bucket(tmp_path: Path, load: Load, overlong:
 
 @pytest.fixture
 def two_rounds(tmp_path: Path) -> Path:
-    """One row: a system text and two rounds of the same length."""
+    """A file with one row: a system text and two rounds of the same length."""
     turns = [("system", "S"), ("user", "QQQQ"), ("assistant", "XXXX"), ("user", "WWWW"), ("assistant", "YYYY")]
     messages = [{"role": role, "content": content} for role, content in turns]
     return write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}])
 
 
-def test_truncating_keeps_the_head(load: Load, two_rounds: Path) -> None:
-    whole = load(two_rounds).examples[0]
-    length = len(whole.input_ids) - 3
+def test_truncating_keeps_the_start(load: Load, two_rounds: Path) -> None:
+    full = load(two_rounds).examples[0]
+    length = len(full.input_ids) - 3
     dataset = load(two_rounds, max_length=length, overlong="truncate")
-    assert dataset.examples == [Example(whole.input_ids[:length], whole.labels[:length], row=(str(two_rounds), 1))]
+    assert dataset.examples == [Example(full.input_ids[:length], full.labels[:length], row=(str(two_rounds), 1))]
     assert list(dataset.ledgers[0].buckets) == ["truncated"]
 
 
-def test_a_row_of_just_the_length_is_used(load: Load, two_rounds: Path) -> None:
+def test_a_row_of_exactly_max_length_is_used(load: Load, two_rounds: Path) -> None:
     length = len(load(two_rounds).examples[0].input_ids)
     for overlong in ("truncate", "drop", "split", "error"):
         assert list(load(two_rounds, max_length=length, overlong=overlong).ledgers[0].buckets) == ["used"]
 
 
-def test_a_conversation_is_split_at_its_turns_and_keeps_its_system_text(
+def test_a_conversation_is_split_at_user_messages_and_repeats_its_system_text(
     load: Load, two_rounds: Path, template: ChatTemplate
 ) -> None:
     length = len(load(two_rounds).examples[0].input_ids) - 1
@@ -241,11 +239,11 @@ def test_a_conversation_is_split_at_its_turns_and_keeps_its_system_text(
 
 def test_text_is_split_into_blocks_that_lose_no_token(tmp_path: Path, load: Load) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "alpha bravo charlie delta echo foxtrot " * 5}])
-    whole = load(file, max_length=10_000).examples[0]
+    full = load(file, max_length=10_000).examples[0]
     blocks = load(file, max_length=16, overlong="split").examples
-    assert [token for block in blocks for token in block.input_ids] == whole.input_ids
+    assert [token for block in blocks for token in block.input_ids] == full.input_ids
     assert {len(block.input_ids) for block in blocks[:-1]} == {16}
-    # The first token of a block has nothing before it that could predict it.
+    # No token precedes the first one of a block, so nothing predicts it.
     assert all(block.labels == [IGNORE_INDEX, *block.input_ids[1:]] for block in blocks)
 
 
@@ -260,7 +258,7 @@ def test_a_completion_that_cannot_be_split_is_dropped(tmp_path: Path, load: Load
 # The ledger.
 
 
-def test_the_ledger_names_rows_as_ranges_by_file(tmp_path: Path, load: Load) -> None:
+def test_the_ledger_lists_rows_as_ranges_by_file(tmp_path: Path, load: Load) -> None:
     write(tmp_path / "all" / "a.jsonl", [*ROWS[:3], {"text": ""}, ROWS[4]])
     write(tmp_path / "all" / "b.jsonl", ROWS[:1])
     ledger = load(tmp_path / "all").ledgers[0]
@@ -276,22 +274,22 @@ def test_the_ledger_names_rows_as_ranges_by_file(tmp_path: Path, load: Load) -> 
 
 
 @pytest.mark.parametrize(
-    ("dropped", "allowed", "refused"),
+    ("dropped", "allowed", "is_error"),
     [(0, 0.0, False), (1, 0.1, False), (1, 0.09, True), (2, 0.1, True), (9, 1.0, False), (10, 1.0, True)],
 )
-def test_more_dropped_than_allowed_is_refused(dropped: int, allowed: float, refused: bool) -> None:
+def test_more_dropped_than_allowed_is_an_error(dropped: int, allowed: float, is_error: bool) -> None:
     ledger = SourceLedger("rows.jsonl", "text")
     for number in range(1, 11):
         bucket = "dropped:empty text" if number <= dropped else "used"
         ledger.count(("rows.jsonl", number), bucket, [], [])
-    if not refused:
+    if not is_error:
         ledger.check(allowed)
         return
     with pytest.raises(DataError, match=rf"^rows.jsonl: {dropped} of 10 rows cannot be used.*\n  rows.jsonl, row"):
         ledger.check(allowed)
 
 
-def test_the_same_bytes_give_the_same_hash_and_others_another(tmp_path: Path, load: Load) -> None:
+def test_the_hash_depends_on_the_bytes_only(tmp_path: Path, load: Load) -> None:
     hashes = []
     for name, rows in (("a.jsonl", ROWS), ("b.jsonl", ROWS), ("c.jsonl", ROWS[:4])):
         hashes += load(write(tmp_path / name, rows)).ledgers[0].sha256.values()

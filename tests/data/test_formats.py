@@ -1,4 +1,4 @@
-"""Rows of each format, ordinary and odd."""
+"""Rows of each format: valid, unusual and malformed."""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ QUESTION_AND_ANSWER = conversation(("user", "q"), ("assistant", "a"))
             "messages",
             conversation(("system", "s"), ("user", "q"), ("tool", "o"), ("tool", "p"), ("assistant", "a")),
         ),
-        # Turns of one role are joined in ShareGPT's format alone.
+        # Consecutive turns of one role are joined in ShareGPT's format only.
         (
             messages(("user", "q"), ("user", "r"), ("assistant", "a")),
             "messages",
             conversation(("user", "q"), ("user", "r"), ("assistant", "a")),
         ),
-        # The more telling key wins; other keys are let be.
+        # The more specific key decides; other keys are ignored.
         (
             messages(("user", "q"), ("assistant", "a"), text="t", prompt="p", completion="c"),
             "messages",
@@ -103,7 +103,7 @@ QUESTION_AND_ANSWER = conversation(("user", "q"), ("assistant", "a"))
         ({"prompt": "p", "text": "t"}, "text", PlainText("t")),
     ],
 )
-def test_a_row_is_found_and_read(row: dict[str, Any], data_format: str, record: Record) -> None:
+def test_the_format_of_a_row_is_detected_and_parsed(row: dict[str, Any], data_format: str, record: Record) -> None:
     assert detect_format(row) == data_format
     assert parse_row(row, data_format) == record
 
@@ -126,7 +126,7 @@ def test_a_row_is_found_and_read(row: dict[str, Any], data_format: str, record: 
         (sharegpt(("gpt", "a"), ("human", "q")), "no assistant turn"),
     ],
 )
-def test_a_row_with_nothing_to_learn_says_why(row: dict[str, Any], reason: str) -> None:
+def test_an_unusable_row_has_a_reason(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(UnusableRow, match=f"^{reason}$"):
         parse_row(row, detect_format(row))
 
@@ -145,24 +145,24 @@ def test_a_row_with_nothing_to_learn_says_why(row: dict[str, Any], reason: str) 
         ({"messages": None}, "messages should be a list of messages, not a NoneType"),
         ({"messages": [{"role": "Usr", "content": "q"}]}, "unknown role 'Usr'; known are system, developer, user"),
         ({"messages": [{"role": {}, "content": "q"}]}, "unknown role {}"),
-        ({"messages": [{"role": "user", "content": [{"image": "q"}]}]}, "'content' has a part that is no text"),
+        ({"messages": [{"role": "user", "content": [{"image": "q"}]}]}, "'content' has a part that is not text"),
         ({"messages": [["user", "q"]]}, "message 1: should be an object, not a list"),
         ({"instruction": "q", "output": None}, "key 'output' should be text, not None"),
         ({"instruction": "q", "output": "a", "input": 3}, "key 'input' should be text, not 3"),
         ({"instruction": "q", "output": "a", "history": "x"}, "history should be a list .* not 'x'"),
-        ({"instruction": "q", "output": "a", "history": [["q", None]]}, "history should hold"),
+        ({"instruction": "q", "output": "a", "history": [["q", None]]}, "history should contain"),
         ({"prompt": "p", "completion": [{"role": "assistant", "content": "a"}]}, "key 'completion' should be text"),
         ({"text": 5}, "key 'text' should be text, not 5"),
         ({"conversations": [], "system": 5}, "empty conversation|key 'system' should be text"),
     ],
 )
-def test_a_row_that_is_not_what_it_claims_says_where(row: dict[str, Any], reason: str) -> None:
+def test_a_malformed_row_names_the_error(row: dict[str, Any], reason: str) -> None:
     with pytest.raises((MalformedRow, UnusableRow), match=reason):
         parse_row(row, detect_format(row))
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
-def test_a_missing_key_of_a_forced_format_is_named(data_format: str) -> None:
+def test_a_missing_key_of_an_explicit_format_is_named(data_format: str) -> None:
     key = FORMATS[data_format][0][0]
     with pytest.raises(MalformedRow, match=rf"key '{key}' of format {data_format} is missing; the row has \['other'\]"):
         parse_row({"other": "x"}, data_format)
@@ -193,7 +193,7 @@ VALUES = st.recursive(
 
 @given(row=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=5))
 @settings(derandomize=True, deadline=None)
-def test_no_row_does_anything_but_parse_or_say_what_is_wrong(row: dict[str, Any]) -> None:
+def test_any_row_is_parsed_or_raises_a_data_error(row: dict[str, Any]) -> None:
     try:
         record = parse_row(row, detect_format(row))
     except (MalformedRow, UnusableRow):
@@ -206,7 +206,7 @@ def test_no_row_does_anything_but_parse_or_say_what_is_wrong(row: dict[str, Any]
         assert all(isinstance(text, str) for text in record)
 
 
-# Stated rules.
+# Documented rules.
 
 
 def test_answers_before_the_first_question_are_left_out() -> None:
@@ -219,7 +219,7 @@ def test_answers_before_the_first_question_are_left_out() -> None:
         parse_row(sharegpt(("gpt", "Hi!"), ("gpt", "a")), "sharegpt")
 
 
-def test_turns_in_a_row_of_one_role_are_one() -> None:
+def test_consecutive_turns_of_one_role_are_joined() -> None:
     row = sharegpt(("human", "q"), ("user", "r"), ("gpt", "a"), ("chatgpt", "b"), ("observation", "o"), ("tool", "p"))
     record = parse_row(row, "sharegpt")
     assert isinstance(record, Conversation)
@@ -227,14 +227,14 @@ def test_turns_in_a_row_of_one_role_are_one() -> None:
         ("user", "q\n\nr"), ("assistant", "a\n\nb"), ("tool", "o"), ("tool", "p")
     ).messages  # fmt: skip
     assert record.notes == ("turns in a row of one role are joined by an empty line",)
-    # An answer that is not to be learned is not joined to one that is.
+    # An unsupervised answer is not joined to a supervised one.
     turns = [{"from": "gpt", "value": "a", "weight": 0}, {"from": "gpt", "value": "b"}]
     record = parse_row({"conversations": [{"from": "human", "value": "q"}, *turns]}, "sharegpt")
     assert isinstance(record, Conversation)
-    assert [(m.content, m.learned) for m in record.messages] == [("q", True), ("a", False), ("b", True)]
+    assert [(m.content, m.supervised) for m in record.messages] == [("q", True), ("a", False), ("b", True)]
 
 
-def test_a_call_is_joined_to_nothing() -> None:
+def test_tool_calls_are_not_joined() -> None:
     call = '{"name": "f", "arguments": {}}'
     row = sharegpt(("human", "q"), ("gpt", "a"), ("function_call", call), ("tool_call", call), ("gpt", "b"))
     record = parse_row(row, "sharegpt")
@@ -243,7 +243,7 @@ def test_a_call_is_joined_to_nothing() -> None:
     assert record.notes == ()
 
 
-def test_a_function_call_may_hold_several() -> None:
+def test_a_function_call_turn_may_contain_several_calls() -> None:
     calls = '[{"name": "f"}, {"name": "g", "arguments": {"x": 1}}]'
     record = parse_row(sharegpt(("human", "q"), ("function_call", calls)), "sharegpt")
     assert isinstance(record, Conversation)
@@ -253,29 +253,29 @@ def test_a_function_call_may_hold_several() -> None:
 
 @pytest.mark.parametrize("role", ["Human", "prompter", "USER"])
 @pytest.mark.parametrize("answers", ["GPT", "bot", "bard", "ai"])
-def test_usual_names_of_roles_are_known(role: str, answers: str) -> None:
+def test_common_role_names_are_supported(role: str, answers: str) -> None:
     assert parse_row(sharegpt((role, "q"), (answers, "a")), "sharegpt") == QUESTION_AND_ANSWER
 
 
 @pytest.mark.parametrize(
-    ("more", "learned"),
+    ("flags", "supervised"),
     [({}, True), ({"weight": 0}, False), ({"weight": 1.0}, True), ({"train": False}, False), ({"train": None}, True)],
 )
-def test_an_answer_may_say_that_it_is_not_learned(more: dict[str, Any], learned: bool) -> None:
-    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **more}]}
+def test_an_answer_may_be_excluded_from_the_loss(flags: dict[str, Any], supervised: bool) -> None:
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **flags}]}
     record = parse_row(row, "messages")
     assert isinstance(record, Conversation)
-    assert record.messages[1].learned == learned
+    assert record.messages[1].supervised == supervised
 
 
-def test_of_lists_of_messages_only_the_completion_is_learned() -> None:
+def test_with_lists_of_messages_only_the_completion_is_supervised() -> None:
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
     record = parse_row({"prompt": turns[:3], "completion": turns[3:]}, "prompt_completion")
     assert isinstance(record, Conversation)
-    assert [m.learned for m in record.messages if m.role == "assistant"] == [False, True]
+    assert [m.supervised for m in record.messages if m.role == "assistant"] == [False, True]
 
 
-def test_parts_of_text_are_joined_as_they_are() -> None:
+def test_text_parts_are_joined_without_a_separator() -> None:
     parts = [{"type": "text", "text": "a "}, "b", {"type": "text", "text": "\nc"}]
     record = parse_row({"messages": [{"role": "assistant", "content": parts}]}, "messages")
     assert record == conversation(("assistant", "a b\nc"))
@@ -286,18 +286,18 @@ def test_parts_of_text_are_joined_as_they_are() -> None:
     [
         ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "'weight' should be 0 or 1"),
         ({"messages": [{"role": "assistant", "content": "a", "train": "no"}]}, "'train' should be 0 or 1"),
-        ({"input_ids": [1, 2], "labels": [1]}, "input_ids holds 2 tokens and labels 1"),
-        ({"input_ids": [1, 2], "labels": [2, -100]}, "labels should hold the token of its own place or -100"),
+        ({"input_ids": [1, 2], "labels": [1]}, "input_ids has 2 tokens, but labels has 1"),
+        ({"input_ids": [1, 2], "labels": [2, -100]}, "each label should be the token at its position or -100"),
         ({"input_ids": "1 2", "labels": [1, 2]}, "key 'input_ids' should be a list of integers"),
         ({"input_ids": [1], "labels": None}, "key 'labels' should be a list of integers, not None"),
         (messages(("user", "q"), ("function_call", "f()")), "message 2: 'content' should be JSON"),
         (messages(("user", "q"), ("function_call", '"f"')), "message 2: a tool call should be an object"),
         (messages(("user", "q"), ("tool_call", "5")), "message 2: a tool call should be an object"),
         ({"messages": [{"role": "assistant", "content": None}]}, "message 1: 'content' should be text, not None"),
-        ({"messages": [{"role": "assistant", "content": [{"text": "a"}, {"text": None}]}]}, "a part that is no text"),
+        ({"messages": [{"role": "assistant", "content": [{"text": "a"}, {"text": None}]}]}, "a part that is not text"),
         ({"input_ids": [True], "labels": [1]}, "key 'input_ids' should be a list of integers"),
     ],
 )
-def test_a_flag_or_token_that_is_none_is_named(row: dict[str, Any], reason: str) -> None:
+def test_an_invalid_flag_or_token_is_named(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(MalformedRow, match=reason):
         parse_row(row, detect_format(row))

@@ -1,4 +1,4 @@
-"""Files of every kind, packed or not, to the same rows."""
+"""Files of every type, compressed or not, give the same rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from lora_accel.config.schema import SourceSection
-from lora_accel.data import rows as module
+from lora_accel.data import rows as rows_module
 from lora_accel.data.rows import find_input
 from lora_accel.errors import DataError
 
@@ -27,7 +27,7 @@ def read(path: Path, **options: Any) -> list[tuple[str, int, Any]]:
     ]
 
 
-def packed(path: Path, data: bytes) -> Path:
+def write_compressed(path: Path, data: bytes) -> Path:
     if path.suffix == ".gz":
         data = gzip.compress(data)
     elif path.suffix == ".zst":
@@ -48,14 +48,14 @@ def packed(path: Path, data: bytes) -> Path:
         ("a.txt", "one\n\ntwo\n", ["one\n\ntwo\n"]),
     ],
 )
-def test_a_file_is_read_packed_or_not(tmp_path: Path, suffix: str, name: str, data: str, texts: list[str]) -> None:
-    found = read(packed(tmp_path / f"{name}{suffix}", data.encode()))
-    assert [row["text"] for _, _, row in found] == texts
-    assert [number for _, number, _ in found] == list(range(1, len(texts) + 1))
+def test_a_file_is_read_compressed_or_not(tmp_path: Path, suffix: str, name: str, data: str, texts: list[str]) -> None:
+    rows = read(write_compressed(tmp_path / f"{name}{suffix}", data.encode()))
+    assert [row["text"] for _, _, row in rows] == texts
+    assert [number for _, number, _ in rows] == list(range(1, len(texts) + 1))
 
 
 @pytest.mark.parametrize("kind", ["file", "stream"])
-def test_both_kinds_of_arrow_files_are_read(tmp_path: Path, kind: str) -> None:
+def test_both_arrow_file_formats_are_read(tmp_path: Path, kind: str) -> None:
     table = pa.Table.from_pylist(ROWS)
     path = tmp_path / "a.arrow"
     new = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
@@ -65,32 +65,32 @@ def test_both_kinds_of_arrow_files_are_read(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_a_table_that_is_none_is_said(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"no table")
+def test_a_corrupt_table_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"not a table")
     with pytest.raises(DataError, match=f"{name}: not a {name[2:]} file"):
         read(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
-def test_a_packed_file_that_ends_too_soon_is_said(tmp_path: Path, name: str) -> None:
-    path = packed(tmp_path / name, (LINES * 2000).encode())
+def test_a_truncated_compressed_file_is_an_error(tmp_path: Path, name: str) -> None:
+    path = write_compressed(tmp_path / name, (LINES * 2000).encode())
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match=name):
         read(path)
 
 
-def test_rows_come_in_chunks_and_none_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_CHUNK_ROWS", 4)
+def test_chunks_contain_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "MAX_CHUNK_ROWS", 4)
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text("".join(f'{{"n": {i}}}\n\n' for i in range(10)))
-    everything = read(tmp_path)
-    assert [row["n"] for _, _, row in everything] == [*range(10), *range(10)]
-    assert [number for _, number, _ in everything] == [*range(1, 20, 2)] * 2
+    all_rows = read(tmp_path)
+    assert [row["n"] for _, _, row in all_rows] == [*range(10), *range(10)]
+    assert [number for _, number, _ in all_rows] == [*range(1, 20, 2)] * 2
     for limit in range(1, 21):
-        assert read(tmp_path, limit=limit) == everything[:limit]
+        assert read(tmp_path, limit=limit) == all_rows[:limit]
 
 
-def test_a_line_that_is_no_json_is_named_wherever_it_stands(tmp_path: Path) -> None:
+def test_an_invalid_line_in_a_later_chunk_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"n": 1}\n' * 700 + '{"n": \n' + '{"n": 1}\n' * 700)
     with pytest.raises(DataError, match=r"a\.jsonl, line 701: not valid JSON"):
         read(tmp_path / "a.jsonl")

@@ -1,4 +1,4 @@
-"""What is held out: which examples, and which rows are asked for an exact match."""
+"""Held-out examples, and the rows that are evaluated by exact match."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tests.conftest import chat_rows, write_jsonl
 def numbered(*sizes: int) -> Dataset:
     sources, first = [], 0
     for size in sizes:
-        made = [Example([i, i], [IGNORE_INDEX, i]) for i in range(first, first + size)]
-        sources.append(Source(Examples.of(made), weight=float(size)))
+        examples = [Example([i, i], [IGNORE_INDEX, i]) for i in range(first, first + size)]
+        sources.append(Source(Examples.of(examples), weight=float(size)))
         first += size
     return Dataset(sources, [])
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.001, 1), (0.1, 1), (0.34, 3), (0.5, 5), (0.9, 9)])
-def test_holding_out_splits_the_examples_in_two(fraction: float, count: int) -> None:
+def test_holding_out_splits_the_examples(fraction: float, count: int) -> None:
     dataset = numbered(4, 6)
     order = [7, 2, 9, 0, 5, 1, 8, 3, 6, 4]
     train, held = hold_out(dataset, fraction, order)
@@ -42,7 +42,7 @@ def test_holding_out_splits_the_examples_in_two(fraction: float, count: int) -> 
 
 
 @pytest.mark.parametrize(("size", "fraction"), [(1, 0.1), (2, 0.9), (10, 0.96)])
-def test_holding_out_everything_is_refused(size: int, fraction: float) -> None:
+def test_holding_out_everything_is_an_error(size: int, fraction: float) -> None:
     with pytest.raises(DataError, match=rf"data.eval_fraction={fraction} leaves no training example of {size}"):
         hold_out(numbered(size), fraction, list(range(size)))
 
@@ -63,9 +63,7 @@ def rows_of(examples: list[Example]) -> list[int]:
     return [example.row[1] for example in examples]
 
 
-def test_a_source_that_is_held_out_completely_is_not_trained_on_and_keeps_its_ledger(
-    tmp_path: Path, load: Load
-) -> None:
+def test_a_source_that_is_held_out_completely_is_removed_but_keeps_its_ledger(tmp_path: Path, load: Load) -> None:
     one, many = write_jsonl(tmp_path / "one.jsonl", chat_rows(1)), write_jsonl(tmp_path / "many.jsonl", chat_rows(9))
     data = {"train": [{"path": str(one)}, {"path": str(many), "weight": 2.0}], "eval_fraction": 0.1}
     held = {}
@@ -78,7 +76,7 @@ def test_a_source_that_is_held_out_completely_is_not_trained_on_and_keeps_its_le
 
 
 def test_the_rows_that_a_seed_holds_out_never_change(tmp_path: Path, load: Load) -> None:
-    """Else a run that is resumed would train on what it has been evaluated on."""
+    """Otherwise, a resumed run would train on its evaluation rows."""
     rows = write_jsonl(tmp_path / "rows.jsonl", chat_rows(20))
     held = {}
     for seed in (0, 1):
@@ -87,25 +85,25 @@ def test_the_rows_that_a_seed_holds_out_never_change(tmp_path: Path, load: Load)
     assert held == {0: [1, 4, 12, 17, 20], 1: [5, 8, 9, 15, 16]}
 
 
-def test_evaluation_is_the_evaluation_of_training(
+def test_load_evaluation_gives_the_examples_of_load_splits(
     tmp_path: Path, load: Load, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """The same examples, loaded alone; with data.eval, training rows are not even looked for."""
+    """With data.eval, the training rows are not read."""
     rows = write_jsonl(tmp_path / "rows.jsonl", chat_rows(20))
     recipe = Recipe("tiny", lambda: ChatTemplate(tokenizer))
     for data in (
         {"train": [{"path": str(rows)}], "eval_fraction": 0.25},
         {"train": [{"path": str(tmp_path / "absent.jsonl")}], "eval": [{"path": str(rows)}, {"path": str(rows)}]},
     ):
-        found = examples_by_name(load_evaluation(DataSection.model_validate(data), 3, recipe))
-        assert list(found) == ([HELD_OUT] if "eval_fraction" in data else [str(rows)])
+        evaluation = examples_by_name(load_evaluation(DataSection.model_validate(data), 3, recipe))
+        assert list(evaluation) == ([HELD_OUT] if "eval_fraction" in data else [str(rows)])
         expected = load(seed=3, **(data | {"train": [{"path": str(rows)}]}))
-        assert found == examples_by_name(expected.evaluation)
-        assert {name: len(examples) for name, examples in found.items()} in ({HELD_OUT: 5}, {str(rows): 40})
+        assert evaluation == examples_by_name(expected.evaluation)
+        assert {name: len(examples) for name, examples in evaluation.items()} in ({HELD_OUT: 5}, {str(rows): 40})
 
 
 def uneven(count: int, tag: str) -> list[dict[str, Any]]:
-    """Rows with an answer of their own: every fifth is unusable, every third of several rounds."""
+    """Return rows with unique answers: every fifth is unusable, every third has several rounds."""
     rows: list[dict[str, Any]] = []
     for i in range(count):
         rounds = 4 if i % 3 == 0 else 1
@@ -120,43 +118,43 @@ def uneven(count: int, tag: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("overlong", ["truncate", "drop", "split"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_records_are_those_of_the_rows_of_which_nothing_is_trained_on(
+def test_records_are_the_rows_of_which_nothing_is_trained_on(
     tmp_path: Path, load: Load, tokenizer: PreTrainedTokenizerFast, overlong: str, seed: int
 ) -> None:
-    """With rows dropped, truncated or split, several sources, weights and limits: each example says its row."""
+    """With rows dropped, truncated or split, and with several sources, weights and limits."""
     contents = {name: uneven(size, name) for name, size in {"a": 30, "b": 40, "c": 12}.items()}
     files = {name: write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in contents.items()}
     train = [
         {"path": str(files["a"]), "limit": 17, "weight": 2.0},
         {"path": str(files["b"]), "weight": 0.25},
-        {"path": str(files["a"]), "limit": 8},  # the same rows again: they are another source
+        {"path": str(files["a"]), "limit": 8},  # the same rows as another source
         {"path": str(tmp_path / "[c].jsonl")},
     ]
     data: dict[str, Any] = {"train": train, "eval_fraction": 0.5, "overlong": overlong, "max_length": 90}
     splits = load(seed=seed, **data)
-    num_asked = num_skipped = 0
+    num_evaluated = num_skipped = 0
     for number, source in enumerate(splits.evaluation):
         name = "abac"[number]
-        # Each example of this source, by row, as it would be without holding out.
+        # The examples of this source by row, as without holding out.
         options = DataSection.model_validate(data | {"eval_fraction": 0.0, "train": [train[number]]})
         recipe = Recipe("tiny", lambda: ChatTemplate(tokenizer))
         (alone,) = load_dataset([SourceSection.model_validate(train[number])], recipe, options).sources
-        all_of: dict[int, list[Example]] = {}
+        full: dict[int, list[Example]] = {}
         held: dict[int, list[Example]] = {}
-        for of_row, examples in ((all_of, alone.examples), (held, source.examples)):
+        for by_row, examples in ((full, alone.examples), (held, source.examples)):
             for example in examples:
-                of_row.setdefault(example.row[1], []).append(example)
-        assert all(example in all_of[row] for row, examples in held.items() for example in examples)
-        expected = [row for row, examples in sorted(held.items()) if len(examples) == len(all_of[row])]
+                by_row.setdefault(example.row[1], []).append(example)
+        assert all(example in full[row] for row, examples in held.items() for example in examples)
+        expected = [row for row, examples in sorted(held.items()) if len(examples) == len(full[row])]
         records = list(source.records())
         assert all(isinstance(record, Conversation) for record in records)
         assert [record.messages[-1].content for record in records if isinstance(record, Conversation)] == [
             contents[name][row - 1]["messages"][-1]["content"] for row in expected
         ]
-        num_asked += len(expected)
+        num_evaluated += len(expected)
         num_skipped += len(held) - len(expected)
-    assert num_asked > 10
-    assert (num_skipped > 0) == (overlong == "split"), "a row is skipped if training sees a part of it"
+    assert num_evaluated > 10
+    assert (num_skipped > 0) == (overlong == "split"), "a row is skipped if a part of it is trained on"
     kept = sum(len(source.examples) for source in splits.train.sources)
     assert kept + sum(len(source.examples) for source in splits.evaluation) == sum(
         x.num_examples for x in splits.train.ledgers
@@ -169,7 +167,7 @@ def test_records_of_evaluation_rows_are_all_that_are_usable(tmp_path: Path, load
     splits = load(train=[{"path": str(files[1])}], eval=[{"path": str(files[0])}], overlong="split", max_length=90)
     (source,) = splits.evaluation
     usable = [row for row in rows if row["messages"]]
-    found = [[m.content for m in record.messages] for record in source.records() if isinstance(record, Conversation)]
-    assert found == [[turn["content"] for turn in row["messages"]] for row in usable]
-    assert len(source.examples) > len(usable), "though some were split"
+    contents = [[m.content for m in record.messages] for record in source.records() if isinstance(record, Conversation)]
+    assert contents == [[turn["content"] for turn in row["messages"]] for row in usable]
+    assert len(source.examples) > len(usable), "some rows were split"
     assert json.loads(files[0].read_text().splitlines()[0]) == rows[0]

@@ -1,4 +1,4 @@
-"""Tokenised once: cached by content, built by one process, the same whatever the number of workers."""
+"""The cache of tokenized examples: keyed by content, built by one process, independent of the number of workers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lora_accel.config.schema import DataSection, RunConfig
 from lora_accel.data import rows
 from lora_accel.data.chat import ChatTemplate, Example
 from lora_accel.data.dataset import Dataset, Recipe, load_dataset
-from lora_accel.data.store import Examples, stored
+from lora_accel.data.store import Examples, get_or_build
 from lora_accel.errors import ConfigError, DataError
 from lora_accel.labels import IGNORE_INDEX
 from lora_accel.setup.data import prepare_data
@@ -46,58 +46,56 @@ def load(section: DataSection, template: Callable[[], ChatTemplate], fingerprint
 
 @pytest.fixture
 def template(tokenizer: PreTrainedTokenizerFast) -> Callable[[], ChatTemplate]:
-    """The tiny tokenizer's own."""
-    made = ChatTemplate(tokenizer)
-    return lambda: made
+    """Returns the tiny tokenizer's own template."""
+    chat_template = ChatTemplate(tokenizer)
+    return lambda: chat_template
 
 
 # Examples as arrays.
 
 
-def test_examples_come_back_as_they_were() -> None:
-    made = [
+def test_examples_are_read_back_unchanged() -> None:
+    originals = [
         Example([5, 6, 7], [IGNORE_INDEX, 6, IGNORE_INDEX], row=("a.jsonl", 3)),
         Example([8], [IGNORE_INDEX], row=("b.jsonl", 1)),
         Example([9, 2**31 - 1], [IGNORE_INDEX, 2**31 - 1], row=("a.jsonl", 9)),
     ]
-    examples = Examples.of(made)
-    assert list(examples) == made
-    assert [examples[-1], examples[1]] == [made[2], made[1]]
-    assert examples[1:] == made[1:]
+    examples = Examples.of(originals)
+    assert list(examples) == originals
+    assert [examples[-1], examples[1]] == [originals[2], originals[1]]
+    assert examples[1:] == originals[1:]
     assert examples.lengths.tolist() == [3, 1, 2]
     assert examples.num_supervised.tolist() == [1, 0, 1]
     with pytest.raises(IndexError):
         examples[3]
     taken = examples.take(np.array([2, 0])).take(np.array([1, 0, 0]))
-    assert list(taken) == [made[0], made[2], made[2]]
+    assert list(taken) == [originals[0], originals[2], originals[2]]
     assert taken.lengths.tolist() == [3, 2, 2]
 
 
 # The cache.
 
 
-def test_a_second_start_loads_no_tokenizer_and_gives_the_same(
-    tmp_path: Path, template: Callable[[], ChatTemplate]
-) -> None:
-    rows_of_all_kinds = [*chat_rows(30), {"messages": []}]
-    section = section_of(tmp_path, write_jsonl(tmp_path / "rows.jsonl", rows_of_all_kinds), max_length=60)
+def test_cached_examples_need_no_tokenizer(tmp_path: Path, template: Callable[[], ChatTemplate]) -> None:
+    mixed_rows = [*chat_rows(30), {"messages": []}]
+    section = section_of(tmp_path, write_jsonl(tmp_path / "rows.jsonl", mixed_rows), max_length=60)
     first, second = load(section, template), load(section, never)
     assert second.examples == first.examples
     assert second.ledgers == first.ledgers
     assert first.ledgers[0].num_rows == 31
 
 
-def test_the_same_bytes_elsewhere_are_known_and_named_by_where_they_are(
+def test_a_moved_file_is_found_in_the_cache_and_has_its_new_name(
     tmp_path: Path, template: Callable[[], ChatTemplate]
 ) -> None:
     section = section_of(tmp_path, write_jsonl(tmp_path / "rows.jsonl", [*chat_rows(5), {"messages": []}]))
     load(section, template)
     moved = tmp_path / "moved.jsonl"
     (tmp_path / "rows.jsonl").rename(moved)
-    found = load(section_of(tmp_path, moved), never)
-    assert {example.row[0] for example in found.examples} == {str(moved)}
-    assert found.ledgers[0].dropped == {"empty conversation": [(str(moved), 6)]}
-    assert list(found.ledgers[0].sha256) == [str(moved)]
+    dataset = load(section_of(tmp_path, moved), never)
+    assert {example.row[0] for example in dataset.examples} == {str(moved)}
+    assert dataset.ledgers[0].dropped == {"empty conversation": [(str(moved), 6)]}
+    assert list(dataset.ledgers[0].sha256) == [str(moved)]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +109,7 @@ def test_the_same_bytes_elsewhere_are_known_and_named_by_where_they_are(
         {"train": [{"path": "rows.jsonl", "format": "messages"}]},
     ],
 )
-def test_another_option_is_another_entry(
+def test_a_changed_option_is_another_cache_entry(
     tmp_path: Path, template: Callable[[], ChatTemplate], change: dict[str, Any]
 ) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", chat_rows(9))
@@ -122,7 +120,7 @@ def test_another_option_is_another_entry(
         load(section_of(tmp_path, file, **({"max_length": 60} | change)), never)
 
 
-def test_another_tokenizer_or_other_bytes_are_another_entry(
+def test_a_changed_tokenizer_or_file_is_another_cache_entry(
     tmp_path: Path, template: Callable[[], ChatTemplate]
 ) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", chat_rows(9))
@@ -139,7 +137,7 @@ def test_another_tokenizer_or_other_bytes_are_another_entry(
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"])
-def test_a_changed_file_of_the_tokenizer_is_another_recipe(
+def test_a_changed_tokenizer_file_changes_the_fingerprint(
     make_config: Callable[..., RunConfig], tmp_path: Path, name: str
 ) -> None:
     base = tmp_path / "base"
@@ -151,24 +149,24 @@ def test_a_changed_file_of_the_tokenizer_is_another_recipe(
     assert make_recipe(config).fingerprint != before
 
 
-def test_another_template_is_another_recipe(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    own = tmp_path / "own.jinja"
-    own.write_text("{{ messages }}", encoding="utf-8")
-    names = [None, "chatml", "zephyr", str(own)]
-    found = [make_recipe(make_config(model={"chat_template": name})).fingerprint for name in names]
-    own.write_text("{{ messages[0] }}", encoding="utf-8")
-    found.append(make_recipe(make_config(model={"chat_template": str(own)})).fingerprint)
-    assert len(set(found)) == 5
+def test_a_changed_template_changes_the_fingerprint(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text("{{ messages }}", encoding="utf-8")
+    names = [None, "chatml", "zephyr", str(file)]
+    fingerprints = [make_recipe(make_config(model={"chat_template": name})).fingerprint for name in names]
+    file.write_text("{{ messages[0] }}", encoding="utf-8")
+    fingerprints.append(make_recipe(make_config(model={"chat_template": str(file)})).fingerprint)
+    assert len(set(fingerprints)) == 5
 
 
-def test_a_cache_that_cannot_be_written_to_is_said(tmp_path: Path, template: Callable[[], ChatTemplate]) -> None:
+def test_a_cache_that_cannot_be_written_to_is_an_error(tmp_path: Path, template: Callable[[], ChatTemplate]) -> None:
     (tmp_path / "cache").write_text("a file")
     section = section_of(tmp_path, write_jsonl(tmp_path / "rows.jsonl", chat_rows(3)))
     with pytest.raises(ConfigError, match=r"data\.cache_dir: .*cache cannot be written to"):
         load(section, template)
 
 
-def test_what_fails_or_dies_leaves_no_entry(tmp_path: Path, template: Callable[[], ChatTemplate]) -> None:
+def test_a_failed_build_leaves_no_entry(tmp_path: Path, template: Callable[[], ChatTemplate]) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"messages": 5}\n')
     with pytest.raises(DataError):
@@ -179,23 +177,23 @@ def test_what_fails_or_dies_leaves_no_entry(tmp_path: Path, template: Callable[[
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-from lora_accel.data.store import stored
+from lora_accel.data.store import get_or_build
 def build(folder):
     (folder / "half").write_text("x")
     print("building", flush=True)
     time.sleep(3600)
-stored(Path(sys.argv[1]), "key", build)
+get_or_build(Path(sys.argv[1]), "key", build)
 """
 
 
-def test_a_builder_that_dies_is_followed_by_another(tmp_path: Path) -> None:
+def test_a_killed_build_is_repeated(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", KILLED, tmp_path], stdout=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(signal.SIGKILL)
     assert list(tmp_path.glob(".key.*"))
-    folder = stored(tmp_path, "key", lambda folder: (folder / "whole").touch())
-    assert [path.name for path in folder.iterdir()] == ["whole"]
+    folder = get_or_build(tmp_path, "key", lambda folder: (folder / "complete").touch())
+    assert [path.name for path in folder.iterdir()] == ["complete"]
     assert not list(tmp_path.glob(".key.*"))
 
 
@@ -205,10 +203,10 @@ def _build_slowly(cache: Path, log: Path) -> None:
             file.write("built\n")
         time.sleep(0.5)
 
-    stored(cache, "key", build)
+    get_or_build(cache, "key", build)
 
 
-def test_of_several_processes_one_builds_and_the_others_wait(tmp_path: Path) -> None:
+def test_one_process_builds_while_the_others_wait(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     arguments = (tmp_path / "cache", tmp_path / "log")
     processes = [context.Process(target=_build_slowly, args=arguments) for _ in range(4)]
@@ -225,29 +223,28 @@ def test_of_several_processes_one_builds_and_the_others_wait(tmp_path: Path) -> 
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let few rows be many chunks."""
+    """Make many chunks of few rows."""
     monkeypatch.setattr(rows, "MAX_CHUNK_ROWS", 3)
 
 
 @pytest.mark.launch
 @pytest.mark.usefixtures("small_chunks")
 def test_the_number_of_workers_changes_nothing(tmp_path: Path, template: Callable[[], ChatTemplate]) -> None:
-    made = [*chat_rows(60), {"messages": []}, *chat_rows(7)]
-    file = write_jsonl(tmp_path / "rows.jsonl", made)
-    found = []
+    file = write_jsonl(tmp_path / "rows.jsonl", [*chat_rows(60), {"messages": []}, *chat_rows(7)])
+    contents = []
     for workers in (1, 2, 3):
         section = section_of(tmp_path, file, num_workers=workers, cache_dir=str(tmp_path / f"cache-{workers}"))
         dataset = load(section, template)
         folder = next(path for path in (tmp_path / f"cache-{workers}").iterdir() if path.is_dir())
-        found.append({path.name: path.read_bytes() for path in folder.iterdir()})
+        contents.append({path.name: path.read_bytes() for path in folder.iterdir()})
         assert len(dataset.examples) == 67
-    assert found[0] == found[1] == found[2]
+    assert contents[0] == contents[1] == contents[2]
 
 
 @pytest.mark.launch
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_first_wrong_row_is_named_by_a_worker_too(
+def test_the_first_malformed_row_is_named_by_workers_too(
     tmp_path: Path, template: Callable[[], ChatTemplate], workers: int
 ) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", [*chat_rows(40), {"messages": 5}, *chat_rows(20), {"messages": 6}])
@@ -256,13 +253,10 @@ def test_the_first_wrong_row_is_named_by_a_worker_too(
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_a_file_that_is_written_to_meanwhile_is_refused(
+def test_a_file_that_changes_while_it_is_read_is_an_error(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", chat_rows(9))
-
-    def writes() -> ChatTemplate:
-        return ChatTemplate(tokenizer)
 
     section = section_of(tmp_path, file)
     original = rows.Input.chunks
@@ -270,24 +264,24 @@ def test_a_file_that_is_written_to_meanwhile_is_refused(
     def chunks(self: rows.Input, limit: int | None) -> Any:
         for number, chunk in enumerate(original(self, limit)):
             if number == 1:
-                with file.open("a") as opened:
-                    opened.write(json.dumps(chat_rows(1)[0]) + "\n")
+                with file.open("a") as stream:
+                    stream.write(json.dumps(chat_rows(1)[0]) + "\n")
             yield chunk
 
     monkeypatch.setattr(rows.Input, "chunks", chunks)
     with pytest.raises(DataError, match="was written to while it was read"):
-        load(section, writes)
+        load(section, lambda: ChatTemplate(tokenizer))
 
 
-# A plan of data that are in the cache.
+# A plan of cached data.
 
-TORCHLESS = """
+PLAN_WITHOUT_TORCH = """
 import sys
 from lora_accel.cli import app
 try:
     app(["plan", "--config", sys.argv[1]])
-except SystemExit as end:
-    assert not end.code
+except SystemExit as error:
+    assert not error.code
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
 
@@ -297,6 +291,8 @@ def test_a_plan_of_cached_data_needs_no_torch(make_config: Callable[..., RunConf
     prepare_data(config, 1)
     file = tmp_path / "config.yaml"
     file.write_text(config_to_yaml(config), encoding="utf-8")
-    ran = subprocess.run([sys.executable, "-c", TORCHLESS, file], capture_output=True, text=True, cwd=ROOT, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", PLAN_WITHOUT_TORCH, file], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert ran.returncode == 0, ran.stderr
-    assert "21 an epoch" in ran.stdout
+    assert "21 per epoch" in ran.stdout

@@ -1,4 +1,4 @@
-"""What tests with several processes share."""
+"""Fixtures of the tests with several processes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.distributed.forked import Forks
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Forks:
-    """Training processes that start fast."""
+    """Return a launcher of training processes that start fast."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return Forks(tmp_path_factory.mktemp("forks"))
 
 
 @pytest.fixture(scope="session")
 def shared_runs() -> dict[str, Runs]:
-    """Place for the one command that tests disturb."""
+    """Return the cache of `runs`: all tests share one command."""
     return {}
 
 
@@ -33,7 +33,7 @@ def runs(
     make_config: Callable[..., RunConfig],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Runs:
-    """A run of six steps that saves after each and evaluates after every second one."""
+    """Return a run of 6 steps that saves after each step and evaluates after every second one."""
     if not shared_runs:
         folder = tmp_path_factory.mktemp("kills")
         config = make_config(
@@ -44,7 +44,7 @@ def runs(
             training={"max_steps": 6, "epochs": 2},
         )
         rows = folder / "rows.jsonl"
-        shutil.copy(config.data.train[0].path, rows)  # the fixture's own file goes with its test
+        shutil.copy(config.data.train[0].path, rows)  # the file of the fixture is deleted after the test
         values = config.model_dump()
         values["data"]["train"][0]["path"] = str(rows)
         config = RunConfig.model_validate(values)

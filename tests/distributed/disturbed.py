@@ -1,4 +1,4 @@
-"""One command, its straight result, and what becomes of it when it is disturbed."""
+"""Compare an interrupted and resumed run with an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.distributed.forked import Forks
 
 
 class Result(NamedTuple):
-    """What two runs must have in common to the last bit."""
+    """What must be equal bit for bit."""
 
     lines: list[tuple[Any, ...]]
     adapter: bytes
@@ -39,45 +39,47 @@ def result_of(folder: Path) -> Result:
 
 
 class Runs:
-    """One command, its straight result on each backend, and ways to disturb it."""
+    """A training command, its uninterrupted result on each backend, and ways to interrupt it."""
 
     def __init__(self, forks: Forks, config: RunConfig, folder: Path) -> None:
         self.forks, self.output = forks, Path(config.output_dir)
         self._file = folder / "config.yaml"
         self._file.write_text(config_to_yaml(config), encoding="utf-8")
-        self._straight: dict[str, Result] = {}
+        self._uninterrupted: dict[str, Result] = {}
 
     def train(self, preset: str, **environment: str) -> list[int]:
-        return self.forks.run(preset, self.words, **environment)
+        return self.forks.run(preset, self.args, **environment)
 
-    def straight(self, preset: str) -> Result:
-        if preset not in self._straight:
+    def uninterrupted(self, preset: str) -> Result:
+        """Return the result of an uninterrupted run, and delete the run folder."""
+        if preset not in self._uninterrupted:
             shutil.rmtree(self.output, ignore_errors=True)
             assert set(self.train(preset)) == {0}, self.forks.log()
-            self._straight[preset] = result_of(self.output)
+            self._uninterrupted[preset] = result_of(self.output)
         shutil.rmtree(self.output, ignore_errors=True)
-        return self._straight[preset]
+        return self._uninterrupted[preset]
 
     @property
-    def words(self) -> list[str]:
+    def args(self) -> list[str]:
         return ["--config", str(self._file)]
 
-    def killed_and_resumed(self, preset: str, point: str, occurrence: int, sabotage: str = "none") -> None:
-        straight = self.straight(preset)
+    def kill_and_resume(self, preset: str, point: str, occurrence: int, sabotage: str = "none") -> None:
+        """Kill a run at a fault point, resume it, and compare with the uninterrupted run."""
+        expected = self.uninterrupted(preset)
         codes = self.train(preset, LORA_ACCEL_FAULT=f"{point}@{occurrence}=kill", SABOTAGE=sabotage)
         assert -signal.SIGKILL in codes, f"{codes}: was not killed\n{self.forks.log()}"
-        self.resumes_to(straight, preset, sabotage)
+        self.check_resumed(expected, preset, sabotage)
 
-    def resumes_to(self, straight: Result, preset: str, sabotage: str = "none") -> None:
-        """Start the same command again, and compare its end with that of the straight run."""
-        damaged = [path for path in step_folders(self.output / "checkpoints") if why_invalid(path, required=FILES)]
-        assert not damaged, "a folder was there in part"
+    def check_resumed(self, expected: Result, preset: str, sabotage: str = "none") -> None:
+        """Run the same command again, and compare the result with that of the uninterrupted run."""
+        invalid = [path for path in step_folders(self.output / "checkpoints") if why_invalid(path, required=FILES)]
+        assert not invalid, "a partial checkpoint is left"
         codes = self.train(preset, SABOTAGE=sabotage)
         assert set(codes) == {0}, f"{codes}\n{self.forks.log()}"
         resumed = result_of(self.output)
-        assert resumed.lines == straight.lines
-        assert resumed.adapter == straight.adapter
-        assert resumed.optimizer == straight.optimizer
+        assert resumed.lines == expected.lines
+        assert resumed.adapter == expected.adapter
+        assert resumed.optimizer == expected.optimizer
         hidden = [path for folder in (self.output, self.output / "checkpoints") for path in folder.glob(".*")]
-        assert not hidden, "left over from the run that died"
+        assert not hidden, "leftovers of the crash"
         assert json.loads((self.output / "status.json").read_text())["state"] == "done"

@@ -1,4 +1,4 @@
-"""Launched by tests: train, and let one thing go wrong on rank 1.
+"""Script that tests launch: train, with a fault on rank 1.
 
 accelerate launch … tests/distributed/faults.py raise|kill|user|nan|differ CONFIG [section.key=value …]
 """
@@ -26,16 +26,16 @@ BAD_STEP = 2
 summed_token_loss, prepare_data = step_module.summed_token_loss, setup_data.prepare_data
 
 
-def main(fault: str, config: str, *words: str) -> int:
-    """Train until it goes wrong."""
-    at_fault = os.environ.get("RANK", "1") == "1"  # or alone
-    bad = False
+def main(fault: str, config: str, *overrides: str) -> int:
+    """Train with a fault in step `BAD_STEP`, or in the data."""
+    has_fault = os.environ.get("RANK", "1") == "1"  # also without a launcher
+    in_bad_step = False
 
     def step_with_fault(run: Run, step: int) -> StepResult:
-        nonlocal bad
-        bad = at_fault and step + 1 == BAD_STEP
+        nonlocal in_bad_step
+        in_bad_step = has_fault and step + 1 == BAD_STEP
         result = train_step(run, step)
-        if not result.is_finite:  # what did the step leave of the weights?
+        if not result.is_finite:  # save the weights after the step
             state = gather_adapter(run.accelerator, run.model)
             if run.accelerator.is_main_process:
                 save_file(state, run.accelerator.project_dir + "/after.safetensors")
@@ -43,21 +43,21 @@ def main(fault: str, config: str, *words: str) -> int:
 
     def loss_with_fault(model: Any, batch: Any) -> Any:
         loss = summed_token_loss(model, batch)
-        if bad and fault == "raise":
+        if in_bad_step and fault == "raise":
             raise RuntimeError("rank 1 has a fault of its own")
-        if bad and fault == "kill":
+        if in_bad_step and fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        return loss * float("nan") if bad else loss
+        return loss * float("nan") if in_bad_step else loss
 
-    def data_with_fault(*words: Any) -> Any:
-        if at_fault and fault == "user":
+    def data_with_fault(*args: Any) -> Any:
+        if has_fault and fault == "user":
             raise DataError("rows.jsonl: only rank 1 cannot read it")
-        return prepare_data(*words)
+        return prepare_data(*args)
 
     loop.train_step, step_module.summed_token_loss = step_with_fault, loss_with_fault
     setup_data.prepare_data = data_with_fault
-    differs = ["seed=1", "data.max_length=100"] if at_fault and fault == "differ" else []
-    return train.main(["--config", config, *words, *differs])
+    differences = ["seed=1", "data.max_length=100"] if has_fault and fault == "differ" else []
+    return train.main(["--config", config, *overrides, *differences])
 
 
 if __name__ == "__main__":

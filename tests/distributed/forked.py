@@ -1,8 +1,7 @@
-"""Start training processes without the seconds that imports take: forks of a process that has imported everything.
+"""Start training processes as forks of a process that has imported everything, which saves seconds of imports.
 
-A fork gets the very environment that `accelerate launch` gives to its processes (asked once for each preset), runs
-the very `lora_accel.train.main`, and dies a real death. What a launcher does besides, `finish` does: when one has
-failed, it ends the others.
+A fork gets the environment that `accelerate launch` sets (read once per preset) and runs `lora_accel.train.main`.
+Like a launcher, `finish` ends the other ranks when one has failed.
 """
 
 from __future__ import annotations
@@ -27,74 +26,74 @@ from tests.forked import become, context
 
 DUMP = "import json, os; print('ENV' + json.dumps(dict(os.environ)))"
 OPTIONS = {"zero1": ("--num_processes", "2", "--mixed_precision", "no")}
-"""For presets that say something else than the tests want."""
+"""Options for presets whose values do not suit the tests."""
 
 
 class Forks:
-    """Runs of one test module. Use it as a context."""
+    """Starts training processes; keeps their logs in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._environments: dict[tuple[str, ...], dict[str, str]] = {}
 
     def environment(self, preset: str, *options: str) -> dict[str, str]:
-        """Return what `accelerate launch` with this preset and options sets for its first process; asked once."""
+        """Return the environment that `accelerate launch` sets for rank 0, per preset and options. Cached."""
         key = (preset, *(options or OPTIONS.get(preset, ())))
         if key not in self._environments:
             script = self._folder / "dump.py"
             script.write_text(DUMP, encoding="utf-8")
-            ran = launch(*key[1:], script, preset=preset)
-            line = next(line for line in ran.stdout.splitlines() if "ENV{" in line)
-            # Two processes may print on one line: their line ends come later.
-            told, _ = json.JSONDecoder().raw_decode(line[line.index("ENV{") + 3 :])
-            self._environments[key] = {name: value for name, value in told.items() if os.environ.get(name) != value}
+            process = launch(*key[1:], script, preset=preset)
+            line = next(line for line in process.stdout.splitlines() if "ENV{" in line)
+            # Two processes may print on the same line.
+            launched, _ = json.JSONDecoder().raw_decode(line[line.index("ENV{") + 3 :])
+            self._environments[key] = {name: value for name, value in launched.items() if os.environ.get(name) != value}
         return self._environments[key]
 
-    def start(self, preset: str, words: list[str], options: tuple[str, ...] = (), **changes: str) -> list[BaseProcess]:
+    def start(self, preset: str, args: list[str], options: tuple[str, ...] = (), **changes: str) -> list[BaseProcess]:
         """Start the processes of a preset.
 
         Args:
-            words: arguments of `lora_accel.train`, or a script and its own.
-            options: for `accelerate launch`.
-            changes: of the environment.
+            args: arguments of `lora_accel.train`, or a script and its arguments.
+            options: of `accelerate launch`.
+            changes: changes to the environment.
         """
         shared = self.environment(preset, *options)
         if "ACCELERATE_USE_DEEPSPEED" in shared:
-            ops_are_built()
+            build_ops()
         size = int(shared.get("WORLD_SIZE", "1"))
         port = free_port()
         processes = []
         for rank in range(size):
-            own = os.environ | shared | changes
+            environment = os.environ | shared | changes
             if size > 1 or "RANK" in shared:
-                own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
-            own.pop("TORCHELASTIC_ERROR_FILE", None)
-            own["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # no agent here: rank 0 keeps the store in which all meet
+                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
+            environment.pop("TORCHELASTIC_ERROR_FILE", None)
+            environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # without torchrun's agent, rank 0 hosts the store
             log = self._folder / f"log-{preset}-{rank}"
             log.unlink(missing_ok=True)
-            processes.append(context().Process(target=_rank, args=(words, dict(own), str(log)), name=str(log)))
+            processes.append(context().Process(target=_rank, args=(args, dict(environment), str(log)), name=str(log)))
         for process in processes:
             process.start()
         return processes
 
     def launch(
-        self, *words: str | Path, preset: str = "cpu_ddp", **environment: str
+        self, *args: str | Path, preset: str = "cpu_ddp", **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """Do what `launching.launch` does, without a launcher. What ranks print is all in stdout, and again in stderr.
+        """Run to the end like `launching.launch`, without a launcher. stdout and stderr both contain all output.
 
         Args:
-            words: options of `accelerate launch`; then `-m lora_accel.train` or a script, and its arguments.
+            args: options of `accelerate launch`, `-m lora_accel.train` or a script, and its arguments.
         """
-        given = [str(word) for word in words]
-        program = next(i for i, word in enumerate(given) if word == "-m" or word.endswith(".py"))
-        arguments = given[program + 2 :] if given[program] == "-m" else given[program:]  # a training's, or a script's
-        processes = self.start(preset, arguments, tuple(given[:program]), **environment)
+        command = [str(arg) for arg in args]
+        program = next(i for i, arg in enumerate(command) if arg == "-m" or arg.endswith(".py"))
+        program_args = command[program + 2 :] if command[program] == "-m" else command[program:]
+        processes = self.start(preset, program_args, tuple(command[:program]), **environment)
         codes = self.finish(processes)
-        printed = "".join(Path(process.name).read_text(encoding="utf-8") for process in processes)
-        return subprocess.CompletedProcess(given, next((code for code in codes if code), 0), printed, printed)
+        output = "".join(Path(process.name).read_text(encoding="utf-8") for process in processes)
+        return subprocess.CompletedProcess(command, next((code for code in codes if code), 0), output, output)
 
     def finish(self, processes: list[BaseProcess], timeout: float = PATIENCE_SECONDS) -> list[int]:
-        """Wait for all; when one has failed, end the others as a launcher does. Return their exit codes."""
+        """Wait for all ranks and return their exit codes. When one fails, the others are ended, as a launcher does."""
         deadline = time.monotonic() + timeout
         failed_at = None
         while any(process.is_alive() for process in processes):
@@ -114,35 +113,35 @@ class Forks:
             process.join()
         return [process.exitcode if process.exitcode is not None else 1 for process in processes]
 
-    def run(self, preset: str, words: list[str], **changes: str) -> list[int]:
-        """Run to the end; return the exit codes of the ranks."""
-        return self.finish(self.start(preset, words, **changes))
+    def run(self, preset: str, args: list[str], **changes: str) -> list[int]:
+        """Run to the end and return the exit codes of the ranks."""
+        return self.finish(self.start(preset, args, **changes))
 
     def log(self, processes: list[BaseProcess] | None = None) -> str:
-        """Return what the latest processes have said."""
+        """Return the end of the latest logs."""
         logs = sorted(self._folder.glob("log-*"), key=lambda path: path.stat().st_mtime)[-2:]
         return "\n".join(path.read_text(encoding="utf-8", errors="replace")[-3000:] for path in logs)
 
 
-def _rank(words: list[str], environment: dict[str, str], log: str) -> None:
-    """Be a rank of a training, in a fork."""
+def _rank(args: list[str], environment: dict[str, str], log: str) -> None:
+    """Run one rank, in a fork."""
     become(environment, log, log)
     if environment.get("FSIZE_RANK") == environment.get("RANK", "0"):
-        most = int(environment["FSIZE"])
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-    if words[0].endswith(".py"):
-        sys.argv = words
-        runpy.run_path(words[0], run_name="__main__")
+        limit = int(environment["FSIZE"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if args[0].endswith(".py"):
+        sys.argv = args
+        runpy.run_path(args[0], run_name="__main__")
         return
     from lora_accel import train
     from lora_accel.distributed.launch import exit_process
 
     SABOTAGES[environment.get("SABOTAGE", "none")]()
-    exit_process(train.main(words))
+    exit_process(train.main(args))
 
 
-def _writes_in_place() -> None:
-    """A folder is written where it will stand."""
+def _write_in_place() -> None:
+    """Write checkpoints without a temporary folder."""
     from lora_accel.saving import atomic, checkpoint
 
     @contextlib.contextmanager
@@ -153,74 +152,73 @@ def _writes_in_place() -> None:
         atomic.write_manifest(final)
 
     checkpoint.atomic_folder = in_place
-    checkpoint.why_invalid = lambda *_, **__: None
 
 
-def _forgets_moments() -> None:
-    """A resumed run begins with fresh moments, as if they were not worth saving."""
+def _skip_moments() -> None:
+    """Resume without restoring the optimizer's moments."""
     from lora_accel.saving import checkpoint
 
     checkpoint._restore_moments = lambda *_: None
 
 
-def _keeps_the_log() -> None:
-    """Lines of steps that are made again stay in the log."""
+def _keep_log() -> None:
+    """Keep the log lines of steps that are repeated."""
     from lora_accel.training import metrics
 
-    metrics.keep_until = lambda *_, **__: None
+    metrics.truncate_log = lambda *_, **__: None
 
 
-def _overflows() -> None:
-    """The loss of some steps is so large that gradients leave float16's range at any scale above 1."""
+def _overflow() -> None:
+    """Make gradients of some steps overflow float16 at any loss scale above 1, without changing the loss value."""
     import torch
 
     from lora_accel.training import loop
     from lora_accel.training import step as step_module
 
     steps = {int(step) for step in os.environ["OVERFLOW_STEPS"].split(",")}
-    own_step, own_loss = step_module.train_step, step_module.summed_token_loss
+    original_step, original_loss = step_module.train_step, step_module.summed_token_loss
 
     def train_step(run: Any, step: int) -> Any:
         def loss(model: Any, batch: Any) -> torch.Tensor:
-            found = own_loss(model, batch)
-            too_large = found * 1e30
-            return found + (too_large - too_large.detach()) if step + 1 in steps else found  # the value stays
+            value = original_loss(model, batch)
+            huge = value * 1e30
+            return value + (huge - huge.detach()) if step + 1 in steps else value
 
         step_module.summed_token_loss = loss
-        return own_step(run, step)
+        return original_step(run, step)
 
     loop.train_step = train_step
 
 
-def _second_reply_fails() -> None:
-    """Generation raises for one prompt of two."""
+def _fail_second_reply() -> None:
+    """Raise an error while generating the reply to the second prompt."""
     from lora_accel.training import evaluator
 
-    own, calls = evaluator.replies_to, []
+    original, calls = evaluator.replies_to, []
 
     def replies_to(*arguments: Any, **options: Any) -> list[str]:
         calls.append(arguments)
         if len(calls) == 2:
             raise RuntimeError("out of luck")
-        return own(*arguments, **options)
+        return original(*arguments, **options)
 
     evaluator.replies_to = replies_to
 
 
 SABOTAGES = {
     "none": lambda: None,
-    "second reply fails": _second_reply_fails,
-    "overflows": _overflows,
-    "writes in place": _writes_in_place,
-    "forgets moments": _forgets_moments,
-    "keeps the log": _keeps_the_log,
+    "second reply fails": _fail_second_reply,
+    "overflows": _overflow,
+    "writes in place": _write_in_place,
+    "skips moments": _skip_moments,
+    "keeps the log": _keep_log,
 }
-"""Protections that a test takes away, to see itself fail."""
+"""Patches that remove a protection, to check that the tests then fail, or that inject an error."""
 
 
 @functools.cache
-def ops_are_built() -> None:
-    """Let DeepSpeed compile its op once, before processes are killed within the build."""
+def build_ops() -> None:
+    """Build DeepSpeed's op before tests kill processes, which could leave an unfinished build."""
     program = (
         "from deepspeed.accelerator import get_accelerator as a\n"
         "a().create_op_builder('ShareMemCommBuilder').load(verbose=False)"

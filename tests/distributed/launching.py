@@ -1,4 +1,4 @@
-"""Ways to start real processes together."""
+"""Start processes with `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ TRAIN = ("-m", "lora_accel.train", "--config")
 
 
 def free_port() -> str:
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+    """Return an unused port of this machine."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
 
 
-def start(*words: str | Path, preset: str = "cpu_ddp", **environment: str) -> subprocess.Popen[str]:
-    """Start `accelerate launch` with a preset; then come its further options, a script or -m module, and its words."""
+def start(*args: str | Path, preset: str = "cpu_ddp", **environment: str) -> subprocess.Popen[str]:
+    """Start `accelerate launch` with a preset.
+
+    Args:
+        args: further options of the launcher, a script or `-m` and a module, and its arguments.
+        environment: changes to the environment.
+    """
     return subprocess.Popen(
-        [sys.executable, *_launcher(preset), *map(str, words)],
+        [sys.executable, *_launcher(preset), *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -35,7 +40,7 @@ def start(*words: str | Path, preset: str = "cpu_ddp", **environment: str) -> su
 
 
 def finish(process: subprocess.Popen[str], timeout: float = PATIENCE_SECONDS) -> subprocess.CompletedProcess[str]:
-    """Wait for a launcher; one that hangs is ended, its children with it."""
+    """Wait for a launcher. If it hangs, end it and its children, and raise AssertionError."""
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -46,10 +51,10 @@ def finish(process: subprocess.Popen[str], timeout: float = PATIENCE_SECONDS) ->
 
 
 def launch(
-    *words: str | Path, preset: str = "cpu_ddp", timeout: float = PATIENCE_SECONDS
+    *args: str | Path, preset: str = "cpu_ddp", timeout: float = PATIENCE_SECONDS
 ) -> subprocess.CompletedProcess[str]:
-    """Run `accelerate launch` to its end on a free port. It is a fork; what it starts is not."""
-    command = [*_launcher(preset), "--main_process_port", free_port(), *map(str, words)]
+    """Run `accelerate launch` to its end on an unused port. The launcher is a fork; the ranks are new processes."""
+    command = [*_launcher(preset), "--main_process_port", free_port(), *map(str, args)]
     return forked.run(command, _environment(), timeout)
 
 

@@ -1,6 +1,8 @@
-"""Launched by tests: somebody's own Accelerate script, which knows of this package only `save_adapter`.
+"""Script that tests launch: a plain Accelerate script that uses only `save_adapter` of this package.
 
-accelerate launch … tests/distributed/plain_script.py MODEL OUT [no-room: of the first process]
+accelerate launch … tests/distributed/plain_script.py MODEL OUT [full-disk]
+
+With `full-disk`, the main process cannot write more than 1000 bytes to a file.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ from lora_accel import save_adapter
 from lora_accel.distributed.launch import exit_process
 
 
-def main(name: str, out: str, room: str = "") -> int:
-    """Train two steps and save, gathered both ways and under another bias rule."""
-    several, deepspeed = "WORLD_SIZE" in os.environ, "ACCELERATE_USE_DEEPSPEED" in os.environ
-    gloo = [InitProcessGroupKwargs(backend="gloo")] if several else None
+def main(name: str, out: str, disk: str = "") -> int:
+    """Train for two steps, and save with each way to gather and each bias mode."""
+    is_distributed, deepspeed = "WORLD_SIZE" in os.environ, "ACCELERATE_USE_DEEPSPEED" in os.environ
+    gloo = [InitProcessGroupKwargs(backend="gloo")] if is_distributed else None
     accelerator = Accelerator(cpu=not deepspeed, kwargs_handlers=gloo)
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["c_attn", "c_fc"], bias="lora_only", task_type="CAUSAL_LM")
@@ -37,15 +39,15 @@ def main(name: str, out: str, room: str = "") -> int:
         accelerator.backward(model(input_ids=batch, labels=batch).loss)
         optimizer.step()
         optimizer.zero_grad()
-    if room == "no-room" and accelerator.is_main_process:
+    if disk == "full-disk" and accelerator.is_main_process:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     save_adapter(accelerator, model, f"{out}/auto")
     save_adapter(accelerator, model, f"{out}/parameters", gather="parameters")
     save_adapter(accelerator, model, f"{out}/none", bias="none")
     save_adapter(accelerator, model, f"{out}/all", bias="all", gather="parameters")
-    stage3 = accelerator.deepspeed_plugin is not None and accelerator.deepspeed_plugin.zero_stage == 3
-    if not stage3:  # there it needs zero3_save_16bit_model
+    is_zero3 = accelerator.deepspeed_plugin is not None and accelerator.deepspeed_plugin.zero_stage == 3
+    if not is_zero3:  # get_state_dict needs zero3_save_16bit_model
         save_adapter(accelerator, model, f"{out}/state_dict", gather="state_dict")
     model.eval()
     with torch.no_grad():

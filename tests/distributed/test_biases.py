@@ -1,4 +1,4 @@
-"""Each bias mode on models that have biases, on one process and on two under each backend: the right tensors, whole."""
+"""Each bias mode on models with biases, on one process and on two under each backend: the right tensors, in full."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MODES = ("none", "lora_only", "all")
 
 
 def layers_with_lora(base: torch.nn.Module) -> list[str]:
-    """Return the names of the linear layers but the head: what all-linear means."""
+    """Return the names of all linear layers except the head, as `all-linear` selects them."""
     linear = ("Linear", "Conv1D")
     return [n for n, m in base.named_modules() if type(m).__name__ in linear and not n.endswith("lm_head")]
 
 
 def expected_tensors(base: torch.nn.Module, mode: str) -> set[str]:
-    """Return the names an adapter file must have, worked out from the base alone."""
+    """Return the names that an adapter file must contain, derived from the base alone."""
     layers, parameters = layers_with_lora(base), dict(base.named_parameters())
     names = {f"base_model.model.{layer}.lora_{x}.weight" for layer in layers for x in "AB"}
     wrapped = {f"{layer}.bias": f"base_model.model.{layer}.base_layer.bias" for layer in layers}
@@ -50,7 +50,7 @@ def runs(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_model: Callable[..., Path],
 ) -> Callable[[str, str], Path]:
-    """Train every family in every mode for 3 steps on one backend, in one pair of processes."""
+    """Train every family in every mode for 3 steps on one backend; return a function that returns the run folder."""
     from tests.conftest import chat_rows, write_jsonl
 
     root = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
@@ -71,14 +71,14 @@ def runs(
             if request.param == "one process":
                 run_training(config)
     if request.param != "one process":
-        ran = forks.launch("tests/distributed/worker.py", *files, preset=request.param)
-        assert ran.returncode == 0, ran.stderr[-4000:]
+        result = forks.launch("tests/distributed/worker.py", *files, preset=request.param)
+        assert result.returncode == 0, result.stderr[-4000:]
     return lambda family, mode: root / f"{family}-{mode}"
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_right_tensors_are_saved_whole(
+def test_expected_tensors_are_saved_in_full(
     runs: Callable[[str, str], Path], tiny_model: Callable[..., Path], family: str, mode: str
 ) -> None:
     folder = runs(family, mode)
@@ -90,15 +90,15 @@ def test_the_right_tensors_are_saved_whole(
     for name, tensor in saved.items():
         assert tensor.numel() > 0
         assert tensor.dtype == torch.float32
-        assert tensor.abs().max() > 0, f"{name} was trained and is zero"
+        assert tensor.abs().max() > 0, f"{name} is zero after training"
         if name.endswith(".bias"):
-            assert not torch.equal(tensor, before[name.replace(".base_layer", "")]), f"{name} is as before training"
+            assert not torch.equal(tensor, before[name.replace(".base_layer", "")]), f"{name} is unchanged by training"
 
     model = PeftModel.from_pretrained(base, folder / "adapter").eval()
     with torch.no_grad():
         logits = model(input_ids=TOKENS).logits
-    live = folder / "logits.safetensors"
-    if live.exists():  # launched runs leave them; in this process test_weights.py compares
-        assert torch.allclose(logits, load_file(live)["logits"], atol=1e-5)
+    live_logits = folder / "logits.safetensors"
+    if live_logits.exists():  # launched runs write them; tests/saving/test_adapter.py compares for one process
+        assert torch.allclose(logits, load_file(live_logits)["logits"], atol=1e-5)
     else:
         assert "one-process" in str(folder)

@@ -1,4 +1,4 @@
-"""Locks of DeepSpeed's builds: those in progress are waited for, those of a process that died are deleted."""
+"""Locks of DeepSpeed's builds: wait for builds in progress, delete the locks of dead processes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ LAYOUTS = pytest.mark.parametrize("layout", ["deepspeed_shm_comm", "py311_cpu/de
 
 
 @pytest.fixture(autouse=True)
-def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builds, "LOOK_SECONDS", 0.05)
+def _poll_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builds, "POLL_SECONDS", 0.05)
 
 
 @pytest.fixture
 def locked() -> Iterator[Callable[..., FileBaton]]:
-    """Lock a build folder as torch does, some seconds ago; `died=True` as a killed process leaves it."""
+    """Return a function that locks a build folder as torch does, `age` seconds ago. died: whether its owner died."""
     batons = []
 
     def lock(folder: Path, age: float = 0, *, died: bool = False) -> FileBaton:
@@ -54,22 +54,22 @@ def locked() -> Iterator[Callable[..., FileBaton]]:
 
 @pytest.fixture
 def waiting(tmp_path: Path) -> Iterator[Callable[[], Future[None]]]:
-    """Begin to wait for the builds under tmp_path, in a thread."""
+    """Return a function that waits for the builds below tmp_path in a thread."""
     with ThreadPoolExecutor() as threads:
         yield lambda: threads.submit(wait_for_builds, tmp_path)
 
 
 @pytest.fixture
-def looked(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Set as soon as `wait_for_builds` has looked for the owner of a lock."""
+def checked(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Return an event that is set when `wait_for_builds` has checked a lock's owner."""
     event = threading.Event()
 
-    def look(lock: Path) -> bool:
-        held = is_held(lock)
+    def recording_is_held(lock: Path) -> bool:
+        result = is_held(lock)
         event.set()
-        return held
+        return result
 
-    monkeypatch.setattr(builds, "is_held", look)
+    monkeypatch.setattr(builds, "is_held", recording_is_held)
     return event
 
 
@@ -85,11 +85,11 @@ def test_without_a_lock_nothing_is_printed(tmp_path: Path, capsys: pytest.Captur
 
 @LAYOUTS
 @pytest.mark.parametrize("age", [0, 10 * UNSEEN_SECONDS])
-def test_a_living_owner_is_waited_for_at_any_age(
+def test_wait_for_a_live_owner_at_any_age(
     tmp_path: Path,
     locked: Callable[..., FileBaton],
     waiting: Callable[[], Future[None]],
-    looked: threading.Event,
+    checked: threading.Event,
     capsys: pytest.CaptureFixture[str],
     layout: str,
     age: float,
@@ -97,28 +97,28 @@ def test_a_living_owner_is_waited_for_at_any_age(
     baton = locked(tmp_path / layout, age)
     done = waiting()
     for _ in range(2):
-        looked.wait()
-        looked.clear()
+        checked.wait()
+        checked.clear()
     assert not done.done()
     baton.release()
     done.result()
-    assert capsys.readouterr() == ("", f"note: waiting for another process, which builds {tmp_path / layout}\n")
+    assert capsys.readouterr() == ("", f"note: waiting for another process to build {tmp_path / layout}\n")
 
 
 @LAYOUTS
-def test_a_lock_whose_owner_died_is_deleted(
+def test_lock_of_a_dead_owner_is_deleted(
     tmp_path: Path, locked: Callable[..., FileBaton], capsys: pytest.CaptureFixture[str], layout: str
 ) -> None:
     lock = locked(tmp_path / layout, died=True).lock_file_path
     wait_for_builds(tmp_path)
     assert not os.path.exists(lock)
-    assert capsys.readouterr().err == f"note: deleted {lock}: the process that built there died\n"
+    assert capsys.readouterr().err == f"note: deleted {lock}: its owner died\n"
 
 
-def test_an_owner_that_dies_is_noticed(
-    tmp_path: Path, waiting: Callable[[], Future[None]], looked: threading.Event
+def test_death_of_the_owner_is_detected(
+    tmp_path: Path, waiting: Callable[[], Future[None]], checked: threading.Event
 ) -> None:
-    """The owner is torch itself, killed while the compiler runs; the compiler outlives it."""
+    """The owner is torch, killed while the compiler runs; the compiler outlives it."""
     compiler = tmp_path / "compiler"
     compiler.write_text(
         '#!/bin/sh\ncase "$*" in *-c*) echo $$ > PID.part; mv PID.part PID; exec sleep 3600;; esac\nexec c++ "$@"\n'
@@ -140,60 +140,60 @@ def test_an_owner_that_dies_is_noticed(
     owner.kill()
     owner.wait()
     done = waiting()
-    looked.wait()
-    assert not done.done(), "ninja and the compiler still write there"
+    checked.wait()
+    assert not done.done(), "ninja and the compiler are still writing"
     os.kill(int((folder / "PID").read_text()), signal.SIGKILL)
     done.result()
     assert not (folder / "lock").exists()
 
 
-def test_a_lock_that_is_taken_anew_meanwhile_is_not_deleted(
+def test_lock_of_a_new_build_is_not_deleted(
     tmp_path: Path,
     locked: Callable[..., FileBaton],
     waiting: Callable[[], Future[None]],
     monkeypatch: pytest.MonkeyPatch,
-    looked: threading.Event,
+    checked: threading.Event,
 ) -> None:
-    """Another run deletes the same lock and builds, between this one's looks."""
+    """Between two checks, another run deletes the same lock and starts to build."""
     lock = Path(locked(tmp_path / "cpu_adam", died=True).lock_file_path)
-    taken: list[FileBaton] = []
+    new_locks: list[FileBaton] = []
     sleep = time.sleep
 
-    def take(seconds: float) -> None:
-        if not taken:
+    def sleep_and_lock(seconds: float) -> None:
+        if not new_locks:
             lock.unlink()
-            taken.append(locked(tmp_path / "cpu_adam"))
+            new_locks.append(locked(tmp_path / "cpu_adam"))
         sleep(seconds)
 
-    monkeypatch.setattr(builds.time, "sleep", take)
+    monkeypatch.setattr(builds.time, "sleep", sleep_and_lock)
     done = waiting()
     for _ in range(3):
-        looked.wait()
-        looked.clear()
+        checked.wait()
+        checked.clear()
     assert lock.exists()
-    taken[0].release()
+    new_locks[0].release()
     done.result()
 
 
-@pytest.mark.parametrize("hidden", ["_is_on_network", "_is_container"])
-def test_an_owner_that_may_be_hidden_has_time(
+@pytest.mark.parametrize("condition", ["_is_on_network", "_is_container"])
+def test_lock_is_kept_for_a_while_if_its_owner_may_be_invisible(
     tmp_path: Path,
     locked: Callable[..., FileBaton],
     waiting: Callable[[], Future[None]],
     monkeypatch: pytest.MonkeyPatch,
-    looked: threading.Event,
-    hidden: str,
+    checked: threading.Event,
+    condition: str,
 ) -> None:
-    monkeypatch.setattr(builds, hidden, lambda *_: True)
+    monkeypatch.setattr(builds, condition, lambda *_: True)
     lock = Path(locked(tmp_path / "cpu_adam", died=True).lock_file_path)
     done = waiting()
     for _ in range(2):
-        looked.wait()
-        looked.clear()
+        checked.wait()
+        checked.clear()
     assert lock.exists()
     then = time.time() - UNSEEN_SECONDS - 120
     os.utime(lock, (then, then))
-    if hidden == "_is_container":
+    if condition == "_is_container":
         done.result()
         assert not lock.exists()
     else:
@@ -202,7 +202,7 @@ def test_an_owner_that_may_be_hidden_has_time(
         assert lock.exists()
 
 
-def test_other_builds_are_left_alone(
+def test_locks_of_other_extensions_are_ignored(
     tmp_path: Path, locked: Callable[..., FileBaton], capsys: pytest.CaptureFixture[str]
 ) -> None:
     lock = locked(tmp_path / "py311_cpu" / "another_op", died=True).lock_file_path
@@ -212,7 +212,7 @@ def test_other_builds_are_left_alone(
 
 
 @pytest.mark.parametrize("variable", ["TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"])
-def test_local_rank_0_looks_where_torch_builds(
+def test_local_rank_0_checks_the_folder_that_torch_builds_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: Callable[..., FileBaton], variable: str
 ) -> None:
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)

@@ -1,4 +1,4 @@
-"""A block that may fail on one process alone. Several processes: tests/distributed."""
+"""Errors in `on_all_ranks`, on a single process. The other tests here run several."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lora_accel.distributed.collectives import on_all_ranks
 from lora_accel.errors import ConfigError, TrainingError
 
 
-def fail(error: BaseException) -> None:
+def fail_with(error: BaseException) -> None:
     with on_all_ranks(Accelerator(), "saving step-00000003"):
         raise error
 
 
-def test_a_block_that_ends_well_is_no_error() -> None:
+def test_successful_block() -> None:
     done = []
     with on_all_ranks(Accelerator(), "saving step-00000003"):
         done.append(1)
@@ -26,21 +26,21 @@ def test_a_block_that_ends_well_is_no_error() -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO])
-def test_a_full_disk_names_the_rank_what_failed_and_the_way_out(number: int) -> None:
+def test_full_disk_raises_with_rank_and_remedy(number: int) -> None:
     error = OSError(number, os.strerror(number), "/run/checkpoints")
     with pytest.raises(TrainingError) as caught:
-        fail(error)
-    said = str(caught.value)
-    assert said.startswith(f"saving step-00000003 failed on rank 0: OSError: [Errno {number}] {os.strerror(number)}")
-    assert said.endswith("What was saved before is as it was; make room, and the same command goes on")
+        fail_with(error)
+    message = str(caught.value)
+    assert message.startswith(f"saving step-00000003 failed on rank 0: OSError: [Errno {number}] {os.strerror(number)}")
+    assert message.endswith("Earlier files are unchanged. Free up space and run the same command to resume.")
     assert caught.value.__cause__ is error
     assert caught.value.exit_code == 3
 
 
-def test_a_full_disk_told_by_a_library_in_rust_is_one() -> None:
-    words = "Error while serializing: I/O error: No space left on device (os error 28)"
+def test_full_disk_error_of_a_rust_library() -> None:
+    message = "Error while serializing: I/O error: No space left on device (os error 28)"
     with pytest.raises(TrainingError, match="failed on rank 0: SafetensorError: Error while serializing"):
-        fail(SafetensorError(words))
+        fail_with(SafetensorError(message))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_full_disk_told_by_a_library_in_rust_is_one() -> None:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_any_other_error_stays_as_it_is(error: BaseException) -> None:
+def test_other_errors_are_raised_unchanged(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught:
-        fail(error)
+        fail_with(error)
     assert caught.value is error

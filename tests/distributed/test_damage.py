@@ -1,4 +1,4 @@
-"""Damage to the newest checkpoint, and the death of one rank: the run goes on, and its end is the same."""
+"""A corrupt newest checkpoint, or a killed rank: the resumed run has the same result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_accel.saving.atomic import MANIFEST, why_invalid
 from lora_accel.saving.discovery import FILES, OPTIMIZER, WEIGHTS
 from tests.distributed.disturbed import Runs
 from tests.distributed.launching import finish, free_port, start
-from tests.distributed.test_signals import lives, wait_for
+from tests.distributed.test_signals import is_running, wait_for
 
 pytestmark = pytest.mark.distributed
 
@@ -48,26 +48,26 @@ def swapped_for_a_link(folder: Path) -> None:
 
 @pytest.mark.parametrize("preset", ["cpu", "cpu_ddp"])
 @pytest.mark.parametrize("damage", [truncated, flipped, emptied, without_manifest, swapped_for_a_link])
-def test_a_damaged_newest_is_set_aside_and_the_one_before_used(
+def test_corrupt_newest_checkpoint_is_quarantined_and_the_previous_one_used(
     runs: Runs, damage: Callable[[Path], None], preset: str
 ) -> None:
-    straight = runs.straight(preset)
+    expected = runs.uninterrupted(preset)
     runs.train(preset, LORA_ACCEL_FAULT="step.begin@5=kill")
     newest = runs.output / "checkpoints" / "step-00000004"
     damage(newest)
     assert set(runs.train(preset)) == {0}, runs.forks.log()
-    assert "passed over a damaged checkpoint: step-00000004: " in runs.forks.log()
+    assert "skipped a corrupt checkpoint: step-00000004: " in runs.forks.log()
     assert "resuming after step 3 from" in runs.forks.log()
     assert (runs.output / "checkpoints" / "corrupt-step-00000004").is_dir()
-    runs.resumes_to(straight, preset)
+    runs.check_resumed(expected, preset)
 
 
 @pytest.mark.parametrize("preset", ["cpu_ddp", "cpu_zero3"])
-def test_a_rank_that_dies_ends_the_run(runs: Runs, preset: str, tmp_path: Path) -> None:
-    """The other rank waits for it in a collective."""
-    straight = runs.straight(preset)
+def test_killed_rank_ends_the_run(runs: Runs, preset: str, tmp_path: Path) -> None:
+    """The other rank is waiting for it in a collective."""
+    expected = runs.uninterrupted(preset)
     launcher = start(
-        *("--main_process_port", free_port(), "-m", "lora_accel.train", *runs.words),
+        *("--main_process_port", free_port(), "-m", "lora_accel.train", *runs.args),
         preset=preset,
         LORA_ACCEL_FAULT="step.after_backward@4=pause:rank=1",
         LORA_ACCEL_FAULT_MARK=str(tmp_path / "mark"),
@@ -75,10 +75,9 @@ def test_a_rank_that_dies_ends_the_run(runs: Runs, preset: str, tmp_path: Path) 
     wait_for(lambda: (tmp_path / "mark-1").exists() or launcher.poll() is not None, "no step 4")
     pids = json.loads((runs.output / "status.json").read_text())["pids"]
     os.kill(pids[1], signal.SIGKILL)
-    ran = finish(launcher)
-    assert ran.returncode != 0
-    wait_for(lambda: not any(map(lives, pids)), "a rank lives on")
+    assert finish(launcher).returncode != 0
+    wait_for(lambda: not any(map(is_running, pids)), "a rank is still running")
     newest = max((runs.output / "checkpoints").glob("step-*"))
     assert (newest.name, why_invalid(newest, required=FILES)) == ("step-00000003", None)
     assert json.loads((runs.output / "status.json").read_text())["state"] == "failed"
-    runs.resumes_to(straight, preset)
+    runs.check_resumed(expected, preset)

@@ -1,4 +1,4 @@
-"""Two real processes under DDP, and what the launcher shows when something is wrong."""
+"""Two processes under DDP match one process; a wrong launch raises."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def numbers(folder: Path) -> list[tuple[float, float]]:
     return [(line["loss"], line["grad_norm"]) for line in read_metrics(folder)]
 
 
-def test_two_processes_make_the_same_steps_as_one(
+def test_two_processes_match_one(
     make_config: Callable[..., RunConfig],
     config_file: Callable[[RunConfig], Path],
     rows_file: Path,
@@ -34,16 +34,16 @@ def test_two_processes_make_the_same_steps_as_one(
     data = {"eval": [{"path": str(rows_file), "limit": 7}, {"path": str(more)}]}
     config = make_config(output_dir=str(tmp_path / "one"), training=training, data=data)
     run_training(config)
-    ran = launch(*TRAIN, config_file(config), f"output_dir={tmp_path / 'two'}")
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("adapter: ") == 1, "only the main process tells"
+    result = launch(*TRAIN, config_file(config), f"output_dir={tmp_path / 'two'}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("adapter: ") == 1, "only the main process prints"
 
     one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
     assert len(one) == 6
-    for expected, found in zip(one, two, strict=True):
-        assert found == pytest.approx(expected, rel=1e-5)
+    for expected, actual in zip(one, two, strict=True):
+        assert actual == pytest.approx(expected, rel=1e-5)
     rates = [[line["learning_rate"] for line in read_metrics(tmp_path / name)] for name in ("one", "two")]
-    assert rates[0] == rates[1], "the schedule moves once a step, however many ranks there are"
+    assert rates[0] == rates[1], "the schedule advances once per step, whatever the number of ranks"
     weights = load_file(tmp_path / "two" / "adapter" / "adapter_model.safetensors")
     for name, expected in load_file(tmp_path / "one" / "adapter" / "adapter_model.safetensors").items():
         assert (weights[name] - expected).norm() < 1e-4 * expected.norm(), name
@@ -56,26 +56,26 @@ def test_two_processes_make_the_same_steps_as_one(
         assert evaluations[1]["sources"][source] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_run_of_two_processes_goes_on_in_one(
+def test_run_of_two_processes_resumes_in_one(
     forks: Forks, make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], tmp_path: Path
 ) -> None:
     config = make_config(output_dir=str(tmp_path / "one"), training={"learning_rate": 1e-3})
     run_training(config)
-    ran = forks.launch(*TRAIN, config_file(config), f"output_dir={tmp_path / 'both'}")
-    assert ran.returncode == 0, ran.stderr
-    for done in ("checkpoints/step-00000006", "adapter"):
-        shutil.rmtree(tmp_path / "both" / done)
+    result = forks.launch(*TRAIN, config_file(config), f"output_dir={tmp_path / 'both'}")
+    assert result.returncode == 0, result.stderr
+    for folder in ("checkpoints/step-00000006", "adapter"):
+        shutil.rmtree(tmp_path / "both" / folder)
     run_training(RunConfig.model_validate(config.model_dump() | {"output_dir": str(tmp_path / "both")}))
     assert [line["step"] for line in read_metrics(tmp_path / "both", "event")] == [0, 4, 6]
-    for expected, found in zip(numbers(tmp_path / "one"), numbers(tmp_path / "both"), strict=True):
-        assert found == pytest.approx(expected, rel=1e-5)
+    for expected, actual in zip(numbers(tmp_path / "one"), numbers(tmp_path / "both"), strict=True):
+        assert actual == pytest.approx(expected, rel=1e-5)
 
 
-def test_accelerates_cpu_launch_of_one_process_for_two_is_noticed(
+def test_cpu_launch_with_too_few_processes_raises(
     make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path]
 ) -> None:
     config = make_config()
-    ran = launch("--cpu", "--num_processes", "2", *TRAIN, config_file(config), preset="cpu")
-    assert ran.returncode != 0
-    assert "asked for several processes (MASTER_ADDR is set) and started one" in ran.stderr
+    result = launch("--cpu", "--num_processes", "2", *TRAIN, config_file(config), preset="cpu")
+    assert result.returncode != 0
+    assert "asked for several processes (MASTER_ADDR is set) and started one" in result.stderr
     assert not Path(config.output_dir).exists()

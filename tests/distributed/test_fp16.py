@@ -1,4 +1,4 @@
-"""float16 on every backend: one loss scale with one rule, part of each checkpoint, and exact when a run resumes."""
+"""float16 on every backend: the same loss scale, saved in checkpoints and restored exactly."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ pytestmark = pytest.mark.distributed
 
 BACKENDS = ("cpu", "cpu_ddp", "cpu_zero2", "cpu_zero3")
 OVERFLOWS = {"OVERFLOW_STEPS": "6,7,30"}
-"""Steps whose loss is multiplied out of float16's range in backward: the scale is too large there, on every backend."""
+"""Steps whose gradients overflow float16 on every backend."""
 
 
 @pytest.fixture
 def fp16_runs(forks: Forks, make_config: Callable[..., RunConfig], tmp_path: Path) -> Runs:
-    """40 steps of a tiny llama in float16, dropout included."""
+    """Return a run of 40 steps of a tiny llama in float16, with dropout."""
     rows = write_jsonl(tmp_path / "rows.jsonl", chat_rows(24))
     config = make_config(
         data={"train": [{"path": str(rows)}]},
@@ -50,42 +50,42 @@ def state_after(folder: Path, step: int) -> dict[str, Any]:
 
 
 def test_forty_steps_on_every_backend(fp16_runs: Runs) -> None:
-    """Losses agree with one process, overflows are skipped at the same steps and leave the same scale."""
-    runs, found = fp16_runs, {}
+    """Losses match one process; overflows are skipped at the same steps and result in the same scale."""
+    runs, results = fp16_runs, {}
     for preset in BACKENDS:
         shutil.rmtree(runs.output, ignore_errors=True)
         assert set(runs.train(preset, SABOTAGE="overflows", **OVERFLOWS)) == {0}, runs.forks.log()
-        found[preset] = losses(runs.output)
-        first = [step for step, _ in overflows(runs.output)]
-        assert [step for step in first if step in (6, 7, 30)] == [6, 7, 30]
+        results[preset] = losses(runs.output)
+        steps = [step for step, _ in overflows(runs.output)]
+        assert [step for step in steps if step in (6, 7, 30)] == [6, 7, 30]
         state = state_after(runs.output, 40)
-        assert state["overflowed"] == len(first)
+        assert state["overflowed"] == len(steps)
         assert state["skipped"] == 0
-        assert state["loss_scale"]["value"] == 2.0 ** (16 - len(first))
+        assert state["loss_scale"]["value"] == 2.0 ** (16 - len(steps))
         assert state["loss_scale"]["good_steps"] == 10
-        assert all(math.isfinite(loss) for loss in found[preset].values())
-    table = {preset: max(abs(found[preset][s] - found["cpu"][s]) for s in found["cpu"]) for preset in BACKENDS}
+        assert all(math.isfinite(loss) for loss in results[preset].values())
+    table = {preset: max(abs(results[preset][s] - results["cpu"][s]) for s in results["cpu"]) for preset in BACKENDS}
     print(f"\nlargest difference of a loss from one process: {table}; overflows {overflows(runs.output)}")
     for preset in BACKENDS[1:]:
-        assert found[preset].keys() == found["cpu"].keys()
+        assert results[preset].keys() == results["cpu"].keys()
         assert table[preset] <= 1e-3, table
 
 
 @pytest.mark.parametrize("preset", BACKENDS)
-def test_killed_and_resumed_bit_for_bit(fp16_runs: Runs, preset: str) -> None:
+def test_killed_run_resumes_bit_for_bit(fp16_runs: Runs, preset: str) -> None:
     runs = fp16_runs
-    straight = runs.straight(preset)
+    expected = runs.uninterrupted(preset)
     runs.train(preset, LORA_ACCEL_FAULT="step.begin@24=kill")
-    runs.resumes_to(straight, preset)
+    runs.check_resumed(expected, preset)
     assert [line["step"] for line in read_metrics(runs.output, "event") if line["event"] == "resume"] == [20]
 
 
 def test_resumed_on_another_backend(fp16_runs: Runs, tmp_path: Path) -> None:
-    """One loop through all backends: each takes over the checkpoint, and the scale, of the one before."""
+    """Through all backends in a circle: each resumes from the checkpoint, and the scale, of the previous one."""
     runs = fp16_runs
-    runs.straight("cpu")
+    runs.uninterrupted("cpu")
     assert runs.train("cpu") == [0]
-    straight = losses(runs.output)
+    expected = losses(runs.output)
     for origin, destination in zip(BACKENDS, (*BACKENDS[1:], BACKENDS[0]), strict=True):
         shutil.rmtree(runs.output)
         runs.train(origin, LORA_ACCEL_FAULT="step.begin@24=kill")
@@ -94,6 +94,6 @@ def test_resumed_on_another_backend(fp16_runs: Runs, tmp_path: Path) -> None:
         resumed = losses(runs.output)
         after = state_after(runs.output, 25)["loss_scale"]
         assert after["value"] * 2 ** (sum(20 < step <= 25 for step, _ in overflows(runs.output))) == before["value"]
-        worst = max(abs(resumed[step] - straight[step]) for step in straight.keys() & resumed.keys())
+        worst = max(abs(resumed[step] - expected[step]) for step in expected.keys() & resumed.keys())
         print(f"{origin} -> {destination}: largest difference of a loss {worst:.1e}")
         assert worst <= 1e-3

@@ -1,6 +1,6 @@
-"""Killed anywhere and started again with the same command, a run ends with the bytes of one that was never killed.
+"""A run that is killed at any fault point and resumed with the same command has the result of an uninterrupted one.
 
-The ordinary run holds a sample: every place on one process, two on each backend of two. `--faults` runs all of them.
+Without `--faults` only a sample runs: every fault point on one process, two on each backend of two processes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ pytestmark = pytest.mark.distributed
 
 PRESETS = ("cpu", "cpu_ddp", "cpu_zero2", "cpu_zero3")
 ONCE = ("export.mid",)
-"""Places that a run passes once."""
+"""Fault points that a run reaches once."""
 CELLS = [
     (preset, point, occurrence)
     for preset in PRESETS
     for point in POINTS
-    if point != "merge.mid"  # below
+    if point != "merge.mid"  # covered by tests/merging
     for occurrence in ((1,) if point in ONCE else (1, 2, 3))
 ]
 SAMPLE = {("cpu", point, 1 if point in ONCE else 2) for point in POINTS} | {
@@ -37,16 +37,16 @@ def cells() -> list[Any]:
 
 
 @pytest.mark.parametrize(("preset", "point", "occurrence"), cells())
-def test_killed_there_a_run_goes_on_to_the_same_bytes(runs: Runs, preset: str, point: str, occurrence: int) -> None:
-    runs.killed_and_resumed(preset, point, occurrence)
+def test_killed_run_resumes_bit_for_bit(runs: Runs, preset: str, point: str, occurrence: int) -> None:
+    runs.kill_and_resume(preset, point, occurrence)
 
 
 @pytest.mark.parametrize(
     ("sabotage", "point"),
-    [("writes in place", "save.mid_file"), ("forgets moments", "step.begin"), ("keeps the log", "save.begin")],
+    [("writes in place", "save.mid_file"), ("skips moments", "step.begin"), ("keeps the log", "save.begin")],
 )
-def test_without_a_protection_this_test_fails(runs: Runs, sabotage: str, point: str) -> None:
+def test_removing_a_protection_fails_the_comparison(runs: Runs, sabotage: str, point: str) -> None:
     assert sabotage in SABOTAGES
-    with pytest.raises(AssertionError) as failed:
-        runs.killed_and_resumed("cpu", point, 3, sabotage)
-    assert "was not killed" not in str(failed.value)
+    with pytest.raises(AssertionError) as caught:
+        runs.kill_and_resume("cpu", point, 3, sabotage)
+    assert "was not killed" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""What is looked at before a launch trains, and how its processes end and tell an error."""
+"""Checks before a launched run trains, and how its processes exit and report errors."""
 
 from __future__ import annotations
 
@@ -32,41 +32,41 @@ def launch_of(num_processes: int = 1, stage: int | None = None) -> Launch:
     return Launch(num_processes=num_processes, mixed_precision="no", deepspeed=deepspeed, source="accelerate launch")
 
 
-# --- an Accelerator that is not what was asked for
+# --- check_launch
 
 
-def test_an_accelerator_that_is_what_was_asked_for_is_accepted() -> None:
+def test_accelerator_that_matches_the_launch() -> None:
     check_launch(Accelerator(cpu=True), launch_of())
 
 
 @pytest.mark.parametrize("stage", [None, 2])
-def test_processes_that_do_not_see_each_other_are_stopped(stage: int | None) -> None:
-    alone = Accelerator(cpu=True)
+def test_processes_without_a_common_group_raise(stage: int | None) -> None:
+    accelerator = Accelerator(cpu=True)
     with pytest.raises(ConfigError, match="started 2 processes, but this one sees 1"):
-        check_launch(alone, launch_of(2, stage))
+        check_launch(accelerator, launch_of(2, stage))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed_that_was_asked_for_and_does_not_run_is_refused(stage: int) -> None:
-    without = Accelerator(cpu=True)
+def test_launch_with_deepspeed_without_deepspeed_raises(stage: int) -> None:
+    accelerator = Accelerator(cpu=True)
     with pytest.raises(ConfigError, match="accelerate_configs/") as caught:
-        check_launch(without, launch_of(1, stage))
-    assert "processes" not in str(caught.value), "their number is right"
+        check_launch(accelerator, launch_of(1, stage))
+    assert "processes" not in str(caught.value), "the number of processes is right"
 
 
-# --- offload
+# --- check_offload
 
 
-def test_without_offload_of_the_optimizer_deepspeed_is_not_imported() -> None:
+def test_deepspeed_is_not_imported_without_optimizer_offload() -> None:
     code = (
         "import sys\n"
-        "from lora_accel.distributed.launch import refuse_offload\n"
-        "refuse_offload({'optimizer': 'none', 'param': 'none'})\n"
-        "refuse_offload({'optimizer': 'none', 'param': 'cpu'})\n"  # copies need no op
+        "from lora_accel.distributed.launch import check_offload\n"
+        "check_offload({'optimizer': 'none', 'param': 'none'})\n"
+        "check_offload({'optimizer': 'none', 'param': 'cpu'})\n"  # copies need no op
         "print([name for name in ('deepspeed', 'torch') if name in sys.modules])\n"
     )
-    ran = run_code(code)
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "[]\n", "")
+    result = run_code(code)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "[]\n", "")
 
 
 @pytest.mark.parametrize(
@@ -76,76 +76,74 @@ def test_without_offload_of_the_optimizer_deepspeed_is_not_imported() -> None:
         ({"optimizer": "none", "param": "nvme"}, "nvme", "AsyncIOBuilder"),
     ],
 )
-def test_offload_without_what_its_op_is_built_with_is_refused(
-    tmp_path: Path, offload: dict[str, str], devices: str, op: str
-) -> None:
-    """A PATH without ninja and compilers stands for a machine that has none."""
+def test_offload_without_a_compiler_raises(tmp_path: Path, offload: dict[str, str], devices: str, op: str) -> None:
+    """A PATH without ninja and compilers simulates a machine that has none."""
     code = (
         "from lora_accel.errors import ConfigError\n"
-        "from lora_accel.distributed.launch import refuse_offload\n"
+        "from lora_accel.distributed.launch import check_offload\n"
         "try:\n"
-        f"    refuse_offload({offload!r})\n"
+        f"    check_offload({offload!r})\n"
         "except ConfigError as error:\n"
-        "    print('refused:', error)\n"
+        "    print('error:', error)\n"
     )
     (tmp_path / "bin").mkdir()
-    ran = run_code(code, PATH=str(tmp_path / "bin"), TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
-    assert ran.returncode == 0, ran.stderr
-    said = ran.stdout.splitlines()[-1]
-    assert said.startswith(f"refused: offload to {devices} needs DeepSpeed's {op}: ")
-    assert "ninja not being installed" in said
-    assert "a C++ compiler, ninja; libaio for nvme" in said
+    result = run_code(code, PATH=str(tmp_path / "bin"), TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
+    assert result.returncode == 0, result.stderr
+    message = result.stdout.splitlines()[-1]
+    assert message.startswith(f"error: offload to {devices} needs DeepSpeed's {op}: ")
+    assert "ninja not being installed" in message
+    assert "a C++ compiler, ninja; libaio for nvme" in message
 
 
-# --- how a process ends
+# --- exit_process
 
 
 @pytest.mark.parametrize("code", [0, 2, 130])
-def test_a_process_of_no_group_leaves_in_the_ordinary_way(code: int) -> None:
+def test_exit_without_a_process_group(code: int) -> None:
     with pytest.raises(SystemExit) as caught:
         exit_process(code)
     assert caught.value.code == code
 
 
-def test_leaving_imports_nothing() -> None:
+def test_exit_imports_nothing() -> None:
     code = (
         "import atexit, sys\n"
-        "from lora_accel.distributed.launch import leave\n"
+        "from lora_accel.distributed.launch import exit_process\n"
         "atexit.register(lambda: print('teardown', 'torch' in sys.modules))\n"
-        "leave(3)\n"
+        "exit_process(3)\n"
     )
-    ran = run_code(code)
-    assert (ran.returncode, ran.stdout, ran.stderr) == (3, "teardown False\n", "")
+    result = run_code(code)
+    assert (result.returncode, result.stdout, result.stderr) == (3, "teardown False\n", "")
 
 
 @pytest.mark.parametrize("code", [0, 2])
-def test_a_process_of_a_group_leaves_without_teardown_and_with_all_it_said(tmp_path: Path, code: int) -> None:
+def test_exit_with_a_process_group_skips_shutdown_and_flushes_output(tmp_path: Path, code: int) -> None:
     store = (tmp_path / "store").as_uri()
     lines = (
         "import atexit, sys\n"
         "import torch.distributed\n"
-        "from lora_accel.distributed.launch import leave\n"
+        "from lora_accel.distributed.launch import exit_process\n"
         f"torch.distributed.init_process_group('gloo', init_method={store!r}, rank=0, world_size=1)\n"
         "atexit.register(print, 'teardown')\n"
-        "print('told', end='')\n"
-        "print('told', end='', file=sys.stderr)\n"
-        f"leave({code})\n"
+        "print('text', end='')\n"
+        "print('text', end='', file=sys.stderr)\n"
+        f"exit_process({code})\n"
     )
-    ran = run_code(lines)
-    assert (ran.returncode, ran.stdout) == (code, "told")
-    assert ran.stderr.endswith("told")
+    result = run_code(lines)
+    assert (result.returncode, result.stdout) == (code, "text")
+    assert result.stderr.endswith("text")
 
 
-# --- how an error is told
+# --- run_command
 
 
-class Clocked(io.StringIO):
-    """A stream that keeps the time at which it was first written to."""
+class TimedStream(io.StringIO):
+    """A stream that records the time of the first write."""
 
-    first: float | None = None
+    first_write: float | None = None
 
     def write(self, text: str) -> int:
-        self.first = self.first or time.perf_counter()
+        self.first_write = self.first_write or time.perf_counter()
         return super().write(text)
 
 
@@ -156,11 +154,11 @@ def raises(error: BaseException) -> Callable[[], NoReturn]:
     return command
 
 
-def tell(
+def run_failing(
     error: BaseException, rank: int = 0, error_file: Path | None = None, reports: bool | None = None
 ) -> tuple[int, str, float]:
-    """Let a command meet an error; return its exit code, what it said, and after how many seconds it began to."""
-    stderr, start = Clocked(), time.perf_counter()
+    """Run a command that raises; return its exit code, its stderr, and the seconds until the first output."""
+    stderr, start = TimedStream(), time.perf_counter()
     with contextlib.redirect_stderr(stderr):
         code = run_command(
             raises(error),
@@ -168,35 +166,35 @@ def tell(
             reports=rank == 0 if reports is None else reports,
             error_file=error_file and str(error_file),
         )
-    assert stderr.first is not None, "said nothing"
-    return code, stderr.getvalue(), stderr.first - start
+    assert stderr.first_write is not None, "no output"
+    return code, stderr.getvalue(), stderr.first_write - start
 
 
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits."""
+def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ranks print their errors without a delay."""
     monkeypatch.setattr(console, "PATIENCE_SECONDS", 0)
 
 
-def test_the_first_process_tells_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_0_prints_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "PATIENCE_SECONDS", 120)
-    code, said, seconds = tell(ConfigError("training.epochs is wrong"))
-    assert (code, said) == (2, "error: training.epochs is wrong\n")
+    code, stderr, seconds = run_failing(ConfigError("training.epochs is wrong"))
+    assert (code, stderr) == (2, "error: training.epochs is wrong\n")
     assert seconds < 60
 
 
 @pytest.mark.parametrize("rank", [1, 7])
-def test_another_process_waits_before_it_tells(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+def test_other_ranks_wait_before_they_print(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     monkeypatch.setattr(console, "PATIENCE_SECONDS", 0.3)
-    code, said, seconds = tell(ConfigError("training.epochs is wrong"), rank)
-    assert (code, said) == (2, f"error on rank {rank}: training.epochs is wrong\n")
+    code, stderr, seconds = run_failing(ConfigError("training.epochs is wrong"), rank)
+    assert (code, stderr) == (2, f"error on rank {rank}: training.epochs is wrong\n")
     assert seconds >= 0.3
 
 
-def test_the_first_process_of_another_machine_tells_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_rank_0_of_another_machine_prints_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "PATIENCE_SECONDS", 120)
-    code, said, seconds = tell(ConfigError("output_dir is wrong"), rank=8, reports=True)
-    assert (code, said) == (2, "error on rank 8: output_dir is wrong\n")
+    code, stderr, seconds = run_failing(ConfigError("output_dir is wrong"), rank=8, reports=True)
+    assert (code, stderr) == (2, "error on rank 8: output_dir is wrong\n")
     assert seconds < 60
 
 
@@ -205,13 +203,13 @@ def test_the_first_process_of_another_machine_tells_at_once(monkeypatch: pytest.
     [(LoraAccelError("x"), 1), (ConfigError("x"), 2), (TrainingError("x"), 3)],
 )
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.usefixtures("hasty")
-def test_the_exit_code_is_the_errors(error: LoraAccelError, code: int, rank: int) -> None:
-    assert tell(error, rank)[0] == code
+@pytest.mark.usefixtures("no_delay")
+def test_exit_code_of_an_error(error: LoraAccelError, code: int, rank: int) -> None:
+    assert run_failing(error, rank)[0] == code
 
 
 @pytest.mark.parametrize("code", [130, 143])
-def test_a_run_that_was_asked_to_stop_is_told_once_at_once_and_is_no_error(
+def test_interruption_is_printed_once_and_is_not_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int
 ) -> None:
     monkeypatch.setattr(console, "PATIENCE_SECONDS", 60)
@@ -223,22 +221,22 @@ def test_a_run_that_was_asked_to_stop_is_told_once_at_once_and_is_no_error(
     began = time.perf_counter()
     assert run_command(raises(stopped), rank=1, reports=False, error_file=file) == code
     assert capsys.readouterr() == ("", "")
-    assert time.perf_counter() - began < 30, "waited for its turn"
+    assert time.perf_counter() - began < 30, "waited before it exited"
     assert list(tmp_path.iterdir()) == [], "torchrun would report a failure"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_succeeds_says_and_leaves_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path, rank: int) -> None:
+def test_success_prints_and_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path, rank: int) -> None:
     assert run_command(lambda: None, rank=rank, error_file=str(tmp_path / "error.json")) == 0
     assert capsys.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interruption_by_hand_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keyboard_interrupt_is_not_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "PATIENCE_SECONDS", 120)
-    code, said, seconds = tell(KeyboardInterrupt(), 8, tmp_path / "error.json", reports=True)
+    code, stderr, seconds = run_failing(KeyboardInterrupt(), 8, tmp_path / "error.json", reports=True)
     assert code == 130
-    assert said.startswith("interrupted; ")
+    assert stderr.startswith("interrupted; ")
     assert seconds < 60
     assert list(tmp_path.iterdir()) == []
 
@@ -246,39 +244,39 @@ def test_an_interruption_by_hand_is_no_error(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("error", "code"), [(KeyboardInterrupt(), 130), (Aborted(signal.SIGINT), 130), (Aborted(signal.SIGTERM), 143)]
 )
-def test_an_interruption_is_told_once_on_a_machine(
+def test_interruption_is_printed_once_per_machine(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, error: BaseException, code: int
 ) -> None:
     for reports in (True, False):
         file = str(tmp_path / "error.json")
         assert run_command(raises(error), rank=9 - reports, reports=reports, error_file=file) == code
-        said = capsys.readouterr().err
-        assert said.count("\n") == reports, said
+        stderr = capsys.readouterr().err
+        assert stderr.count("\n") == reports, stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def read_error_file(path: Path, began: float, exit_code: int) -> str:
-    """Return the message for the launcher; torchrun itself reads it, and whatever follows bears a later second."""
-    left = json.loads(path.read_text(encoding="utf-8"))
-    assert left.keys() == {"message", "timestamp"}
-    assert type(left["timestamp"]) is int
-    assert int(began) <= left["timestamp"] < int(time.time())
+    """Return the message in an error file, read as torchrun does. Its timestamp must be earlier than now."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report.keys() == {"message", "timestamp"}
+    assert type(report["timestamp"]) is int
+    assert int(began) <= report["timestamp"] < int(time.time())
     failure = ProcessFailure(local_rank=0, pid=os.getpid(), exitcode=exit_code, error_file=str(path))
-    assert (failure.message, failure.timestamp) == (left["message"], left["timestamp"])
+    assert (failure.message, failure.timestamp) == (report["message"], report["timestamp"])
     return failure.message
 
 
 @pytest.mark.parametrize(("rank", "prefix"), [(0, "error: "), (1, "error on rank 1: ")])
-@pytest.mark.usefixtures("hasty")
-def test_an_error_of_ours_is_left_for_the_launcher(tmp_path: Path, rank: int, prefix: str) -> None:
+@pytest.mark.usefixtures("no_delay")
+def test_error_file_of_an_expected_error(tmp_path: Path, rank: int, prefix: str) -> None:
     path, began = tmp_path / "error.json", time.time()
-    code, said, _ = tell(TrainingError("the loss is ∞ at step 3"), rank, path)
-    assert (code, said) == (3, f"{prefix}the loss is ∞ at step 3\n")
-    assert read_error_file(path, began, exit_code=3) == said.rstrip("\n")
+    code, stderr, _ = run_failing(TrainingError("the loss is ∞ at step 3"), rank, path)
+    assert (code, stderr) == (3, f"{prefix}the loss is ∞ at step 3\n")
+    assert read_error_file(path, began, exit_code=3) == stderr.rstrip("\n")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_unexpected_error_is_left_with_its_traceback_and_raised(
+def test_unexpected_error_is_written_with_its_traceback_and_raised(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, rank: int
 ) -> None:
     path, began = tmp_path / "error.json", time.time()
@@ -288,28 +286,28 @@ def test_an_unexpected_error_is_left_with_its_traceback_and_raised(
     assert message.startswith("Traceback (most recent call last)")
     assert message.endswith("KeyError: 'lost'\n")
     assert Path(__file__).name in message
-    assert capsys.readouterr().err == "", "Python itself will tell it"
+    assert capsys.readouterr().err == "", "Python prints the traceback"
 
 
-def test_without_a_launcher_no_file_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_error_file_without_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert tell(ConfigError("x"))[0] == 2
+    assert run_failing(ConfigError("x"))[0] == 2
     with pytest.raises(KeyError):
         run_command(raises(KeyError("lost")))
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("hasty")
-def test_the_training_command_knows_its_rank_and_where_its_launcher_looks(
+@pytest.mark.usefixtures("no_delay")
+def test_train_reads_rank_and_error_file_from_the_environment(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path, began = tmp_path / "error.json", time.time()
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
     assert main(["--config", str(tmp_path / "none.yaml")]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error on rank 3: ")
-    assert read_error_file(path, began, exit_code=2) == said.rstrip("\n")
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error on rank 3: ")
+    assert read_error_file(path, began, exit_code=2) == stderr.rstrip("\n")
 
 
 ORPHAN = """
@@ -319,13 +317,14 @@ subprocess.Popen(["/bin/sh", "-c", 'sleep 0.2; exec "$0" -c "$1"', sys.executabl
 """
 
 
-def test_a_process_whose_launcher_has_gone_already_does_not_train_on(tmp_path: Path) -> None:
-    """No one would end it: the launcher died while this process still read its imports."""
+def test_process_of_a_dead_launcher_raises(tmp_path: Path) -> None:
+    """Nothing would end it: the launcher died while the process was importing."""
     environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "no"}
-    with (tmp_path / "said").open("w") as said:
-        subprocess.run([sys.executable, "-c", ORPHAN], env=environment, stderr=said, stdout=said, check=True)
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        subprocess.run([sys.executable, "-c", ORPHAN], env=environment, stderr=file, stdout=file, check=True)
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while "error" not in (tmp_path / "said").read_text():
+    while "error" not in log.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert "what launched this process has gone" in (tmp_path / "said").read_text()
+    assert "the launcher of this process has died" in log.read_text()

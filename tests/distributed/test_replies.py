@@ -1,4 +1,4 @@
-"""Replies to prompts in the precision of training, on every backend; one that fails stops no run."""
+"""Replies to prompts in the precision of training, on every backend; a failed reply does not stop the run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ pytestmark = pytest.mark.distributed
 
 BACKENDS = ("cpu", "cpu_ddp", "cpu_zero2", "cpu_zero3", "cpu 4-bit", "cpu_ddp 4-bit", "cpu_zero2 4-bit")
 CASES = [(backend, precision) for precision in ("no", "bf16", "fp16") for backend in BACKENDS]
-PROMPTS = ["say alpha", "say bravo and more than that"]
+PROMPTS = ["repeat alpha", "repeat bravo and more than that"]
 
 
 @pytest.mark.parametrize(("backend", "precision"), CASES)
-def test_replies_end_no_run(
+def test_replies_during_training(
     forks: Forks,
     make_config: Callable[..., RunConfig],
     tiny_model: Callable[..., Path],
@@ -46,10 +46,10 @@ def test_replies_end_no_run(
 
 
 @pytest.mark.parametrize("preset", ["cpu", "cpu_ddp"])
-def test_a_reply_that_fails_is_reported(
+def test_failed_reply_is_logged(
     forks: Forks, make_config: Callable[..., RunConfig], tmp_path: Path, preset: str
 ) -> None:
-    """The second prompt raises after the last step: the adapter is there, and a restart does not meet it again."""
+    """The second prompt raises after the last step: the adapter is written, and a restart repeats the replies."""
     config = make_config(evaluation={"prompts": PROMPTS, "max_new_tokens": 3}, training={"max_steps": 2})
     file = tmp_path / "config.yaml"
     file.write_text(config_to_yaml(config), encoding="utf-8")

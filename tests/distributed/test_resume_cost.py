@@ -1,4 +1,4 @@
-"""Going on from step 10,000 costs no more than beginning, whatever was consumed."""
+"""Resuming from step 10,000 costs no more than starting a run."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from tests.distributed.test_signals import wait_for
 
 pytestmark = pytest.mark.distributed
 
-FAR = 10_000
+STEP = 10_000
 
 
-def test_the_first_step_after_ten_thousand_comes_as_soon_as_the_very_first(
+def test_resuming_far_into_a_run_is_as_fast_as_starting(
     forks: Forks, make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     file, run = tmp_path / "config.yaml", tmp_path / "run"
-    config = make_config(training={"max_steps": FAR + 100}, checkpoint={"every_steps": 1})
+    config = make_config(training={"max_steps": STEP + 100}, checkpoint={"every_steps": 1})
     file.write_text(config_to_yaml(config), encoding="utf-8")
 
     def seconds_to(step: int) -> float:
-        """Return the CPU time of a process until it has made its first step, which is this one."""
+        """Return the CPU time in seconds of a process until its first step, which must be `step`."""
         fault = {"LORA_ACCEL_FAULT": "step.begin@2=pause", "LORA_ACCEL_FAULT_MARK": str(tmp_path / "mark")}
         (process,) = forks.start("cpu", ["--config", str(file)], **fault)
         wait_for(lambda: (tmp_path / "mark-0").exists() or not process.is_alive(), "no first step")
@@ -43,21 +43,21 @@ def test_the_first_step_after_ten_thousand_comes_as_soon_as_the_very_first(
         (tmp_path / "mark-0").unlink()
         return times.user + times.system
 
-    fresh, resumed = [], []
+    new, resumed = [], []
     for _ in range(3):
         shutil.rmtree(run, ignore_errors=True)
-        fresh.append(seconds_to(1))
+        new.append(seconds_to(1))
         shutil.rmtree(run)
         forks.run("cpu", ["--config", str(file)], LORA_ACCEL_FAULT="step.begin@3=kill")
-        pretend_to_have_come_to(FAR, run)
-        resumed.append(seconds_to(FAR + 1))
-    first, far = statistics.median(fresh), statistics.median(resumed)
-    print(f"first step after {first:.2f} s; step {FAR + 1:,} after {far:.2f} s")
-    assert far < 2 * first + 1, "the log of 10,000 steps costs some of it"
+        rename_checkpoint(STEP, run)
+        resumed.append(seconds_to(STEP + 1))
+    start, resume = statistics.median(new), statistics.median(resumed)
+    print(f"first step after {start:.2f} s; step {STEP + 1:,} after {resume:.2f} s")
+    assert resume < 2 * start + 1  # reading the log of 10,000 steps takes some of it
 
 
-def pretend_to_have_come_to(step: int, run: Path) -> None:
-    """Make step 2's checkpoint and log those of a step far on."""
+def rename_checkpoint(step: int, run: Path) -> None:
+    """Turn the checkpoint and log of step 2 into those of a later step."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     (run / "checkpoints" / "step-00000002").rename(folder)
     write_json(folder / STATE, read_json(folder / STATE) | {"step": step})

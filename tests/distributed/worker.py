@@ -1,9 +1,8 @@
-"""Launched by tests: train several run configs one after the other in the same processes, and keep what they computed.
+"""Script that tests launch: train several run configs in sequence in the same processes.
 
     accelerate launch … tests/distributed/worker.py CONFIG …
 
-Beside each adapter it leaves `logits.safetensors`: what the live model, as it stands sharded over the ranks, makes of a
-few tokens.
+Next to each adapter it writes `logits.safetensors`: the logits of the live model, sharded or not, for `TOKENS`.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ export_adapter = run_folder.export_adapter
 
 
 @torch.no_grad()
-def export_with_logits(folder: Path, tokenizer: Any, template: str, accelerator: Any, model: Any, *rest: Any) -> None:
-    """Export as ever, and keep the live model's logits."""
-    export_adapter(folder, tokenizer, template, accelerator, model, *rest)
+def export_with_logits(folder: Path, template: Any, accelerator: Any, model: Any, *rest: Any) -> None:
+    """Export the adapter, and write the live model's logits."""
+    export_adapter(folder, template, accelerator, model, *rest)
     model.eval()
     logits = model(input_ids=TOKENS.to(accelerator.device), use_cache=False).logits
     if accelerator.is_main_process:
@@ -38,11 +37,11 @@ def export_with_logits(folder: Path, tokenizer: Any, template: str, accelerator:
 
 
 def main(files: list[str]) -> int:
-    """Train each config; every process does."""
+    """Train each config. Every rank calls this."""
     run_folder.export_adapter = export_with_logits
     for file in files:
         train.run_training(read_config(file, []))
-        AcceleratorState._reset_state()  # the process group stays
+        AcceleratorState._reset_state()  # keeps the process group
         GradientState._reset_state()
         unset_hf_deepspeed_config()
     return 0

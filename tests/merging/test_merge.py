@@ -1,4 +1,4 @@
-"""A merged model is what PEFT would merge, answers as base + adapter do, and is an ordinary model folder."""
+"""A merged model equals PEFT's merge, has the logits of base + adapter, and is a complete model folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(IDS).logits.float()
 
 
-def contents(folder: Path) -> set[str]:
+def file_names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
@@ -55,28 +55,28 @@ def trained(
 
 @pytest.mark.parametrize("bias", ["none", "all"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen2"])
-def test_in_float32_it_is_exactly_what_peft_merges(
+def test_float32_merge_equals_peft_bitwise(
     trained: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path, family: str, bias: str
 ) -> None:
     adapter = trained(family, adapter={"bias": bias})
-    told = merge_adapter(adapter, tmp_path / "merged")
+    provenance = merge_adapter(adapter, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
-    both = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model(family)), adapter)
-    answers = logits(both)
-    torch.testing.assert_close(logits(merged), answers, rtol=1e-5, atol=1e-5)
-    moved = (answers - logits(AutoModelForCausalLM.from_pretrained(tiny_model(family)))).abs().max()
-    assert moved > 1e-2, "the adapter does something, so that agreeing says something"
-    assert 0 <= told["merged"]["agreement"]["moved"] < 1e-5
+    peft_model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model(family)), adapter)
+    expected_logits = logits(peft_model)
+    torch.testing.assert_close(logits(merged), expected_logits, rtol=1e-5, atol=1e-5)
+    difference = (expected_logits - logits(AutoModelForCausalLM.from_pretrained(tiny_model(family)))).abs().max()
+    assert difference > 1e-2, "the adapter must change the logits for this test to mean anything"
+    assert 0 <= provenance["merged"]["agreement"]["moved"] < 1e-5
 
-    by_peft = both.merge_and_unload().state_dict()
-    ours = merged.state_dict()
-    assert ours.keys() == by_peft.keys()
-    for name, tensor in by_peft.items():
-        assert torch.equal(ours[name], tensor), name
+    expected = peft_model.merge_and_unload().state_dict()
+    actual = merged.state_dict()
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
 
 
-def test_a_bfloat16_base_stays_bfloat16_and_is_rounded_once(
+def test_bfloat16_base_stays_bfloat16_and_is_rounded_once(
     trained: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     adapter = trained(dtype=torch.bfloat16)
@@ -96,47 +96,48 @@ def test_a_bfloat16_base_stays_bfloat16_and_is_rounded_once(
     [{"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["embed_tokens"]}],
     ids=["dora", "rslora", "head", "embedding"],
 )
-def test_other_forms_of_lora_merge(trained: Callable[..., Path], tmp_path: Path, options: dict[str, object]) -> None:
+def test_lora_variants_merge(trained: Callable[..., Path], tmp_path: Path, options: dict[str, object]) -> None:
     adapter = trained("qwen2", adapter=options)
     base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    answers = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter))
+    expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter))
     merge_adapter(adapter, tmp_path / "merged")
-    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
-    torch.testing.assert_close(merged, answers, rtol=1e-5, atol=1e-5)
+    actual = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_dequantized_weights_are_those_that_a_qlora_run_computes_with(
+def test_dequantized_base_weights_equal_those_of_a_qlora_run(
     trained: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     adapter = trained(quantization={"bits": 4})
-    told = merge_adapter(adapter, tmp_path / "merged", base_weights="dequantized")
-    assert told["merged"]["base_weights"] == "dequantized"
-    assert told["merged"]["agreement"]["moved"] < 1e-4
-    packed = load_base_model(ModelSection(name_or_path=str(tiny_model())), QuantizationSection(bits=4))
-    layer = packed.model.layers[0].mlp.down_proj
-    unpacked = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    provenance = merge_adapter(adapter, tmp_path / "merged", base_weights="dequantized")
+    assert provenance["merged"]["base_weights"] == "dequantized"
+    assert provenance["merged"]["agreement"]["moved"] < 1e-4
+    quantized = load_base_model(ModelSection(name_or_path=str(tiny_model())), QuantizationSection(bits=4))
+    layer = quantized.model.layers[0].mlp.down_proj
+    dequantized = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     delta = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model()), adapter)
     delta = delta.base_model.model.model.layers[0].mlp.down_proj.get_delta_weight("default")
-    ours = load_file(tmp_path / "merged" / "model.safetensors")
-    torch.testing.assert_close(ours["model.layers.0.mlp.down_proj.weight"], unpacked + delta, rtol=0, atol=1e-6)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    torch.testing.assert_close(merged[name], dequantized + delta, rtol=0, atol=1e-6)
     base = load_file(tiny_model() / "model.safetensors")
-    assert (ours["model.layers.0.mlp.down_proj.weight"] - base["model.layers.0.mlp.down_proj.weight"]).std() > 1e-3
-    assert torch.equal(ours["lm_head.weight"], base["lm_head.weight"]), "the head is not packed"
+    assert (merged[name] - base[name]).std() > 1e-3
+    assert torch.equal(merged["lm_head.weight"], base["lm_head.weight"]), "the head is not quantized"
 
 
-def test_dequantized_is_refused_where_nothing_was_quantised(trained: Callable[..., Path], tmp_path: Path) -> None:
+def test_dequantized_needs_a_quantized_base(trained: Callable[..., Path], tmp_path: Path) -> None:
     adapter = trained()
-    with pytest.raises(ArtifactError, match="was not held in 4 bits; say --base-weights original"):
+    with pytest.raises(ArtifactError, match="was not quantized to 4 bits; pass --base-weights original"):
         merge_adapter(adapter, tmp_path / "merged", base_weights="dequantized")
     (adapter / "provenance.json").unlink()
-    with pytest.raises(ArtifactError, match="does not say how its base was quantised"):
+    with pytest.raises(ArtifactError, match="has no record of how its base was quantized"):
         merge_adapter(adapter, tmp_path / "merged", base_weights="dequantized")
-    with pytest.raises(UserError, match="say original or dequantized"):
+    with pytest.raises(UserError, match="use original or dequantized"):
         merge_adapter(adapter, tmp_path / "merged", base_weights="rounded")
-    assert nothing_made(tmp_path)
+    assert nothing_written(tmp_path)
 
 
-def test_an_adapter_trained_on_a_quantised_base_is_merged_into_the_whole_base(
+def test_qlora_adapter_merges_into_the_unquantized_base(
     trained: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     adapter = trained(quantization={"bits": 4})
@@ -145,33 +146,33 @@ def test_an_adapter_trained_on_a_quantised_base_is_merged_into_the_whole_base(
     assert not hasattr(merged.config, "quantization_config")
     assert {tensor.dtype for tensor in merged.state_dict().values()} == {torch.float32}
     base = AutoModelForCausalLM.from_pretrained(tiny_model())
-    by_peft = PeftModel.from_pretrained(base, adapter).merge_and_unload().state_dict()
-    assert all(torch.equal(merged.state_dict()[name], tensor) for name, tensor in by_peft.items())
+    expected = PeftModel.from_pretrained(base, adapter).merge_and_unload().state_dict()
+    assert all(torch.equal(merged.state_dict()[name], tensor) for name, tensor in expected.items())
 
 
-def test_the_folder_is_complete_and_says_what_it_was_made_from(
+def test_folder_is_complete_and_has_provenance(
     trained: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    licence = tiny_model() / "LICENSE.txt"
-    licence.write_text("free")
+    license_file = tiny_model() / "LICENSE.txt"
+    license_file.write_text("free")
     adapter = trained()
-    told = merge_adapter(adapter, tmp_path / "merged")
-    licence.unlink()
+    returned = merge_adapter(adapter, tmp_path / "merged")
+    license_file.unlink()
     out = tmp_path / "merged"
     assert why_invalid(out) is None
     files = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "provenance.json"}
-    assert files | {"manifest.json", "README.md", "LICENSE.txt"} <= contents(out)
+    assert files | {"manifest.json", "README.md", "LICENSE.txt"} <= file_names(out)
     assert str(tiny_model()) in (out / "README.md").read_text()
-    assert not any("adapter" in name for name in contents(out))
+    assert not any("adapter" in name for name in file_names(out))
     assert AutoTokenizer.from_pretrained(out).chat_template == CHATML
     assert AutoConfig.from_pretrained(out).use_cache
     provenance = json.loads((out / "provenance.json").read_text())
-    assert provenance == told
+    assert provenance == returned
     assert provenance["merged"]["base"] == str(tiny_model())
     assert provenance["adapter"] == json.loads((adapter / "provenance.json").read_text())
 
 
-def test_the_template_of_training_is_in_the_merged_model(
+def test_merged_model_has_the_chat_template_of_training(
     trained: Callable[..., Path], make_config: Callable[..., RunConfig], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     model = {"name_or_path": str(tiny_model()), "chat_template": "alpaca"}
@@ -180,53 +181,47 @@ def test_the_template_of_training_is_in_the_merged_model(
     assert "### Response" in AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
 
 
-def test_a_bare_peft_adapter_is_merged_with_the_tokenizer_of_its_base(
-    tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_bare_peft_adapter_gets_the_tokenizer_of_its_base(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(tiny_model()),
         LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False),
     )
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    answers = logits(model)
+    expected = logits(model)
     merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits(merged), answers, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == CHATML
 
 
-# What is refused, and that nothing is half-made
+# Errors. Nothing is written
 
 
-def nothing_made(folder: Path) -> bool:
+def nothing_written(folder: Path) -> bool:
     return not [path for path in folder.iterdir() if "merged" in path.name]
 
 
-def test_a_folder_that_is_there_is_refused_and_replaced_on_request(
-    trained: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_existing_folder_is_replaced_only_with_overwrite(trained: Callable[..., Path], tmp_path: Path) -> None:
     adapter, out = trained(), tmp_path / "merged"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="is there already; choose another folder, or say --overwrite"):
+    with pytest.raises(ArtifactError, match="already exists; choose another folder, or pass --overwrite"):
         merge_adapter(adapter, out)
-    assert contents(out) == {"mine.txt"}
+    assert file_names(out) == {"mine.txt"}
     merge_adapter(adapter, out, overwrite=True)
-    assert "mine.txt" not in contents(out)
+    assert "mine.txt" not in file_names(out)
     assert why_invalid(out) is None
     assert {path.name for path in tmp_path.iterdir() if "merged" in path.name} == {"merged"}
 
 
-def test_an_empty_folder_is_taken(trained: Callable[..., Path], tmp_path: Path) -> None:
+def test_empty_output_folder_is_accepted(trained: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     merge_adapter(trained(), tmp_path / "merged")
     assert why_invalid(tmp_path / "merged") is None
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_file_in_the_place_of_the_folder_is_refused(
-    trained: Callable[..., Path], tmp_path: Path, overwrite: bool
-) -> None:
+def test_output_path_that_is_a_file_raises(trained: Callable[..., Path], tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "merged").write_text("mine")
     with pytest.raises(ArtifactError, match="merged"):
         merge_adapter(trained(), tmp_path / "merged", overwrite=overwrite)
@@ -234,31 +229,31 @@ def test_a_file_in_the_place_of_the_folder_is_refused(
 
 
 @pytest.mark.parametrize("inside", [".", "..", "out"])
-def test_overwriting_what_is_merged_is_refused(trained: Callable[..., Path], inside: str) -> None:
-    """OUT = the adapter's own folder, or one that holds it, would delete the adapter."""
+def test_output_folder_that_contains_the_adapter_raises(trained: Callable[..., Path], inside: str) -> None:
+    """Replacing it would delete the adapter."""
     adapter = trained()
-    before = contents(adapter)
+    before = file_names(adapter)
     if inside == "out":
-        merge_adapter(adapter, adapter / "out", overwrite=True)  # beside its files: harmless
-        assert contents(adapter) == before | {"out"}
+        merge_adapter(adapter, adapter / "out", overwrite=True)  # inside the adapter's folder: deletes nothing
+        assert file_names(adapter) == before | {"out"}
         return
-    with pytest.raises(ArtifactError, match="holds the adapter"):
+    with pytest.raises(ArtifactError, match="contains the adapter"):
         merge_adapter(adapter, adapter / inside, overwrite=True)
-    assert contents(adapter) == before
+    assert file_names(adapter) == before
 
 
-def test_overwriting_the_base_is_refused(
+def test_output_folder_that_is_the_base_raises(
     trained: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     adapter = trained()
     copy = tmp_path / "base"
     shutil.copytree(tiny_model(), copy)
-    with pytest.raises(ArtifactError, match="holds the base"):
+    with pytest.raises(ArtifactError, match="contains the base"):
         merge_adapter(adapter, copy, base=str(copy), overwrite=True)
-    assert contents(copy) == contents(tiny_model())
+    assert file_names(copy) == file_names(tiny_model())
 
 
-def test_another_base_than_that_of_training_is_refused(
+def test_different_base_weights_raise(
     trained: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     adapter = trained()
@@ -269,15 +264,15 @@ def test_another_base_than_that_of_training_is_refused(
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ArtifactError, match="its weights are not those that the adapter was trained on"):
         merge_adapter(adapter, tmp_path / "merged", base=str(other))
-    assert nothing_made(tmp_path)
+    assert nothing_written(tmp_path)
 
-    told = merge_adapter(adapter, tmp_path / "merged", base=str(other), force=True)
-    assert told["merged"]["same_base"] is False
-    assert told["merged"]["agreement"]["moved"] < 1e-4, "it is base + adapter all the same"
+    provenance = merge_adapter(adapter, tmp_path / "merged", base=str(other), force=True)
+    assert provenance["merged"]["same_base"] is False
+    assert provenance["merged"]["agreement"]["moved"] < 1e-4
 
 
 @pytest.mark.parametrize("change", [{"num_hidden_layers": 1}, {"hidden_size": 48}, {"intermediate_size": 32}])
-def test_a_base_of_another_shape_is_refused(
+def test_base_of_another_shape_raises(
     trained: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path, change: dict[str, int]
 ) -> None:
     adapter, other = trained(), tmp_path / "other"
@@ -290,173 +285,170 @@ def test_a_base_of_another_shape_is_refused(
             ArtifactError, match=r"adapter: .*(do not belong to this adapter|has shape).*are these the base"
         ):
             merge_adapter(adapter, tmp_path / "merged", base=str(other), force=force)
-    assert nothing_made(tmp_path)
+    assert nothing_written(tmp_path)
 
 
-def test_another_kind_of_model_is_refused(
+def test_base_of_another_architecture_raises(
     trained: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ArtifactError, match="does not fit this base"):
         merge_adapter(trained(), tmp_path / "merged", base=str(tiny_model("gpt2")))
-    assert nothing_made(tmp_path)
+    assert nothing_written(tmp_path)
 
 
-def test_the_same_base_in_another_place_is_taken(
-    trained: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_moved_base_is_accepted(trained: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     adapter = trained()
     moved = tmp_path / "moved"
     shutil.copytree(tiny_model(), moved)
-    told = merge_adapter(adapter, tmp_path / "merged", base=str(moved))
-    assert told["merged"]["base"] == str(moved)
+    provenance = merge_adapter(adapter, tmp_path / "merged", base=str(moved))
+    assert provenance["merged"]["base"] == str(moved)
 
 
-@pytest.mark.parametrize("gone", ["adapter_config.json", WEIGHTS])
-def test_what_is_no_adapter_is_refused(trained: Callable[..., Path], tmp_path: Path, gone: str) -> None:
+@pytest.mark.parametrize("missing", ["adapter_config.json", WEIGHTS])
+def test_incomplete_adapter_raises(trained: Callable[..., Path], tmp_path: Path, missing: str) -> None:
     adapter = trained()
-    (adapter / gone).unlink()
-    with pytest.raises(ArtifactError, match=f"no {gone} in it, so it is no adapter"):
+    (adapter / missing).unlink()
+    with pytest.raises(ArtifactError, match=f"is not an adapter: {missing} is missing"):
         merge_adapter(adapter, tmp_path / "merged")
-    assert nothing_made(tmp_path)
+    assert nothing_written(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"base_model_name_or_path": null}', "{}"])
-def test_an_adapter_config_that_names_no_base_is_refused(
-    trained: Callable[..., Path], tmp_path: Path, text: str
-) -> None:
+def test_adapter_config_without_a_base_raises(trained: Callable[..., Path], tmp_path: Path, text: str) -> None:
     adapter = trained()
     (adapter / "adapter_config.json").write_text(text)
     with pytest.raises(UserError, match="adapter"):
         merge_adapter(adapter, tmp_path / "merged")
-    assert nothing_made(tmp_path)
+    assert nothing_written(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "told", [[], 3, {"base": []}, {"base": {"revision": 3}}, {"base": {"sha256": 3, "name_or_path": "x"}}, {"base": {}}]
+    "provenance",
+    [[], 3, {"base": []}, {"base": {"revision": 3}}, {"base": {"sha256": 3, "name_or_path": "x"}}, {"base": {}}],
 )
-def test_a_provenance_that_tells_nothing_is_refused(trained: Callable[..., Path], tmp_path: Path, told: object) -> None:
+def test_invalid_provenance_raises(trained: Callable[..., Path], tmp_path: Path, provenance: object) -> None:
     adapter = trained()
-    (adapter / "provenance.json").write_text(json.dumps(told))
+    (adapter / "provenance.json").write_text(json.dumps(provenance))
     with pytest.raises(ArtifactError, match=r"provenance\.json"):
         merge_adapter(adapter, tmp_path / "merged")
-    assert nothing_made(tmp_path)
+    assert nothing_written(tmp_path)
 
 
-def test_a_base_that_is_gone_is_refused(trained: Callable[..., Path], tmp_path: Path) -> None:
+def test_missing_base_raises(trained: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
         merge_adapter(trained(), tmp_path / "merged", base=str(tmp_path / "absent"))
-    assert nothing_made(tmp_path)
+    assert nothing_written(tmp_path)
 
 
-def test_nan_is_refused(trained: Callable[..., Path], tmp_path: Path) -> None:
+def test_nan_raises(trained: Callable[..., Path], tmp_path: Path) -> None:
     adapter = trained()
     weights = load_file(adapter / WEIGHTS)
     next(iter(weights.values()))[0, 0] = float("nan")
     save_file(weights, adapter / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(ArtifactError, match="not finite"):
         merge_adapter(adapter, tmp_path / "merged")
-    assert nothing_made(tmp_path)
+    assert nothing_written(tmp_path)
 
 
-def test_a_merge_that_answers_otherwise_is_not_written(
+def test_merge_with_wrong_logits_is_not_written(
     trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One value of one tensor, and a sum that is not a number."""
+    """One value of one tensor is wrong, or NaN."""
     adapter = trained()
-    real = MergedTensors.read
+    original = MergedTensors.read
 
-    def wrong(by: float) -> Callable[..., torch.Tensor]:
+    def read_with_error(error: float) -> Callable[..., torch.Tensor]:
         def read(self: MergedTensors, name: str) -> torch.Tensor:
-            tensor = real(self, name).clone()
+            tensor = original(self, name).clone()
             if name == "model.layers.1.mlp.down_proj.weight":
-                tensor[3, 5] += by
+                tensor[3, 5] += error
             return tensor
 
         return read
 
-    for by in (0.1, float("nan")):
-        monkeypatch.setattr(MergedTensors, "read", wrong(by))
-        with pytest.raises(LoraAccelError, match=r"differ from base \+ adapter by .* nothing was written") as refused:
+    for error in (0.1, float("nan")):
+        monkeypatch.setattr(MergedTensors, "read", read_with_error(error))
+        with pytest.raises(LoraAccelError, match=r"differ from base \+ adapter by .* nothing was written") as raised:
             merge_adapter(adapter, tmp_path / "merged", verify=True)
-        assert refused.value.exit_code == 1
-        assert nothing_made(tmp_path)
-    monkeypatch.setattr(MergedTensors, "read", wrong(0.1))
-    told = merge_adapter(adapter, tmp_path / "merged", verify=False)
-    assert told["merged"]["agreement"] is None
+        assert raised.value.exit_code == 1
+        assert nothing_written(tmp_path)
+    monkeypatch.setattr(MergedTensors, "read", read_with_error(0.1))
+    provenance = merge_adapter(adapter, tmp_path / "merged", verify=False)
+    assert provenance["merged"]["agreement"] is None
 
 
-def test_a_model_that_does_not_fit_into_memory_is_not_compared(
+def test_model_too_large_for_memory_is_not_verified(
     trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merge.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    told = merge_adapter(trained(), tmp_path / "merged")
-    assert told["merged"]["agreement"] is None
+    provenance = merge_adapter(trained(), tmp_path / "merged")
+    assert provenance["merged"]["agreement"] is None
     assert "It was not compared" in (tmp_path / "merged" / "README.md").read_text()
 
 
-def test_nothing_is_half_made_when_saving_fails(
+def test_failed_write_leaves_nothing(
     trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = trained()
 
-    def full(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(merge, "write_json", full)  # the last file: model and tokenizer are written by then
+    monkeypatch.setattr(merge, "write_json", fail)  # called after model and tokenizer have been written
     with pytest.raises(OSError, match="No space left"):
         merge_adapter(adapter, tmp_path / "merged")
-    assert nothing_made(tmp_path)
+    assert nothing_written(tmp_path)
 
 
-# All of a run
+# All checkpoints of a run
 
 
 @pytest.fixture
 def run(trained: Callable[..., Path]) -> Path:
-    """A run with two checkpoints, and its adapter."""
+    """Return a run with two checkpoints and its adapter."""
     return trained(adapter={"bias": "all", "use_dora": True}, checkpoint={"every_steps": 3}).parent
 
 
-def test_every_checkpoint_is_merged_and_the_base_is_read_once(
+def test_merge_checkpoints_reads_the_base_once(
     run: Path, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: Counter[str] = Counter()
-    real = Weights._read
+    reads: Counter[str] = Counter()
+    original = Weights._read
 
-    def counted(self: Weights, file: Path, name: str) -> torch.Tensor:
-        read[name] += file.parent == tiny_model()
-        return real(self, file, name)
+    def count_and_read(self: Weights, path: Path, name: str) -> torch.Tensor:
+        reads[name] += path.parent == tiny_model()
+        return original(self, path, name)
 
-    monkeypatch.setattr(Weights, "_read", counted)
-    made = merge_checkpoints(run)
-    assert set(read.values()) == {1}
-    assert contents(run / "merged") == {"step-00000003", "step-00000006", "adapter"}
-    assert [Path(told["merged"]["adapter"]).name for told in made] == ["step-00000003", "step-00000006", "adapter"]
+    monkeypatch.setattr(Weights, "_read", count_and_read)
+    provenances = merge_checkpoints(run)
+    assert set(reads.values()) == {1}
+    assert file_names(run / "merged") == {"step-00000003", "step-00000006", "adapter"}
+    names = [Path(provenance["merged"]["adapter"]).name for provenance in provenances]
+    assert names == ["step-00000003", "step-00000006", "adapter"]
     for folder, name in [(run / "checkpoints" / "step-00000003", "step-00000003"), (run / "adapter", "adapter")]:
-        merge_adapter(folder, tmp_path / "one", overwrite=True)
-        one = load_file(tmp_path / "one" / "model.safetensors")
-        ours = load_file(run / "merged" / name / "model.safetensors")
-        assert all(torch.equal(ours[key], tensor) for key, tensor in one.items())
+        merge_adapter(folder, tmp_path / "single", overwrite=True)
+        expected = load_file(tmp_path / "single" / "model.safetensors")
+        actual = load_file(run / "merged" / name / "model.safetensors")
+        assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
         assert why_invalid(run / "merged" / name) is None
         assert AutoTokenizer.from_pretrained(run / "merged" / name).chat_template == CHATML
     first, last = (load_file(run / "merged" / name / "model.safetensors") for name in ("step-00000003", "adapter"))
     assert not torch.equal(first["model.layers.0.mlp.up_proj.weight"], last["model.layers.0.mlp.up_proj.weight"])
 
 
-def test_what_is_merged_already_is_left_and_what_is_damaged_is_made_again(run: Path) -> None:
+def test_merge_checkpoints_skips_valid_outputs_and_replaces_corrupt_ones(run: Path) -> None:
     merge_checkpoints(run)
-    stamps = {path: path.stat().st_mtime_ns for path in (run / "merged").glob("*/model.safetensors")}
-    damaged = run / "merged" / "adapter" / "model.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    stamps[damaged] = damaged.stat().st_mtime_ns
-    made = merge_checkpoints(run)
-    assert [told.get("already", False) for told in made] == [True, True, False]
-    changed = [path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp]
-    assert changed == [damaged]
+    times = {path: path.stat().st_mtime_ns for path in (run / "merged").glob("*/model.safetensors")}
+    corrupt = run / "merged" / "adapter" / "model.safetensors"
+    corrupt.write_bytes(corrupt.read_bytes()[:-1])
+    times[corrupt] = corrupt.stat().st_mtime_ns
+    provenances = merge_checkpoints(run)
+    assert [provenance.get("already", False) for provenance in provenances] == [True, True, False]
+    assert [path for path, time in times.items() if path.stat().st_mtime_ns != time] == [corrupt]
     assert why_invalid(run / "merged" / "adapter") is None
 
 
-def test_a_checkpoint_has_the_template_of_its_run_when_there_is_no_adapter_yet(
+def test_checkpoint_without_an_adapter_gets_the_chat_template_of_its_run(
     trained: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     adapter = trained(model={"name_or_path": str(tiny_model()), "chat_template": "alpaca"})
@@ -468,15 +460,15 @@ def test_a_checkpoint_has_the_template_of_its_run_when_there_is_no_adapter_yet(
     provenance = json.loads((run / "provenance.json").read_text())
     provenance["config"]["model"]["chat_template"] = "chatml"
     (run / "provenance.json").write_text(json.dumps(provenance))
-    with pytest.raises(ArtifactError, match="the chat template of its training is not to be found"):
+    with pytest.raises(ArtifactError, match="the chat template of training was not found"):
         merge_adapter(run / "checkpoints" / "step-00000006", tmp_path / "merged")
 
 
-def test_a_folder_without_anything_to_merge_is_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="has no checkpoints/ in it"):
+def test_run_without_checkpoints_and_adapter_raises(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no checkpoints/ folder"):
         merge_checkpoints(tmp_path / "absent")
     shutil.rmtree(run / "adapter")
     for checkpoint in (run / "checkpoints").iterdir():
         (checkpoint / "manifest.json").unlink()
-    with pytest.raises(ArtifactError, match="neither a whole checkpoint nor an adapter"):
+    with pytest.raises(ArtifactError, match="neither a complete checkpoint nor an adapter"):
         merge_checkpoints(run)

@@ -1,4 +1,4 @@
-"""A merge that reads the base a tensor at a time gives what PEFT gives on a whole model, to the last bit in float32."""
+"""A streamed merge equals PEFT's merge of a loaded model, bitwise in float32."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TARGETS = {
     "opt": ["q_proj", "v_proj", "fc1"],
     "mixtral": ["q_proj", "v_proj"],
 }
-FORMS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
@@ -46,28 +46,31 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def place(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A folder with the tokenizer of a base to be."""
+def folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Return a folder with a tokenizer in base/."""
     tokenizer.save_pretrained(tmp_path / "base")
     return tmp_path
 
 
-def saved(base: PreTrainedModel, place: Path, **options: Any) -> PeftModel:
-    """Save a base, put an adapter on it whose every tensor says something, save that too; return both together."""
-    base.save_pretrained(place / "base")
-    whole = options.pop("save_embedding_layers", False)
+def save_base_and_adapter(base: PreTrainedModel, folder: Path, **options: Any) -> PeftModel:
+    """Save a base and an adapter whose tensors are all random; return base + adapter."""
+    base.save_pretrained(folder / "base")
+    save_embeddings = options.pop("save_embedding_layers", False)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **{"init_lora_weights": False, **options})
-    return with_adapter(AutoModelForCausalLM.from_pretrained(place / "base"), config, place / "adapter", whole)
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "base")
+    return save_random_adapter(loaded, config, folder / "adapter", save_embeddings)
 
 
-def with_adapter(base: PreTrainedModel, config: LoraConfig, folder: Path, whole: bool = False) -> PeftModel:
+def save_random_adapter(
+    base: PreTrainedModel, config: LoraConfig, adapter: Path, save_embeddings: bool = False
+) -> PeftModel:
     model = get_peft_model(base, config).eval()
     torch.manual_seed(1)
     with torch.no_grad():
         for _, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter += 0.02 * torch.randn_like(parameter)
-    model.save_pretrained(folder, save_embedding_layers=whole)
+    model.save_pretrained(adapter, save_embedding_layers=save_embeddings)
     return model
 
 
@@ -76,104 +79,106 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(IDS).logits
 
 
-def merged_model(place: Path, **options: Any) -> PreTrainedModel:
-    options = {"base": str(place / "base"), "verify": False, "overwrite": True} | options
-    merge_adapter(place / "adapter", place / "merged", **options)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(place / "merged")
+def merge_and_load(folder: Path, **options: Any) -> PreTrainedModel:
+    options = {"base": str(folder / "base"), "verify": False, "overwrite": True} | options
+    merge_adapter(folder / "adapter", folder / "merged", **options)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder / "merged")
     return model
 
 
-def skip_on_older_peft(what: str) -> None:
-    """Leave out what PEFT itself gets wrong before 0.21."""
+def skip_on_older_peft(reason: str) -> None:
+    """Skip a case that PEFT gets wrong before 0.21."""
     if Version(peft.__version__) < Version("0.21"):
-        pytest.skip(f"PEFT {peft.__version__} {what}")
+        pytest.skip(f"PEFT {peft.__version__} {reason}")
 
 
 @pytest.mark.parametrize(
-    "form",  # patterns are matched in a process of its own
-    [pytest.param(form, marks=pytest.mark.launch) if form == "patterns" else form for form in FORMS],
+    "variant",  # patterns are matched in a separate process
+    [pytest.param(variant, marks=pytest.mark.launch) if variant == "patterns" else variant for variant in VARIANTS],
 )
 @pytest.mark.parametrize("family", TARGETS)
-def test_it_is_what_peft_merges_to_the_last_bit(place: Path, family: str, form: str) -> None:
-    if form == "bias-lora-only":
+def test_merge_equals_peft_bitwise(folder: Path, family: str, variant: str) -> None:
+    if variant == "bias-lora-only":
         skip_on_older_peft("saves no biases under lora_only: merge reports them as missing")
-    base = model_of(family, tie_word_embeddings=form == "tied")
+    base = model_of(family, tie_word_embeddings=variant == "tied")
     targets: Any = TARGETS[family]
-    if form == "resized":
-        base.save_pretrained(place / "base")
+    if variant == "resized":
+        base.save_pretrained(folder / "base")
         base.resize_token_embeddings(104, mean_resizing=False)
         config = LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, target_modules=targets)
-        both = with_adapter(base, config, place / "adapter", whole=True)
+        peft_model = save_random_adapter(base, config, folder / "adapter", save_embeddings=True)
     else:
-        both = saved(base, place, target_modules=targets, **FORMS[form])
-    answers = logits(both)
-    found = merged_model(place)
-    torch.testing.assert_close(logits(found), answers, rtol=1e-4, atol=1e-5)
-    expected = both.merge_and_unload(safe_merge=True).state_dict()
-    ours = found.state_dict()
-    assert ours.keys() == expected.keys()
+        peft_model = save_base_and_adapter(base, folder, target_modules=targets, **VARIANTS[variant])
+    expected_logits = logits(peft_model)
+    merged = merge_and_load(folder)
+    torch.testing.assert_close(logits(merged), expected_logits, rtol=1e-4, atol=1e-5)
+    expected = peft_model.merge_and_unload(safe_merge=True).state_dict()
+    actual = merged.state_dict()
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(ours[name], tensor), name
-    assert found.config.tie_word_embeddings == (form == "tied")
+        assert torch.equal(actual[name], tensor), name
+    assert merged.config.tie_word_embeddings == (variant == "tied")
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": "all"}, {"bias": "lora_only"}], ids=["none", "all", "lora_only"])
-def test_a_layer_is_added_to_a_few_rows_at_a_time(
-    place: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+def test_blockwise_merge_equals_peft_bitwise(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
+    """With blocks of 7 rows a layer has several, and the last one is shorter."""
     if options.get("bias") == "lora_only":
         skip_on_older_peft("saves no biases under lora_only: merge reports them as missing")
-    """Layers of these sizes are one block otherwise. 7 rows: the last block is a shorter one."""
-    monkeypatch.setattr(streaming, "BLOCK", 7 * 32)
-    both = saved(model_of("qwen2"), place, target_modules=TARGETS["qwen2"], **options)
-    ours = merged_model(place).state_dict()
-    for name, tensor in both.merge_and_unload().state_dict().items():
-        assert torch.equal(ours[name], tensor), name
+    monkeypatch.setattr(streaming, "BLOCK_NUMEL", 7 * 32)
+    peft_model = save_base_and_adapter(model_of("qwen2"), folder, target_modules=TARGETS["qwen2"], **options)
+    actual = merge_and_load(folder).state_dict()
+    for name, tensor in peft_model.merge_and_unload().state_dict().items():
+        assert torch.equal(actual[name], tensor), name
 
 
-def test_what_is_done_to_the_base_first_is_kept_in_the_dtype_that_the_base_is_stored_in(place: Path) -> None:
-    """A QLoRA run in bfloat16 on a base in float32: weights pass through bfloat16, sums do not."""
-    both = saved(model_of("llama"), place, target_modules=["q_proj"])
+def test_transform_does_not_change_the_dtype_of_the_merged_model(folder: Path) -> None:
+    """Like a QLoRA run in bfloat16 on a float32 base: weights are rounded to bfloat16, sums are not."""
+    peft_model = save_base_and_adapter(model_of("llama"), folder, target_modules=["q_proj"])
 
-    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+    def transform(name: str, weight: torch.Tensor) -> torch.Tensor:
         return weight.to(torch.bfloat16) if "_proj" in name else weight
 
     tensors = MergedTensors(
-        place / "adapter", Weights(place / "base"), AutoConfig.from_pretrained(place / "base"), change=change
+        folder / "adapter", Weights(folder / "base"), AutoConfig.from_pretrained(folder / "base"), transform=transform
     )
-    base = load_file(place / "base" / "model.safetensors")
+    base = load_file(folder / "base" / "model.safetensors")
     for layer in ("q_proj", "k_proj"):
         name = f"model.layers.0.self_attn.{layer}.weight"
         expected = base[name].to(torch.bfloat16).float()
         if layer == "q_proj":
-            expected += both.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("default")
+            expected += peft_model.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("default")
         assert torch.equal(tensors.read(name), expected)
 
 
-def test_all_of_these_but_the_experts_are_streamed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the equality above is not that of PEFT with itself."""
+def test_every_family_except_mixture_of_experts_is_streamed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the tests above would compare PEFT with itself."""
 
-    def whole(*_: object) -> None:
-        raise AssertionError("loaded whole")
+    def fail(*_: object) -> None:
+        raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr(merge, "_write_whole", whole)
+    monkeypatch.setattr(merge, "_merge_loaded", fail)
     for family in set(TARGETS) - {"mixtral"}:
-        saved(model_of(family), place, target_modules=TARGETS[family])
-        merged_model(place)
-    saved(model_of("mixtral"), place, target_modules=TARGETS["mixtral"])
-    with pytest.raises(AssertionError, match="loaded whole"):
-        merged_model(place)
+        save_base_and_adapter(model_of(family), folder, target_modules=TARGETS[family])
+        merge_and_load(folder)
+    save_base_and_adapter(model_of("mixtral"), folder, target_modules=TARGETS["mixtral"])
+    with pytest.raises(AssertionError, match="the base was loaded"):
+        merge_and_load(folder)
 
 
-def test_lora_on_the_parameters_of_experts(place: Path) -> None:
-    both = saved(model_of("mixtral"), place, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
-    answers = logits(both)
-    torch.testing.assert_close(logits(merged_model(place)), answers, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(answers, logits(AutoModelForCausalLM.from_pretrained(place / "base")), atol=1e-4)
+def test_lora_on_the_parameters_of_experts(folder: Path) -> None:
+    peft_model = save_base_and_adapter(
+        model_of("mixtral"), folder, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"]
+    )
+    expected_logits = logits(peft_model)
+    torch.testing.assert_close(logits(merge_and_load(folder)), expected_logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected_logits, logits(AutoModelForCausalLM.from_pretrained(folder / "base")), atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("options", "still_tied"),
+    ("options", "stays_tied"),
     [
         ({"target_modules": ["embed_tokens"]}, False),
         ({"target_modules": ["lm_head"]}, False),
@@ -185,131 +190,131 @@ def test_lora_on_the_parameters_of_experts(place: Path) -> None:
     ],
     ids=["embedding", "head", "both", "saved", "saved-tied", "embedding-tied", "tokens"],
 )
-def test_embeddings_and_head_that_were_one_are_parted_only_if_they_differ(
-    place: Path, options: dict[str, Any], still_tied: bool
+def test_tied_embeddings_are_untied_only_if_they_differ(
+    folder: Path, options: dict[str, Any], stays_tied: bool
 ) -> None:
-    """PEFT merges LoRA on one of two tied embeddings into both (huggingface/peft issue 2777)."""
+    """PEFT merges LoRA on one of two tied embeddings into peft_model (huggingface/peft issue 2777)."""
     if options.get("ensure_weight_tying"):
         skip_on_older_peft("ties nothing: merge notices that logits differ")
-    both = saved(model_of("llama", tie_word_embeddings=True), place, **options)
-    answers = logits(both)
-    found = merged_model(place, verify=True)
-    torch.testing.assert_close(logits(found), answers, rtol=1e-4, atol=1e-5)
-    assert AutoConfig.from_pretrained(place / "merged").tie_word_embeddings == still_tied
-    names = load_file(place / "merged" / "model.safetensors").keys()
-    assert ("lm_head.weight" in names) == (not still_tied)
+    peft_model = save_base_and_adapter(model_of("llama", tie_word_embeddings=True), folder, **options)
+    expected_logits = logits(peft_model)
+    merged = merge_and_load(folder, verify=True)
+    torch.testing.assert_close(logits(merged), expected_logits, rtol=1e-4, atol=1e-5)
+    assert AutoConfig.from_pretrained(folder / "merged").tie_word_embeddings == stays_tied
+    names = load_file(folder / "merged" / "model.safetensors").keys()
+    assert ("lm_head.weight" in names) == (not stays_tied)
 
 
 @pytest.mark.parametrize("how", ["pissa", "olora"])
-def test_an_adapter_that_began_with_a_change_of_the_base(place: Path, how: str) -> None:
-    both = saved(model_of("llama"), place, target_modules=["q_proj"], init_lora_weights=how)
-    answers = logits(both)
-    torch.testing.assert_close(logits(merged_model(place)), answers, rtol=1e-4, atol=1e-4)
+def test_initialization_that_changes_the_base_is_repeated(folder: Path, how: str) -> None:
+    peft_model = save_base_and_adapter(model_of("llama"), folder, target_modules=["q_proj"], init_lora_weights=how)
+    expected_logits = logits(peft_model)
+    torch.testing.assert_close(logits(merge_and_load(folder)), expected_logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", ["pissa_niter_4", "loftq", "corda", "lora_ga", "anything"])
-def test_a_change_of_the_base_that_cannot_be_repeated_is_refused(place: Path, how: str) -> None:
-    saved(model_of("llama"), place, target_modules=["q_proj"])
-    file = place / "adapter" / "adapter_config.json"
+def test_initialization_that_cannot_be_repeated_raises(folder: Path, how: str) -> None:
+    save_base_and_adapter(model_of("llama"), folder, target_modules=["q_proj"])
+    file = folder / "adapter" / "adapter_config.json"
     file.write_text(file.read_text().replace('"init_lora_weights": false', f'"init_lora_weights": "{how}"'))
     with pytest.raises(ArtifactError, match=f"init_lora_weights='{how}' changed the base's weights"):
-        merged_model(place)
+        merge_and_load(folder)
 
 
-def test_embeddings_of_another_base_are_refused(place: Path) -> None:
-    """PEFT would load base tensors that stand in an adapter's file over the base."""
-    saved(model_of("llama"), place, target_modules=["q_proj"], save_embedding_layers=True)
+def test_saved_embeddings_of_another_base_raise(folder: Path) -> None:
+    """PEFT would overwrite the base with the base tensors of an adapter's file."""
+    save_base_and_adapter(model_of("llama"), folder, target_modules=["q_proj"], save_embedding_layers=True)
     other = model_of("llama")
     with torch.no_grad():
         other.get_input_embeddings().weight[3] += 1
-    other.save_pretrained(place / "base")
+    other.save_pretrained(folder / "base")
     with pytest.raises(ArtifactError, match="the embeddings saved with the adapter are not those of this base"):
-        merged_model(place)
+        merge_and_load(folder)
 
 
-def test_a_resized_vocabulary_without_its_embeddings_is_refused(place: Path) -> None:
+def test_resized_vocabulary_without_saved_embeddings_raises(folder: Path) -> None:
     base = model_of("llama")
-    base.save_pretrained(place / "base")
+    base.save_pretrained(folder / "base")
     base.resize_token_embeddings(104, mean_resizing=False)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, target_modules=["q_proj", "lm_head"])
-    with_adapter(base, config, place / "adapter")
+    save_random_adapter(base, config, folder / "adapter")
     with pytest.raises(ArtifactError, match="lm_head"):
-        merged_model(place)
+        merge_and_load(folder)
 
 
-def test_a_sum_that_the_dtype_of_the_base_cannot_hold_is_refused(place: Path) -> None:
-    """float16 ends at 65,504."""
-    saved(model_of("llama").half(), place, target_modules=["q_proj"])
-    file = place / "adapter" / "adapter_model.safetensors"
+def test_overflow_in_the_dtype_of_the_base_raises(folder: Path) -> None:
+    """The maximum of float16 is 65,504."""
+    save_base_and_adapter(model_of("llama").half(), folder, target_modules=["q_proj"])
+    file = folder / "adapter" / "adapter_model.safetensors"
     tensors = {name: tensor * (1e4 if "lora_B" in name else 1e3) for name, tensor in load_file(file).items()}
     save_file(tensors, file)
     with pytest.raises(ArtifactError, match=r"q_proj\.weight is not finite when merged"):
-        merged_model(place)
-    assert not (place / "merged").exists()
+        merge_and_load(folder)
+    assert not (folder / "merged").exists()
 
 
-def in_shards(place: Path) -> PeftModel:
-    both = saved(model_of("llama"), place, target_modules=["q_proj", "down_proj"], bias="none")
-    (place / "base" / "model.safetensors").unlink()
-    model_of("llama").save_pretrained(place / "base", max_shard_size="20KB")
-    assert len(list((place / "base").glob("*.safetensors"))) > 2
-    return both
+def save_sharded(folder: Path) -> PeftModel:
+    peft_model = save_base_and_adapter(model_of("llama"), folder, target_modules=["q_proj", "down_proj"], bias="none")
+    (folder / "base" / "model.safetensors").unlink()
+    model_of("llama").save_pretrained(folder / "base", max_shard_size="20KB")
+    assert len(list((folder / "base").glob("*.safetensors"))) > 2
+    return peft_model
 
 
 @pytest.mark.parametrize("size", [None, 9_000, 10**9])
-def test_files_are_those_of_the_base_or_of_the_size_asked_for(place: Path, size: int | None) -> None:
-    expected = in_shards(place).merge_and_unload().state_dict()
-    ours = merged_model(place, max_shard_bytes=size).state_dict()
-    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
-    files = sorted((place / "merged").glob("*.safetensors"))
-    of_base = {file.name for file in (place / "base").glob("*.safetensors")}
+def test_files_are_those_of_the_base_or_of_max_shard_bytes(folder: Path, size: int | None) -> None:
+    expected = save_sharded(folder).merge_and_unload().state_dict()
+    actual = merge_and_load(folder, max_shard_bytes=size).state_dict()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    files = sorted((folder / "merged").glob("*.safetensors"))
+    base_names = {file.name for file in (folder / "base").glob("*.safetensors")}
     if size is None:
-        assert {file.name for file in files} == of_base
+        assert {file.name for file in files} == base_names
     elif size == 10**9:
         assert [file.name for file in files] == ["model.safetensors"]
     else:
-        assert len(files) > len(of_base)
+        assert len(files) > len(base_names)
         assert max(sum(t.nbytes for t in load_file(file).values()) for file in files) <= 96 * 32 * 4
 
 
 @pytest.mark.parametrize("index", [False, True])
-def test_a_base_in_pickles_is_read_as_data(place: Path, index: bool) -> None:
-    both = saved(model_of("llama"), place, target_modules=["q_proj"])
-    tensors = load_file(place / "base" / "model.safetensors")
-    (place / "base" / "model.safetensors").unlink()
+def test_pickled_base(folder: Path, index: bool) -> None:
+    peft_model = save_base_and_adapter(model_of("llama"), folder, target_modules=["q_proj"])
+    tensors = load_file(folder / "base" / "model.safetensors")
+    (folder / "base" / "model.safetensors").unlink()
     if index:
         names = sorted(tensors)
         parts = {"pytorch_model-00001-of-00002.bin": names[:5], "pytorch_model-00002-of-00002.bin": names[5:]}
         for file, part in parts.items():
-            torch.save({name: tensors[name] for name in part}, place / "base" / file)
+            torch.save({name: tensors[name] for name in part}, folder / "base" / file)
         weight_map = {name: file for file, part in parts.items() for name in part}
-        (place / "base" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (folder / "base" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     else:
-        torch.save(tensors, place / "base" / "pytorch_model.bin")
-    expected = both.merge_and_unload().state_dict()
-    ours = merged_model(place).state_dict()
-    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
-    assert not list((place / "merged").glob("*.bin"))
+        torch.save(tensors, folder / "base" / "pytorch_model.bin")
+    expected = peft_model.merge_and_unload().state_dict()
+    actual = merge_and_load(folder).state_dict()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    assert not list((folder / "merged").glob("*.bin"))
 
 
-def test_an_adapter_in_a_pickle_is_read_as_data(place: Path) -> None:
-    both = saved(model_of("llama"), place, target_modules=["q_proj"])
-    torch.save(load_file(place / "adapter" / "adapter_model.safetensors"), place / "adapter" / "adapter_model.bin")
-    (place / "adapter" / "adapter_model.safetensors").unlink()
-    answers = logits(both)
-    torch.testing.assert_close(logits(merged_model(place, verify=True)), answers, rtol=1e-4, atol=1e-5)
+def test_pickled_adapter(folder: Path) -> None:
+    peft_model = save_base_and_adapter(model_of("llama"), folder, target_modules=["q_proj"])
+    torch.save(load_file(folder / "adapter" / "adapter_model.safetensors"), folder / "adapter" / "adapter_model.bin")
+    (folder / "adapter" / "adapter_model.safetensors").unlink()
+    expected_logits = logits(peft_model)
+    torch.testing.assert_close(logits(merge_and_load(folder, verify=True)), expected_logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_tensor_of_the_base_is_read_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_shards(place)
-    read: Counter[str] = Counter()
-    real: Callable[..., torch.Tensor] = Weights._read
+def test_each_base_tensor_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_sharded(folder)
+    reads: Counter[str] = Counter()
+    original: Callable[..., torch.Tensor] = Weights._read
 
-    def counted(self: Weights, file: Path, name: str) -> torch.Tensor:
-        read[name] += 1
-        return real(self, file, name)
+    def count_and_read(self: Weights, path: Path, name: str) -> torch.Tensor:
+        reads[name] += 1
+        return original(self, path, name)
 
-    monkeypatch.setattr(Weights, "_read", counted)
-    merged_model(place)
-    assert set(read.values()) == {1}
-    assert len(read) == len(model_of("llama").state_dict())
+    monkeypatch.setattr(Weights, "_read", count_and_read)
+    merge_and_load(folder)
+    assert set(reads.values()) == {1}
+    assert len(reads) == len(model_of("llama").state_dict())

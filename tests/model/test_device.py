@@ -1,4 +1,4 @@
-"""What each kind of device computes in, and with which kernels. Run with `-s` for the table."""
+"""Precision, dtype and kernels of each kind of device. Run with `-s` to print the table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def other(kind: str, *features: str) -> Device:
 
 
 DEVICES = [
-    # device, who it is, precision, dtype of a base stored in bfloat16 with mixed precision off, kernel at head size 64
+    # device, name, precision, dtype of a bfloat16 base without mixed precision, kernel at head size 64
     (cuda(6, 1), "GTX 1080", "fp16", FP32, "blockwise"),
     (cuda(7, 0), "V100", "fp16", FP32, "blockwise"),
     (cuda(7, 5), "T4, RTX 20", "fp16", FP32, "blockwise"),
@@ -62,16 +62,18 @@ DEVICES = [
 @pytest.mark.parametrize(
     ("device", "name", "precision", "base", "kernel"), DEVICES, ids=[f"{d.kind} {name}" for d, name, *_ in DEVICES]
 )
-def test_capabilities_decide(device: Device, name: str, precision: str, base: torch.dtype, kernel: str) -> None:
-    found, reason = native_precision(device)
-    dtype = {"bf16": BF16, "fp16": FP16, "no": FP32}[found]
-    assert (found, native_dtype(device, BF16)) == (precision, base)
+def test_capabilities_determine_precision_and_kernels(
+    device: Device, name: str, precision: str, base: torch.dtype, kernel: str
+) -> None:
+    value, reason = native_precision(device)
+    dtype = {"bf16": BF16, "fp16": FP16, "no": FP32}[value]
+    assert (value, native_dtype(device, BF16)) == (precision, base)
     assert attention_kernel(device, dtype, 64, 64) == kernel
     assert dtype in native_dtypes(device)
     assert has_fused_adamw(device) == (device.kind != "npu")
-    decides = " ".join([*(map(str, device.capability or ())), *sorted(device.features)])
+    capabilities = " ".join([*(map(str, device.capability or ())), *sorted(device.features)])
     fused = "AdamW, norms and gates" if has_fused_adamw(device) else "norms and gates"
-    print(f"| {device.kind} {decides} ({name}) | {found} | {str(base)[6:]} | {kernel} | {fused} | {reason} |")
+    print(f"| {device.kind} {capabilities} ({name}) | {value} | {str(base)[6:]} | {kernel} | {fused} | {reason} |")
 
 
 @pytest.mark.parametrize(
@@ -97,30 +99,30 @@ def test_capabilities_decide(device: Device, name: str, precision: str, base: to
         ((8, 9), BF16, (256, 256), None, "varlen"),
     ],
 )
-def test_attention_never_reaches_a_kernel_that_cannot_run(
+def test_varlen_attention_is_used_only_where_supported(
     capability: tuple[int, int], dtype: torch.dtype, sizes: tuple[int, int], softcap: float | None, kernel: str
 ) -> None:
     assert attention_kernel(Device("cuda", capability), dtype, *sizes, softcap=softcap) == kernel
 
 
-def test_this_machine_is_read_from_its_flags() -> None:
+def test_cpu_features_match_cpuinfo() -> None:
     device = detect_device(torch.device("cpu"))
     assert device.kind == "cpu"
     assert device.capability is None
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         flags = {flag for line in file if line.startswith(("flags", "Features")) for flag in line.split(":")[1].split()}
-    native = not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
-    assert (BF16 in native_dtypes(device)) == native
-    assert native_precision(device)[0] == ("bf16" if native else "no")
+    has_bf16 = not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+    assert (BF16 in native_dtypes(device)) == has_bf16
+    assert native_precision(device)[0] == ("bf16" if has_bf16 else "no")
 
 
-def test_emulation_is_measured_and_named() -> None:
-    nothing = other("cpu", "avx2")
-    warning = emulation_warning(nothing, "bf16", "training.mixed_precision=auto")
+def test_emulation_warning_contains_the_slowdown() -> None:
+    cpu = other("cpu", "avx2")
+    warning = emulation_warning(cpu, "bf16", "training.mixed_precision=auto")
     assert warning is not None
     assert "this CPU emulates bfloat16" in warning
     assert "times as long as in float32" in warning
     assert "training.mixed_precision=auto avoids it" in warning
-    assert emulation_warning(nothing, "no", "training.mixed_precision=auto") is None
+    assert emulation_warning(cpu, "no", "training.mixed_precision=auto") is None
     assert emulation_warning(other("cpu", "amx_bf16"), "bf16", "training.mixed_precision=auto") is None
-    assert slowdown(nothing, FP32) > 0
+    assert slowdown(cpu, FP32) > 0

@@ -1,4 +1,4 @@
-"""The keyed mask: distributed as independent draws, a function of the keys alone, and cheap."""
+"""Keyed dropout: the mask is distributed as independent draws, depends only on the keys, and is fast."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def dropped(p: float, *, seed: int = 0, step: int = 0, example: int = 0, layer: 
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5])
-def test_rates_of_all_tokens_and_features_spread_as_those_of_independent_draws(p: float) -> None:
+def test_rates_per_token_and_feature_are_those_of_independent_draws(p: float) -> None:
     zeros = dropped(p)
     spread = (p * (1 - p)) ** 0.5
     assert zeros.mean().item() == pytest.approx(p, abs=5 * spread / zeros.numel() ** 0.5)
@@ -37,9 +37,9 @@ def test_rates_of_all_tokens_and_features_spread_as_those_of_independent_draws(p
 
 def test_tokens_and_features_are_uncorrelated() -> None:
     zeros = dropped(0.1)
-    centred = (zeros - zeros.mean()) / zeros.std()
-    between_features = (centred.T @ centred / TOKENS).fill_diagonal_(0)
-    between_tokens = (centred @ centred.T / FEATURES).fill_diagonal_(0)
+    normalized = (zeros - zeros.mean()) / zeros.std()
+    between_features = (normalized.T @ normalized / TOKENS).fill_diagonal_(0)
+    between_tokens = (normalized @ normalized.T / FEATURES).fill_diagonal_(0)
     assert between_features.pow(2).mean().sqrt().item() == pytest.approx(TOKENS**-0.5, rel=0.05)
     assert between_tokens.pow(2).mean().sqrt().item() == pytest.approx(FEATURES**-0.5, rel=0.05)
     assert between_features.abs().max().item() < 7 * TOKENS**-0.5
@@ -47,11 +47,11 @@ def test_tokens_and_features_are_uncorrelated() -> None:
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"step": 1}, {"example": 1}, {"layer": 1}])
-def test_another_seed_step_example_or_layer_gives_an_independent_mask(other: dict[str, int]) -> None:
+def test_seed_step_example_and_layer_give_independent_masks(other: dict[str, int]) -> None:
     p = 0.1
-    one, two = dropped(p) - p, dropped(p, **other) - p
-    correlation = (one * two).mean() / (p * (1 - p))
-    assert abs(correlation.item()) < 5 / one.numel() ** 0.5
+    first, second = dropped(p) - p, dropped(p, **other) - p
+    correlation = (first * second).mean() / (p * (1 - p))
+    assert abs(correlation.item()) < 5 / first.numel() ** 0.5
 
 
 def test_values_are_scaled_and_gradients_follow_the_mask() -> None:
@@ -67,18 +67,18 @@ def test_values_are_scaled_and_gradients_follow_the_mask() -> None:
     assert dropout.eval()(x) is x
 
 
-def test_a_token_keeps_its_mask_wherever_it_stands() -> None:
+def test_mask_of_a_token_does_not_depend_on_the_batch() -> None:
     tokens, x = DropoutKeys(), torch.randn(3, 20, 8)
     dropout = KeyedDropout(0.3, 2, 8, tokens)
     keys = torch.from_numpy(token_keys(7, 60)).reshape(3, 20)
     tokens.keys = keys
-    together = dropout(x)
+    full = dropout(x)
     for row in range(3):
         tokens.keys = keys[row : row + 1, 5:]
-        assert torch.equal(dropout(x[row : row + 1, 5:])[0], together[row, 5:])
+        assert torch.equal(dropout(x[row : row + 1, 5:])[0], full[row, 5:])
 
 
-def test_a_layer_that_sees_other_tokens_than_the_batch_is_refused() -> None:
+def test_layer_with_other_tokens_than_the_batch_is_an_error() -> None:
     tokens = DropoutKeys()
     tokens.keys = torch.from_numpy(token_keys(7, 32)).reshape(2, 16)
     dropout = KeyedDropout(0.3, 2, 8, tokens)
@@ -87,7 +87,7 @@ def test_a_layer_that_sees_other_tokens_than_the_batch_is_refused() -> None:
         dropout(torch.ones(10, 8))
 
 
-def test_every_lora_layer_gets_its_own_and_no_other_dropout_stays(tiny_model: Callable[..., Path]) -> None:
+def test_every_lora_layer_gets_its_own_keyed_dropout(tiny_model: Callable[..., Path]) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model())
     section = AdapterSection(dropout=0.1, target_modules="all-linear")
     model = add_adapter(base, section, seed=0, autocast=False)
@@ -98,17 +98,17 @@ def test_every_lora_layer_gets_its_own_and_no_other_dropout_stays(tiny_model: Ca
     assert not [name for name, module in model.named_modules() if "lora" in name and type(module) is torch.nn.Dropout]
 
 
-def test_it_is_at_least_as_fast_as_torchs_dropout() -> None:
+def test_keyed_dropout_is_at_least_as_fast_as_torchs_dropout() -> None:
     x = torch.randn(1, 2048, FEATURES).bfloat16()
     tokens = DropoutKeys()
     tokens.keys = torch.from_numpy(token_keys(7, 2048))[None]
-    ours, theirs = KeyedDropout(0.05, 0, FEATURES, tokens), torch.nn.Dropout(0.05)
+    keyed, reference = KeyedDropout(0.05, 0, FEATURES, tokens), torch.nn.Dropout(0.05)
 
     def seconds(dropout: torch.nn.Module) -> float:
-        """Of the CPU: what else runs here counts for nothing."""
-        begin = time.process_time()
+        """Return the CPU time of this process, which does not depend on other processes."""
+        start = time.process_time()
         dropout(x)
-        return time.process_time() - begin
+        return time.process_time() - start
 
-    pairs = [(seconds(ours), seconds(theirs)) for _ in range(41)]  # alternating
-    assert min(our for our, _ in pairs) < min(their for _, their in pairs)
+    times = [(seconds(keyed), seconds(reference)) for _ in range(41)]  # alternating
+    assert min(ours for ours, _ in times) < min(torchs for _, torchs in times)

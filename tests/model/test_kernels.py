@@ -1,4 +1,4 @@
-"""Fused norms and gates: transformers' own results to the bit, its gradients to rounding, and less kept."""
+"""Patched norms and gates: bitwise equal results, gradients equal up to rounding, and less saved for backward."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ IDS = torch.arange(1, 25).view(2, 12)
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several groups of rows, the last not whole."""
+    """Use few rows at once, so that there are several groups and the last is partial."""
     monkeypatch.setattr(kernels, "ROWS", 7)
 
 
-def fused_classes(model: nn.Module) -> set[str]:
+def patched_classes(model: nn.Module) -> set[str]:
     return {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", sorted(PACKING))
-def test_results_are_the_same_to_the_bit(family: str, dtype: torch.dtype, autocast: bool) -> None:
+def test_results_are_bitwise_equal(family: str, dtype: torch.dtype, autocast: bool) -> None:
     model = model_of(family).to(dtype).requires_grad_(False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -39,32 +39,32 @@ def test_results_are_the_same_to_the_bit(family: str, dtype: torch.dtype, autoca
         assert torch.equal(model(IDS, use_cache=False).logits, before)
 
 
-def test_every_class_of_the_lists_is_proved() -> None:
-    found: set[str] = set()
+def test_every_listed_class_is_tested() -> None:
+    patched: set[str] = set()
     for family in PACKING:
         model = model_of(family).requires_grad_(False)
         patch_norms_and_gates(model)
-        found |= fused_classes(model)
-    assert found == NORMS | GATES
+        patched |= patched_classes(model)
+    assert patched == NORMS | GATES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_gradients_are_the_same_but_for_rounding(family: str, dtype: torch.dtype) -> None:
+def test_gradients_are_equal_up_to_rounding(family: str, dtype: torch.dtype) -> None:
     model = model_of(family).to(dtype).requires_grad_(False)
     x = torch.randn(2, 12, 32, dtype=dtype, requires_grad=True)
     before = x.detach().clone()
     exact = torch.autograd.grad(model.double()(inputs_embeds=x.double(), use_cache=False).logits.square().sum(), x)[0]
     model = model_of(family).to(dtype).requires_grad_(False)
-    own = torch.autograd.grad(model(inputs_embeds=x, use_cache=False).logits.square().sum(), x)[0]
+    original = torch.autograd.grad(model(inputs_embeds=x, use_cache=False).logits.square().sum(), x)[0]
     patch_norms_and_gates(model)
-    ours = torch.autograd.grad(model(inputs_embeds=x, use_cache=False).logits.square().sum(), x)[0]
-    assert torch.equal(x, before), "what is given is left as it was"
-    assert (ours - exact).norm() <= 1.2 * (own - exact).norm()
+    patched = torch.autograd.grad(model(inputs_embeds=x, use_cache=False).logits.square().sum(), x)[0]
+    assert torch.equal(x, before), "the input is not modified"
+    assert (patched - exact).norm() <= 1.2 * (original - exact).norm()
 
 
-def test_less_is_kept() -> None:
-    def kept(model: nn.Module) -> int:
+def test_less_memory_is_saved_for_backward() -> None:
+    def saved_bytes(model: nn.Module) -> int:
         sizes: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -75,15 +75,15 @@ def test_less_is_kept() -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(inputs_embeds=torch.randn(2, 64, 32).bfloat16().requires_grad_(), use_cache=False).logits.sum()
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        return sum(size for place, size in sizes.items() if place not in weights)
+        return sum(size for pointer, size in sizes.items() if pointer not in weights)
 
     model = model_of("llama").to(torch.bfloat16).requires_grad_(False)
-    before = kept(model)
+    before = saved_bytes(model)
     patch_norms_and_gates(model)
-    assert kept(model) < 0.75 * before
+    assert saved_bytes(model) < 0.75 * before
 
 
-def test_a_norm_that_is_trained_stays_as_it_is() -> None:
+def test_trained_norm_is_not_patched() -> None:
     model = model_of("llama").requires_grad_(False)
     model.model.norm.requires_grad_(True)
     patch_norms_and_gates(model)

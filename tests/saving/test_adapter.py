@@ -1,4 +1,4 @@
-"""The adapter's file: exactly the right tensors, as they are in the live model; and a loader that accounts for each."""
+"""Saved adapters contain exactly the right tensors, equal to the live model, and loading checks each of them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ TARGETS = {
     "qwen2": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "llama": ["q_proj", "v_proj"],
 }
-# Layers that carry LoRA here and have a bias; Qwen2's o_proj and MLP have none.
+# Layers with LoRA and a bias; Qwen2's o_proj and MLP have no bias.
 BIASED = {
     "gpt2": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
     "opt": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"],
     "qwen2": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
 }
-# The biases of the rest: norms (RMSNorm has none).
+# Modules without LoRA that have a bias: norms (RMSNorm has none).
 NORM_BIASES = {
     "gpt2": ["transformer.ln_f", *(f"transformer.h.{i}.{n}" for i in (0, 1) for n in ("ln_1", "ln_2"))],
     "opt": [
@@ -54,8 +54,8 @@ def adapted(folder: Path, targets: list[str], **options: Any) -> PeftModel:
     return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, **options))
 
 
-def train_some(accelerator: Accelerator, model: PeftModel, steps: int = 4) -> torch.nn.Module:
-    """A stranger's plain Accelerate script: nothing of ours in it."""
+def train_steps(accelerator: Accelerator, model: PeftModel, steps: int = 4) -> torch.nn.Module:
+    """Train in a plain Accelerate loop, without code of this package."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     prepared.train()
@@ -73,9 +73,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def bias_names(family: str, bias: str) -> set[str]:
-    """The names that the file must hold beside LoRA's own, written down by hand from the families' layers."""
+    """Return the names that the file must contain besides LoRA's own, derived by hand from the families' layers."""
     layers = [f"{LAYERS[family]}.{i}.{name}" for i in (0, 1) for name in BIASED[family]]
-    # PEFT's file leaves `base_layer` in the name of a bias that LoRA wraps.
+    # PEFT keeps `base_layer` in the name of a bias of a wrapped layer.
     own = {f"base_model.model.{name}.base_layer.bias" for name in layers}
     rest = {f"base_model.model.{name}.bias" for name in NORM_BIASES[family]}
     return {"none": set(), "lora_only": own, "all": own | rest}[bias]
@@ -83,39 +83,39 @@ def bias_names(family: str, bias: str) -> set[str]:
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 @pytest.mark.parametrize("family", ["gpt2", "opt", "qwen2"])
-def test_a_trained_adapter_is_saved_by_the_bias_rule_and_comes_back(
+def test_trained_adapter_is_saved_with_its_biases_and_loads(
     tiny_model: Callable[..., Path], tmp_path: Path, family: str, bias: str
 ) -> None:
     accelerator = Accelerator()
     model = adapted(tiny_model(family), TARGETS[family], bias=bias)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    train_some(accelerator, model)
+    train_steps(accelerator, model)
     save_adapter(accelerator, model, tmp_path / "adapter")
 
     saved = load_file(tmp_path / "adapter" / WEIGHTS)
     lora = {name for name in saved if re.search(r"\.lora_[AB]\.weight$", name)}
-    assert len(lora) == 2 * 2 * len(TARGETS[family]) + (4 if family == "gpt2" else 0)  # c_proj stands twice in a layer
+    assert len(lora) == 2 * 2 * len(TARGETS[family]) + (4 if family == "gpt2" else 0)  # a layer has two c_proj
     assert saved.keys() - lora == bias_names(family, bias)
 
     live = {name.replace(".default", ""): parameter for name, parameter in model.named_parameters()}
-    was = {name.replace(".default", ""): value for name, value in before.items()}
+    initial = {name.replace(".default", ""): value for name, value in before.items()}
     for name, tensor in saved.items():
         assert torch.equal(tensor, live[name]), name
-        # OPT's key bias moves all scores of a query alike, so softmax hides it: its gradient is 0 but for rounding.
-        assert not torch.equal(tensor, was[name]) or (family == "opt" and "k_proj.base_layer.bias" in name), name
+        # OPT's key bias shifts all scores of a query equally, so softmax cancels it: its gradient is rounding error.
+        assert not torch.equal(tensor, initial[name]) or (family == "opt" and "k_proj.base_layer.bias" in name), name
     trained = {name for name, parameter in live.items() if parameter.requires_grad}
-    assert saved.keys() == trained, "what was trained and what was saved"
+    assert saved.keys() == trained
 
-    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model(family)), tmp_path / "adapter")
-    assert torch.equal(logits(again), logits(model))
-    assert not torch.allclose(logits(again), logits(AutoModelForCausalLM.from_pretrained(tiny_model(family))))
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model(family)), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.allclose(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(tiny_model(family))))
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["bias"] == bias
 
 
-def test_the_bias_rule_may_be_given_for_one_save(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_bias_can_be_set_per_save(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     accelerator = Accelerator()
     model = adapted(tiny_model("gpt2"), TARGETS["gpt2"], bias="all")
-    train_some(accelerator, model)
+    train_steps(accelerator, model)
     for bias in ("none", "lora_only", "all"):
         save_adapter(accelerator, model, tmp_path / bias, bias=bias)
         saved = load_file(tmp_path / bias / WEIGHTS)
@@ -123,7 +123,7 @@ def test_the_bias_rule_may_be_given_for_one_save(tiny_model: Callable[..., Path]
         assert json.loads((tmp_path / bias / "adapter_config.json").read_text())["bias"] == bias
 
 
-def test_a_module_whose_name_holds_the_word_bias_is_no_bias(tmp_path: Path) -> None:
+def test_names_that_contain_bias_are_not_biases(tmp_path: Path) -> None:
     class Net(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -160,23 +160,21 @@ def test_a_module_whose_name_holds_the_word_bias_is_no_bias(tmp_path: Path) -> N
     ],
     ids=["dora", "rslora", "head", "embeddings", "dora+bias", "lora-embedding", "ranks"],
 )
-def test_other_forms_of_lora_come_back(
-    tiny_model: Callable[..., Path], tmp_path: Path, options: dict[str, Any]
-) -> None:
+def test_lora_variants_load(tiny_model: Callable[..., Path], tmp_path: Path, options: dict[str, Any]) -> None:
     folder, accelerator = tiny_model("qwen2"), Accelerator()
     model = adapted(folder, **({"targets": TARGETS["qwen2"]} | options))
-    train_some(accelerator, model)
+    train_steps(accelerator, model)
     save_adapter(accelerator, model, tmp_path / "adapter")
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(load_file(tmp_path / "adapter" / WEIGHTS)) == len(trained)
     for load in (PeftModel.from_pretrained, load_adapter):
-        again = load(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
-        assert torch.equal(logits(again), logits(model))
+        loaded = load(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+        assert torch.equal(logits(loaded), logits(model))
 
 
-def test_a_strangers_script_saves_a_committed_folder(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_plain_accelerate_script_saves_a_committed_folder(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     accelerator = Accelerator(mixed_precision="bf16")
-    model = train_some(accelerator, adapted(tiny_model(), TARGETS["llama"]))
+    model = train_steps(accelerator, adapted(tiny_model(), TARGETS["llama"]))
     save_adapter(accelerator, model, tmp_path / "new" / "adapter")
     assert why_invalid(tmp_path / "new" / "adapter") is None
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["adapter"]
@@ -185,41 +183,41 @@ def test_a_strangers_script_saves_a_committed_folder(tiny_model: Callable[..., P
         "adapter_config.json",
         "manifest.json",
     }
-    save_adapter(accelerator, model, tmp_path / "new" / "adapter")  # again, over itself
+    save_adapter(accelerator, model, tmp_path / "new" / "adapter")  # replaces the existing adapter
     assert why_invalid(tmp_path / "new" / "adapter") is None
 
 
-def test_a_model_without_an_adapter_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_saving_a_model_without_an_adapter_raises(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model())
     with pytest.raises(ArtifactError, match="LlamaForCausalLM has no adapter"):
         save_adapter(Accelerator(), model, tmp_path / "adapter")
     assert not list(tmp_path.glob("*adapter*"))
 
 
-def test_an_empty_tensor_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    """ZeRO-3 leaves shape (0,) in the place of what was not gathered; plain PEFT writes that with a warning."""
+def test_saving_an_empty_tensor_raises(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Under ZeRO-3 tensors that were not gathered have shape (0,); PEFT would write them with a warning."""
     accelerator = Accelerator()
     model = adapted(tiny_model(), TARGETS["llama"])
     name, parameter = next((n, p) for n, p in model.named_parameters() if "lora_B" in n)
     parameter.data = torch.empty(0)
-    with pytest.raises(ArtifactError, match="1 tensors are empty") as refused:
+    with pytest.raises(ArtifactError, match="1 tensors are empty") as caught:
         save_adapter(accelerator, model, tmp_path / "adapter")
-    assert name in str(refused.value)
-    assert not list(tmp_path.glob("*adapter*")), "nothing half-made stays"
+    assert name in str(caught.value)
+    assert not list(tmp_path.glob("*adapter*")), "no partial folder is left"
 
 
-def test_a_weight_that_is_not_finite_is_not_saved(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_saving_a_non_finite_weight_raises(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     model = adapted(tiny_model(), TARGETS["llama"])
     name, parameter = next((n, p) for n, p in model.named_parameters() if "lora_B" in n)
     with torch.no_grad():
         parameter[0, 0] = float("nan")
-    with pytest.raises(TrainingError, match="is not finite after the update, so it is not saved") as refused:
+    with pytest.raises(TrainingError, match="is not finite after the update, so it is not saved") as caught:
         save_adapter(Accelerator(), model, tmp_path / "adapter")
-    assert name in str(refused.value)
-    assert not list(tmp_path.glob("*adapter*")), "nothing half-made stays"
+    assert name in str(caught.value)
+    assert not list(tmp_path.glob("*adapter*")), "no partial folder is left"
 
 
-def test_a_tensor_that_peft_would_leave_out_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_saving_a_tensor_that_peft_would_omit_raises(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     model = adapted(tiny_model(), TARGETS["llama"])
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     state["base_model.model.model.norm.weight"] = torch.ones(32)
@@ -227,22 +225,22 @@ def test_a_tensor_that_peft_would_leave_out_is_refused(tiny_model: Callable[...,
         write_adapter(model, state, tmp_path)
 
 
-def test_a_file_that_is_not_what_was_written_is_noticed(
+def test_corruption_while_saving_is_detected(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_accel.saving import adapter as weights
+    from lora_accel.saving import adapter as adapter_module
 
-    whole = weights.write_tensors
+    write_tensors = adapter_module.write_tensors
 
-    def torn(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        whole(path, tensors)
+    def corrupting_write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        write_tensors(path, tensors)
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
 
-    monkeypatch.setattr(weights, "write_tensors", torn)
+    monkeypatch.setattr(adapter_module, "write_tensors", corrupting_write)
     model = adapted(tiny_model(), TARGETS["llama"])
-    with pytest.raises(ArtifactError, match="does not hold what was written"):
+    with pytest.raises(ArtifactError, match="differs from what was written"):
         save_adapter(Accelerator(), model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
@@ -254,7 +252,7 @@ def test_a_file_that_is_not_what_was_written_is_noticed(
 def saved_adapter(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
     accelerator = Accelerator()
     model = adapted(tiny_model(), TARGETS["llama"])
-    train_some(accelerator, model)
+    train_steps(accelerator, model)
     save_adapter(accelerator, model, tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -284,7 +282,7 @@ def infinite(state: dict[str, torch.Tensor], name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "reason"),
+    ("damage", "reason"),
     [
         (missing, r"1 tensors are missing \(such as .*lora_A.weight\), 0 do not belong"),
         (unexpected, r"0 tensors are missing, 1 do not belong to this adapter \(such as .*norm.weight\)"),
@@ -295,23 +293,23 @@ def infinite(state: dict[str, torch.Tensor], name: str) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_tensors_that_are_not_the_adapters_are_refused(
+def test_loading_wrong_tensors_raises(
     tiny_model: Callable[..., Path],
     saved_adapter: Path,
-    spoil: Callable[[dict[str, torch.Tensor], str], None],
+    damage: Callable[[dict[str, torch.Tensor], str], None],
     reason: str,
 ) -> None:
     state = load_file(saved_adapter / WEIGHTS)
-    spoil(state, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight")
+    damage(state, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight")
     save_file(state, saved_adapter / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(ArtifactError, match=reason):
         load_adapter(AutoModelForCausalLM.from_pretrained(tiny_model()), saved_adapter)
 
 
-def test_an_adapter_with_base_tensors_does_not_touch_the_base(
+def test_base_tensors_in_an_adapter_do_not_change_the_base(
     tiny_model: Callable[..., Path], saved_adapter: Path
 ) -> None:
-    """PEFT loads them over the base without a word."""
+    """PEFT would load them over the base without a warning."""
     state = load_file(saved_adapter / WEIGHTS)
     unexpected(state, "")
     save_file(state, saved_adapter / WEIGHTS, metadata={"format": "pt"})
@@ -322,48 +320,46 @@ def test_an_adapter_with_base_tensors_does_not_touch_the_base(
     assert torch.equal(base.model.norm.weight, norm)
 
 
-def test_a_base_with_fewer_layers_is_refused(tiny_model: Callable[..., Path], saved_adapter: Path) -> None:
+def test_loading_onto_a_base_with_fewer_layers_raises(tiny_model: Callable[..., Path], saved_adapter: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model(), num_hidden_layers=1)
     with pytest.raises(ArtifactError, match="4 do not belong"):
         load_adapter(base, saved_adapter)
 
 
-def test_another_family_as_base_is_refused(tiny_model: Callable[..., Path], saved_adapter: Path) -> None:
+def test_loading_onto_another_model_family_raises(tiny_model: Callable[..., Path], saved_adapter: Path) -> None:
     with pytest.raises(ArtifactError, match="does not fit this base"):
         load_adapter(AutoModelForCausalLM.from_pretrained(tiny_model("gpt2")), saved_adapter)
 
 
-@pytest.mark.parametrize("gone", [WEIGHTS, "adapter_config.json"])
-def test_a_folder_without_an_adapter_is_refused(
-    tiny_model: Callable[..., Path], saved_adapter: Path, gone: str
+@pytest.mark.parametrize("file", [WEIGHTS, "adapter_config.json"])
+def test_loading_a_folder_without_an_adapter_raises(
+    tiny_model: Callable[..., Path], saved_adapter: Path, file: str
 ) -> None:
-    (saved_adapter / gone).unlink()
-    with pytest.raises(ArtifactError, match=f"no {gone} in it, so it is no adapter"):
+    (saved_adapter / file).unlink()
+    with pytest.raises(ArtifactError, match=f"is not an adapter: {file} is missing"):
         load_adapter(AutoModelForCausalLM.from_pretrained(tiny_model()), saved_adapter)
 
 
-def test_a_truncated_file_is_refused(saved_adapter: Path) -> None:
+def test_loading_a_truncated_file_raises(saved_adapter: Path) -> None:
     data = (saved_adapter / WEIGHTS).read_bytes()
     (saved_adapter / WEIGHTS).write_bytes(data[: len(data) // 2])
     with pytest.raises(ArtifactError, match="cannot be read"):
         read_adapter(saved_adapter)
 
 
-def test_a_loaded_adapter_can_be_trained_on(tiny_model: Callable[..., Path], saved_adapter: Path) -> None:
+def test_loaded_adapter_can_be_trained(tiny_model: Callable[..., Path], saved_adapter: Path) -> None:
     frozen = load_adapter(AutoModelForCausalLM.from_pretrained(tiny_model()), saved_adapter)
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
     model = load_adapter(AutoModelForCausalLM.from_pretrained(tiny_model()), saved_adapter, trainable=True)
     before = logits(model)
-    train_some(Accelerator(), model, steps=1)
+    train_steps(Accelerator(), model, steps=1)
     assert not torch.equal(logits(model), before)
 
 
-# What a stranger's script may do.
+# Saving from other Accelerate scripts
 
 
-def test_the_active_adapter_is_saved_whatever_its_name_and_neighbours(
-    tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_active_adapter_is_saved_under_any_name(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     folder, accelerator = tiny_model("gpt2"), Accelerator()
     base = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(0)
@@ -380,28 +376,28 @@ def test_the_active_adapter_is_saved_whatever_its_name_and_neighbours(
         saved = read_adapter(tmp_path / name)
         assert not any("mine" in key or "other" in key for key in saved)
         assert {tensor.shape[0] for key, tensor in saved.items() if "lora_A" in key} == {rank}
-        fresh = AutoModelForCausalLM.from_pretrained(folder)
-        assert torch.equal(logits(PeftModel.from_pretrained(fresh, tmp_path / name)), logits(model))
+        base = AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / name)), logits(model))
 
 
-def test_a_folder_with_other_things_is_not_replaced(
+def test_folder_with_other_files_is_not_replaced(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, accelerator = adapted(tiny_model("llama"), TARGETS["llama"]), Accelerator()
     save_adapter(accelerator, model, tmp_path / "mine")
-    save_adapter(accelerator, model, tmp_path / "mine")  # one's own of before
+    save_adapter(accelerator, model, tmp_path / "mine")  # replaces the existing adapter
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ArtifactError, match=r"mine: holds other things, thesis\.txt among them"):
+    with pytest.raises(ArtifactError, match=r"mine: contains other files that would be lost, thesis\.txt among them"):
         save_adapter(accelerator, model, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
-    with pytest.raises(ArtifactError, match="is a file; name a new folder"):
+    with pytest.raises(ArtifactError, match="is a file; choose a new folder"):
         save_adapter(accelerator, model, tmp_path / "mine" / "thesis.txt")
 
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for itself in (".", "../here"):
-        with pytest.raises(ArtifactError, match="is where this runs"):
-            save_adapter(accelerator, model, itself)
+    for path in (".", "../here"):
+        with pytest.raises(ArtifactError, match="is the working directory"):
+            save_adapter(accelerator, model, path)
 
     (tmp_path / "far").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "far")
@@ -411,32 +407,28 @@ def test_a_folder_with_other_things_is_not_replaced(
 
 
 @pytest.mark.parametrize("options", [{"bias": "lora-only"}, {"gather": "full"}])
-def test_what_cannot_be_asked_for_is_refused(
-    tiny_model: Callable[..., Path], tmp_path: Path, options: dict[str, str]
-) -> None:
+def test_invalid_save_options_raise(tiny_model: Callable[..., Path], tmp_path: Path, options: dict[str, str]) -> None:
     model = adapted(tiny_model("llama"), TARGETS["llama"])
-    with pytest.raises(ArtifactError, match=r"say .*, .* or "):
+    with pytest.raises(ArtifactError, match=r"use .*, .* or "):
         save_adapter(Accelerator(), model, tmp_path / "out", **options)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
-def test_a_saved_module_with_a_bias_comes_back_beside_trained_biases(
-    tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
-    """The frozen original of a module that is saved whole is no part of the adapter."""
+def test_module_to_save_with_a_bias_loads_with_trained_biases(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """The frozen original of a module in modules_to_save is not part of the adapter."""
     model = adapted(tiny_model("gpt2"), TARGETS["gpt2"], bias="all", modules_to_save=["ln_f"])
-    prepared = train_some(accelerator := Accelerator(), model)
+    prepared = train_steps(accelerator := Accelerator(), model)
     save_adapter(accelerator, prepared, tmp_path / "out")
     assert not any("original_module" in name for name in read_adapter(tmp_path / "out"))
-    fresh = AutoModelForCausalLM.from_pretrained(tiny_model("gpt2"))
-    assert torch.allclose(logits(PeftModel.from_pretrained(fresh, tmp_path / "out")), logits(prepared), atol=1e-6)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model("gpt2"))
+    assert torch.allclose(logits(PeftModel.from_pretrained(base, tmp_path / "out")), logits(prepared), atol=1e-6)
 
 
 @pytest.mark.skipif(
     Version(accelerate.__version__) < Version("1.15"),
     reason="Accelerate 1.10 raises KeyError when it unwraps a compiled model; which release fixed it was not checked",
 )
-def test_a_compiled_model_is_saved_under_its_own_names(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_compiled_model_is_saved_with_uncompiled_names(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     model, accelerator = adapted(tiny_model("llama"), TARGETS["llama"]), Accelerator()
     save_adapter(accelerator, model, tmp_path / "plain")
     save_adapter(accelerator, torch.compile(model, backend="eager"), tmp_path / "compiled")  # type: ignore[arg-type]
@@ -445,11 +437,11 @@ def test_a_compiled_model_is_saved_under_its_own_names(tiny_model: Callable[...,
     layers = model.get_base_model().model.layers
     layers[0] = torch.compile(layers[0], backend="eager")
     with pytest.raises(ArtifactError, match="were replaced by compiled ones"):
-        save_adapter(accelerator, model, tmp_path / "torn")
-    assert not (tmp_path / "torn").exists()
+        save_adapter(accelerator, model, tmp_path / "partial")
+    assert not (tmp_path / "partial").exists()
 
 
-def test_what_is_trained_and_would_not_be_saved_is_known_before_the_first_step(tiny_model: Callable[..., Path]) -> None:
+def test_check_all_trained_is_saved(tiny_model: Callable[..., Path]) -> None:
     model = adapted(tiny_model("gpt2"), TARGETS["gpt2"], bias="lora_only")
     check_all_trained_is_saved(model)
     model.get_base_model().transformer.ln_f.bias.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""A folder appears whole or not at all, and its manifest notices what happened to it later."""
+"""Writes are atomic, crashes are cleaned up, and manifests detect later damage."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_folder_appears_only_when_the_block_has_ended(tmp_path: Path) -> None:
+def test_folder_appears_only_after_the_block(tmp_path: Path) -> None:
     final = tmp_path / "deep" / "er" / "result"
     with atomic_folder(final) as temporary:
         fill(temporary)
@@ -63,13 +63,13 @@ def test_a_folder_appears_only_when_the_block_has_ended(tmp_path: Path) -> None:
     assert why_invalid(final) is None
 
 
-def test_nothing_stays_when_the_block_raises(tmp_path: Path) -> None:
+def test_nothing_is_left_if_the_block_raises(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="disk full"):
         fail_while_writing(tmp_path / "result", RuntimeError("disk full"))
     assert names(tmp_path) == set()
 
 
-def test_an_older_folder_stays_as_it_was_when_the_block_raises(committed: Path) -> None:
+def test_existing_folder_is_unchanged_if_the_block_raises(committed: Path) -> None:
     before = (committed / MANIFEST).read_bytes()
     with pytest.raises(KeyboardInterrupt):
         fail_while_writing(committed, KeyboardInterrupt())
@@ -79,8 +79,8 @@ def test_an_older_folder_stays_as_it_was_when_the_block_raises(committed: Path) 
     assert names(committed.parent) == {"result"}
 
 
-def test_an_older_folder_is_replaced_whole(committed: Path) -> None:
-    (committed / "stale.txt").write_text("of the older one")
+def test_existing_folder_is_replaced(committed: Path) -> None:
+    (committed / "stale.txt").write_text("stale")
     with atomic_folder(committed) as temporary:
         (temporary / "a.txt").write_text("two")
     assert names(committed) == {"a.txt", MANIFEST}
@@ -88,37 +88,37 @@ def test_an_older_folder_is_replaced_whole(committed: Path) -> None:
     assert names(committed.parent) == {"result"}
 
 
-def test_leftovers_of_a_run_that_died_are_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_crash_are_deleted(tmp_path: Path) -> None:
     for leftover in (".result.writing", ".result.older"):
         (tmp_path / leftover / "inner").mkdir(parents=True)
-        (tmp_path / leftover / "half").write_text("half")
+        (tmp_path / leftover / "partial").write_text("partial")
     with atomic_folder(tmp_path / "result") as temporary:
         fill(temporary)
     assert names(tmp_path) == {"result"}
     assert names(tmp_path / "result") == {"a.txt", "inner", MANIFEST}
 
 
-@pytest.mark.parametrize("at", ["manifest", "rename"])
-def test_a_failure_while_committing_leaves_the_older_folder(
-    committed: Path, monkeypatch: pytest.MonkeyPatch, at: str
+@pytest.mark.parametrize("stage", ["manifest", "rename"])
+def test_failure_while_committing_keeps_the_existing_folder(
+    committed: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     from lora_accel.saving import atomic
 
-    if at == "manifest":
+    if stage == "manifest":
 
-        def full(*_: object) -> None:
+        def raise_no_space(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(atomic, "write_manifest", full)
+        monkeypatch.setattr(atomic, "write_manifest", raise_no_space)
     else:
         rename = Path.rename
 
-        def refuse(self: Path, target: Path) -> Path:
+        def failing_rename(self: Path, target: Path) -> Path:
             if self.name.endswith(".writing"):
                 raise OSError(5, "Input/output error")
             return rename(self, target)
 
-        monkeypatch.setattr(Path, "rename", refuse)
+        monkeypatch.setattr(Path, "rename", failing_rename)
     with pytest.raises(OSError, match="Errno"), atomic_folder(committed) as temporary:
         fill(temporary, "two")
     monkeypatch.undo()
@@ -126,12 +126,12 @@ def test_a_failure_while_committing_leaves_the_older_folder(
     assert (committed / "a.txt").read_text() == "one"
 
 
-def test_killed_at_any_file_operation_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
-    """A child process dies without a word at its n-th synchronised write or rename, for every n."""
+def test_kill_at_any_file_operation_leaves_a_valid_folder(tmp_path: Path) -> None:
+    """A child process exits at its n-th sync or rename, for every n."""
     program = """
 import os, sys
 from pathlib import Path
-from lora_accel.saving.atomic import committed_folder
+from lora_accel.saving.atomic import atomic_folder
 count = iter(range(int(sys.argv[2])))
 def dying(original):
     def call(*args, **kwargs):
@@ -141,31 +141,31 @@ def dying(original):
     return call
 os.fsync, os.rename, os.replace = dying(os.fsync), dying(os.rename), dying(os.replace)
 Path.rename, Path.replace = dying(Path.rename), dying(Path.replace)
-with committed_folder(Path(sys.argv[1])) as temporary:
+with atomic_folder(Path(sys.argv[1])) as temporary:
     for name in "ab":
         (temporary / name).write_text("new" * 1000)
 """
-    found = []
-    for deaths in range(40):
-        final = tmp_path / str(deaths) / "result"
+    results = []
+    for operations in range(40):
+        final = tmp_path / str(operations) / "result"
         with atomic_folder(final) as temporary:
             (temporary / "a").write_text("old")
-        code = subprocess.run([sys.executable, "-c", program, final, str(deaths)], cwd=ROOT, check=False).returncode
+        code = subprocess.run([sys.executable, "-c", program, final, str(operations)], cwd=ROOT, check=False).returncode
         if code == 0:
             break
         assert code == 9
         older = final.with_name(".result.older")
-        whole = final if final.exists() else older
-        assert why_invalid(whole) is None, f"after {deaths} operations"
-        found.append((whole.name, (whole / "a").read_text()[:3]))
+        survivor = final if final.exists() else older
+        assert why_invalid(survivor) is None, f"after {operations} operations"
+        results.append((survivor / "a").read_text()[:3])
         with atomic_folder(final) as temporary:  # the next save cleans up
             (temporary / "a").write_text("next")
         assert names(final.parent) == {"result"}
         assert (final / "a").read_text() == "next"
     else:
-        pytest.fail("never came to its end")
-    assert {text for _, text in found} == {"old", "new"}, "died before and after the commit"
-    assert len(found) >= 8
+        pytest.fail("the child process never finished")
+    assert set(results) == {"old", "new"}, "exited both before and after the commit"
+    assert len(results) >= 8
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ with committed_folder(Path(sys.argv[1])) as temporary:
         ("save.before_fsync_dir", "two"),
     ],
 )
-def test_a_disk_that_is_full_at_any_place_leaves_the_older_folder_or_the_new_one(
+def test_full_disk_at_any_point_leaves_the_old_or_the_new_folder(
     committed: Path, monkeypatch: pytest.MonkeyPatch, point: str, text: str
 ) -> None:
     fault = faults.Fault(point, 1, "enospc", None)
@@ -187,17 +187,17 @@ def test_a_disk_that_is_full_at_any_place_leaves_the_older_folder_or_the_new_one
         fill(temporary, text="two")
     assert why_invalid(committed) is None
     assert (committed / "a.txt").read_text() == text
-    with atomic_folder(committed) as temporary:  # the fault has passed
+    with atomic_folder(committed) as temporary:  # the fault occurs once
         fill(temporary, text="three")
     assert (committed / "a.txt").read_text() == "three"
     assert names(committed.parent) == {"result"}
 
 
-# What a process that died has left
+# Cleanup after a crash
 
 
-def put(path: Path, kind: str, text: str) -> None:
-    """Make a folder with a file, or a file alone."""
+def create(path: Path, kind: str, text: str) -> None:
+    """Write a folder with a file, or a file."""
     if kind == "folder":
         (path / "inner").mkdir(parents=True)
         path = path / "inner" / "a"
@@ -212,15 +212,15 @@ KINDS = pytest.mark.parametrize("kind", ["folder", "file"])
 
 
 @KINDS
-def test_what_was_moved_away_is_put_back_if_nothing_took_its_place(tmp_path: Path, kind: str) -> None:
-    put(tmp_path / ".result.older", kind, "old")
-    put(tmp_path / ".result.writing", kind, "half")
+def test_renamed_original_is_restored_if_it_was_not_replaced(tmp_path: Path, kind: str) -> None:
+    create(tmp_path / ".result.older", kind, "old")
+    create(tmp_path / ".result.writing", kind, "partial")
     recover(tmp_path / "result")
     assert text_of(tmp_path / "result") == "old"
     assert names(tmp_path) == {"result"}
 
 
-def test_a_save_that_fails_puts_back_what_a_run_that_died_had_moved_away(committed: Path) -> None:
+def test_failed_save_restores_what_a_crash_had_renamed(committed: Path) -> None:
     committed.rename(committed.with_name(".result.older"))
     with pytest.raises(RuntimeError, match="disk full"):
         fail_while_writing(committed, RuntimeError("disk full"))
@@ -229,31 +229,31 @@ def test_a_save_that_fails_puts_back_what_a_run_that_died_had_moved_away(committ
 
 
 @KINDS
-@pytest.mark.parametrize("what", ["writing", "older", "deleting"])
-def test_leftovers_go_and_what_took_their_place_stays(tmp_path: Path, kind: str, what: str) -> None:
-    put(tmp_path / "result", kind, "whole")
-    put(tmp_path / f".result.{what}", kind, "leftover")
+@pytest.mark.parametrize("suffix", ["writing", "older", "deleting"])
+def test_leftovers_are_deleted_and_the_current_version_kept(tmp_path: Path, kind: str, suffix: str) -> None:
+    create(tmp_path / "result", kind, "current")
+    create(tmp_path / f".result.{suffix}", kind, "leftover")
     recover(tmp_path / "result")
-    assert text_of(tmp_path / "result") == "whole"
+    assert text_of(tmp_path / "result") == "current"
     assert names(tmp_path) == {"result"}
 
 
 @KINDS
-@pytest.mark.parametrize("what", ["writing", "deleting"])
-def test_what_was_never_finished_or_given_up_does_not_come_back(tmp_path: Path, kind: str, what: str) -> None:
-    put(tmp_path / f".result.{what}", kind, "leftover")
+@pytest.mark.parametrize("suffix", ["writing", "deleting"])
+def test_unfinished_and_deleted_versions_are_not_restored(tmp_path: Path, kind: str, suffix: str) -> None:
+    create(tmp_path / f".result.{suffix}", kind, "leftover")
     recover(tmp_path / "result")
     assert names(tmp_path) == set()
 
 
-def test_a_whole_folder_is_looked_through_for_leftovers(tmp_path: Path) -> None:
-    put(tmp_path / ".step-00000001.deleting", "folder", "old")
-    put(tmp_path / ".step-00000002.older", "folder", "moved")
-    put(tmp_path / ".step-00000003.writing", "folder", "half")
-    put(tmp_path / ".status.json.writing", "file", "half")
+def test_recover_all_cleans_up_every_leftover_in_a_folder(tmp_path: Path) -> None:
+    create(tmp_path / ".step-00000001.deleting", "folder", "old")
+    create(tmp_path / ".step-00000002.older", "folder", "moved")
+    create(tmp_path / ".step-00000003.writing", "folder", "partial")
+    create(tmp_path / ".status.json.writing", "file", "partial")
     others = {"step-00000000", "notes.writing", ".writing", ".hidden", ".result.writing.txt"}
     for other in others:
-        put(tmp_path / other, "folder", "another's")
+        create(tmp_path / other, "folder", "unrelated")
     recover_all(tmp_path)
     assert names(tmp_path) == {"step-00000002"} | others
     assert text_of(tmp_path / "step-00000002") == "moved"
@@ -261,13 +261,13 @@ def test_a_whole_folder_is_looked_through_for_leftovers(tmp_path: Path) -> None:
     assert not (tmp_path / "absent").exists()
 
 
-def test_a_folder_is_deleted_with_what_an_earlier_deletion_left(committed: Path) -> None:
-    put(committed.with_name(".result.deleting"), "folder", "earlier")
+def test_deleting_a_folder_deletes_leftovers_of_an_earlier_deletion(committed: Path) -> None:
+    create(committed.with_name(".result.deleting"), "folder", "earlier")
     remove_folder(committed)
     assert names(committed.parent) == set()
 
 
-def test_killed_while_it_deletes_a_process_leaves_no_part_of_a_folder(committed: Path) -> None:
+def test_kill_during_deletion_leaves_no_partial_folder(committed: Path) -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -275,8 +275,8 @@ def test_killed_while_it_deletes_a_process_leaves_no_part_of_a_folder(committed:
         "remove_folder(Path(sys.argv[1]))\n"
     )
     environment = os.environ | {"LORA_ACCEL_FAULT": "rotate.mid@1=kill"}
-    ran = subprocess.run([sys.executable, "-c", code, committed], env=environment, cwd=ROOT, check=False)
-    assert ran.returncode == -9
+    process = subprocess.run([sys.executable, "-c", code, committed], env=environment, cwd=ROOT, check=False)
+    assert process.returncode == -9
     assert names(committed.parent) == {".result.deleting"}
     recover(committed)
     assert names(committed.parent) == set()
@@ -289,7 +289,7 @@ def truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def grown(path: Path) -> None:
+def extended(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\n")
 
 
@@ -313,21 +313,21 @@ def linked(path: Path) -> None:
     path.symlink_to(other)
 
 
-def a_folder(path: Path) -> None:
+def replaced_by_a_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
 
 
-@pytest.mark.parametrize("damage", [truncated, grown, flipped, emptied, missing, linked, a_folder])
-def test_damage_is_noticed(committed: Path, damage: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("damage", [truncated, extended, flipped, emptied, missing, linked, replaced_by_a_folder])
+def test_damage_is_detected(committed: Path, damage: Callable[[Path], None]) -> None:
     damage(committed / "inner" / "b.bin")
     reason = why_invalid(committed)
     assert reason is not None
     assert reason.startswith("inner/b.bin is ")
 
 
-@pytest.mark.parametrize("damage", [truncated, grown, emptied, missing, linked, a_folder])
-def test_damage_but_that_of_single_bytes_is_noticed_without_reading_them(
+@pytest.mark.parametrize("damage", [truncated, extended, emptied, missing, linked, replaced_by_a_folder])
+def test_damage_is_detected_without_hashes_except_flipped_bytes(
     committed: Path, damage: Callable[[Path], None]
 ) -> None:
     flipped(committed / "a.txt")
@@ -338,45 +338,45 @@ def test_damage_but_that_of_single_bytes_is_noticed_without_reading_them(
     assert reason.startswith("inner/b.bin is ")
 
 
-def test_a_link_to_a_whole_folder_is_none(committed: Path) -> None:
+def test_symbolic_link_to_a_valid_folder_is_invalid(committed: Path) -> None:
     link = committed.with_name("link")
     link.symlink_to(committed, target_is_directory=True)
-    assert why_invalid(link) == "it is a link"
+    assert why_invalid(link) == "it is a symbolic link"
 
 
 @pytest.mark.parametrize("name", ["../outside", "inner/../../outside", "ABSOLUTE"])
-def test_a_name_that_leaves_the_folder_is_refused_though_size_and_hash_are_right(committed: Path, name: str) -> None:
+def test_manifest_entry_outside_the_folder_is_invalid(committed: Path, name: str) -> None:
     outside = committed.with_name("outside")
     outside.write_text("outside")
     name = str(outside) if name == "ABSOLUTE" else name
     manifest = json.loads((committed / MANIFEST).read_text())
     manifest["files"][name] = {"bytes": 7, "sha256": sha256_of(outside)}
     write_json(committed / MANIFEST, manifest)
-    assert why_invalid(committed) == f"{MANIFEST} names {name!a}, which is no file of the folder"
+    assert why_invalid(committed) == f"{MANIFEST} lists {name!a}, which is not a file in this folder"
 
 
-def test_files_that_must_be_there_must_be_named(committed: Path) -> None:
-    (committed / "late.txt").write_text("came after the manifest")
+def test_required_files_must_be_listed_in_the_manifest(committed: Path) -> None:
+    (committed / "late.txt").write_text("written after the manifest")
     assert why_invalid(committed, required=("a.txt", "inner/b.bin")) is None
     for name in ("late.txt", "absent.txt"):
-        assert why_invalid(committed, required=("a.txt", name)) == f"{MANIFEST} does not name {name}"
+        assert why_invalid(committed, required=("a.txt", name)) == f"{MANIFEST} does not list {name}"
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", "null", '{"files": 3}', '{"files": {"a.txt": {}}}', "\x00", "[" * 10**5]
 )
-def test_a_manifest_that_is_none_makes_the_folder_invalid(committed: Path, text: str) -> None:
+def test_folder_with_a_malformed_manifest_is_invalid(committed: Path, text: str) -> None:
     (committed / MANIFEST).write_text(text)
     assert why_invalid(committed) == f"{MANIFEST} cannot be read"
 
 
-def test_a_folder_without_a_manifest_was_never_finished(committed: Path) -> None:
+def test_folder_without_a_manifest_is_invalid(committed: Path) -> None:
     (committed / MANIFEST).unlink()
-    assert why_invalid(committed) == f"{MANIFEST} is missing, so it was never finished"
-    assert why_invalid(committed.parent / "absent") == f"{MANIFEST} is missing, so it was never finished"
+    assert why_invalid(committed) == f"{MANIFEST} is missing: the folder was never completed"
+    assert why_invalid(committed.parent / "absent") == f"{MANIFEST} is missing: the folder was never completed"
 
 
-def test_the_manifest_holds_sizes_and_hashes_of_every_file(committed: Path) -> None:
+def test_manifest_lists_size_and_hash_of_every_file(committed: Path) -> None:
     files = json.loads((committed / MANIFEST).read_text())["files"]
     assert files == {
         "a.txt": {"bytes": 3, "sha256": "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"},
@@ -394,7 +394,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
     os.umask(before)
 
 
-def test_modes_are_those_that_the_umask_asks_for(tmp_path: Path, umask: int) -> None:
+def test_file_modes_follow_the_umask(tmp_path: Path, umask: int) -> None:
     with atomic_folder(tmp_path / "result") as temporary:
         save_file({"a": torch.ones(2)}, temporary / "private.safetensors")
         fill(temporary)
@@ -403,10 +403,10 @@ def test_modes_are_those_that_the_umask_asks_for(tmp_path: Path, umask: int) -> 
     assert stat.S_IMODE((tmp_path / "result").stat().st_mode) == 0o777 & ~umask
 
 
-def test_a_small_file_is_replaced_whole_or_not(tmp_path: Path) -> None:
+def test_failed_write_leaves_the_existing_file(tmp_path: Path) -> None:
     write_text(tmp_path / "a", "old")
     with pytest.raises(UnicodeEncodeError):
-        write_text(tmp_path / "a", "new \ud800")  # half a pair cannot be written
+        write_text(tmp_path / "a", "new \ud800")  # a lone surrogate cannot be encoded
     assert (tmp_path / "a").read_text() == "old"
     write_json(tmp_path / "a", {"é": 1})
     assert (tmp_path / "a").read_text(encoding="utf-8") == '{\n  "é": 1\n}\n'

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, which ones stay, and what is refused."""
+"""Save, select, quarantine, prune and load checkpoints; resume runs from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_accel.errors import ArtifactError, ConfigError, TrainingError
 from lora_accel.saving import checkpoint as checkpoints
 from lora_accel.saving import discovery
 from lora_accel.saving.atomic import MANIFEST, sha256_of, why_invalid, write_manifest
-from lora_accel.saving.checkpoint import SPARE_BYTES, check_disk_space, load_checkpoint, save_checkpoint
+from lora_accel.saving.checkpoint import METADATA_BYTES, check_disk_space, load_checkpoint, save_checkpoint
 from lora_accel.saving.discovery import (
     OPTIMIZER,
     STATE,
@@ -36,14 +36,14 @@ from lora_accel.saving.discovery import (
 )
 from tests.conftest import read_metrics
 
-Made = tuple[Accelerator, PeftModel, torch.optim.Optimizer]
+Prepared = tuple[Accelerator, PeftModel, torch.optim.Optimizer]
 
 
 @pytest.fixture
-def make(tiny_model: Callable[..., Path]) -> Callable[..., Made]:
-    """A tiny model and its optimizer after so many steps."""
+def make(tiny_model: Callable[..., Path]) -> Callable[..., Prepared]:
+    """Return a function that trains a tiny model for some steps and returns it with its accelerator and optimizer."""
 
-    def make(steps: int, r: int = 4) -> Made:
+    def make(steps: int, r: int = 4) -> Prepared:
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_pretrained(tiny_model())
         model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=r, target_modules=["q_proj"]))
@@ -64,14 +64,14 @@ def update(accelerator: Accelerator, model: PeftModel, optimizer: torch.optim.Op
     optimizer.zero_grad()
 
 
-def save(made: Made, folder: Path, step: int, keep_last: int = 10, spare: str = "", **state: Any) -> Path:
-    return save_checkpoint(*made, folder, {"step": step, **state}, keep_last=keep_last, spare=spare)
+def save(prepared: Prepared, folder: Path, step: int, keep_last: int = 10, protected: str = "", **state: Any) -> Path:
+    return save_checkpoint(*prepared, folder, {"step": step, **state}, keep_last=keep_last, protected=protected)
 
 
 def newest(folder: Path) -> Checkpoint:
-    found = find_checkpoint(folder, "auto").checkpoint
-    assert found is not None
-    return found
+    checkpoint = find_checkpoint(folder, "auto").checkpoint
+    assert checkpoint is not None
+    return checkpoint
 
 
 def names(folder: Path) -> list[str]:
@@ -85,23 +85,23 @@ def flip(path: Path) -> None:
 
 
 @pytest.fixture
-def three(make: Callable[[int], Made], tmp_path: Path) -> Path:
-    """A folder with the checkpoints of steps 1, 2 and 3."""
-    made = make(1)
+def three(make: Callable[[int], Prepared], tmp_path: Path) -> Path:
+    """Return a folder with the checkpoints of steps 1, 2 and 3."""
+    prepared = make(1)
     for step in (1, 2, 3):
-        save(made, tmp_path / "checkpoints", step)
+        save(prepared, tmp_path / "checkpoints", step)
     return tmp_path / "checkpoints"
 
 
 @pytest.mark.parametrize("keep_last", [1, 2, 3])
-def test_the_last_so_many_stay(make: Callable[[int], Made], tmp_path: Path, keep_last: int) -> None:
-    made = make(1)
+def test_keep_last(make: Callable[[int], Prepared], tmp_path: Path, keep_last: int) -> None:
+    prepared = make(1)
     for step in (2, 9, 10, 100_000_000):
-        save(made, tmp_path, step, keep_last)
+        save(prepared, tmp_path, step, keep_last)
     assert names(tmp_path) == ["step-00000002", "step-00000009", "step-00000010", "step-100000000"][-keep_last:]
 
 
-def test_other_things_beside_checkpoints_stay(make: Callable[[int], Made], tmp_path: Path) -> None:
+def test_other_files_are_not_pruned(make: Callable[[int], Prepared], tmp_path: Path) -> None:
     for other in ("notes", "step-1", "step-00000001.bak", ".hidden"):
         (tmp_path / other).mkdir()
     save(make(1), tmp_path, 5, keep_last=1)
@@ -109,42 +109,42 @@ def test_other_things_beside_checkpoints_stay(make: Callable[[int], Made], tmp_p
     assert names(tmp_path) == [".hidden", "notes", "step-00000001.bak", "step-00000006", "step-1"]
 
 
-def test_a_save_that_fails_deletes_nothing(
-    three: Path, make: Callable[[int], Made], monkeypatch: pytest.MonkeyPatch
+def test_failed_save_deletes_nothing(
+    three: Path, make: Callable[[int], Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lora_accel.saving import checkpoint
 
-    def full(*_: object, **__: object) -> None:
+    def raise_no_space(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", raise_no_space)
     with pytest.raises(TrainingError, match="No space left"):
         save(make(1), three, 4, keep_last=1)
     assert names(three) == ["step-00000001", "step-00000002", "step-00000003"]
 
 
-def test_saved_and_loaded_state_goes_on_bitwise(make: Callable[[int], Made], tmp_path: Path) -> None:
-    straight = make(5)
-    stopped = make(3)
-    save(stopped, tmp_path, 3)
+def test_training_resumes_bitwise(make: Callable[[int], Prepared], tmp_path: Path) -> None:
+    uninterrupted = make(5)
+    interrupted = make(3)
+    save(interrupted, tmp_path, 3)
     accelerator, model, optimizer = make(0)
     load_checkpoint(accelerator, model, optimizer, newest(tmp_path))
     for step in (3, 4):
         update(accelerator, model, optimizer, step)
-    for one, other in zip(straight[1].parameters(), model.parameters(), strict=True):
+    for one, other in zip(uninterrupted[1].parameters(), model.parameters(), strict=True):
         assert torch.equal(one, other)
-    again = save((accelerator, model, optimizer), tmp_path, 5)
-    whole = save(straight, tmp_path / "straight", 5)
+    actual = save((accelerator, model, optimizer), tmp_path, 5)
+    expected = save(uninterrupted, tmp_path / "uninterrupted", 5)
     for file in (WEIGHTS, OPTIMIZER):
-        assert (again / file).read_bytes() == (whole / file).read_bytes()
+        assert (actual / file).read_bytes() == (expected / file).read_bytes()
 
 
-def test_the_folder_holds_no_pickle(three: Path) -> None:
+def test_checkpoint_contains_no_pickle(three: Path) -> None:
     files = {path.name for path in (three / "step-00000003").iterdir()}
     assert files == {WEIGHTS, "adapter_config.json", OPTIMIZER, STATE, MANIFEST}
 
 
-def test_what_is_no_whole_checkpoint_is_neither_counted_nor_deleted(three: Path, make: Callable[[int], Made]) -> None:
+def test_incomplete_checkpoints_are_neither_counted_nor_deleted(three: Path, make: Callable[[int], Prepared]) -> None:
     save(make(1), three, 4)
     (three / "step-00000002" / STATE).unlink()
     with (three / "step-00000004" / WEIGHTS).open("ab") as file:
@@ -154,31 +154,31 @@ def test_what_is_no_whole_checkpoint_is_neither_counted_nor_deleted(three: Path,
     assert names(three) == ["step-00000002", "step-00000003", "step-00000004", "step-00000005"]
 
 
-def test_one_whose_manifest_lacks_a_file_is_not_counted(three: Path) -> None:
+def test_checkpoint_with_an_incomplete_manifest_is_not_counted(three: Path) -> None:
     (three / "step-00000003" / OPTIMIZER).unlink()
     write_manifest(three / "step-00000003")
     prune(three, 1)
     assert names(three) == ["step-00000002", "step-00000003"]
 
 
-@pytest.mark.parametrize("way", ["plain", "relative", "link"])
-def test_the_one_that_a_run_was_told_to_begin_from_stays(
-    three: Path, make: Callable[[int], Made], monkeypatch: pytest.MonkeyPatch, way: str
+@pytest.mark.parametrize("path", ["absolute", "relative", "link"])
+def test_protected_checkpoint_is_not_pruned(
+    three: Path, make: Callable[[int], Prepared], monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    spare = str(three / "step-00000001")
-    if way == "relative":
+    protected = str(three / "step-00000001")
+    if path == "relative":
         monkeypatch.chdir(three.parent)
-        spare = f"{three.name}/../{three.name}/step-00000001/"
-    elif way == "link":
+        protected = f"{three.name}/../{three.name}/step-00000001/"
+    elif path == "link":
         (three.parent / "link").symlink_to(three, target_is_directory=True)
-        spare = str(three.parent / "link" / "step-00000001")
-    save(make(1), three, 4, keep_last=1, spare=spare)
+        protected = str(three.parent / "link" / "step-00000001")
+    save(make(1), three, 4, keep_last=1, protected=protected)
     assert names(three) == ["step-00000001", "step-00000004"]
-    prune(three, 1, spare="auto")
+    prune(three, 1, protected="auto")
     assert names(three) == ["step-00000004"]
 
 
-# Room on the disk
+# Disk space
 
 
 def actual_bytes(folder: Path) -> int:
@@ -187,7 +187,7 @@ def actual_bytes(folder: Path) -> int:
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Let the disk have so many bytes free."""
+    """Return a function that sets the number of free bytes."""
 
     def set_to(count: int) -> None:
         monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: SimpleNamespace(free=count))
@@ -195,33 +195,33 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return set_to
 
 
-def test_what_will_stand_at_once_must_find_room(
-    make: Callable[..., Made], tmp_path: Path, free: Callable[[int], None]
+def test_disk_must_have_space_for_all_checkpoints_at_once(
+    make: Callable[..., Prepared], tmp_path: Path, free: Callable[[int], None]
 ) -> None:
-    """That are as many as are kept, the one being written, and the final adapter."""
+    """Those that are kept, the one being written, and the final adapter."""
     accelerator, model, optimizer = make(1, r=4096)
-    one = actual_bytes(save((accelerator, model, optimizer), tmp_path / "sample", 1))
-    adapter = (tmp_path / "sample" / "step-00000001" / WEIGHTS).stat().st_size
+    checkpoint_bytes = actual_bytes(save((accelerator, model, optimizer), tmp_path / "sample", 1))
+    adapter_bytes = (tmp_path / "sample" / "step-00000001" / WEIGHTS).stat().st_size
     folder = tmp_path / "run" / "checkpoints"
     folder.parent.mkdir()
     for keep_last in (2, 5):
-        needed = (keep_last + 1) * one + adapter
+        needed = (keep_last + 1) * checkpoint_bytes + adapter_bytes
         free(needed - 1)
-        with pytest.raises(ConfigError, match=f"MB free, but {keep_last + 1} checkpoints of .* make room") as refused:
+        with pytest.raises(ConfigError, match=f"but {keep_last + 1} checkpoints of .* free up space") as caught:
             check_disk_space(accelerator, model, folder, keep_last)
-        assert str(refused.value).startswith(f"output_dir: {folder.parent} has ")
-        free(needed + one + (keep_last + 2) * SPARE_BYTES)
+        assert str(caught.value).startswith(f"output_dir: {folder.parent} has ")
+        free(needed + checkpoint_bytes + (keep_last + 2) * METADATA_BYTES)
         check_disk_space(accelerator, model, folder, keep_last)
     assert not folder.exists()
 
 
-def test_checkpoints_that_stand_already_need_no_room_again(
-    three: Path, make: Callable[[int], Made], free: Callable[[int], None]
+def test_existing_checkpoints_reduce_the_needed_space(
+    three: Path, make: Callable[[int], Prepared], free: Callable[[int], None]
 ) -> None:
     accelerator, model, _ = make(0)
 
-    def least(folder: Path) -> int:
-        """Return how many bytes must be free, by trying."""
+    def needed_bytes(folder: Path) -> int:
+        """Return how many bytes must be free, by bisection."""
         too_little, enough = 0, 10**9
         while enough - too_little > 1:
             middle = (too_little + enough) // 2
@@ -233,11 +233,11 @@ def test_checkpoints_that_stand_already_need_no_room_again(
                 too_little = middle
         return enough
 
-    standing = sum(actual_bytes(three / name) for name in names(three))
-    assert least(three.parent / "empty") - least(three) == standing > 0
+    existing = sum(actual_bytes(three / name) for name in names(three))
+    assert needed_bytes(three.parent / "empty") - needed_bytes(three) == existing > 0
 
 
-def test_a_training_without_room_is_refused_before_it_writes(
+def test_training_without_disk_space_fails_before_it_writes(
     make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="but 1000000001 checkpoints of"):
@@ -245,25 +245,24 @@ def test_a_training_without_room_is_refused_before_it_writes(
     assert not (tmp_path / "run").exists()
 
 
-# Finding
+# Selecting
 
 
-def test_the_newest_is_found(three: Path) -> None:
-    found = find_checkpoint(three, "auto")
-    assert found == CheckpointSelection(
+def test_auto_selects_the_newest(three: Path) -> None:
+    assert find_checkpoint(three, "auto") == CheckpointSelection(
         Checkpoint(three / "step-00000003", {"step": 3, "skipped": 0, "overflowed": 0}), None, None, {}, []
     )
     assert newest(three).step == 3
 
 
-def test_steps_are_compared_as_numbers(three: Path, make: Callable[[int], Made]) -> None:
+def test_steps_are_compared_as_numbers(three: Path, make: Callable[[int], Prepared]) -> None:
     save(make(1), three, 99_999_999)
     save(make(1), three, 100_000_000)
     assert newest(three).step == 100_000_000
 
 
 @pytest.mark.parametrize("folder", ["absent", "empty"])
-def test_without_checkpoints_a_run_begins_afresh(tmp_path: Path, folder: str) -> None:
+def test_run_without_checkpoints_starts_from_step_0(tmp_path: Path, folder: str) -> None:
     (tmp_path / "empty").mkdir()
     for resume in ("auto", "never"):
         assert find_checkpoint(tmp_path / folder, resume) == CheckpointSelection(None, None, None, {}, [])
@@ -271,78 +270,78 @@ def test_without_checkpoints_a_run_begins_afresh(tmp_path: Path, folder: str) ->
 
 @pytest.mark.parametrize("file", [WEIGHTS, "adapter_config.json", OPTIMIZER, STATE, MANIFEST])
 @pytest.mark.parametrize("damage", ["flipped", "gone"])
-def test_a_damaged_newest_is_passed_over_and_named(three: Path, file: str, damage: str) -> None:
-    spoiled = three / "step-00000003" / file
-    flip(spoiled) if damage == "flipped" else spoiled.unlink()
+def test_corrupt_newest_checkpoint_is_skipped_and_reported(three: Path, file: str, damage: str) -> None:
+    corrupt = three / "step-00000003" / file
+    flip(corrupt) if damage == "flipped" else corrupt.unlink()
     if file == MANIFEST and damage == "flipped":
-        spoiled.write_text("{")
-    found = find_checkpoint(three, "auto")
-    assert found.checkpoint is not None
-    assert found.checkpoint.step == 2
-    assert list(found.damaged) == [three / "step-00000003"]
-    assert found.damaged[three / "step-00000003"].startswith(f"{file} ")
-    (told,) = quarantine(found)
-    assert told.startswith(f"passed over a damaged checkpoint: step-00000003: {file} ")
+        corrupt.write_text("{")
+    selection = find_checkpoint(three, "auto")
+    assert selection.checkpoint is not None
+    assert selection.checkpoint.step == 2
+    assert list(selection.corrupt) == [three / "step-00000003"]
+    assert selection.corrupt[three / "step-00000003"].startswith(f"{file} ")
+    (line,) = quarantine(selection)
+    assert line.startswith(f"skipped a corrupt checkpoint: step-00000003: {file} ")
 
 
-def test_a_folder_left_by_a_killed_save_is_no_checkpoint(three: Path) -> None:
+def test_leftover_of_a_killed_save_is_not_a_checkpoint(three: Path) -> None:
     shutil.copytree(three / "step-00000003", three / ".step-00000004.writing")
-    found = find_checkpoint(three, "auto")
-    assert found.checkpoint is not None
-    assert (found.checkpoint.step, found.damaged) == (3, {})
+    selection = find_checkpoint(three, "auto")
+    assert selection.checkpoint is not None
+    assert (selection.checkpoint.step, selection.corrupt) == (3, {})
 
 
-def test_when_all_are_damaged_beginning_afresh_is_refused(three: Path) -> None:
+def test_all_checkpoints_corrupt_raises(three: Path) -> None:
     for folder in three.iterdir():
         flip(folder / WEIGHTS)
-    with pytest.raises(ArtifactError, match="every checkpoint is damaged") as refused:
+    with pytest.raises(ArtifactError, match="every checkpoint is corrupt") as caught:
         find_checkpoint(three, "auto")
-    assert all(f"step-0000000{step}: {WEIGHTS} is not what was" in str(refused.value) for step in (1, 2, 3))
+    assert all(f"step-0000000{step}: {WEIGHTS} is corrupt" in str(caught.value) for step in (1, 2, 3))
     assert names(three) == ["step-00000001", "step-00000002", "step-00000003"]
 
 
-def test_a_damaged_one_is_kept_under_a_name_that_is_free(three: Path, make: Callable[[int], Made]) -> None:
-    made = make(1)
-    for again in ("", "-2", "-3"):
-        save(made, three, 3)
+def test_corrupt_checkpoint_is_renamed_to_an_unused_name(three: Path, make: Callable[[int], Prepared]) -> None:
+    prepared = make(1)
+    for suffix in ("", "-2", "-3"):
+        save(prepared, three, 3)
         flip(three / "step-00000003" / WEIGHTS)
-        spoiled = (three / "step-00000003" / WEIGHTS).read_bytes()
+        corrupt = (three / "step-00000003" / WEIGHTS).read_bytes()
         before = names(three)
-        found = find_checkpoint(three, "auto")
-        assert names(three) == before, "looking changes nothing"
-        (told,) = quarantine(found)
-        assert told.endswith(f"; it is kept as corrupt-step-00000003{again}")
-        assert (three / f"corrupt-step-00000003{again}" / WEIGHTS).read_bytes() == spoiled
+        selection = find_checkpoint(three, "auto")
+        assert names(three) == before, "selecting changes nothing"
+        (line,) = quarantine(selection)
+        assert line.endswith(f"; renamed to corrupt-step-00000003{suffix}")
+        assert (three / f"corrupt-step-00000003{suffix}" / WEIGHTS).read_bytes() == corrupt
         assert newest(three).step == 2
     assert names(three)[:3] == ["corrupt-step-00000003", "corrupt-step-00000003-2", "corrupt-step-00000003-3"]
 
 
-def test_when_only_damaged_ones_that_stepped_aside_are_left_beginning_afresh_is_refused(three: Path) -> None:
+def test_all_checkpoints_quarantined_raises(three: Path) -> None:
     for folder in list(three.iterdir()):
         folder.rename(folder.with_name(f"corrupt-{folder.name}"))
-    with pytest.raises(ArtifactError, match="every checkpoint is damaged") as refused:
+    with pytest.raises(ArtifactError, match="every checkpoint is corrupt") as caught:
         find_checkpoint(three, "auto")
-    assert all(f"corrupt-step-0000000{step}" in str(refused.value) for step in (1, 2, 3))
+    assert all(f"corrupt-step-0000000{step}" in str(caught.value) for step in (1, 2, 3))
     (three / "corrupt-step-00000001").rename(three / "step-00000001")
     assert newest(three).step == 1
 
 
-def test_a_named_one_is_used_though_it_is_not_the_newest(three: Path) -> None:
-    found = find_checkpoint(three.parent / "elsewhere", str(three / "step-00000001"))
-    assert found.checkpoint is not None
-    assert found.checkpoint.step == 1
-    assert found.parent_hash == sha256_of(three / "step-00000001" / MANIFEST)
-    assert (found.damaged, found.superseded) == ({}, [])
+def test_named_checkpoint_is_selected_though_it_is_not_the_newest(three: Path) -> None:
+    selection = find_checkpoint(three.parent / "elsewhere", str(three / "step-00000001"))
+    assert selection.checkpoint is not None
+    assert selection.checkpoint.step == 1
+    assert selection.parent_hash == sha256_of(three / "step-00000001" / MANIFEST)
+    assert (selection.corrupt, selection.superseded) == ({}, [])
 
 
-def test_newer_ones_that_do_not_descend_from_a_named_one_step_aside(three: Path, make: Callable[[int], Made]) -> None:
-    found = find_checkpoint(three, str(three / "step-00000001"))
-    assert found.checkpoint is not None
-    assert found.checkpoint.step == 1
-    assert found.superseded == [three / "step-00000003", three / "step-00000002"]
-    assert names(three) == ["step-00000001", "step-00000002", "step-00000003"], "looking changes nothing"
-    assert quarantine(found) == [
-        f"step-0000000{step} does not descend from the named checkpoint; it is kept as superseded-step-0000000{step}"
+def test_newer_checkpoints_of_another_branch_are_superseded(three: Path, make: Callable[[int], Prepared]) -> None:
+    selection = find_checkpoint(three, str(three / "step-00000001"))
+    assert selection.checkpoint is not None
+    assert selection.checkpoint.step == 1
+    assert selection.superseded == [three / "step-00000003", three / "step-00000002"]
+    assert names(three) == ["step-00000001", "step-00000002", "step-00000003"], "selecting changes nothing"
+    assert quarantine(selection) == [
+        f"step-0000000{step} does not descend from the named checkpoint; renamed to superseded-step-0000000{step}"
         for step in (3, 2)
     ]
     assert names(three) == ["step-00000001", "superseded-step-00000002", "superseded-step-00000003"]
@@ -352,63 +351,63 @@ def test_newer_ones_that_do_not_descend_from_a_named_one_step_aside(three: Path,
     assert "superseded-step-00000003-2" in names(three)
 
 
-def test_a_run_goes_on_from_what_descends_from_the_named_one(three: Path, make: Callable[[int], Made]) -> None:
-    """The same command again resumes; it does not begin again at the named checkpoint."""
-    named, made = three / "step-00000001", make(1)
-    origin = sha256_of(named / MANIFEST)
-    save(made, three, 4, begun_from=origin)
-    save(made, three, 5, begun_from=origin)
-    save(made, three, 6, begun_from="another")
-    found = find_checkpoint(three, str(named))
-    assert found.checkpoint is not None
-    assert (found.checkpoint.step, found.parent_hash) == (5, origin)
-    assert found.superseded == [three / "step-00000006"]
+def test_descendants_of_the_named_checkpoint_are_preferred(three: Path, make: Callable[[int], Prepared]) -> None:
+    """The same command resumes the run; it does not start again from the named checkpoint."""
+    named, prepared = three / "step-00000001", make(1)
+    parent_hash = sha256_of(named / MANIFEST)
+    save(prepared, three, 4, begun_from=parent_hash)
+    save(prepared, three, 5, begun_from=parent_hash)
+    save(prepared, three, 6, begun_from="another")
+    selection = find_checkpoint(three, str(named))
+    assert selection.checkpoint is not None
+    assert (selection.checkpoint.step, selection.parent_hash) == (5, parent_hash)
+    assert selection.superseded == [three / "step-00000006"]
 
     flip(three / "step-00000005" / OPTIMIZER)
-    found = find_checkpoint(three, str(named))
-    assert found.checkpoint is not None
-    assert found.checkpoint.step == 4
-    assert list(found.damaged) == [three / "step-00000005"]
+    selection = find_checkpoint(three, str(named))
+    assert selection.checkpoint is not None
+    assert selection.checkpoint.step == 4
+    assert list(selection.corrupt) == [three / "step-00000005"]
 
     flip(three / "step-00000004" / OPTIMIZER)
-    found = find_checkpoint(three, str(named))
-    assert found.checkpoint is not None
-    assert found.checkpoint.step == 1, "the named one is what is left, though all newer ones are damaged"
-    assert set(found.damaged) == {three / "step-00000004", three / "step-00000005"}
-    assert set(found.superseded) == {three / f"step-0000000{step}" for step in (2, 3, 6)}
+    selection = find_checkpoint(three, str(named))
+    assert selection.checkpoint is not None
+    assert selection.checkpoint.step == 1, "only the named one is left, since its descendants are corrupt"
+    assert set(selection.corrupt) == {three / "step-00000004", three / "step-00000005"}
+    assert set(selection.superseded) == {three / f"step-0000000{step}" for step in (2, 3, 6)}
 
 
-def test_where_a_run_began_is_carried_on_without_naming_it(three: Path, make: Callable[[int], Made]) -> None:
+def test_parent_hash_is_kept_with_auto(three: Path, make: Callable[[int], Prepared]) -> None:
     save(make(1), three, 4, begun_from="0" * 64)
     assert find_checkpoint(three, "auto").parent_hash == "0" * 64
 
 
-def test_a_named_damaged_one_is_refused_not_replaced(three: Path) -> None:
+def test_corrupt_named_checkpoint_raises(three: Path) -> None:
     flip(three / "step-00000003" / OPTIMIZER)
-    with pytest.raises(ArtifactError, match=r"step-00000003 cannot be used: optimizer.safetensors is not what was"):
+    with pytest.raises(ArtifactError, match=r"step-00000003 cannot be used: optimizer.safetensors is corrupt"):
         find_checkpoint(three, str(three / "step-00000003"))
 
 
-def test_a_named_folder_that_is_not_there_is_refused(three: Path) -> None:
-    with pytest.raises(ArtifactError, match="is no folder"):
+def test_missing_named_checkpoint_raises(three: Path) -> None:
+    with pytest.raises(ArtifactError, match="is not a folder"):
         find_checkpoint(three, str(three / "step-00000009"))
 
 
-def test_never_meets_checkpoints_and_refuses(three: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"resume=never, but .* holds 3 checkpoints"):
+def test_never_raises_if_there_are_checkpoints(three: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"resume=never, but .* contains 3 checkpoints"):
         find_checkpoint(three, "never")
 
 
 # Loading
 
 
-@pytest.mark.parametrize("spoil", ["gone", "shape"])
-def test_moments_of_something_else_are_refused(three: Path, make: Callable[[int], Made], spoil: str) -> None:
+@pytest.mark.parametrize("damage", ["missing", "shape"])
+def test_moments_of_other_parameters_raise(three: Path, make: Callable[[int], Prepared], damage: str) -> None:
     folder = three / "step-00000003"
     moments = load_file(folder / OPTIMIZER)
     name = next(iter(moments))
     moments[name] = moments[name][:1].contiguous()
-    if spoil == "gone":
+    if damage == "missing":
         del moments[name]
     save_file(moments, folder / OPTIMIZER)
     write_manifest(folder)
@@ -418,7 +417,7 @@ def test_moments_of_something_else_are_refused(three: Path, make: Callable[[int]
 
 
 @pytest.mark.parametrize(
-    ("moment", "spoil", "reason"),
+    ("moment", "value", "reason"),
     [
         ("exp_avg.", "nan", "is not finite in float32"),
         ("exp_avg.", "inf", "is not finite in float32"),
@@ -430,29 +429,29 @@ def test_moments_of_something_else_are_refused(three: Path, make: Callable[[int]
         ("exp_avg.", "-1e-30", None),
     ],
 )
-def test_moments_that_adam_never_makes_are_refused(
-    three: Path, make: Callable[[int], Made], moment: str, spoil: str, reason: str | None
+def test_invalid_moments_raise(
+    three: Path, make: Callable[[int], Prepared], moment: str, value: str, reason: str | None
 ) -> None:
     folder = three / "step-00000003"
     moments = load_file(folder / OPTIMIZER)
     name = next(name for name in moments if name.startswith(moment))
-    if hasattr(torch, spoil) and isinstance(getattr(torch, spoil), torch.dtype):
-        moments[name] = moments[name].to(getattr(torch, spoil))
+    if isinstance(getattr(torch, value, None), torch.dtype):
+        moments[name] = moments[name].to(getattr(torch, value))
     else:
-        moments[name].view(-1)[-1] = float(spoil)
+        moments[name].view(-1)[-1] = float(value)
     save_file(moments, folder / OPTIMIZER)
     write_manifest(folder)
     if reason is None:
         load_checkpoint(*make(0), newest(three))
         return
-    with pytest.raises(ArtifactError) as refused:
+    with pytest.raises(ArtifactError) as caught:
         load_checkpoint(*make(0), newest(three))
-    assert str(refused.value) == f"{folder / OPTIMIZER}: {name} {reason}"
+    assert str(caught.value) == f"{folder / OPTIMIZER}: {name} {reason}"
 
 
 @pytest.mark.parametrize("skipped", [None, 0, 2])
-def test_adam_counts_the_updates_that_were_made(
-    make: Callable[[int], Made], tmp_path: Path, skipped: int | None
+def test_adam_counts_updates_without_skipped_steps(
+    make: Callable[[int], Prepared], tmp_path: Path, skipped: int | None
 ) -> None:
     save(make(3), tmp_path, 5, **({} if skipped is None else {"skipped": skipped}))
     accelerator, model, optimizer = make(0)
@@ -465,7 +464,7 @@ def test_adam_counts_the_updates_that_were_made(
 
 
 @pytest.mark.parametrize("state", ["[]", "{}", '{"step": "three"}', "null"])
-def test_a_state_that_is_none_is_refused(three: Path, state: str) -> None:
+def test_malformed_state_raises(three: Path, state: str) -> None:
     folder = three / "step-00000003"
     (folder / STATE).write_text(state)
     write_manifest(folder)
@@ -473,34 +472,32 @@ def test_a_state_that_is_none_is_refused(three: Path, state: str) -> None:
         find_checkpoint(three, "auto")
 
 
-# The whole run
+# Runs
 
 
-def test_a_run_goes_on_before_a_damaged_checkpoint(
+def test_run_resumes_before_a_corrupt_checkpoint(
     make_config: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config()
     run_training(config)
     folder = Path(config.output_dir)
-    whole = (folder / "adapter" / WEIGHTS).read_bytes()
-    shutil.rmtree(folder / "adapter")  # as if it had died before its end: a finished run has nothing to do
+    expected = (folder / "adapter" / WEIGHTS).read_bytes()
+    shutil.rmtree(folder / "adapter")  # as if it had crashed before the end: a finished run has nothing to do
     flip(folder / "checkpoints" / "step-00000006" / WEIGHTS)
     run_training(config)
-    assert "passed over a damaged checkpoint: step-00000006" in capsys.readouterr().out
+    assert "skipped a corrupt checkpoint: step-00000006" in capsys.readouterr().out
     assert [line["step"] for line in read_metrics(folder, "event") if line["event"] == "resume"] == [4]
-    assert (folder / "adapter" / WEIGHTS).read_bytes() == whole
+    assert (folder / "adapter" / WEIGHTS).read_bytes() == expected
     assert why_invalid(folder / "checkpoints" / "step-00000006") is None
 
 
-def test_a_run_with_resume_never_refuses_its_own_checkpoints(make_config: Callable[..., RunConfig]) -> None:
+def test_run_with_resume_never_raises_if_it_has_checkpoints(make_config: Callable[..., RunConfig]) -> None:
     run_training(make_config())
     with pytest.raises(ArtifactError, match="resume=never"):
         run_training(make_config(checkpoint={"resume": "never"}))
 
 
-def test_a_run_goes_on_from_a_checkpoint_of_another_folder(
-    make_config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_run_resumes_from_a_checkpoint_of_another_folder(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     config = make_config()
     run_training(config)
     folder = Path(config.output_dir)
@@ -513,21 +510,20 @@ def test_a_run_goes_on_from_a_checkpoint_of_another_folder(
     assert (state["step"], state["epoch"], state["examples"], state["seed"]) == (6, 1, 21, 0)
 
 
-def test_a_run_begun_from_a_named_checkpoint_in_place_goes_on_when_started_again(
+def test_run_begun_from_its_own_named_checkpoint_resumes(
     make_config: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config(checkpoint={"keep_last": 5})
     run_training(config)
     folder = Path(config.output_dir)
     named = folder / "checkpoints" / "step-00000002"
-    origin = sha256_of(named / MANIFEST)
-    again = make_config(
+    parent_hash = sha256_of(named / MANIFEST)
+    restarted = make_config(
         checkpoint={"keep_last": 1, "resume": str(named), "allow_changes": ["training.learning_rate"]},
         training={"learning_rate": 1e-2},
     )
-    run_training(again)
-    told = capsys.readouterr().out
-    assert f"resuming after step 2 from {named}" in told
+    run_training(restarted)
+    assert f"resuming after step 2 from {named}" in capsys.readouterr().out
     assert names(folder / "checkpoints") == [
         "step-00000002",
         "step-00000006",
@@ -535,39 +531,39 @@ def test_a_run_begun_from_a_named_checkpoint_in_place_goes_on_when_started_again
         "superseded-step-00000006",
     ]
     state = json.loads((folder / "checkpoints" / "step-00000006" / STATE).read_text())
-    assert state["begun_from"] == origin
+    assert state["begun_from"] == parent_hash
     assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
     adapter = (folder / "adapter" / WEIGHTS).read_bytes()
 
     shutil.rmtree(folder / "adapter")
-    run_training(again)
+    run_training(restarted)
     assert f"resuming after step 6 from {folder / 'checkpoints' / 'step-00000006'}" in capsys.readouterr().out
     assert (folder / "adapter" / WEIGHTS).read_bytes() == adapter
 
-    # Without naming it again, and with more to do: what is saved still knows where it began.
+    # With resume=auto and more epochs, new checkpoints still record the parent.
     more = make_config(
         checkpoint={"allow_changes": ["training"]}, training={"learning_rate": 1e-2, "epochs": 2, "warmup_steps": 0}
     )
     run_training(more)
     state = json.loads((folder / "checkpoints" / "step-00000012" / STATE).read_text())
-    assert state["begun_from"] == origin
+    assert state["begun_from"] == parent_hash
 
 
-def test_a_run_begun_from_a_finished_one_can_be_started_again(
+def test_run_begun_from_the_last_checkpoint_can_be_repeated(
     make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """It has nothing to do but to write its adapter, and no checkpoint of its own."""
+    """It only writes its adapter, and has no checkpoint of its own."""
     run_training(make_config())
     named = tmp_path / "run" / "checkpoints" / "step-00000006"
-    again = make_config(output_dir=str(tmp_path / "again"), checkpoint={"resume": str(named)})
-    adapter = (run_training(again) / WEIGHTS).read_bytes()
-    assert (run_training(again) / WEIGHTS).read_bytes() == adapter
+    config = make_config(output_dir=str(tmp_path / "repeated"), checkpoint={"resume": str(named)})
+    adapter = (run_training(config) / WEIGHTS).read_bytes()
+    assert (run_training(config) / WEIGHTS).read_bytes() == adapter
 
 
-def test_as_long_as_a_run_goes_on_two_checkpoints_stay(
+def test_unfinished_run_keeps_two_checkpoints(
     make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The newest may be the one that a disk spoils; only a run that is done needs no other."""
+    """The newest one may become corrupt; only a finished run needs no other."""
     config = make_config(checkpoint={"keep_last": 1})
     fault = faults.Fault("export.mid", 1, "enospc", None)
     monkeypatch.setattr(faults, "active_fault", lambda: fault)
@@ -579,10 +575,10 @@ def test_as_long_as_a_run_goes_on_two_checkpoints_stay(
 
 
 @pytest.mark.parametrize("point", ["save.begin", "save.mid_file", "save.before_manifest", "save.before_rename"])
-def test_a_disk_that_fills_up_while_saving_ends_the_run_with_what_was_saved_before(
+def test_full_disk_while_saving_keeps_earlier_checkpoints(
     make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, point: str
 ) -> None:
-    run_training(make_config(output_dir=str(tmp_path / "straight")))
+    run_training(make_config(output_dir=str(tmp_path / "uninterrupted")))
     config = make_config()
     folder = Path(config.output_dir)
     fault = faults.Fault(point, 3, "enospc", None)  # a checkpoint has two large files
@@ -593,7 +589,8 @@ def test_a_disk_that_fills_up_while_saving_ends_the_run_with_what_was_saved_befo
     assert all(why_invalid(path) is None for path in (folder / "checkpoints").iterdir())
     assert names(folder / "checkpoints")[0] == "step-00000002"
     run_training(config)
-    assert (folder / "adapter" / WEIGHTS).read_bytes() == (tmp_path / "straight" / "adapter" / WEIGHTS).read_bytes()
+    expected = (tmp_path / "uninterrupted" / "adapter" / WEIGHTS).read_bytes()
+    assert (folder / "adapter" / WEIGHTS).read_bytes() == expected
 
 
 @pytest.mark.parametrize(
@@ -614,40 +611,41 @@ def test_a_disk_that_fills_up_while_saving_ends_the_run_with_what_was_saved_befo
     ],
     ids=str,
 )
-def test_a_refused_change_is_told_with_the_words_that_allow_it(
+def test_disallowed_change_raises_with_the_options_that_allow_it(
     make_config: Callable[..., RunConfig], changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config()
     run_training(config)
     folder = Path(config.output_dir)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(ArtifactError, match="was made from something else") as refused:
+    with pytest.raises(ArtifactError, match="was created with different inputs") as caught:
         run_training(make_config(**changes))
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    words = re.search(r"'checkpoint\.allow_changes=\[([^\]]+)\]'$", str(refused.value))
-    assert words is not None
-    told = re.findall(r"^  ([^\s:]+): (.* -> .*)$", str(refused.value), re.MULTILINE)
-    allowed = words[1].split(", ")
+    options = re.search(r"'checkpoint\.allow_changes=\[([^\]]+)\]'$", str(caught.value))
+    assert options is not None
+    reported = re.findall(r"^  ([^\s:]+): (.* -> .*)$", str(caught.value), re.MULTILINE)
+    allowed = options[1].split(", ")
     for missing in allowed if len(allowed) > 1 else []:
-        with pytest.raises(ArtifactError, match="was made from something else"):
-            run_training(make_config(**changes, checkpoint={"allow_changes": [w for w in allowed if w != missing]}))
+        others = [option for option in allowed if option != missing]
+        with pytest.raises(ArtifactError, match="was created with different inputs"):
+            run_training(make_config(**changes, checkpoint={"allow_changes": others}))
     capsys.readouterr()
     run_training(make_config(**changes, checkpoint={"allow_changes": allowed}))
-    said = capsys.readouterr().out
-    assert told
-    for key, values in told:
-        assert f"changed, as checkpoint.allow_changes says:  {key}: {values}\n" in said
+    stdout = capsys.readouterr().out
+    assert reported
+    for key, values in reported:
+        assert f"changed, allowed by checkpoint.allow_changes:  {key}: {values}\n" in stdout
 
 
-def test_a_checkpoint_that_goes_while_it_is_listed_is_left_out(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that lives rotates its checkpoints."""
-    look = discovery.why_invalid
+def test_checkpoint_deleted_while_listing_is_omitted(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in progress prunes its checkpoints."""
+    why_invalid = discovery.why_invalid
 
-    def rotated(folder: Path, **options: Any) -> str | None:
-        reason = look(folder, **options)
+    def deleting_why_invalid(folder: Path, **options: Any) -> str | None:
+        reason = why_invalid(folder, **options)
         if folder.name == "step-00000001":
             shutil.rmtree(folder)
         return reason
 
-    monkeypatch.setattr(discovery, "why_invalid", rotated)
+    monkeypatch.setattr(discovery, "why_invalid", deleting_why_invalid)
     assert [entry.step for entry in list_checkpoints(three.parent, hashes=True)] == [2, 3]

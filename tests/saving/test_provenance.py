@@ -1,4 +1,4 @@
-"""Whether two results were made from the same: each change of the mathematics is found, a harmless one is not."""
+"""Provenance: changes of the mathematics are detected, harmless ones are not; model cards and hashes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Change = tuple[tuple[str | int, ...], Any]
 
 @pytest.fixture(scope="module")
 def provenance(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]) -> dict[str, Any]:
-    """The provenance that a real run wrote; no test changes it."""
+    """Return the provenance that a real run wrote. Tests must not change it."""
     folder = tmp_path_factory.mktemp("provenance")
     values = {
         "output_dir": str(folder / "run"),
@@ -42,22 +42,22 @@ def provenance(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..
         "logging": {"trackers": []},
     }
     run_training(RunConfig.model_validate(values))
-    found: dict[str, Any] = json.loads((folder / "run" / "provenance.json").read_text(encoding="utf-8"))
-    return found
+    provenance: dict[str, Any] = json.loads((folder / "run" / "provenance.json").read_text(encoding="utf-8"))
+    return provenance
 
 
 def changed(provenance: dict[str, Any], *edits: Change) -> dict[str, Any]:
     after = copy.deepcopy(provenance)
     for path, value in edits:
-        place = after
+        parent = after
         for key in path[:-1]:
-            place = place[key]
-        assert place[path[-1]] != value, f"{path} is {value!r} already"
-        place[path[-1]] = value
+            parent = parent[key]
+        assert parent[path[-1]] != value, f"{path} is {value!r} already"
+        parent[path[-1]] = value
     return after
 
 
-FOUND: list[tuple[Change, str]] = [
+DETECTED: list[tuple[Change, str]] = [
     ((("config", "seed"), 1), "seed"),
     ((("config", "adapter", "r"), 16), "adapter.r"),
     ((("config", "adapter", "alpha"), 1.0), "adapter.alpha"),
@@ -94,8 +94,8 @@ FOUND: list[tuple[Change, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("edit", "key"), FOUND, ids=[key for _, key in FOUND])
-def test_a_change_of_the_mathematics_is_found_and_named(provenance: dict[str, Any], edit: Change, key: str) -> None:
+@pytest.mark.parametrize(("edit", "key"), DETECTED, ids=[key for _, key in DETECTED])
+def test_change_of_the_mathematics_is_detected(provenance: dict[str, Any], edit: Change, key: str) -> None:
     differences = changes(provenance, changed(provenance, edit))
     assert [name for name, _, _ in differences] == [key]
     ((_, then, now),) = differences
@@ -105,19 +105,19 @@ def test_a_change_of_the_mathematics_is_found_and_named(provenance: dict[str, An
 
 HARMLESS: list[Change] = [
     (("config", "output_dir"), "elsewhere"),
-    (("config", "model", "name_or_path"), "elsewhere"),  # the weights' hashes tell
+    (("config", "model", "name_or_path"), "elsewhere"),  # detected by the hashes of the weights
     (("config", "model", "revision"), "v2"),
     (("config", "model", "attention"), "eager"),
-    (("config", "model", "chat_template"), "same.jinja"),  # the template's hash tells
+    (("config", "model", "chat_template"), "same.jinja"),  # detected by the hash of the template
     (("config", "model", "trust_remote_code"), True),
-    (("config", "data", "train", 0, "path"), "moved.jsonl"),  # the bytes tell
+    (("config", "data", "train", 0, "path"), "moved.jsonl"),  # detected by the hash of the rows
     (("config", "data", "eval"), [{"path": "eval.jsonl"}]),
     (("config", "data", "max_dropped"), 0.5),
     (("config", "data", "cache_dir"), "elsewhere"),
     (("config", "data", "num_workers"), 2),
-    (("config", "data", "train", 0, "revision"), "v2"),  # the bytes tell
+    (("config", "data", "train", 0, "revision"), "v2"),  # detected by the hash of the rows
     (("config", "data", "train", 0, "streaming"), True),
-    (("config", "training", "epochs"), 9),  # the plan tells
+    (("config", "training", "epochs"), 9),  # detected by the plan
     (("config", "training", "max_steps"), 9),
     (("config", "training", "batch_size"), 9),
     (("config", "training", "micro_batch_tokens"), 9),
@@ -136,7 +136,7 @@ HARMLESS: list[Change] = [
     (("config", "evaluation", "prompts"), ["hello"]),
     (("config", "logging", "every_steps"), 9),
     (("base", "name_or_path"), "elsewhere"),
-    (("base", "sha256"), {}),  # filled in below: other names, the same bytes
+    (("base", "sha256"), {}),  # replaced in the test: other names, the same hashes
     (("plan", "num_ranks"), 9),
     (("plan", "num_eval_examples"), 9),
     (("plan", "save_every"), 9),
@@ -146,13 +146,13 @@ HARMLESS: list[Change] = [
 
 
 @pytest.mark.parametrize("edit", HARMLESS, ids=lambda edit: ".".join(map(str, edit[0])))
-def test_a_harmless_change_is_not_reported(provenance: dict[str, Any], edit: Change) -> None:
+def test_harmless_change_is_not_reported(provenance: dict[str, Any], edit: Change) -> None:
     if edit[0] == ("base", "sha256"):
         edit = edit[0], {f"renamed-{name}": sha for name, sha in provenance["base"]["sha256"].items()}
     assert changes(provenance, changed(provenance, edit)) == []
 
 
-def test_a_checkpoint_that_does_not_know_an_option_yet_had_its_default(provenance: dict[str, Any]) -> None:
+def test_option_missing_in_an_older_checkpoint_counts_as_its_default(provenance: dict[str, Any]) -> None:
     older = copy.deepcopy(provenance)
     del older["config"]["training"]["weight_decay"]
     assert changes(older, provenance) == []
@@ -160,24 +160,24 @@ def test_a_checkpoint_that_does_not_know_an_option_yet_had_its_default(provenanc
     assert changes(older, now) == [("training.weight_decay", 0.0, 0.5)]
 
 
-def test_every_key_of_a_config_is_either_found_or_harmless(provenance: dict[str, Any]) -> None:
-    """A key that is added to the schema must be decided upon: unless named harmless, it is found."""
-    named = {".".join(str(word) for word in path if not isinstance(word, int)) for (path, _), _ in FOUND}
-    named |= {".".join(str(word) for word in path if not isinstance(word, int)) for path, _ in HARMLESS}
+def test_every_config_key_is_either_detected_or_harmless(provenance: dict[str, Any]) -> None:
+    """A key that is added to the schema is detected unless it is listed as harmless."""
+    paths = [path for (path, _), _ in DETECTED] + [path for path, _ in HARMLESS]
+    tested = {".".join(part for part in path if isinstance(part, str)) for path in paths}
     for section, values in provenance["config"].items():
         if section in ("checkpoint", "evaluation", "logging") or not isinstance(values, dict):
             continue
         for key in values:
-            if f"config.{section}.{key}" in named or (section, key) in {("data", "train"), ("data", "packing")}:
+            if f"config.{section}.{key}" in tested or (section, key) in {("data", "train"), ("data", "packing")}:
                 continue
             if (section, key) == ("training", "warmup_steps"):
-                continue  # the plan tells
-            found = changes(provenance, changed(provenance, (("config", section, key), "something else")))
-            assert [name for name, _, _ in found] == [f"{section}.{key}"]
+                continue  # detected by the plan
+            differences = changes(provenance, changed(provenance, (("config", section, key), "something else")))
+            assert [name for name, _, _ in differences] == [f"{section}.{key}"]
 
 
 @pytest.mark.parametrize(
-    ("key", "allowed", "may"),
+    ("key", "allowed", "expected"),
     [
         ("training.learning_rate", [], False),
         ("training.learning_rate", ["training.learning_rate"], True),
@@ -210,20 +210,20 @@ def test_every_key_of_a_config_is_either_found_or_harmless(provenance: dict[str,
         ("seed", ["model"], False),
     ],
 )
-def test_a_change_is_allowed_by_an_option_behind_it_or_its_section(key: str, allowed: list[str], may: bool) -> None:
-    assert is_allowed(key, allowed) is may
+def test_change_is_allowed_by_its_option_or_section(key: str, allowed: list[str], expected: bool) -> None:
+    assert is_allowed(key, allowed) is expected
 
 
-def test_behind_every_change_stands_an_option_that_can_allow_it() -> None:
-    """What a refusal tells the user to allow must be taken by the schema, and then allow it."""
-    needed = {"output_dir": "run", "model": {"name_or_path": "model"}, "data": {"train": [{"path": "rows.jsonl"}]}}
-    for _, key in FOUND:
+def test_every_change_can_be_allowed_by_an_option() -> None:
+    """The option that the error message suggests must be valid in the schema and allow the change."""
+    required = {"output_dir": "run", "model": {"name_or_path": "model"}, "data": {"train": [{"path": "rows.jsonl"}]}}
+    for _, key in DETECTED:
         for option in options_behind(key):
-            RunConfig.model_validate(needed | {"checkpoint": {"allow_changes": [option]}})
+            RunConfig.model_validate(required | {"checkpoint": {"allow_changes": [option]}})
             assert is_allowed(key, [option])
 
 
-def test_changes_are_told_line_by_line_and_short() -> None:
+def test_changes_table_has_one_short_line_per_change() -> None:
     table = changes_table([("adapter.r", 8, 16), ("data.train[0].bytes", ["0" * 64], ["1" * 64])])
     first, second = table.split("\n")
     assert first == "  adapter.r: 8 -> 16"
@@ -232,42 +232,48 @@ def test_changes_are_told_line_by_line_and_short() -> None:
     assert len(second) < 160
 
 
-def test_provenance_names_versions_hashes_and_config(
+def test_provenance_contains_versions_hashes_and_config(
     provenance: dict[str, Any], tiny_model: Callable[..., Path]
 ) -> None:
     rows_file = Path(provenance["data"][0]["path"])
     assert set(provenance["packages"]) == set(PACKAGES)
     assert provenance["packages"] == versions()
     assert provenance["base"]["sha256"] == {"model.safetensors": sha256_of(tiny_model() / "model.safetensors")}
-    (told,) = provenance["data"]
-    assert len(told.pop("tokens_sha256")) == 64
-    assert told == {"path": str(rows_file), "num_files": 1, "sha256": sha256_of(rows_file)}
+    (source,) = provenance["data"]
+    tokens_sha256 = source["tokens_sha256"]
+    assert len(tokens_sha256) == 64
+    assert source == {
+        "path": str(rows_file),
+        "num_files": 1,
+        "sha256": sha256_of(rows_file),
+        "tokens_sha256": tokens_sha256,
+    }
     assert RunConfig.model_validate(provenance["config"]).training.max_steps == 1
     assert provenance["plan"]["total_steps"] == 1
 
 
-def test_the_card_names_base_data_and_how_to_load(provenance: dict[str, Any]) -> None:
+def test_model_card_contains_base_data_and_usage(provenance: dict[str, Any]) -> None:
     card = model_card(provenance)
     assert card.startswith(f"---\nbase_model: {provenance['base']['name_or_path']}\n")
     assert f"- {provenance['data'][0]['path']}\n" in card
     assert "AutoPeftModelForCausalLM" in card
 
 
-def test_base_hashes_know_every_weight_file(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_base_hashes_include_every_weight_file(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     shutil.copytree(tiny_model(), tmp_path / "base")
     (tmp_path / "base" / "extra.bin").write_bytes(b"extra")
-    found = base_hashes(str(tmp_path / "base"), None)
-    assert set(found) == {"model.safetensors", "extra.bin"}
-    assert found["extra.bin"] == sha256_of(tmp_path / "base" / "extra.bin")
+    hashes = base_hashes(str(tmp_path / "base"), None)
+    assert set(hashes) == {"model.safetensors", "extra.bin"}
+    assert hashes["extra.bin"] == sha256_of(tmp_path / "base" / "extra.bin")
 
 
-def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+def test_base_hashes_of_a_folder_without_weights_raises(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"no \*\.safetensors or \*\.bin file"):
         base_hashes(str(tmp_path), None)
 
 
-def test_a_file_in_the_hubs_cache_is_named_by_its_hash_already(tmp_path: Path) -> None:
+def test_hash_of_a_file_in_the_hub_cache_is_its_name(tmp_path: Path) -> None:
     blob = tmp_path / "blobs" / ("ab" * 32)
     blob.parent.mkdir()
     blob.write_bytes(b"weights")
@@ -277,13 +283,16 @@ def test_a_file_in_the_hubs_cache_is_named_by_its_hash_already(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("adapter", "told"),
+    ("adapter", "expected"),
     [
         ({"r": 8}, "vllm serve BASE --enable-lora --lora-modules NAME=DIR"),
         ({"r": 8, "rank_pattern": {"q_proj": 64}}, "--enable-lora --max-lora-rank 64"),
-        ({"r": 8, "use_dora": True, "bias": "all"}, "merge it first: vLLM takes no adapter with DoRA, biases (all)"),
-        ({"r": 8, "modules_to_save": ["lm_head"]}, "merge it first: vLLM takes no adapter with modules_to_save"),
+        (
+            {"r": 8, "use_dora": True, "bias": "all"},
+            "merge the adapter first: vLLM does not support DoRA, biases",
+        ),
+        ({"r": 8, "modules_to_save": ["lm_head"]}, "merge the adapter first: vLLM does not support modules_to_save"),
     ],
 )
-def test_whether_a_server_can_load_it_is_told(adapter: dict[str, object], told: str) -> None:
-    assert told in serving_note(adapter)
+def test_serving_note(adapter: dict[str, object], expected: str) -> None:
+    assert expected in serving_note(adapter)

@@ -1,4 +1,4 @@
-"""status.json says whether a run lives, how far it came, and how it ended."""
+"""status.json records the state of a run, its step and how it ended."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def fail_in(
-    folder: Path, error: BaseException, *, enabled: bool = True, spoil: Callable[[Path], None] | None = None
+    folder: Path, error: BaseException, *, enabled: bool = True, before: Callable[[Path], None] | None = None
 ) -> None:
-    """Come to step 2, and fail."""
+    """Record step 2, call `before`, and raise an error."""
     with running(folder, 0, None, pids=[1], enabled=enabled) as note:
         note(2, folder / "step-00000002")
-        if spoil is not None:
-            spoil(folder)
+        if before is not None:
+            before(folder)
         raise error
 
 
-def test_a_run_is_running_then_done(tmp_path: Path) -> None:
+def test_state_is_running_then_done(tmp_path: Path) -> None:
     with running(tmp_path, 0, None, pids=[os.getpid(), 7], enabled=True) as note:
         expected = {"state": "running", "step": 0, "checkpoint": None}
         assert read(tmp_path) == expected | {"pids": [os.getpid(), 7], "host": socket.gethostname()}
         note(3, tmp_path / "checkpoints" / "step-00000003")
-        told = read(tmp_path)
-        assert (told["state"], told["step"]) == ("running", 3)
-        assert told["checkpoint"] == str(tmp_path / "checkpoints" / "step-00000003")
-    assert read(tmp_path) == told | {"state": "done"}
+        status = read(tmp_path)
+        assert (status["state"], status["step"]) == ("running", 3)
+        assert status["checkpoint"] == str(tmp_path / "checkpoints" / "step-00000003")
+    assert read(tmp_path) == status | {"state": "done"}
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
-def test_a_resumed_run_tells_its_checkpoint_from_the_beginning(tmp_path: Path) -> None:
+def test_resumed_run_records_its_checkpoint_at_once(tmp_path: Path) -> None:
     with running(tmp_path, 4, tmp_path / "step-00000004", pids=[1], enabled=True):
-        told = read(tmp_path)
-        assert (told["step"], told["checkpoint"]) == (4, str(tmp_path / "step-00000004"))
+        status = read(tmp_path)
+        assert (status["step"], status["checkpoint"]) == (4, str(tmp_path / "step-00000004"))
 
 
 @pytest.mark.parametrize(
@@ -61,21 +61,21 @@ def test_a_resumed_run_tells_its_checkpoint_from_the_beginning(tmp_path: Path) -
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else value,
 )
-def test_a_run_that_ends_early_tells_how_and_keeps_its_error(tmp_path: Path, error: BaseException, state: str) -> None:
+def test_state_after_an_error_and_the_error_is_raised(tmp_path: Path, error: BaseException, state: str) -> None:
     with pytest.raises(type(error)) as caught:
         fail_in(tmp_path, error)
     assert caught.value is error
-    told = read(tmp_path)
-    assert (told["state"], told["step"], told["checkpoint"]) == (state, 2, str(tmp_path / "step-00000002"))
+    status = read(tmp_path)
+    assert (status["state"], status["step"], status["checkpoint"]) == (state, 2, str(tmp_path / "step-00000002"))
 
 
-def test_a_status_that_cannot_be_written_does_not_hide_the_error(tmp_path: Path) -> None:
+def test_failed_status_write_does_not_hide_the_error(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(TrainingError, match="loss nan"):
-        fail_in(tmp_path / "run", TrainingError("loss nan"), spoil=shutil.rmtree)
+        fail_in(tmp_path / "run", TrainingError("loss nan"), before=shutil.rmtree)
 
 
-def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path: Path) -> None:
+def test_only_the_main_process_writes(tmp_path: Path) -> None:
     with running(tmp_path, 0, None, pids=[1], enabled=False) as note:
         note(3, None)
     with pytest.raises(ValueError, match="a bug"):

@@ -1,4 +1,4 @@
-"""Evaluation is exact, and a batch of prompts gets the replies that each would get alone."""
+"""Evaluation is exact, and batched replies equal those of each prompt alone."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def load(folder: Path) -> Any:
 
 @pytest.fixture
 def examples(make_config: Callable[..., RunConfig]) -> list[Example]:
-    """Examples of uneven length."""
-    found = prepare_data(make_config(), num_ranks=1).dataset.examples
-    assert len({len(x.input_ids) for x in found}) > 5
-    return found
+    """Return examples of different lengths."""
+    examples = prepare_data(make_config(), num_ranks=1).dataset.examples
+    assert len({len(x.input_ids) for x in examples}) > 5
+    return examples
 
 
 def brute_force(model: Any, examples: list[Example]) -> float:
-    """One example at a time, all logits, no padding, in float64."""
+    """Return the mean loss per supervised token, computed example by example in float64, without padding."""
     total, tokens = 0.0, 0
     for example in examples:
         with torch.no_grad():
@@ -49,57 +49,57 @@ def brute_force(model: Any, examples: list[Example]) -> float:
     return total / tokens
 
 
-@pytest.mark.parametrize("cut", [{"micro_batch_tokens": 1}, {"micro_batch_tokens": 300}, {"micro_batch_size": 7}])
+@pytest.mark.parametrize("limits", [{"micro_batch_tokens": 1}, {"micro_batch_tokens": 300}, {"micro_batch_size": 7}])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_loss_is_that_of_every_token_alone(
-    tiny_model: Callable[..., Path], examples: list[Example], family: str, cut: dict[str, int]
+def test_loss_equals_that_of_single_examples(
+    tiny_model: Callable[..., Path], examples: list[Example], family: str, limits: dict[str, int]
 ) -> None:
     model = load(tiny_model(family))
-    batch = step_batch(examples, BatchOptions.from_config(TrainingSection(**cut), pad_id=4))
+    batch = step_batch(examples, BatchOptions.from_config(TrainingSection(**limits), pad_id=4))
     loss = evaluate(Accelerator(), model, batch)
     assert loss == pytest.approx(brute_force(model, examples), rel=1e-6)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 8])
-def test_the_ranks_shares_add_up(tiny_model: Callable[..., Path], examples: list[Example], num_ranks: int) -> None:
+def test_losses_of_ranks_add_up(tiny_model: Callable[..., Path], examples: list[Example], num_ranks: int) -> None:
     model, accelerator = load(tiny_model()), Accelerator()
     training = TrainingSection(micro_batch_tokens=400)
     shares = [
         step_batch(examples, BatchOptions.from_config(training, rank=r, num_ranks=num_ranks, pad_id=4))
         for r in range(num_ranks)
     ]
-    assert len({len(share.micro_batches) for share in shares}) == 1, "every rank takes part in each forward"
+    assert len({len(share.micro_batches) for share in shares}) == 1, "every rank runs each forward"
     total = sum(evaluate(accelerator, model, share) for share in shares)
     assert total == pytest.approx(brute_force(model, examples), rel=1e-6)
 
 
-def test_a_runs_eval_loss_is_that_of_its_adapter(
+def test_eval_loss_of_a_run_is_that_of_its_adapter(
     make_config: Callable[..., RunConfig], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Dropout is off while evaluating, and on again after it."""
+    """Dropout is disabled in evaluation and enabled after it."""
     held_out = write_jsonl(tmp_path / "eval.jsonl", chat_rows(9)[4:])
-    watched = make_config(
-        output_dir=str(tmp_path / "watched"), data={"eval": [{"path": str(held_out)}]}, evaluation={"every_steps": 1}
+    evaluated = make_config(
+        output_dir=str(tmp_path / "evaluated"), data={"eval": [{"path": str(held_out)}]}, evaluation={"every_steps": 1}
     )
-    adapter = run_training(watched)
-    data = prepare_data(watched, num_ranks=1)
+    adapter = run_training(evaluated)
+    data = prepare_data(evaluated, num_ranks=1)
     model = load_adapter(load(tiny_model()), adapter)
-    lines = read_metrics(tmp_path / "watched", "eval")
+    lines = read_metrics(tmp_path / "evaluated", "eval")
     assert len(lines) == 6
     (examples,) = data.eval_sources.values()
     assert lines[-1]["eval_loss"] == pytest.approx(brute_force(model, examples), rel=1e-6)
     assert lines[-1]["eval_tokens"] == sum(x.num_supervised for x in examples)
     assert "sources" not in lines[-1]
 
-    run_training(make_config(output_dir=str(tmp_path / "alone")))
-    losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("watched", "alone")]
-    assert losses[0] == losses[1], "watching changes nothing"
+    run_training(make_config(output_dir=str(tmp_path / "plain")))
+    losses = [[line["loss"] for line in read_metrics(tmp_path / name)] for name in ("evaluated", "plain")]
+    assert losses[0] == losses[1], "evaluation does not change training"
 
 
-def test_each_source_has_a_loss_of_its_own(
+def test_each_source_has_its_own_loss(
     make_config: Callable[..., RunConfig], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Also where one path is given twice: its examples count as one source."""
+    """A path that is listed twice is one source."""
     short, long = (
         write_jsonl(tmp_path / f"{name}.jsonl", chat_rows(21)[part])
         for name, part in (("short", slice(0, 2)), ("long", slice(14, 21)))
@@ -107,14 +107,14 @@ def test_each_source_has_a_loss_of_its_own(
     sources = [{"path": str(short)}, {"path": str(long), "limit": 3}, {"path": str(long)}]
     config = make_config(data={"eval": sources}, logging={"trackers": ["tensorboard"]})
     model = load_adapter(load(tiny_model()), run_training(config))
-    examples = prepare_data(config, num_ranks=1).eval_sources
-    assert {name: len(found) for name, found in examples.items()} == {str(short): 2, str(long): 10}
+    eval_sources = prepare_data(config, num_ranks=1).eval_sources
+    assert {name: len(examples) for name, examples in eval_sources.items()} == {str(short): 2, str(long): 10}
     (line,) = read_metrics(tmp_path / "run", "eval")
-    everything = [example for found in examples.values() for example in found]
-    assert line["eval_loss"] == pytest.approx(brute_force(model, everything), rel=1e-6)
-    for name, found in examples.items():
-        assert line["sources"][name]["eval_loss"] == pytest.approx(brute_force(model, found), rel=1e-6)
-        assert line["sources"][name]["eval_tokens"] == sum(x.num_supervised for x in found)
+    all_examples = [example for examples in eval_sources.values() for example in examples]
+    assert line["eval_loss"] == pytest.approx(brute_force(model, all_examples), rel=1e-6)
+    for name, examples in eval_sources.items():
+        assert line["sources"][name]["eval_loss"] == pytest.approx(brute_force(model, examples), rel=1e-6)
+        assert line["sources"][name]["eval_tokens"] == sum(x.num_supervised for x in examples)
 
 
 def test_held_out_examples_are_not_trained_on(make_config: Callable[..., RunConfig]) -> None:
@@ -122,9 +122,9 @@ def test_held_out_examples_are_not_trained_on(make_config: Callable[..., RunConf
     data = prepare_data(config, num_ranks=1)
     trained = {tuple(x.input_ids) for x in data.dataset.examples}
     (examples,) = data.eval_sources.values()
-    held = {tuple(x.input_ids) for x in examples}
+    held_out = {tuple(x.input_ids) for x in examples}
     assert (len(data.dataset.examples), len(examples)) == (15, 6)
-    assert not trained & held
+    assert not trained & held_out
 
 
 # Replies
@@ -132,11 +132,11 @@ def test_held_out_examples_are_not_trained_on(make_config: Callable[..., RunConf
 PROMPTS = ["one", "hello world the answer is", "two three one two three", "assistant"]
 
 
-def alone(model: Any, tokenizer: PreTrainedTokenizerFast, prompt: str, most: int) -> str:
-    """Greedy by hand: the whole text anew for each token, no cache and no padding."""
+def greedy_reply(model: Any, tokenizer: PreTrainedTokenizerFast, prompt: str, max_new_tokens: int) -> str:
+    """Return the greedy reply, computed with one full forward per token, without cache and padding."""
     ids = tokenizer(prompt, add_special_tokens=False).input_ids
     reply: list[int] = []
-    for _ in range(most):
+    for _ in range(max_new_tokens):
         with torch.no_grad():
             token = int(model(torch.tensor([ids + reply])).logits[0, -1].argmax())
         if token == tokenizer.eos_token_id:
@@ -147,17 +147,17 @@ def alone(model: Any, tokenizer: PreTrainedTokenizerFast, prompt: str, most: int
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_replies_are_those_of_each_prompt_alone(
+def test_batched_replies_equal_those_of_single_prompts(
     tiny_model: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, family: str
 ) -> None:
     model = load(tiny_model(family))
     replies = replies_to(model, tokenizer, tokenizer(PROMPTS).input_ids, max_new_tokens=12)
-    assert replies == [alone(model, tokenizer, prompt, 12) for prompt in PROMPTS]
+    assert replies == [greedy_reply(model, tokenizer, prompt, 12) for prompt in PROMPTS]
     assert len(set(replies)) > 1
     assert replies_to(model, tokenizer, tokenizer(PROMPTS[:1]).input_ids, max_new_tokens=12) == replies[:1]
 
 
-def test_a_reply_ends_before_the_end_token(
+def test_reply_ends_before_the_end_token(
     make_config: Callable[..., RunConfig], tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     rows = [{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "one two three"}]}]
@@ -172,15 +172,17 @@ def test_a_reply_ends_before_the_end_token(
     prompts = [data.template.encode_prompt((Message("user", "hello"),))] * 2
     assert replies_to(model, data.template.tokenizer, prompts, max_new_tokens=30) == ["one two three"] * 2
 
-    # A base may know another end token than the chat template's, and then writes on after it.
+    # Even if the base has a different end token than the chat template.
     model.generation_config.eos_token_id = 2
     assert replies_to(model, data.template.tokenizer, prompts, max_new_tokens=30) == ["one two three"] * 2
 
 
-def test_replies_of_a_run_stand_in_its_log(make_config: Callable[..., RunConfig]) -> None:
-    config = make_config(evaluation={"prompts": ["say alpha", "hello"], "max_new_tokens": 3}, training={"max_steps": 2})
+def test_replies_are_logged(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config(
+        evaluation={"prompts": ["repeat alpha", "hello"], "max_new_tokens": 3}, training={"max_steps": 2}
+    )
     run_training(config)
     text = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8")
     replies = [line for line in map(json.loads, text.splitlines()) if line.get("event") == "reply"]
-    assert [(line["step"], line["prompt"]) for line in replies] == [(2, "say alpha"), (2, "hello")]
+    assert [(line["step"], line["prompt"]) for line in replies] == [(2, "repeat alpha"), (2, "hello")]
     assert all(isinstance(line["reply"], str) for line in replies)

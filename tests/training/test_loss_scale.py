@@ -1,4 +1,4 @@
-"""The loss scale follows torch's GradScaler, and a checkpoint's is taken only if it is one."""
+"""The loss scale follows torch's GradScaler, and an invalid one in a checkpoint is an error."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from lora_accel.errors import ArtifactError
 from lora_accel.training.loss_scale import GROWTH_STEPS, INITIAL, LossScale
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.3])
-def test_the_rules_are_those_of_gradscaler(share: float) -> None:
-    """Value and counter after each of 5,000 steps, overflows at random."""
+@pytest.mark.parametrize("probability", [0.0, 0.001, 0.3])
+def test_update_rules_are_those_of_gradscaler(probability: float) -> None:
+    """Compare value and counter after each of 5,000 steps with random overflows."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=0.0)
-    theirs, ours, draw = torch.amp.GradScaler("cpu"), LossScale(), random.Random(0)
+    scaler, scale, generator = torch.amp.GradScaler("cpu"), LossScale(), random.Random(0)
     for _ in range(5000):
-        overflowed = draw.random() < share and ours.value > 1
-        theirs.scale(torch.zeros(()))
+        overflowed = generator.random() < probability and scale.value > 1
+        scaler.scale(torch.zeros(()))
         parameter.grad = torch.tensor([math.inf if overflowed else 1.0])
-        theirs.step(optimizer)
-        theirs.update()
-        ours.update(overflowed=overflowed)
-        state = theirs.state_dict()
-        assert (ours.value, ours.good_steps) == (state["scale"], state["_growth_tracker"])
+        scaler.step(optimizer)
+        scaler.update()
+        scale.update(overflowed=overflowed)
+        state = scaler.state_dict()
+        assert (scale.value, scale.good_steps) == (state["scale"], state["_growth_tracker"])
 
 
-def test_unscaling_changes_no_bit() -> None:
+def test_unscaling_is_exact() -> None:
     parameters = [torch.nn.Parameter(torch.zeros(100)) for _ in range(3)]
     torch.manual_seed(0)
     gradients = [torch.randn(100), torch.randn(100), None]
@@ -41,16 +41,16 @@ def test_unscaling_changes_no_bit() -> None:
         assert parameter.grad is None if gradient is None else torch.equal(parameter.grad, gradient)
 
 
-def test_only_a_finite_loss_overflows_and_only_while_there_is_a_scale() -> None:
+def test_overflow_needs_a_finite_loss_and_a_scale_above_one() -> None:
     scale = LossScale()
     assert scale.overflowed(1.0, math.inf)
     assert scale.overflowed(1.0, math.nan)
-    assert not scale.overflowed(math.nan, math.nan), "no scale makes this loss finite"
+    assert not scale.overflowed(math.nan, math.nan), "a smaller scale cannot help"
     assert not scale.overflowed(1.0, 2.0)
-    assert not LossScale(1.0).overflowed(1.0, math.inf), "nothing is scaled, so it is a step that is not finite"
+    assert not LossScale(1.0).overflowed(1.0, math.inf), "the step is not finite without scaling"
 
 
-def test_a_checkpoint_gives_back_what_it_took() -> None:
+def test_state_round_trip() -> None:
     assert LossScale.from_state(LossScale(2.0**9, 17).state()) == LossScale(2.0**9, 17)
     assert LossScale.from_state(None) == LossScale()
 
@@ -73,6 +73,6 @@ def test_a_checkpoint_gives_back_what_it_took() -> None:
         {"value": 2.0, "good_steps": True},
     ],
 )
-def test_what_is_no_scale_is_an_error(state: object) -> None:
+def test_invalid_state_is_an_error(state: object) -> None:
     with pytest.raises(ArtifactError, match=r"loss_scale .* is not a power of two"):
         LossScale.from_state(state)

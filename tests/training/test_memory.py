@@ -1,4 +1,4 @@
-"""What a forward keeps is measured: by known sizes, and in proportion to tokens."""
+"""Activation memory: measured bytes match known sizes, and the estimate grows with the number of tokens."""
 
 from __future__ import annotations
 
@@ -30,31 +30,27 @@ def model() -> nn.Module:
     return model
 
 
-def test_kept_is_what_the_layers_need(model: nn.Module) -> None:
-    model.model.embed_tokens.requires_grad_(True)  # so that every layer has a way back
+def test_saved_activations_match_the_layer_sizes(model: nn.Module) -> None:
+    model.model.embed_tokens.requires_grad_(True)  # so that every layer saves activations for backward
     h, i, kv = SIZES["hidden_size"], SIZES["intermediate_size"], SIZES["num_key_value_heads"] * SIZES["head_dim"]
-    layer = 2 * h + 2 * i + h + 2 * kv + 2  # what norms, the gate and attention are given, and a scale for each norm
-    rest = h + 1 + h  # the last norm's, and the loss's gradient
-    tokens, more = 64, 128
-    slope = (
-        (saved_activation_bytes(model, batch_of(more)) - saved_activation_bytes(model, batch_of(tokens)))
-        / (more - tokens)
-        / 4
-    )
+    layer = 2 * h + 2 * i + h + 2 * kv + 2  # inputs of norms, gate and attention, and a scale per norm
+    rest = h + 1 + h  # last norm, and the gradient of the loss
+    few, many = (saved_activation_bytes(model, batch_of(tokens)) for tokens in (64, 128))
+    floats_per_token = (many - few) / 64 / 4
     expected = SIZES["num_hidden_layers"] * layer + rest
-    assert expected <= slope <= 1.1 * expected + 16  # keys, positions and the angles of rotary embeddings
+    assert expected <= floats_per_token <= 1.1 * expected + 16  # token keys, positions and rotary embeddings
 
 
-def test_nothing_is_kept_where_nothing_is_trained(model: nn.Module) -> None:
+def test_frozen_model_saves_no_activations(model: nn.Module) -> None:
     assert saved_activation_bytes(model, batch_of(64)) == 0
 
 
-def test_a_whole_micro_batch_is_reckoned_from_a_small_one(model: nn.Module) -> None:
+def test_estimate_scales_from_a_small_batch(model: nn.Module) -> None:
     model.model.embed_tokens.requires_grad_(True)
     activations = estimate_activation_bytes(model, batch_of(64), 256) - 3 * 4 * CHUNK_NUMEL
     assert 1.0 <= activations / saved_activation_bytes(model, batch_of(256)) <= 1.5
 
 
-def test_memory_is_shared_among_a_machines_processes() -> None:
+def test_free_memory_is_divided_among_local_ranks() -> None:
     cpu = torch.device("cpu")
     assert free_bytes(cpu, 4) == pytest.approx(free_bytes(cpu, 1) / 4, rel=0.2)

@@ -1,4 +1,4 @@
-"""The learning rate is transformers' schedule, and decay falls on matrices only."""
+"""The learning-rate schedules equal those of transformers, and weight decay applies to matrices only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_accel.config.schedules import learning_rate
 from lora_accel.config.schema import TrainingSection
 from lora_accel.training.optimizer import make_optimizer, set_learning_rate
 
-THEIRS: dict[str, Callable[..., Any]] = {
+TRANSFORMERS_SCHEDULES: dict[str, Callable[..., Any]] = {
     "cosine": get_cosine_schedule_with_warmup,
     "linear": get_linear_schedule_with_warmup,
     "constant": lambda optimizer, warmup, total: get_constant_schedule_with_warmup(optimizer, warmup),
@@ -50,17 +50,17 @@ def plan_of(total_steps: int, warmup_steps: int, scheduler: str = "cosine") -> t
     ("total", "warmup"), [(1, 0), (1, 1), (2, 1), (10, 0), (10, 3), (100, 7), (97, 97), (1000, 30)]
 )
 @pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant"])
-def test_the_schedule_is_that_of_transformers(scheduler: str, total: int, warmup: int) -> None:
+def test_schedule_equals_that_of_transformers(scheduler: str, total: int, warmup: int) -> None:
     training, plan = plan_of(total, warmup, scheduler)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
-    schedule = THEIRS[scheduler](optimizer, warmup, total)
+    schedule = TRANSFORMERS_SCHEDULES[scheduler](optimizer, warmup, total)
     for step in range(total):
         assert rate(step, training, plan) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12, abs=1e-18), step
         optimizer.step()
         schedule.step()
 
 
-def test_it_rises_from_zero_to_its_peak_and_falls_to_nearly_zero() -> None:
+def test_cosine_rises_from_zero_to_the_peak_and_decays_to_nearly_zero() -> None:
     training, plan = plan_of(100, 10)
     rates = [rate(step, training, plan) for step in range(100)]
     assert rates[0] == 0
@@ -75,7 +75,7 @@ def parameters() -> list[torch.nn.Parameter]:
     return [layer.weight, layer.bias, torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(2, 3, 4))]
 
 
-def test_decay_falls_on_matrices_not_on_biases_and_norms() -> None:
+def test_weight_decay_excludes_biases_and_norms() -> None:
     weight, bias, norm, kernel = parameters()
     optimizer = make_optimizer([weight, bias, norm, kernel], plan_of(10, 0)[0].model_copy(update={"weight_decay": 0.1}))
     assert isinstance(optimizer, torch.optim.AdamW)
@@ -83,27 +83,27 @@ def test_decay_falls_on_matrices_not_on_biases_and_norms() -> None:
     assert [decay[id(p)] for p in (weight, bias, norm, kernel)] == [0.1, 0.0, 0.0, 0.1]
 
 
-def test_with_a_gradient_of_zero_only_matrices_shrink() -> None:
-    every = parameters()
-    before = [parameter.detach().clone() for parameter in every]
-    optimizer = make_optimizer(every, plan_of(10, 0)[0].model_copy(update={"weight_decay": 0.1}))
+def test_zero_gradients_shrink_only_matrices() -> None:
+    all_parameters = parameters()
+    before = [parameter.detach().clone() for parameter in all_parameters]
+    optimizer = make_optimizer(all_parameters, plan_of(10, 0)[0].model_copy(update={"weight_decay": 0.1}))
     set_learning_rate(optimizer, 0.5)
-    for parameter in every:
+    for parameter in all_parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    for parameter, old in zip(every, before, strict=True):
+    for parameter, old in zip(all_parameters, before, strict=True):
         expected = old * (1 - 0.5 * 0.1) if parameter.ndim >= 2 else old
         torch.testing.assert_close(parameter.detach(), expected)
 
 
 @pytest.mark.parametrize("kept", [slice(0, 1), slice(1, 3)], ids=["matrices only", "vectors only"])
-def test_a_group_without_parameters_is_left_out(kept: slice) -> None:
-    chosen = parameters()[kept]
-    optimizer = make_optimizer(iter(chosen), plan_of(10, 0)[0])
-    assert [len(group["params"]) for group in optimizer.param_groups] == [len(chosen)]
+def test_empty_parameter_group_is_omitted(kept: slice) -> None:
+    selected = parameters()[kept]
+    optimizer = make_optimizer(iter(selected), plan_of(10, 0)[0])
+    assert [len(group["params"]) for group in optimizer.param_groups] == [len(selected)]
 
 
-def test_a_learning_rate_reaches_every_group() -> None:
+def test_set_learning_rate_updates_every_group() -> None:
     optimizer = make_optimizer(parameters(), plan_of(10, 0)[0])
     assert len(optimizer.param_groups) == 2
     set_learning_rate(optimizer, 0.25)

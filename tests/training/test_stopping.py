@@ -1,4 +1,4 @@
-"""A signal only sets a word; what was there before is put back; whoever cannot wait presses Ctrl-C twice."""
+"""Graceful stop: signals set a cause, handlers are restored, and a second Ctrl-C aborts."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from lora_accel.training import stopping
 from lora_accel.training.stopping import SIGNALS, Stop, abort_on_signal, handle_stop_signals
 from tests.conftest import ROOT
 
-TAKEN = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 @pytest.fixture(autouse=True)
 def _own_handlers() -> Iterator[None]:
-    """Each test begins with handlers that do nothing, even where pytest itself runs under nohup; its own come back."""
-    before = {number: signal.signal(number, lambda *_: None) for number in TAKEN}
+    """Install handlers that do nothing, since pytest may run under nohup, and restore its own after the test."""
+    before = {number: signal.signal(number, lambda *_: None) for number in HANDLED}
     yield
     for number, handler in before.items():
         signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def send(number: int) -> None:
-    """Send this very process a signal, and let Python take it."""
+    """Send a signal to this process, and wait until Python has handled it."""
     os.kill(os.getpid(), number)
     time.sleep(0.01)
 
 
-def test_nothing_is_asked_as_long_as_nothing_comes() -> None:
+def test_no_signal_gives_no_cause() -> None:
     with handle_stop_signals(None) as stop:
         assert stop.cause() is None
 
 
-@pytest.mark.parametrize("number", TAKEN, ids=lambda number: number.name)
-def test_a_signal_is_the_cause_by_its_name(number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", HANDLED, ids=lambda number: number.name)
+def test_cause_is_the_name_of_the_signal(number: signal.Signals) -> None:
     with handle_stop_signals(None) as stop:
         send(number)
         assert stop.cause() == number.name
-        assert stop.cause() == number.name, "it stays"
+        assert stop.cause() == number.name, "the cause is kept"
 
 
-def test_the_first_cause_stays() -> None:
+def test_first_cause_is_kept() -> None:
     with handle_stop_signals(1e-9) as stop:
         send(signal.SIGUSR1)
         send(signal.SIGTERM)
@@ -57,28 +57,28 @@ def test_the_first_cause_stays() -> None:
         assert stop.cause() == "SIGUSR1"
 
 
-def test_one_ctrl_c_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal sends it to all processes, and a launcher passes its own on."""
-    monkeypatch.setattr(stopping, "TWICE_SECONDS", 3600.0)
+def test_repeated_sigint_within_the_debounce_time_is_one_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal sends it to all processes, and the launcher forwards its own."""
+    monkeypatch.setattr(stopping, "DEBOUNCE_SECONDS", 3600.0)
     with handle_stop_signals(None) as stop:
         try:
             for _ in range(3):
                 send(signal.SIGINT)
         except KeyboardInterrupt:
-            pytest.fail("taken for a second one")
+            pytest.fail("aborted")
         assert stop.cause() == "SIGINT"
-        monkeypatch.setattr(stopping, "TWICE_SECONDS", 0.0)
+        monkeypatch.setattr(stopping, "DEBOUNCE_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
 
 
-def test_a_launcher_passes_a_ctrl_c_on_within_a_second() -> None:
-    assert 0.5 <= stopping.TWICE_SECONDS <= 2
+def test_debounce_time_is_about_a_second() -> None:
+    assert 0.5 <= stopping.DEBOUNCE_SECONDS <= 2
 
 
-def test_other_signals_may_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scheduler repeats itself; only a person aborts."""
-    monkeypatch.setattr(stopping, "TWICE_SECONDS", 0.0)
+def test_other_signals_may_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schedulers repeat their signals; only Ctrl-C aborts."""
+    monkeypatch.setattr(stopping, "DEBOUNCE_SECONDS", 0.0)
     with handle_stop_signals(None) as stop:
         for _ in range(3):
             send(signal.SIGTERM)
@@ -86,23 +86,23 @@ def test_other_signals_may_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("error", [None, ValueError("a bug"), KeyboardInterrupt()], ids=["end", "error", "abort"])
-def test_handlers_are_put_back(error: BaseException | None) -> None:
-    taken = []
-    signal.signal(signal.SIGUSR1, lambda number, frame: taken.append(number))
+def test_handlers_are_restored(error: BaseException | None) -> None:
+    received = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     with contextlib.suppress(ValueError, KeyboardInterrupt), handle_stop_signals(None) as stop:
         during = {number: signal.getsignal(number) for number in SIGNALS}
         if error is not None:
             raise error
-    assert all(during[number] == stop.take for number in SIGNALS)
+    assert all(during[number] == stop.handle for number in SIGNALS)
     assert {number: signal.getsignal(number) for number in SIGNALS} == before
     send(signal.SIGUSR1)
-    assert taken == [signal.SIGUSR1]
+    assert received == [signal.SIGUSR1]
     assert stop.cause() is None
 
 
-def test_outside_of_the_block_a_signal_kills_as_ever() -> None:
+def test_signal_after_the_block_kills() -> None:
     code = (
         "import os, signal\n"
         "from lora_accel.training.stopping import handle_stop_signals\n"
@@ -116,7 +116,7 @@ def test_outside_of_the_block_a_signal_kills_as_ever() -> None:
     assert (ran.returncode, ran.stdout) == (-signal.SIGTERM, "SIGTERM\n"), ran.stderr
 
 
-def test_a_hangup_that_nohup_wants_unheard_stays_unheard() -> None:
+def test_sighup_stays_ignored_under_nohup() -> None:
     code = (
         "import os, signal\n"
         "from lora_accel.training.stopping import handle_stop_signals\n"
@@ -131,7 +131,7 @@ def test_a_hangup_that_nohup_wants_unheard_stays_unheard() -> None:
     assert (ran.returncode, ran.stdout) == (0, "None\nalive\n"), ran.stderr
 
 
-def test_the_hours_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_hours_sets_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     with monkeypatch.context() as patched:
         patched.setattr(stopping.time, "monotonic", lambda: clock[0])
@@ -144,8 +144,8 @@ def test_the_hours_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Stop(max_hours=1.0).cause() is None
 
 
-def test_in_another_thread_only_the_hours_count() -> None:
-    """Python allows handlers in the main thread alone."""
+def test_only_max_hours_works_outside_the_main_thread() -> None:
+    """Python allows signal handlers only in the main thread."""
     causes: list[object] = []
     before = {number: signal.getsignal(number) for number in SIGNALS}
 
@@ -163,10 +163,10 @@ def test_in_another_thread_only_the_hours_count() -> None:
     assert causes == ["training.max_hours", True]
 
 
-# --- what is shown at once
+# --- printed messages
 
 
-def test_the_first_signal_shows_once_what_happens(capfd: pytest.CaptureFixture[str]) -> None:
+def test_first_signal_prints_its_effect_once(capfd: pytest.CaptureFixture[str]) -> None:
     with handle_stop_signals(None, reports=True):
         send(signal.SIGINT)
         send(signal.SIGTERM)
@@ -177,15 +177,15 @@ def test_the_first_signal_shows_once_what_happens(capfd: pytest.CaptureFixture[s
     assert capfd.readouterr().err == "SIGTERM: finishing this step, then saving\n"
 
 
-def test_other_processes_of_a_machine_show_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_printed_without_reports(capfd: pytest.CaptureFixture[str]) -> None:
     with handle_stop_signals(None) as stop:
         send(signal.SIGINT)
         assert stop.cause() == "SIGINT"
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_message_gets_out_while_the_main_thread_writes_itself() -> None:
-    """Python refuses a second write to a stream from within a write to it."""
+def test_message_is_printed_during_a_write_of_the_main_thread() -> None:
+    """Python raises an error for a write to a stream within another write to it."""
     code = (
         "import io, os, signal, sys\n"
         "from lora_accel.training.stopping import handle_stop_signals\n"
@@ -205,48 +205,48 @@ def test_the_message_gets_out_while_the_main_thread_writes_itself() -> None:
     assert ran.returncode == 0
 
 
-def test_a_ctrl_c_that_is_passed_on_does_not_disturb_the_abort(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopping, "TWICE_SECONDS", 0.2)
+def test_forwarded_sigint_does_not_interrupt_the_abort(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "DEBOUNCE_SECONDS", 0.2)
     with handle_stop_signals(None) as stop:
         send(signal.SIGINT)
         time.sleep(0.3)
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
-        send(signal.SIGINT)  # the launcher's
+        send(signal.SIGINT)  # forwarded by the launcher
         assert stop.cause() == "SIGINT"
 
 
 # --- before training starts
 
 
-@pytest.mark.parametrize("number", TAKEN, ids=lambda number: number.name)
-def test_before_training_a_signal_ends_the_command(number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", HANDLED, ids=lambda number: number.name)
+def test_signal_before_training_aborts_the_command(number: signal.Signals) -> None:
 
     def command() -> None:
         with abort_on_signal():
             try:
                 send(number)
-            except Exception:  # as libraries do
-                pytest.fail("swallowed")
+            except Exception:  # libraries catch these
+                pytest.fail("caught")
             finally:
-                send(number)  # what follows does not disturb the end
+                send(number)  # ignored during the cleanup
 
     with pytest.raises(Aborted, match=f"stopped by {number.name} before training started") as caught:
         command()
     assert caught.value.exit_code == (130 if number == signal.SIGINT else 143)
 
 
-def test_training_takes_over_and_does_not_give_back() -> None:
+def test_signals_after_training_are_ignored() -> None:
     with abort_on_signal():
         with handle_stop_signals(None) as stop:
             send(signal.SIGTERM)
             assert stop.cause() == "SIGTERM"
-        send(signal.SIGTERM)  # training has ended; what is left is to say so
+        send(signal.SIGTERM)  # ignored after training
     with abort_on_signal(), pytest.raises(Aborted):
         send(signal.SIGTERM)
 
 
-def test_handlers_are_put_back_after_the_command() -> None:
+def test_handlers_are_restored_after_the_command() -> None:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     with abort_on_signal(), handle_stop_signals(None):
         pass

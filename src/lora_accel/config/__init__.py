@@ -1,1 +1,1 @@
-"""What was asked: the run config, its files, and the arithmetic of a run. Never imports torch."""
+"""The run config: its schema and files, the settings it shares with the launcher, and the plan. Never imports torch."""

@@ -1,4 +1,4 @@
-"""YAML and dotted overrides to a RunConfig, and back. Every problem is reported at once, with its line."""
+"""Reads a RunConfig from YAML and dotted overrides, and writes it. Reports all problems at once, each with its line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from lora_accel.config.schema import RunConfig
-from lora_accel.errors import ConfigError, did_you_mean
+from lora_accel.errors import ConfigError, did_you_mean, first_line
 
 MAX_CONFIG_BYTES = 1_000_000
 
@@ -24,46 +24,46 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run config.
 
     Args:
-        path: a YAML file; OmegaConf interpolation (`${output_dir}`, `${oc.env:HOME}`) is resolved.
-        overrides: words such as `training.max_steps=20` or `data.train=[{path: a.jsonl}]`.
+        path: a YAML file. OmegaConf interpolation (`${output_dir}`, `${oc.env:HOME}`) is resolved.
+        overrides: values of the form `training.max_steps=20` or `data.train=[{path: a.jsonl}]`.
 
     Raises:
-        ConfigError: the file cannot be read, or something in it is unknown or wrong. The message
-            lists every problem, each with the key and its line or the override it came from.
+        ConfigError: the file cannot be read, or a key or value is invalid. The message lists every problem with its
+            key, and the line or the override that set it.
     """
     text = _read_text(Path(path))
     try:
-        asked = OmegaConf.create(text)
+        values = OmegaConf.create(text)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error}") from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: {_first_line(error)}") from None
-    if not OmegaConf.is_dict(asked):
+        raise ConfigError(f"{path}: {first_line(error)}") from None
+    if not OmegaConf.is_dict(values):
         raise ConfigError(f"{path}: expected keys and values (key: value), found a list")
-    merged = _merged(asked, overrides)
+    merged = _apply_overrides(values, overrides)
 
-    where = _Whereabouts(str(path), text, overrides)
+    locations = _KeyLocations(str(path), text, overrides)
     try:
         return RunConfig.model_validate(OmegaConf.to_container(merged, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
         keys = re.findall(r"[^.\[\]]+", error.full_key or "")
-        place = where.describe(tuple(int(key) if key.isdigit() else key for key in keys))
+        location = locations.describe(tuple(int(key) if key.isdigit() else key for key in keys))
         if isinstance(error, MissingMandatoryValue):
-            raise ConfigError(f"{place}: is ???, which stands for a value to be given; give one") from None
-        hint = "${section.key} stands for the value of that key, \\${ for plain text"
-        raise ConfigError(f"{place}: {_first_line(error)}; {hint}") from None
+            raise ConfigError(f"{location}: ??? marks a required value; set it") from None
+        hint = "${section.key} refers to the value of that key; write \\${ for a literal ${"
+        raise ConfigError(f"{location}: {first_line(error)}; {hint}") from None
     except ValidationError as error:
-        raise ConfigError("\n".join(_problems(error, where))) from None
+        raise ConfigError("\n".join(_problems(error, locations))) from None
 
 
 def config_to_yaml(config: RunConfig) -> str:
-    """Return the whole config, defaults included, as YAML that `read_config` reads back."""
-    return yaml.safe_dump(_escaped(config.model_dump()), sort_keys=False, allow_unicode=True)
+    """Return the full config, defaults included, as YAML that `read_config` can read."""
+    return yaml.safe_dump(_escape(config.model_dump()), sort_keys=False, allow_unicode=True)
 
 
 def write_recipe(path: Path) -> None:
-    """Write the commented recipe for a user's own rows, `recipes/my_rows.yaml`, to a new file.
+    """Write `my_rows.yaml`, the commented recipe for a user's own rows, to a new file.
 
     Raises:
         ConfigError: the file already exists, or cannot be written.
@@ -78,12 +78,12 @@ def write_recipe(path: Path) -> None:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def _escaped(value: Any) -> Any:
-    """Return values with `${` written as OmegaConf reads it back as text."""
+def _escape(value: Any) -> Any:
+    """Return values in which `${` is escaped, so that OmegaConf reads it as text."""
     if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
+        return {key: _escape(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_escaped(item) for item in value]
+        return [_escape(item) for item in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
@@ -93,40 +93,41 @@ def _read_text(path: Path) -> str:
             raise ConfigError(f"{path}: over {MAX_CONFIG_BYTES:,} bytes; is this a run config?")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; give a run config after --config") from None
+        raise ConfigError(f"{path}: no such file; pass a run config with --config") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _merged(asked: Any, overrides: Sequence[str]) -> Any:
-    for word in overrides:
-        if "=" not in word or word.startswith(("=", "-")):
-            raise ConfigError(f"override {word!r}: expected section.key=value")
+def _apply_overrides(values: Any, overrides: Sequence[str]) -> Any:
+    for override in overrides:
+        if "=" not in override or override.startswith(("=", "-")):
+            raise ConfigError(f"override {override!r}: expected section.key=value")
         try:
-            asked = OmegaConf.merge(asked, OmegaConf.from_dotlist([word]))
+            values = OmegaConf.merge(values, OmegaConf.from_dotlist([override]))
         except yaml.MarkedYAMLError as error:
-            raise ConfigError(f"override {word!r}: not a YAML value: {error.problem}; quote it") from None
+            raise ConfigError(f"override {override!r}: not a YAML value: {error.problem}; quote it") from None
         except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"override {word!r}: {_first_line(error)}") from None
+            raise ConfigError(f"override {override!r}: {first_line(error)}") from None
         except TypeError:
             raise ConfigError(
-                f"override {word!r}: a list is replaced as a whole, such as data.train=[{{path: FILE}}]"
+                f"override {override!r}: list items cannot be set one by one; set the full list, as in "
+                "data.train=[{path: FILE}]"
             ) from None
-    return asked
+    return values
 
 
-def _problems(error: ValidationError, where: _Whereabouts) -> list[str]:
+def _problems(error: ValidationError, locations: _KeyLocations) -> list[str]:
     return [
-        f"{where.describe(_key_path(detail))}: {line}"
+        f"{locations.describe(_key_path(detail))}: {line}"
         for detail in error.errors(include_url=False)
         for line in _explain(detail).split("\n")
     ]
 
 
 def _key_path(detail: ErrorDetails) -> tuple[str | int, ...]:
-    """Return the keys down to the value at fault, without the branch names that pydantic adds for unions."""
+    """Return the keys that lead to the invalid value, without the branch names that pydantic adds for unions."""
     keys: list[str | int] = []
     model: Any = RunConfig
     for key in detail["loc"]:
@@ -142,7 +143,7 @@ def _key_path(detail: ErrorDetails) -> tuple[str | int, ...]:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that a field, or each item of a list field, holds."""
+    """Return the section class of a field, or of the items of a list field; None for other fields."""
     for candidate in (annotation, *getattr(annotation, "__args__", ())):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
@@ -169,41 +170,38 @@ def _explain(detail: ErrorDetails) -> str:
     return f"{message}, not {shown}"
 
 
-class _Whereabouts:
-    """Where each key was written: the override word, or the file and line."""
+class _KeyLocations:
+    """Where each key was set: file and line, or the override."""
 
     def __init__(self, path: str, text: str, overrides: Sequence[str]) -> None:
         self._path = path
-        self._places: dict[tuple[str | int, ...], str] = {}
+        self._locations: dict[tuple[str | int, ...], str] = {}
         self._walk((), yaml.compose(text, Loader=yaml.SafeLoader), None)
-        for word in overrides:
-            dotted, value = word.split("=", 1)
-            self._walk(tuple(dotted.split(".")), yaml.compose(value, Loader=yaml.SafeLoader), f"override {word!r}")
+        for override in overrides:
+            dotted, value = override.split("=", 1)
+            node = yaml.compose(value, Loader=yaml.SafeLoader)
+            self._walk(tuple(dotted.split(".")), node, f"override {override!r}")
 
     def _walk(self, keys: tuple[str | int, ...], node: Any, override: str | None) -> None:
         if override:
-            if not isinstance(node, yaml.MappingNode):  # a mapping is merged, all else replaces what was there
-                self._places = {k: place for k, place in self._places.items() if k[: len(keys)] != keys}
-            self._places[keys] = override
-        items: list[tuple[str | int, Any, Any]] = []  # (key, the node that has its line, the node of its value)
+            if not isinstance(node, yaml.MappingNode):  # a mapping is merged, any other value replaces the old one
+                self._locations = {key: x for key, x in self._locations.items() if key[: len(keys)] != keys}
+            self._locations[keys] = override
+        items: list[tuple[str | int, Any, Any]] = []  # (key, the node with its line, the node with its value)
         if isinstance(node, yaml.MappingNode):
             items = [(str(key.value), key, value) for key, value in node.value]
         elif isinstance(node, yaml.SequenceNode):
             items = [(index, value, value) for index, value in enumerate(node.value)]
         for key, marked, value in items:
-            here = (*keys, key)
+            child = (*keys, key)
             if not override:
-                self._places[here] = f"{self._path}, line {marked.start_mark.line + 1}"
-            self._walk(here, value, override)
+                self._locations[child] = f"{self._path}, line {marked.start_mark.line + 1}"
+            self._walk(child, value, override)
 
     def describe(self, keys: tuple[str | int, ...]) -> str:
         """Return `file, line 3: section.key`, or the override that set the key."""
         dotted = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
         for length in range(len(keys), 0, -1):
-            if keys[:length] in self._places:
-                return f"{self._places[keys[:length]]}: {dotted}"
+            if keys[:length] in self._locations:
+                return f"{self._locations[keys[:length]]}: {dotted}"
         return f"{self._path}: {dotted}" if dotted else self._path
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

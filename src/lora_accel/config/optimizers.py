@@ -1,6 +1,6 @@
-"""The optimizers: how each is constructed, and which tensors of its state a checkpoint stores.
+"""The optimizers: how to construct each one, and which of its state tensors a checkpoint stores.
 
-To add an optimizer, add it to `OPTIMIZERS`. Nothing is imported before the optimizer is constructed.
+To add an optimizer, add it to `OPTIMIZERS`. Its class is imported only when it is constructed.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSpec:
-    """An optimizer class that takes parameter groups with `lr` and `weight_decay`."""
+    """An optimizer class that accepts parameter groups with `lr` and `weight_decay`."""
 
     path: str
-    """Where to import the class from."""
+    """Import path of the class."""
     moments: tuple[str, ...]
-    """Its state tensors, shaped like their parameter, by torch's names; zero before the first update."""
+    """Names of its state tensors in torch. Each has the shape of its parameter and is zero before the first update."""
     non_negative: tuple[str, ...] = ()
-    """Moments that cannot be negative: a checkpoint in which one is negative is corrupt."""
+    """Moments that cannot be negative. A checkpoint with a negative value in one of them is corrupt."""
     has_fused: bool = False
-    """Whether `fused=True` updates all parameters in one kernel, on devices that support it."""
+    """Whether the class accepts `fused=True`, which updates all parameters in one kernel."""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Further keyword arguments."""
+    """Further keyword arguments of the class."""
 
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {

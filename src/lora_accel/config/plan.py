@@ -1,4 +1,4 @@
-"""The arithmetic of one run: how many steps, of how many examples, and what happens after each. Pure."""
+"""The plan of a run: number of steps, examples per step, and when to log, save and evaluate."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lora_accel.config.schema import RunConfig
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What this run will do with these examples on this many ranks."""
+    """The steps of a run, for a dataset and a number of ranks."""
 
     num_ranks: int
     num_examples: int
-    """Examples in an epoch (source weights counted)."""
+    """Examples per epoch, after source weights."""
     num_eval_examples: int
     num_tokens: int
-    """Real tokens in an epoch."""
+    """Real tokens per epoch."""
     num_supervised_tokens: int
     batch_size: int
     """Examples per step, over all ranks."""
@@ -30,14 +30,14 @@ class Plan:
     evaluate_every: int | None
     """None = after the last step only."""
     evaluates: bool
-    """Whether there is anything to evaluate."""
+    """Whether there are evaluation examples or prompts."""
 
     def position(self, step: int) -> tuple[int, int]:
         """Return (epoch, step within the epoch) of the 0-based step."""
         return divmod(step, self.steps_per_epoch)
 
     def examples_after(self, step: int) -> int:
-        """Return how many examples the first `step` steps consume: an epoch's last step may be short."""
+        """Return how many examples the first `step` steps consume. The last step of an epoch may be short."""
         epochs, steps = self.position(step)
         return epochs * self.num_examples + steps * self.batch_size
 
@@ -59,22 +59,19 @@ class Plan:
         return dataclasses.asdict(self)
 
     def table(self) -> list[tuple[str, str]]:
-        """Return the rows that a person reads."""
+        """Return (name, value) rows to print."""
         share = self.num_supervised_tokens / max(1, self.num_tokens)
         when = f"every {self.evaluate_every} steps and" if self.evaluate_every else "only"
         return [
-            (
-                "examples",
-                f"{self.num_examples:,} an epoch, {self.num_eval_examples:,} for evaluation",
-            ),
-            ("tokens", f"{self.num_tokens:,} an epoch, {share:.1%} supervised"),
+            ("examples", f"{self.num_examples:,} per epoch, {self.num_eval_examples:,} for evaluation"),
+            ("tokens", f"{self.num_tokens:,} per epoch, {share:.1%} supervised"),
             ("step", f"{self.batch_size} examples over {self.num_ranks} rank(s)"),
             (
                 "steps",
                 f"{self.total_steps:,} = {self.total_steps / self.steps_per_epoch:.4g} epoch(s) of "
-                f"{self.steps_per_epoch:,}; {self.warmup_steps} of warm-up",
+                f"{self.steps_per_epoch:,} steps; {self.warmup_steps} warm-up step(s)",
             ),
-            ("checkpoints", f"every {self.save_every} steps and after the last"),
+            ("checkpoints", f"every {self.save_every} steps and after the last step"),
             ("evaluation", f"{when} after the last step" if self.evaluates else "none"),
         ]
 
@@ -88,12 +85,12 @@ def make_plan(
     num_supervised_tokens: int,
     num_eval_examples: int = 0,
 ) -> Plan:
-    """Work out the run.
+    """Return the plan of a run.
+
+    Warm-up steps are rounded up, as in transformers, so a ratio above 0 gives at least one.
 
     Args:
-        num_examples, num_tokens, num_supervised_tokens: of one epoch.
-
-    The warm-up is rounded up, as transformers does, so that a ratio above 0 warms up at least one step.
+        num_examples, num_tokens, num_supervised_tokens: per epoch.
     """
     training = config.training
     batch_size = training.examples_per_step(num_ranks)

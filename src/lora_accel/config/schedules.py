@@ -1,4 +1,4 @@
-"""The learning-rate schedules, as functions of the step. There is no scheduler object, so none can drift or be lost.
+"""The learning-rate schedules, as pure functions of the step: there is no scheduler state to save.
 
 To add a schedule, add it to `SCHEDULES`.
 """
@@ -19,7 +19,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 def learning_rate(step: int, *, peak: float, scheduler: str, warmup_steps: int, total_steps: int) -> float:
     """Return the learning rate of the 0-based step: linear warm-up from 0 to `peak`, then the schedule.
 
-    The same values as transformers' get_cosine_, get_linear_ and get_constant_schedule_with_warmup.
+    Gives the same values as transformers' get_cosine_, get_linear_ and get_constant_schedule_with_warmup.
     """
     if step < warmup_steps:
         return peak * step / warmup_steps

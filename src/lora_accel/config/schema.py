@@ -1,7 +1,7 @@
-"""The run config. Each section checks itself; what two sections must agree on stands in `RunConfig`.
+"""The run config. Each section validates its own fields; `RunConfig` validates the combinations of sections.
 
-Defaults live here and nowhere else. The docstring under a field becomes its description in the JSON
-Schema (`lora-accel plan --schema`), which is what an editor shows.
+All defaults are defined here. The docstring of a field becomes its description in the JSON Schema
+(`lora-accel plan --schema`), which editors show.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def _name_in(table: Mapping[str, object]) -> Any:
-    """Return the type of a name in a table, checked as a Literal of its names would be."""
+    """Return a type that accepts the keys of a table, with the error message and schema of a Literal."""
 
     def check(name: str) -> str:
         if name not in table:
@@ -48,11 +48,11 @@ PEFT_SINCE = {
     "use_bdlora": "0.19",
     "velora_config": "0.20",
 }
-"""Fields of LoraConfig that the oldest supported PEFT lacks, with the release that added them."""
+"""Fields of LoraConfig that the oldest supported PEFT lacks -> the release that added them."""
 
 
 class Section(BaseModel):
-    """A part of the config: closed (an unknown key is an error), strict in types, unchangeable."""
+    """A section of the config: frozen, with strict types; an unknown key is an error."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -68,32 +68,32 @@ class ModelSection(Section):
     """The frozen base model."""
 
     name_or_path: str = Field(min_length=1)
-    """Hub id, or a folder with an ordinary Hugging Face model."""
+    """Model id on the Hub, or the folder of a Hugging Face model."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub."""
+    """Branch, tag or commit on the Hub. null = the default branch."""
     dtype: Dtype = "auto"
-    """dtype of the base. auto = bfloat16 or float16 under that mixed precision, else as stored; float32 where the
-    device only emulates that."""
+    """dtype of the base weights. auto = the dtype of mixed precision; without mixed precision as stored, or float32 if
+    the device only emulates the stored dtype."""
     attention: str = "auto"
-    """An attention implementation of transformers (sdpa, eager, flash_attention_2, …); auto lets it choose."""
+    """Attention implementation of transformers: sdpa, eager, flash_attention_2, … auto = transformers' choice."""
     chat_template: str | None = None
-    """null = the tokenizer's own | a built-in one (alpaca, chatml, gemma, llama-2, llama-3, vicuna_v1.1, zephyr) |
+    """null = the tokenizer's own | a built-in template (alpaca, chatml, gemma, llama-2, llama-3, vicuna_v1.1, zephyr) |
     a .jinja file."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
+    """Whether to run Python code from the model's repository."""
 
 
 class QuantizationSection(Section):
-    """QLoRA: the frozen base in 4 or 8 bits through bitsandbytes."""
+    """QLoRA: quantize the frozen base to 4 or 8 bits with bitsandbytes."""
 
     bits: Literal[4, 8] | None = None
-    """null = not quantised."""
+    """Bits per weight. null = not quantized."""
     type: Literal["nf4", "fp4"] = "nf4"
-    """The 4-bit code."""
+    """4-bit data type."""
     double_quant: bool = True
-    """Quantise the scales too (4 bits only): about 0.4 bit less per weight."""
+    """Whether to quantize the scales too (4 bits only). Saves about 0.4 bits per weight."""
     compute_dtype: Dtype = "auto"
-    """What 4-bit weights are unpacked to for each product. auto = as model.dtype."""
+    """dtype to which 4-bit weights are dequantized for each matrix product. auto = the dtype of the base."""
 
 
 def _describe_peft_fields(schema: dict[str, Any]) -> None:
@@ -102,20 +102,20 @@ def _describe_peft_fields(schema: dict[str, Any]) -> None:
 
 
 class AdapterSection(Section):
-    """The LoRA adapter. Fields below `bias` go to PEFT's LoraConfig under PEFT's own name; null = PEFT's default."""
+    """The LoRA adapter. Fields after `bias` are passed to PEFT's LoraConfig; null = PEFT's default."""
 
     model_config = ConfigDict(json_schema_extra=_describe_peft_fields)
 
     r: int = Field(8, ge=1, le=1024)
-    """Rank."""
+    """Rank of the update."""
     alpha: float = Field(16.0, gt=0)
     """The update is scaled by alpha / r (PEFT: lora_alpha)."""
     dropout: float = Field(0.05, ge=0, lt=1)
-    """On the input of A (PEFT: lora_dropout)."""
+    """Dropout probability on the adapter's input (PEFT: lora_dropout)."""
     target_modules: list[str] | str = ["q_proj", "v_proj"]
-    """Names of linear modules, a regular expression, or all-linear."""
+    """Modules to adapt: a list of names, a regular expression, or all-linear."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases of the base are trained and saved."""
+    """Biases of the base to train and save: none, all, or those of the adapted modules."""
 
     alora_invocation_tokens: list[int] | None = None
     alpha_pattern: dict[str, float] | None = None
@@ -149,17 +149,17 @@ class AdapterSection(Section):
     velora_config: dict[str, Any] | None = None
 
     def peft_fields(self) -> dict[str, Any]:
-        """Return the fields that pass through to `peft.LoraConfig`, those that were given."""
-        ours = {"r", "alpha", "dropout", "target_modules", "bias"}
+        """Return the fields to pass to `peft.LoraConfig`: those after `bias` that are set."""
+        own = {"r", "alpha", "dropout", "target_modules", "bias"}
         return {
             name: getattr(self, name)
             for name in type(self).model_fields
-            if name not in ours and getattr(self, name) is not None
+            if name not in own and getattr(self, name) is not None
         }
 
     @field_validator(*PEFT_SINCE)
     @classmethod
-    def _installed_peft_has_it(cls, value: Any, info: ValidationInfo) -> Any:
+    def _check_peft_version(cls, value: Any, info: ValidationInfo) -> Any:
         since, installed = PEFT_SINCE[str(info.field_name)], metadata.version("peft")
         if value is not None and _release(installed) < _release(since):
             raise ValueError(f"needs peft >= {since}, but {installed} is installed; upgrade peft, or remove this field")
@@ -167,14 +167,14 @@ class AdapterSection(Section):
 
     @field_validator("target_modules")
     @classmethod
-    def _names_something(cls, value: list[str] | str) -> list[str] | str:
+    def _check_target_modules(cls, value: list[str] | str) -> list[str] | str:
         if not value:
-            raise ValueError("names no module; give names such as [q_proj, v_proj], or all-linear")
+            raise ValueError("is empty; set names such as [q_proj, v_proj], or all-linear")
         if isinstance(value, str):
             try:
                 re.compile(value)
             except re.error as error:
-                raise ValueError(f"{value!r} is no regular expression: {error}; give a list of names") from None
+                raise ValueError(f"{value!r} is not a regular expression: {error}; set a list of names") from None
         return value
 
 
@@ -186,181 +186,184 @@ class SourceSection(Section):
     """One source of rows."""
 
     path: str = Field(min_length=1)
-    """A file, a folder, a glob, or a data set id on the Hub."""
+    """A file, a folder, a glob, or a dataset id on the Hub."""
     format: str | None = None
-    """null = found by the keys of the first row."""
+    """Format of the rows. null = detected from the keys of the first row."""
     split: str = "train"
-    """Which split of a Hub data set."""
+    """Split of a Hub dataset."""
     revision: str | None = None
-    """Which branch, tag or commit of a Hub data set."""
+    """Branch, tag or commit of a Hub dataset. null = the default branch."""
     streaming: bool = False
-    """Read a Hub data set row by row instead of fetching it whole first."""
+    """Whether to stream a Hub dataset row by row instead of downloading it first."""
     weight: float = Field(1.0, gt=0)
-    """How many times its rows are seen in an epoch: 2 = twice, 0.25 = another quarter of them each epoch."""
+    """Times that each row is used per epoch: 2 = twice; 0.25 = each epoch takes the next quarter of the rows."""
     limit: int | None = Field(None, ge=1)
-    """Only the first so many rows."""
+    """Maximum number of rows to read, from the start. null = all."""
     columns: dict[str, str] = {}
-    """Other names: {the name a format expects: the name in the file}."""
+    """Renamed columns: {name that the format expects: name in the file}."""
 
 
 class DataSection(Section):
-    """What is learned from."""
+    """The training and evaluation data."""
 
     train: list[SourceSection] = Field(min_length=1)
     """Sources of training rows."""
     eval: list[SourceSection] = []
     """Sources of evaluation rows."""
     eval_fraction: float = Field(0.0, ge=0, lt=1)
-    """Hold out this share of the training examples, chosen by the seed."""
+    """Share of the training examples to hold out for evaluation, selected by the seed."""
     max_length: int = Field(2048, ge=2)
-    """Longest example, in tokens."""
+    """Maximum length of an example, in tokens."""
     overlong: Literal["truncate", "drop", "split", "error"] = "truncate"
-    """What happens to a longer one."""
+    """What to do with longer examples."""
     loss_on: Literal["assistant", "last_assistant", "all"] = "assistant"
-    """Which words are supervised; a turn's end token belongs to the turn."""
+    """Which tokens are supervised: those of all assistant turns, of the last one, or all tokens. The end token of a
+    turn belongs to the turn."""
     parse_special_tokens: bool = False
-    """Whether the text of a special token, such as <|im_end|>, counts as that token in rows, too. Text that a template
-    has rendered before needs it; in what users wrote it would let them end their own turn."""
+    """Whether special tokens in the text of rows, such as <|im_end|>, are parsed as special tokens. Needed for text to
+    which a template is already applied. Unsafe for text from users, who could end their own turn."""
     packing: bool = True
-    """No padding: examples lie end to end in one row and cannot see each other. A model that cannot do so is given
-    padded rows, and the run says so."""
+    """Whether to pack examples into one row without padding; each example attends only to itself. Models that do not
+    support packing get padded rows, and the run prints a note."""
     max_dropped: float = Field(0.05, ge=0, le=1)
-    """More unusable rows than this share stop the run before the model loads."""
+    """Maximum share of unusable rows. Above it the run stops before it loads the model."""
     cache_dir: str | None = None
-    """Where tokenised data are kept; null = lora_accel in the Hugging Face cache folder (HF_HOME)."""
+    """Folder for tokenized data. null = lora_accel in the Hugging Face cache folder (HF_HOME)."""
     num_workers: int | None = Field(None, ge=1)
-    """Processes that tokenise; null = one for each core. Their number changes nothing but the time."""
+    """Number of tokenization processes. null = one per core. Does not change the result."""
 
     @model_validator(mode="after")
-    def _one_way_to_evaluate(self) -> Self:
+    def _check_eval(self) -> Self:
         if self.eval and self.eval_fraction:
-            raise ValueError("give eval or eval_fraction, not both")
+            raise ValueError("set eval or eval_fraction, not both")
         return self
 
 
 class TrainingSection(Section):
-    """How it is learned. A step is one optimizer update over all ranks."""
+    """The training loop. A step is one optimizer update over all ranks."""
 
     epochs: float = Field(3.0, gt=0)
-    """Passes over the training examples."""
+    """Number of epochs."""
     max_steps: int | None = Field(None, ge=1)
-    """Exactly so many steps instead; wins over epochs."""
+    """Number of steps; overrides epochs. null = use epochs."""
     batch_size: int | None = Field(16, ge=1)
     """Examples per step, over all ranks."""
     micro_batch_tokens: int = Field(4096, ge=1)
-    """What one forward holds on one device, in tokens, padding counted."""
+    """Maximum tokens per forward on one device, padding included."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """The other habit: examples per forward on one device; batch_size is then derived."""
+    """Per-device batch size: examples per forward on one device. Replaces batch_size and micro_batch_tokens."""
     gradient_accumulation_steps: int | None = Field(None, ge=1)
-    """The other habit: forwards per step on one device."""
+    """Forwards per step on one device; only with micro_batch_size. null = 1."""
     learning_rate: float = Field(2.0e-4, gt=0)
     """Peak learning rate."""
     optimizer: _name_in(OPTIMIZERS) = "adamw"  # type: ignore[valid-type]
-    """The optimizer; its state is part of every checkpoint."""
+    """The optimizer. Its state is part of every checkpoint."""
     scheduler: _name_in(SCHEDULES) = "cosine"  # type: ignore[valid-type]
-    """After warm-up: down to 0 over the run, or constant."""
+    """Learning-rate schedule after warm-up: decay to 0 over the run, or constant."""
     warmup_ratio: float = Field(0.03, ge=0, le=1)
-    """Share of the steps over which the learning rate rises from 0."""
+    """Share of the steps over which the learning rate rises from 0 to its peak."""
     warmup_steps: int | None = Field(None, ge=0)
-    """Exactly so many steps instead; wins over warmup_ratio."""
+    """Number of warm-up steps; overrides warmup_ratio. null = use warmup_ratio."""
     weight_decay: float = Field(0.0, ge=0)
-    """On matrices, not on biases or norms."""
+    """Weight decay of matrices; biases and norms have none."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients are scaled down to this norm."""
+    """Maximum gradient norm; larger gradients are clipped to it."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """auto = bf16 or fp16 if accelerate launch asks for it, else what the device computes natively: bf16, fp16 on GPUs
-    without it, float32 (no) on other CPUs. A resumed run keeps its checkpoint's."""
+    """auto = bf16 or fp16 if accelerate launch sets it; else what the device computes natively: bf16, fp16 on GPUs
+    without bf16, no (float32) on other CPUs. A resumed run keeps the mixed precision of its checkpoint."""
     activation_checkpointing: bool | Literal["auto"] = False
-    """Recompute activations in the backward pass: less memory, a third more time. auto = where they would not fit."""
+    """Whether to recompute activations in the backward pass: less memory, a third more time. auto = if they do not
+    fit into memory."""
     compile: bool = False
-    """Layers through torch.compile: a few percent to a quarter faster, after a minute or so at the start."""
+    """Whether to compile the decoder layers with torch.compile: up to a quarter faster, after about a minute of
+    compilation."""
     max_hours: float | None = Field(None, gt=0)
-    """Stop after so many hours of training as at a signal: save, exit 143; the same command goes on."""
+    """Maximum training time, in hours. Then the run saves a checkpoint and exits with 143, as after a signal; run the
+    same command to resume. null = no limit."""
     skip_nonfinite: int = Field(0, ge=0)
-    """So many steps of the run whose loss or gradient is not finite are left out and counted; one more ends it."""
+    """Maximum number of steps to skip because their loss or gradient is not finite. One more stops the run."""
 
     def examples_per_step(self, num_ranks: int) -> int:
-        """Return how many examples a step takes, over all ranks."""
+        """Return the number of examples per step, over all ranks."""
         if self.micro_batch_size is None:
-            assert self.batch_size is not None  # one of the two habits is held below
+            assert self.batch_size is not None  # see _check_batch_options
             return self.batch_size
         return self.micro_batch_size * (self.gradient_accumulation_steps or 1) * num_ranks
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _yaml_no(cls, value: object) -> object:
-        if value is None:  # what auto was called before
+        if value is None:  # the name of auto in older configs
             return "auto"
         return "no" if value is False else value  # YAML 1.1 reads a bare `no` as false
 
     @model_validator(mode="before")
     @classmethod
-    def _other_habit(cls, values: Any) -> Any:
-        """Per-device sizes replace the default batch_size, though not one that was given."""
+    def _per_device_batch(cls, values: Any) -> Any:
+        """Drop the default batch_size if micro_batch_size is set."""
         if isinstance(values, dict) and values.get("micro_batch_size") is not None:
             return {"batch_size": None} | values
         return values
 
     @model_validator(mode="after")
-    def _one_habit(self) -> Self:
+    def _check_batch_options(self) -> Self:
         if self.gradient_accumulation_steps is not None and self.micro_batch_size is None:
             raise ValueError(
-                "gradient_accumulation_steps goes with micro_batch_size; "
-                "with batch_size alone the accumulation is derived"
+                "gradient_accumulation_steps needs micro_batch_size; with batch_size it is derived automatically"
             )
         if self.micro_batch_size is not None and self.batch_size is not None:
             raise ValueError(
-                "batch_size and micro_batch_size + gradient_accumulation_steps are two ways to say "
-                "one thing; keep one (batch_size=null switches the first off)"
+                "set either batch_size, or micro_batch_size and gradient_accumulation_steps, not both "
+                "(batch_size=null disables the first)"
             )
         if self.micro_batch_size is None and self.batch_size is None:
-            raise ValueError("batch_size is null; give it, or micro_batch_size")
+            raise ValueError("batch_size is null; set it, or micro_batch_size")
         return self
 
 
 class CheckpointSection(Section):
-    """What outlives a crash."""
+    """Checkpoints and resuming."""
 
     every_steps: int = Field(200, ge=1)
-    """Save after every so many steps; the last step is always saved."""
+    """Steps between checkpoints. The last step is always saved."""
     keep_last: int = Field(2, ge=1)
-    """How many checkpoints stay after the run; while it goes on, at least 2: one may be the last that is sound."""
+    """Number of checkpoints to keep after the run. During the run at least 2 are kept, in case one is corrupt."""
     resume: str = "auto"
-    """auto = go on from the newest valid one | never | a checkpoint folder."""
+    """Where to resume from: auto = the newest valid checkpoint of the run | never | a checkpoint folder."""
     allow_changes: list[str] = []
-    """Options that may differ from those of the checkpoint though they change what is learned, such as
-    [training.learning_rate]; a section allows all in it."""
+    """Options that may differ from the checkpoint's although they change the result, such as [training.learning_rate].
+    A section allows all of its options."""
     gather: Literal["auto", "state_dict", "parameters"] = "auto"
-    """How sharded weights are collected before they are written."""
+    """How to gather sharded weights before saving. auto = the backend's default."""
 
 
 class EvaluationSection(Section):
-    """How it is watched."""
+    """Evaluation during training."""
 
     every_steps: int | None = Field(None, ge=1)
-    """Evaluate after every so many steps; null = at the end only. Needs data.eval or data.eval_fraction."""
+    """Steps between evaluations. null = after the last step only. Needs data.eval, data.eval_fraction or prompts."""
     prompts: list[str] = []
-    """User messages whose replies are written to metrics.jsonl at each evaluation."""
+    """User messages to reply to at each evaluation. The replies are written to metrics.jsonl."""
     max_new_tokens: int = Field(64, ge=1)
-    """Longest such reply."""
+    """Maximum length of a reply, in tokens."""
 
 
 class LoggingSection(Section):
-    """What is told on the way."""
+    """Logging of metrics."""
 
     every_steps: int = Field(1, ge=1)
-    """One line in metrics.jsonl, and one point for the trackers, every so many steps."""
+    """Steps between lines in metrics.jsonl and points in the trackers."""
     trackers: list[str] = ["tensorboard"]
-    """Accelerate's names: tensorboard, wandb, mlflow, …"""
+    """Names of Accelerate's trackers: tensorboard, wandb, mlflow, …"""
 
 
 class RunConfig(Section):
-    """All that a run is asked to do."""
+    """The config of a run."""
 
     output_dir: str = Field(min_length=1)
-    """The run folder."""
+    """Run folder: checkpoints, logs and the final adapter."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Order of examples, dropout and adapter initialisation are functions of it."""
+    """Seed of the example order, dropout and adapter initialization."""
     model: ModelSection
     quantization: QuantizationSection = QuantizationSection()
     adapter: AdapterSection = AdapterSection()
@@ -371,29 +374,30 @@ class RunConfig(Section):
     logging: LoggingSection = LoggingSection()
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Self:
+    def _check_sections(self) -> Self:
         problems = []
         has_eval = bool(self.data.eval) or self.data.eval_fraction > 0
         if self.evaluation.every_steps and not (has_eval or self.evaluation.prompts):
             problems.append(
-                "evaluation.every_steps has nothing to evaluate; add data.eval, data.eval_fraction "
+                "evaluation.every_steps: there is nothing to evaluate; set data.eval, data.eval_fraction "
                 "or evaluation.prompts"
             )
         if self.quantization.bits and self.model.dtype == "float16":
             problems.append(
-                "quantization.bits with model.dtype=float16 loses precision in the norms; use bfloat16, float32 or auto"
+                "model.dtype=float16 with quantization.bits loses precision in the norms; use bfloat16, float32 or auto"
             )
         if self.quantization.bits and self.adapter.modules_to_save:
             problems.append(
-                "adapter.modules_to_save under quantization.bits would train packed weights; "
-                "train them on an unquantised base"
+                "adapter.modules_to_save with quantization.bits would train quantized weights; "
+                "train them on a base that is not quantized"
             )
         for option in self.checkpoint.allow_changes:
             section: Any = RunConfig
             for name in option.split("."):
                 fields = getattr(section, "model_fields", {})
                 if name not in fields:
-                    problems.append(f"checkpoint.allow_changes: {option!r} is no option{did_you_mean(name, fields)}")
+                    hint = did_you_mean(name, fields)
+                    problems.append(f"checkpoint.allow_changes: {option!r} is not an option{hint}")
                     break
                 section = fields[name].annotation
         if problems:

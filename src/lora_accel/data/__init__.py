@@ -1,1 +1,1 @@
-"""Text to batches: rows of any known format, templates, masks, the ledger, and the order of examples."""
+"""Rows of any supported format to tokenized examples: templates, loss masks, the ledger and the cache."""

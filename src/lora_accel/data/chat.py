@@ -1,8 +1,8 @@
-"""Messages to text by a template, and text to tokens, each supervised or not.
+"""Render messages with a chat template, tokenize the text, and mark the supervised tokens.
 
-What is learned of an answer is what the model will have to write: all that follows the prompt which `generate` feeds
-for it, up to the token that ends its turn. That this prompt, to the letter, begins the text of training is checked for
-every answer that is learned. Masks come from character spans, so they cannot depend on token ids.
+An answer is supervised from where its prompt ends (the prompt that `generate` passes to the model) to the token that
+ends its turn. For every supervised answer, the training text is checked to start with exactly that prompt. Masks come
+from character spans, so they do not depend on token ids.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from lora_accel.data.formats import Completion, Conversation, MalformedRow, Message, Pretokenized, Record, UnusableRow
-from lora_accel.data.spans import OURS, Span, locate, mark
+from lora_accel.data.spans import RESERVED, Span, locate, mark
 from lora_accel.data.tokens import TextTokenizer, Tokens, special_tokens
 from lora_accel.errors import DataError, did_you_mean
 from lora_accel.labels import IGNORE_INDEX
@@ -26,39 +26,40 @@ BUILT_IN_TEMPLATES = ("alpaca", "chatml", "gemma", "llama-2", "llama-3", "vicuna
 
 
 class Rendered(NamedTuple):
-    """A text, and where each message stands in it."""
+    """A rendered conversation, with the span of each message."""
 
     text: str
     spans: list[Span | None]
-    """Of each message its content; None: it is empty, or the template left it out."""
-    words: list[list[Span]]
-    """Of each message all of its words, reasoning among them. What is none's the template wrote."""
+    """Of each message's content; None if it is empty, or the template left it out."""
+    message_spans: list[list[Span]]
+    """Of each message all its text, reasoning included. The template wrote everything else."""
     values: list[dict[str, Any]]
-    """The messages as the template saw them."""
+    """The messages as passed to the template."""
     notes: tuple[str, ...] = ()
-    """What the template did to the messages that a person should know."""
+    """What the template did to the messages, for the ledger."""
 
     @property
-    def data(self) -> list[Span]:
-        """Return where anybody's words stand, in order."""
-        return sorted(span for spans in self.words for span in spans)
+    def untrusted(self) -> list[Span]:
+        """Return the spans of all message text, in order."""
+        return sorted(span for spans in self.message_spans for span in spans)
 
-    def check_nothing_left_out(self, messages: Sequence[Message], tools: Any) -> None:
-        """Refuse a text in which the template wrote nothing of a tool or of a call.
+    def check_tools(self, messages: Sequence[Message], tools: Any) -> None:
+        """Check that the template wrote every tool and every tool call.
 
         Raises:
-            UnusableRow: it did so. What stands in anybody's words does not count.
+            UnusableRow: one is missing. Message text that mentions it does not count.
         """
-        edges = [0, *(edge for span in self.data for edge in span), len(self.text)]
+        edges = [0, *(edge for span in self.untrusted for edge in span), len(self.text)]
         written = "\0".join(self.text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True))
         for tool in tools or ():
-            _check_nothing_left_out(tool.get("function", tool).get("name") or tool.get("type"), written, "a tool")
+            _check_contains(written, tool.get("function", tool).get("name") or tool.get("type"), "a tool")
         for number, message in enumerate(messages):
             if message.tool_calls:
-                after = max((s.end for spans in self.words[: number + 1] for s in spans), default=0)
-                until = min((s.start for spans in self.words[number + 1 :] for s in spans), default=len(self.text))
-                what = f"a tool call of message {number + 1}"
-                _check_nothing_left_out([c["function"] for c in message.tool_calls], self.text[after:until], what)
+                start = max((s.end for spans in self.message_spans[: number + 1] for s in spans), default=0)
+                following = (s.start for spans in self.message_spans[number + 1 :] for s in spans)
+                until_next = self.text[start : min(following, default=len(self.text))]
+                calls = [call["function"] for call in message.tool_calls]
+                _check_contains(until_next, calls, f"a tool call of message {number + 1}")
 
 
 class Example(NamedTuple):
@@ -68,11 +69,11 @@ class Example(NamedTuple):
     labels: list[int]
     """The token itself where it is supervised, else -100. The first is always -100: nothing predicts it."""
     key: int = 0
-    """64 bits from which the dropout of its tokens is derived; given when a step takes the example."""
+    """64 bits from which the dropout of its tokens is derived; set when a step takes the example."""
     row: tuple[str, int] = ("", 0)
-    """The file and the number of the row it comes from."""
+    """File and number of the row that it comes from."""
     notes: tuple[str, ...] = ()
-    """What a person should know of how it came about; for the ledger."""
+    """What was done to the row, for the ledger."""
 
     @property
     def num_supervised(self) -> int:
@@ -81,119 +82,126 @@ class Example(NamedTuple):
 
 
 class ChatTemplate:
-    """A chat template on its tokenizer: renders conversations and knows where each message stands."""
+    """A chat template and its tokenizer. Renders conversations and finds each message in the text."""
 
     def __init__(self, tokenizer: Any, name: str | None = None, *, parse_special_tokens: bool = False) -> None:
-        """Choose a template.
+        """Load a template.
 
         Args:
-            tokenizer: a fast tokenizer of transformers (offsets are needed).
-            name: None = the tokenizer's own, a built-in name, or the path of a .jinja file.
-            parse_special_tokens: whether the text of a special token counts as one in messages, too.
+            tokenizer: a fast transformers tokenizer (character offsets are needed).
+            name: None = the tokenizer's own template, a built-in name, or the path of a .jinja file.
+            parse_special_tokens: parse special tokens in the text of messages, too.
 
         Raises:
-            DataError: there is no such template, or the tokenizer has no offsets.
+            DataError: the template does not exist, or the tokenizer has no offsets.
         """
         self.tokenizer = tokenizer
         self.tokens = TextTokenizer(tokenizer, parse_special_tokens=parse_special_tokens)
-        self._built_in = name in BUILT_IN_TEMPLATES
+        self._is_built_in = name in BUILT_IN_TEMPLATES
         self.source = template_source(name) or _own_template(tokenizer)
-        self._specials: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        self._asks = "add_generation_prompt" in self.source
+        self._special_tokens_map: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self._has_generation_prompt = "add_generation_prompt" in self.source
         self.end_of_turn = self._find_end_of_turn() if self.source else ""
 
     @property
     def end_ids(self) -> set[int]:
-        """Return the tokens at which an answer ends: that of its turn, and that of a text."""
+        """Return the tokens that end an answer: the end-of-turn token, if it is a special one, and EOS."""
         ends = {self.tokenizer.eos_token, self.end_of_turn.strip()} & special_tokens(self.tokenizer)
         return {self.tokenizer.convert_tokens_to_ids(token) for token in ends}
 
-    def render(self, messages: Sequence[Message], tools: Any = None, *, asks: bool = False) -> Rendered:
-        """Render a conversation and find each message in it.
+    def render(
+        self, messages: Sequence[Message], tools: Any = None, *, add_generation_prompt: bool = False
+    ) -> Rendered:
+        """Render a conversation and find each message in the text.
 
         Args:
-            tools: JSON schemas of functions, for templates that have a place for them.
-            asks: whether the text ends where the assistant's next words begin.
+            tools: JSON schemas of functions, for templates that support them.
+            add_generation_prompt: end the text where the assistant's next answer begins.
 
         Raises:
-            UnusableRow: the template refuses the conversation, or changes a message so that its place
-                cannot be proven.
+            UnusableRow: the template rejects the conversation, or changes a message so that its span cannot be
+                verified.
         """
         values = [message.for_template() for message in messages]
-        plain = self._apply(values, tools, asks)
+        plain = self._apply_template(values, tools, add_generation_prompt)
         marked, parts = mark(messages, values)
-        self._refuse_hidden_specials(messages, tools)
-        spans = locate(plain, self._apply(marked, tools, asks), parts, messages)
+        self._check_tool_text(messages, tools)
+        spans = locate(plain, self._apply_template(marked, tools, add_generation_prompt), parts, messages)
         contents: list[Span | None] = [None] * len(messages)
-        words: list[list[Span]] = [[] for _ in messages]
+        message_spans: list[list[Span]] = [[] for _ in messages]
         notes = []
         for part, span in zip(parts, spans, strict=True):
             if not part.is_reasoning:
                 contents[part.message] = span
             if span is not None:
-                words[part.message].append(span)
+                message_spans[part.message].append(span)
             else:
                 what = "reasoning of an earlier answer" if part.is_reasoning else "system text"
                 notes.append(f"the template leaves out the {what}")
-        rendered = Rendered(plain, contents, words, values)
-        rendered.check_nothing_left_out(messages, tools)
+        rendered = Rendered(plain, contents, message_spans, values)
+        rendered.check_tools(messages, tools)
         if self.tokens.find_special("\n".join(message.content + message.reasoning for message in messages)):
             notes.append("the text of a special token is read as text")
         return rendered._replace(notes=tuple(dict.fromkeys(notes)))
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
-        """Return the text after which the assistant's next words are generated.
+        """Return the text after which the assistant's next answer is generated.
 
-        A template that knows no `add_generation_prompt` shows it in what it writes before an answer.
+        For a template without `add_generation_prompt`, it is what the template writes before an answer.
 
         Raises:
-            UnusableRow: the template refuses the conversation.
+            UnusableRow: the template rejects the conversation.
         """
-        if self._asks:
-            return self._apply([message.for_template() for message in messages], tools, asks=True)
+        if self._has_generation_prompt:
+            values = [message.for_template() for message in messages]
+            return self._apply_template(values, tools, add_generation_prompt=True)
         return self._before_answer(messages, tools)
 
     def _before_answer(self, messages: Sequence[Message], tools: Any) -> str:
         """Return what the template writes before an answer."""
-        probed = self.render((*messages, Message("assistant", "answer")), tools)
-        assert probed.spans[-1] is not None
-        return probed.text[: probed.spans[-1].start]
+        probe = self.render((*messages, Message("assistant", "answer")), tools)
+        assert probe.spans[-1] is not None
+        return probe.text[: probe.spans[-1].start]
 
     def encode_prompt(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
-        """Return the tokens after which the assistant's next words are generated, the same as in training.
+        """Return the tokens after which the assistant's next answer is generated, the same as in training.
 
         Raises:
-            DataError: the template refuses the conversation.
+            DataError: the template rejects the conversation.
         """
         try:
             prompt = self.prompt(messages, tools)
-            asks = self.render(messages, tools, asks=self._asks)
+            rendered = self.render(messages, tools, add_generation_prompt=self._has_generation_prompt)
         except UnusableRow as error:
-            shown = messages[-1].content if messages else ""
-            raise DataError(f"prompt {shown!r:.60}: {error}; mend the prompt or the template") from None
-        return self.begin(prompt) + self.tokens.encode_prompt(prompt, asks.data)
+            last = messages[-1].content if messages else ""
+            raise DataError(f"prompt {last!r:.60}: {error}; fix the prompt or the template") from None
+        return self.bos_prefix(prompt) + self.tokens.encode_prompt(prompt, rendered.untrusted)
 
     def encode_text(self, text: str) -> list[int]:
-        """Return the tokens of a text that no template wrote: the prompt of a completion."""
-        return self.tokens.begin(text) + self.tokens.encode_prompt(text, [Span(0, len(text))])
+        """Return the tokens of a prompt without a template: the prompt of a completion."""
+        return self.tokens.bos_prefix(text) + self.tokens.encode_prompt(text, [Span(0, len(text))])
 
-    def begin(self, text: str) -> list[int]:
-        """Return the tokens before a rendered text: the begin token where it is missing.
+    def bos_prefix(self, text: str) -> list[int]:
+        """Return the tokens before a rendered text: BOS if the template does not write it, else nothing.
 
-        A tokenizer's own template, or a file, writes what its model wants. The built-in ones serve many models and
-        leave it to the tokenizer, as FastChat does.
+        A tokenizer's own template, or a file, writes what its model needs. The built-in templates serve many models and
+        leave BOS to the tokenizer, as FastChat does.
         """
-        return self.tokens.begin(text) if self._built_in else []
+        return self.tokens.bos_prefix(text) if self._is_built_in else []
 
     def answer_span(self, messages: Sequence[Message], number: int, rendered: Rendered, tools: Any = None) -> Span:
-        """Return where that stands which the model has to write as the message of this number, from 0.
+        """Return the span that the model has to generate for an answer, from the end of its prompt to its end of turn.
+
+        Args:
+            number: 0-based index of the answer in `messages`.
 
         Raises:
-            UnusableRow: `generate` would feed something else than what stands before it, or its end cannot be proven.
+            UnusableRow: the text before the answer is not the prompt of `generate`, or the answer's end cannot be
+                verified.
         """
         text, content = rendered.text, rendered.spans[number]
-        if self._asks and any(message.role in ("user", "tool") for message in messages[:number]):
-            prompt = self._apply(rendered.values[:number], tools, asks=True)
+        if self._has_generation_prompt and any(message.role in ("user", "tool") for message in messages[:number]):
+            prompt = self._apply_template(rendered.values[:number], tools, add_generation_prompt=True)
         else:
             prompt = self._before_answer(messages[:number], tools)
         if not text.startswith(prompt):
@@ -201,34 +209,38 @@ class ChatTemplate:
                 f"the text before message {number + 1} is not the prompt that the chat template makes for it"
             )
         start = len(prompt)
-        written = max([start, *(span.end for span in rendered.words[number])])
-        following = min((span.start for span in rendered.data if span.end > written), default=len(text))
-        end = text.find(self.end_of_turn, written, following) if self.end_of_turn else -1
-        if end >= 0 and number + 1 < len(messages) and not rendered.words[number + 1]:
-            end = end if self._ends_its_turn(messages, number, rendered, tools, end + len(self.end_of_turn)) else -1
+        text_end = max([start, *(span.end for span in rendered.message_spans[number])])
+        next_start = min((span.start for span in rendered.untrusted if span.end > text_end), default=len(text))
+        end = text.find(self.end_of_turn, text_end, next_start) if self.end_of_turn else -1
+        if (
+            end >= 0
+            and number + 1 < len(messages)
+            and not rendered.message_spans[number + 1]
+            and not self._ends_turn(messages, number, rendered, tools, end + len(self.end_of_turn))
+        ):
+            end = -1
         if not messages[number].tool_calls:
-            # What a template writes into an empty answer (an empty thought, say) the model has to write, too.
-            closed = content is None or end == written or text[written:end].isspace()
-            return Span(start, end + len(self.end_of_turn) if closed and end >= 0 else written)
+            # What a template writes for an empty answer (such as an empty think block) the model has to write, too.
+            is_closed = content is None or end == text_end or text[text_end:end].isspace()
+            return Span(start, end + len(self.end_of_turn) if is_closed and end >= 0 else text_end)
         if end < 0:
-            raise UnusableRow(f"nothing ends message {number + 1}, so the place of its tool calls cannot be proven")
+            raise UnusableRow(f"nothing ends message {number + 1}, so the span of its tool calls cannot be verified")
         return Span(start, end + len(self.end_of_turn))
 
-    def _ends_its_turn(
-        self, messages: Sequence[Message], number: int, rendered: Rendered, tools: Any, end: int
-    ) -> bool:
-        """Whether a turn ends where its end token was found, when no words of the next message stand behind it.
+    def _ends_turn(self, messages: Sequence[Message], number: int, rendered: Rendered, tools: Any, end: int) -> bool:
+        """Whether the end-of-turn token before `end` belongs to this answer, if the next message has no text.
 
-        One with calls does if it ends there as the last one, too; one with words or none, if words in their place are
-        followed by the end token.
+        With tool calls, it does if the text up to it is the same when the answer is the last message. Otherwise, it
+        does if the token also follows another content in place of the answer's.
         """
         if messages[number].tool_calls:
-            return self._apply(rendered.values[: number + 1], tools, asks=False)[:end] == rendered.text[:end]
-        probed = self.render([*messages[:number], Message("assistant", "answer"), *messages[number + 1 :]], tools)
-        span = probed.spans[number]
-        return span is not None and probed.text.startswith(self.end_of_turn, span.end)
+            alone = self._apply_template(rendered.values[: number + 1], tools, add_generation_prompt=False)
+            return alone[:end] == rendered.text[:end]
+        probe = self.render([*messages[:number], Message("assistant", "answer"), *messages[number + 1 :]], tools)
+        span = probe.spans[number]
+        return span is not None and probe.text.startswith(self.end_of_turn, span.end)
 
-    def _apply(self, messages: Sequence[dict[str, Any]], tools: Any, asks: bool) -> str:
+    def _apply_template(self, messages: Sequence[dict[str, Any]], tools: Any, add_generation_prompt: bool) -> str:
         if not self.source:
             raise DataError(
                 "the tokenizer has no chat template; set model.chat_template to one of "
@@ -236,20 +248,24 @@ class ChatTemplate:
             )
         try:
             text = self._jinja.render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=asks, **self._specials
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens_map,
             )
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"model.chat_template: not valid Jinja, line {error.lineno}: {error.message}") from None
-        except Exception as error:  # a template is somebody's program and may raise anything
-            raise UnusableRow(f"the chat template refuses it: {error}") from None
+        except Exception as error:  # templates are untrusted programs that may raise anything
+            raise UnusableRow(f"the chat template rejects it: {error}") from None
         return text
 
     @property
     def _jinja(self) -> jinja2.Template:
-        """The template as transformers compiles it, sandboxed.
+        """The template as transformers compiles it: sandboxed, and cached.
 
-        Its public `render_jinja_template` copies every message at every rendering, as rich objects might need; ours are
-        plain already, and are rendered once for each answer. (It keeps what it has compiled.)
+        The public `render_jinja_template` copies every message at every rendering, for messages that are rich objects.
+        Messages here are plain, and are rendered once per answer.
         """
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -257,8 +273,10 @@ class ChatTemplate:
         return template
 
     def _find_end_of_turn(self) -> str:
-        """Return what closes an assistant turn: a special token, with any white space before it, or else the text that
-        the template writes after every answer, the last one and others."""
+        """Return what ends an assistant turn: a special token with the white space before it, if there is one.
+
+        Otherwise, the text that the template writes after every answer, whether or not it is the last message.
+        """
         probe = (Message("user", "question"), Message("assistant", "answer"))
         try:
             tails = []
@@ -275,41 +293,46 @@ class ChatTemplate:
         common = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*tails, strict=False))
         return "".join(letter for letter, _ in common).rstrip()
 
-    def _refuse_hidden_specials(self, messages: Sequence[Message], tools: Any) -> None:
-        """Refuse the text of a special token where a template writes data that cannot be marked."""
-        for where in (tools, *((m.tool_calls, m.name, m.tool_call_id) for m in messages)):
-            if not where or not any(where):
+    def _check_tool_text(self, messages: Sequence[Message], tools: Any) -> None:
+        """Check that tools and calls contain no special token: templates write them where no marks can be added."""
+        for data in (tools, *((m.tool_calls, m.name, m.tool_call_id) for m in messages)):
+            if not data or not any(data):
                 continue
-            text = json.dumps(where, ensure_ascii=False)
-            if OURS.search(text):
+            text = json.dumps(data, ensure_ascii=False)
+            if RESERVED.search(text):
                 raise UnusableRow("a tool, or a call of one, holds characters of private use area B")
-            if found := self.tokens.find_special(text):
-                raise UnusableRow(f"a tool, or a call of one, holds the text of the special token {found}")
+            if token := self.tokens.find_special(text):
+                raise UnusableRow(f"a tool, or a call of one, holds the text of the special token {token}")
 
 
 def encode_record(record: Record, template: ChatTemplate, loss_on: str) -> Example:
-    """Tokenise a record, whole, and mark what is supervised (which may be nothing).
+    """Tokenize a record in full and mark its supervised tokens (there may be none).
+
+    Args:
+        loss_on: assistant, last_assistant or all (`data.loss_on`).
 
     Raises:
-        UnusableRow: the template refuses it, or its masks cannot be proven.
+        UnusableRow: the template rejects the record, or its mask cannot be verified.
+        MalformedRow: a token id is outside the vocabulary.
     """
     if isinstance(record, Pretokenized):
-        return _pretokenized(record, len(template.tokenizer))
+        return _encode_pretokenized(record, len(template.tokenizer))
     if isinstance(record, Conversation):
         return _encode_conversation(record, template, loss_on)
-    prompt, text = record if isinstance(record, Completion) else ("", record.text)
-    if OURS.search(prompt + text):
+    prompt, completion = record if isinstance(record, Completion) else ("", record.text)
+    untrusted = prompt + completion
+    if RESERVED.search(untrusted):
         raise UnusableRow("the text holds characters of private use area B")
-    whole, words = prompt + text + (template.tokenizer.eos_token or ""), len(prompt) + len(text)
+    text = untrusted + (template.tokenizer.eos_token or "")
     start = 0 if loss_on == "all" else len(prompt)
-    tokens = template.tokens.encode(whole, [Span(0, words)])
-    learned = tokens.within(Span(start, len(whole)), [Span(0, start)] if start else [])
-    notes = ("the text of a special token is read as text",) if template.tokens.find_special(whole[:words]) else ()
-    return _example(tokens, [learned], template.tokens.begin(whole), notes)
+    tokens = template.tokens.encode(text, [Span(0, len(untrusted))])
+    supervised = tokens.within(Span(start, len(text)), [Span(0, start)] if start else [])
+    notes = ("the text of a special token is read as text",) if template.tokens.find_special(untrusted) else ()
+    return _make_example(tokens, [supervised], template.tokens.bos_prefix(text), notes)
 
 
 def question_of(record: Record, template: ChatTemplate) -> tuple[list[int], str] | None:
-    """Return the tokens before a record's last answer, and that answer; None where there is none in words."""
+    """Return the prompt tokens of a record's last answer, and the answer; None for records without an answer."""
     if isinstance(record, Completion):
         return template.encode_text(record.prompt), record.completion
     if not isinstance(record, Conversation):
@@ -321,39 +344,39 @@ def question_of(record: Record, template: ChatTemplate) -> tuple[list[int], str]
 def _encode_conversation(record: Conversation, template: ChatTemplate, loss_on: str) -> Example:
     messages = record.messages
     rendered = template.render(messages, record.tools)
-    tokens = template.tokens.encode(rendered.text, rendered.data)
-    prefix, notes = template.begin(rendered.text), (*record.notes, *rendered.notes)
+    tokens = template.tokens.encode(rendered.text, rendered.untrusted)
+    prefix, notes = template.bos_prefix(rendered.text), (*record.notes, *rendered.notes)
     if loss_on == "all":
-        return _example(tokens, [range(len(tokens.ids))], prefix, notes)
+        return _make_example(tokens, [range(len(tokens.ids))], prefix, notes)
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     if loss_on == "last_assistant":
         answers = answers[-1:]
-    answers = [i for i in answers if messages[i].learned]
-    spans = [template.answer_span(messages, i, rendered, record.tools) for i in answers]
-    foreign = [span for i, words in enumerate(rendered.words) if i not in answers for span in words]
-    return _example(tokens, [tokens.within(span, foreign) for span in spans], prefix, notes)
+    answers = [i for i in answers if messages[i].supervised]
+    answer_spans = [template.answer_span(messages, i, rendered, record.tools) for i in answers]
+    excluded = [span for i, spans in enumerate(rendered.message_spans) if i not in answers for span in spans]
+    return _make_example(tokens, [tokens.within(span, excluded) for span in answer_spans], prefix, notes)
 
 
-def _pretokenized(record: Pretokenized, vocabulary: int) -> Example:
-    beyond = next((token for token in record.input_ids if not 0 <= token < vocabulary), None)
-    if beyond is not None:
-        raise MalformedRow(f"input_ids holds {beyond}, but the tokenizer has {vocabulary} tokens")
+def _encode_pretokenized(record: Pretokenized, vocab_size: int) -> Example:
+    unknown = next((token for token in record.input_ids if not 0 <= token < vocab_size), None)
+    if unknown is not None:
+        raise MalformedRow(f"input_ids contains {unknown}, but the tokenizer has {vocab_size} tokens")
     return Example(record.input_ids, [IGNORE_INDEX, *record.labels[1:]])
 
 
-def _example(tokens: Tokens, learned: Sequence[range], prefix: list[int], notes: tuple[str, ...]) -> Example:
+def _make_example(tokens: Tokens, supervised: Sequence[range], prefix: list[int], notes: tuple[str, ...]) -> Example:
     labels = [IGNORE_INDEX] * len(tokens.ids)
-    for places in learned:
-        labels[places.start : places.stop] = tokens.ids[places.start : places.stop]
+    for run in supervised:
+        labels[run.start : run.stop] = tokens.ids[run.start : run.stop]
     input_ids, labels = prefix + tokens.ids, [IGNORE_INDEX] * len(prefix) + labels
     return Example(input_ids, [IGNORE_INDEX, *labels[1:]], notes=notes)
 
 
-def _check_nothing_left_out(value: Any, text: str, what: str) -> None:
-    """Refuse a text that does not hold every string and number of a value."""
+def _check_contains(text: str, value: Any, what: str) -> None:
+    """Check that a text contains every string and number of a value, as it is or in JSON."""
     for leaf in _leaves(value):
-        shown = json.dumps(leaf, ensure_ascii=False)
-        if str(leaf) not in text and shown.strip('"') not in text:
+        encoded = json.dumps(leaf, ensure_ascii=False)
+        if str(leaf) not in text and encoded.strip('"') not in text:
             raise UnusableRow(f"the chat template leaves {what} out, or writes {leaf!r:.40} otherwise")
 
 
@@ -377,7 +400,7 @@ def template_source(name: str | None) -> str:
     """Return the text of a built-in template or a file; empty for None, the tokenizer's own.
 
     Raises:
-        DataError: there is no such template.
+        DataError: the template does not exist, is empty, or is not UTF-8.
     """
     if name is None:
         return ""
@@ -392,10 +415,10 @@ def template_source(name: str | None) -> str:
         text = Path(name).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise DataError(
-            f"model.chat_template: {name}: no such file; paths are taken from the folder the command runs in"
+            f"model.chat_template: {name}: no such file; paths are relative to the working directory"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"model.chat_template: {name} cannot be read as UTF-8 text: {error}") from None
     if not text.strip():
-        raise DataError(f"model.chat_template: {name} is empty; give a template, or null for the tokenizer's own")
+        raise DataError(f"model.chat_template: {name} is empty; use a template, or null for the tokenizer's own")
     return text

@@ -1,4 +1,4 @@
-"""Sources to examples: tokenised once, by several processes, cached by content, every row in the ledger."""
+"""Tokenize sources into examples: in several processes, cached by content, with every row in the ledger."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from lora_accel.data.chat import ChatTemplate, Example, encode_record
 from lora_accel.data.formats import MalformedRow, Record, Row, UnusableRow, check_format, detect_format, parse_row
 from lora_accel.data.overlong import TooLong, shorten
 from lora_accel.data.rows import Chunk, Input, find_input
-from lora_accel.data.store import Examples, Packed, Writer, open_examples, stored
+from lora_accel.data.store import Examples, SerializedExamples, Writer, get_or_build, open_examples
 from lora_accel.errors import DataError
 from lora_accel.processes import end_with_parent
 
-ALONE = 4
-"""So many chunks are worked on before other processes are begun, which takes longer than a small file."""
+INLINE_CHUNKS = 4
+"""Chunks that the main process tokenizes before it starts workers: starting them takes longer than a small file."""
 
 
 class Recipe(NamedTuple):
-    """What turns rows into tokens."""
+    """The tokenizer and chat template of a dataset."""
 
     fingerprint: str
-    """Changes whenever the tokenizer or the template does."""
+    """Hash of tokenizer and template."""
     template: Callable[[], ChatTemplate]
-    """Loads them; not called when all is in the cache."""
+    """Loads both. Not called if everything is in the cache."""
 
 
 class Source(NamedTuple):
-    """The examples of one source, and how often they are seen."""
+    """The examples of one source, and how often an epoch repeats them."""
 
     examples: Examples
     weight: float
@@ -52,14 +52,14 @@ class Source(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Tokenised sources with their ledgers."""
+    """Tokenized sources with their ledgers."""
 
     sources: list[Source]
     ledgers: list[SourceLedger]
 
     @property
     def examples(self) -> list[Example]:
-        """Return all examples, in memory."""
+        """Load all examples into memory."""
         return [example for source in self.sources for example in source.examples]
 
     @property
@@ -68,7 +68,7 @@ class Dataset(NamedTuple):
         return sum(len(source.examples) for source in self.sources)
 
     def example(self, number: int) -> Example:
-        """Return one of all examples, counted through the sources."""
+        """Return an example by its index over all sources."""
         for source in self.sources:
             if number < len(source.examples):
                 return source.examples[number]
@@ -76,20 +76,23 @@ class Dataset(NamedTuple):
         raise IndexError(number)
 
     def check(self, max_dropped: float) -> None:
-        """Refuse sources of which too much cannot be used.
+        """Check that enough rows of each source are usable.
+
+        Args:
+            max_dropped: largest allowed fraction of dropped rows (`data.max_dropped`).
 
         Raises:
-            DataError: a source has no usable row, or more than this share of its rows are unusable.
+            DataError: a source has no usable row, or too many are dropped.
         """
         for ledger in self.ledgers:
             ledger.check(max_dropped)
 
 
 def load_dataset(sources: Sequence[SourceSection], recipe: Recipe, options: DataSection) -> Dataset:
-    """Read and tokenise sources, or find them in the cache.
+    """Read and tokenize sources, or load them from the cache.
 
     Raises:
-        DataError: a file is missing or broken, or a row is malformed. The message names file and row.
+        DataError: a file is missing or corrupt, or a row is malformed. The message names file and row.
         ConfigError: the cache cannot be written to.
     """
     loaded, ledgers = [], []
@@ -98,10 +101,10 @@ def load_dataset(sources: Sequence[SourceSection], recipe: Recipe, options: Data
     for section in sources:
         source = find_input(section)
         build = functools.partial(_build, source=source, section=section, recipe=recipe, options=options)
-        folder = stored(cache_folder(options), _key(section, source, recipe, options), build)
-        examples, told = open_examples(folder, list(source.hashes))
+        folder = get_or_build(cache_folder(options), _key(section, source, recipe, options), build)
+        examples, ledger = open_examples(folder, list(source.hashes))
         loaded.append(Source(examples, section.weight, section.path))
-        ledgers.append(SourceLedger.from_dict(told, section.path, source.hashes))
+        ledgers.append(SourceLedger.from_dict(ledger, section.path, source.hashes))
     return Dataset(loaded, ledgers)
 
 
@@ -111,30 +114,30 @@ def read_records(
     """Read some rows of a source again, in file order.
 
     Args:
-        data_format: as found on the first row of the source.
-        rows: file and number of each; all of them can be used.
+        data_format: format of the source, as detected from its first row.
+        rows: (file, number) of each row. All of them must be usable.
     """
     for chunk in find_rows(section, rows):
         for number, row in chunk.parsed():
-            with _named(chunk.file, number):
-                assert data_format is not None  # a row could be used, so its format is known
-                yield parse_row(_renamed(row, section.columns), data_format)
+            with _locate_errors(chunk.file, number):
+                assert data_format is not None  # known if any row is usable
+                yield parse_row(_rename_columns(row, section.columns), data_format)
 
 
 def find_rows(section: SourceSection, rows: Collection[tuple[str, int]]) -> Iterator[Chunk]:
-    """Find rows of a source by file and number; yield each by itself, in file order."""
-    left = len(rows)
+    """Yield rows of a source by (file, number), each as a chunk of its own, in file order."""
+    remaining = len(rows)
     for chunk in find_input(section).chunks(section.limit) if rows else ():
-        for place, number in enumerate(chunk.numbers):
+        for i, number in enumerate(chunk.numbers):
             if (chunk.file, number) in rows:
-                yield Chunk(chunk.file, [number], chunk.rows[place : place + 1])
-                left -= 1
-        if not left:
+                yield Chunk(chunk.file, [number], chunk.rows[i : i + 1])
+                remaining -= 1
+        if not remaining:
             return
 
 
 def cache_folder(options: DataSection) -> Path:
-    """Return where tokenised data are kept: `data.cache_dir`, else beside the Hub's cache, which HF_HOME moves."""
+    """Return the folder of the data cache: `data.cache_dir`, or `lora_accel` in HF_HOME."""
     if options.cache_dir is not None:
         return Path(options.cache_dir)
     from huggingface_hub.constants import HF_HOME
@@ -143,20 +146,20 @@ def cache_folder(options: DataSection) -> Path:
 
 
 def _key(section: SourceSection, source: Input, recipe: Recipe, options: DataSection) -> str:
-    """Return the hash of all that the examples of a source follow from: bytes, tokenizer, template, options, code."""
-    described = {
+    """Return the hash of everything that a source's examples depend on: bytes, tokenizer, template, options, code."""
+    inputs = {
         "data": [[Path(name).suffixes[-2:], sha256] for name, sha256 in source.hashes.items()],
         "recipe": recipe.fingerprint,
         "section": section.model_dump(include={"format", "columns", "limit"}),
         "options": options.model_dump(include={"max_length", "overlong", "loss_on", "parse_special_tokens"}),
-        "code": _code(),
+        "code": _code_hash(),
     }
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:40]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:40]
 
 
 @functools.cache
-def _code() -> str:
-    """Return the hash of this package's code, and the versions of others', that make tokens of rows."""
+def _code_hash() -> str:
+    """Return the hash of the code that tokenizes rows: this package's files, and the versions of its dependencies."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
@@ -165,89 +168,89 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-# From rows to a folder of the cache.
+# From rows to a cache folder.
 
 
-class Prepared(NamedTuple):
-    """What became of a chunk."""
+class PreparedChunk(NamedTuple):
+    """The examples of a chunk, and its counts for the ledger."""
 
     file: str
     rows: list[tuple[int, str, list[int], list[int]]]
-    """Of each row: number, bucket, and of each of its examples the tokens and the supervised tokens."""
-    examples: Packed
+    """Of each row: number, bucket, and the tokens and supervised tokens of each of its examples."""
+    examples: SerializedExamples
     num_ended: int
     num_cut_tokens: int
     notes: Counter[str]
 
 
 def _build(folder: Path, *, source: Input, section: SourceSection, recipe: Recipe, options: DataSection) -> None:
-    """Tokenise a source into a folder."""
+    """Tokenize a source into a cache folder."""
     ledger = SourceLedger(section.path, section.format, dict(source.hashes))
     chunks = source.chunks(section.limit)
     first = next(chunks, None)
     if first is not None and ledger.format is None:
         number, row = next(first.parsed())
-        with _named(first.file, number):
-            ledger.format = detect_format(_renamed(row, section.columns))
-    named = section.model_copy(update={"format": ledger.format})
-    work = functools.partial(prepare, template=recipe.template(), section=named, options=options)
+        with _locate_errors(first.file, number):
+            ledger.format = detect_format(_rename_columns(row, section.columns))
+    section = section.model_copy(update={"format": ledger.format})
+    task = functools.partial(prepare, template=recipe.template(), section=section, options=options)
     writer, files = Writer(folder), list(source.hashes)
     stamps = [(file, file.stat()) for file in source.files]
     with Stage(f"tokenizing {short_names([section.path])[0]}") as stage:
-        for done in _in_order(work, itertools.chain([first] if first else [], chunks), options.num_workers):
-            for number, bucket, lengths, supervised in done.rows:
-                ledger.count((done.file, number), bucket, lengths, supervised)
-            ledger.num_ended += done.num_ended
-            ledger.num_cut_tokens += done.num_cut_tokens
-            ledger.note(done.notes)
-            writer.add(done.examples, files.index(done.file))
+        for chunk in _map_in_order(task, itertools.chain([first] if first else [], chunks), options.num_workers):
+            for number, bucket, lengths, supervised in chunk.rows:
+                ledger.count((chunk.file, number), bucket, lengths, supervised)
+            ledger.num_ended += chunk.num_ended
+            ledger.num_cut_tokens += chunk.num_cut_tokens
+            ledger.note(chunk.notes)
+            writer.add(chunk.examples, files.index(chunk.file))
             stage.note(f"{ledger.num_rows:,} rows")
     for file, stamp in stamps:
         now = file.stat()
         if (now.st_size, now.st_mtime_ns) != (stamp.st_size, stamp.st_mtime_ns):
-            raise DataError(f"{file}: was written to while it was read; start again once it stands still")
+            raise DataError(f"{file}: was written to while it was read; run again once the file no longer changes")
     writer.close(ledger.as_dict())
 
 
-def _in_order(
-    work: Callable[[Chunk], Prepared], chunks: Iterator[Chunk], num_workers: int | None
-) -> Iterator[Prepared]:
-    """Yield what becomes of each chunk, in order, so that the number of workers changes nothing."""
-    yield from map(work, itertools.islice(chunks, ALONE))
-    most = num_workers or _cores()
+def _map_in_order(
+    task: Callable[[Chunk], PreparedChunk], chunks: Iterator[Chunk], num_workers: int | None
+) -> Iterator[PreparedChunk]:
+    """Apply a task to chunks, in several processes; yield results in order, whatever the number of workers."""
+    yield from map(task, itertools.islice(chunks, INLINE_CHUNKS))
+    num_workers = num_workers or _num_cores()
     following = next(chunks, None)
-    if following is None or most == 1:
-        yield from map(work, itertools.chain([following] if following else [], chunks))
+    if following is None or num_workers == 1:
+        yield from map(task, itertools.chain([following] if following else [], chunks))
         return
-    # A fork needs no import of what this process has, and does nothing but render and tokenise.
+    # A forked worker imports nothing again. It only renders and tokenizes.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    waiting: deque[Future[Prepared]] = deque()
-    with ProcessPoolExecutor(most, context, initializer=_begin, initargs=(os.getpid(), work)) as pool:
+    pending: deque[Future[PreparedChunk]] = deque()
+    with ProcessPoolExecutor(num_workers, context, initializer=_init_worker, initargs=(os.getpid(), task)) as pool:
         try:
             for chunk in itertools.chain([following], chunks):
-                waiting.append(pool.submit(_work, chunk))
-                if len(waiting) > 3 * most:  # so that memory does not grow with the file
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                pending.append(pool.submit(_run_task, chunk))
+                if len(pending) > 3 * num_workers:  # bounds the memory, whatever the size of the file
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         except BrokenProcessPool:
             raise DataError(
-                "a process that tokenises was killed, for want of memory perhaps; try data.num_workers=1"
+                "a tokenization worker was killed, possibly out of memory; try data.num_workers=1"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _cores() -> int:
+def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_task: Callable[[Chunk], Prepared]
-"""What this process does with a chunk, if it is a worker: handed over once, since it holds a tokenizer."""
+_task: Callable[[Chunk], PreparedChunk]
+"""What a worker does with a chunk. Sent once per worker, since it contains a tokenizer."""
 
 
-def _begin(parent: int, task: Callable[[Chunk], Prepared]) -> None:
-    """Begin as a worker: Ctrl-C is the parent's affair, and so is its death."""
+def _init_worker(parent: int, task: Callable[[Chunk], PreparedChunk]) -> None:
+    """Set up a worker: ignore Ctrl-C, which the parent handles, and exit when the parent dies."""
     global _task
     _task = task
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -256,59 +259,71 @@ def _begin(parent: int, task: Callable[[Chunk], Prepared]) -> None:
     end_with_parent(parent)
 
 
-def _work(chunk: Chunk) -> Prepared:
+def _run_task(chunk: Chunk) -> PreparedChunk:
     return _task(chunk)
 
 
-def prepare(chunk: Chunk, *, template: ChatTemplate, section: SourceSection, options: DataSection) -> Prepared:
-    """Tokenise a chunk."""
+def prepare(chunk: Chunk, *, template: ChatTemplate, section: SourceSection, options: DataSection) -> PreparedChunk:
+    """Tokenize the rows of a chunk.
+
+    Args:
+        section: the source, with its format set.
+
+    Raises:
+        DataError: a row is malformed, or too long with `data.overlong: error`.
+    """
     rows: list[tuple[int, str, list[int], list[int]]] = []
     examples: list[Example] = []
     notes: Counter[str] = Counter()
-    num_cut, ends = 0, template.end_ids
+    num_cut_tokens, end_ids = 0, template.end_ids
     for number, row in chunk.parsed():
-        with _named(chunk.file, number):
-            bucket, made, cut = _examples(row, section, template, options)
-        rows.append((number, bucket, [len(x.input_ids) for x in made], [x.num_supervised for x in made]))
-        num_cut += cut
-        notes.update({note for example in made for note in example.notes})
-        examples += [example._replace(row=(chunk.file, number)) for example in made]
-    num_ended = sum(not ends.isdisjoint(example.labels) for example in examples)
-    return Prepared(chunk.file, rows, Packed.of(examples), num_ended, num_cut, notes)
+        with _locate_errors(chunk.file, number):
+            bucket, encoded, num_cut = _encode_row(row, section, template, options)
+        rows.append((number, bucket, [len(x.input_ids) for x in encoded], [x.num_supervised for x in encoded]))
+        num_cut_tokens += num_cut
+        notes.update({note for example in encoded for note in example.notes})
+        examples += [example._replace(row=(chunk.file, number)) for example in encoded]
+    num_ended = sum(not end_ids.isdisjoint(example.labels) for example in examples)
+    return PreparedChunk(chunk.file, rows, SerializedExamples.of(examples), num_ended, num_cut_tokens, notes)
 
 
 @contextlib.contextmanager
-def _named(file: str, number: int) -> Iterator[None]:
-    """Say of a malformed row where it stands."""
+def _locate_errors(file: str, number: int) -> Iterator[None]:
+    """Add file and row to the message of a row's error."""
     try:
         yield
     except (MalformedRow, TooLong) as error:
         raise DataError(f"{file}, row {number}: {error}") from None
 
 
-def _examples(
+def _encode_row(
     row: Row, section: SourceSection, template: ChatTemplate, options: DataSection
 ) -> tuple[str, list[Example], int]:
-    """Turn one row into examples; return its bucket, them, and how many tokens were cut off."""
-    assert section.format is not None  # found on the first row
+    """Return a row's bucket, its examples, and the number of tokens cut off."""
+    assert section.format is not None  # detected from the first row
     try:
-        record = parse_row(_renamed(row, section.columns), section.format)
-        whole = encode_record(record, template, options.loss_on)
-        if not whole.num_supervised:
+        record = parse_row(_rename_columns(row, section.columns), section.format)
+        example = encode_record(record, template, options.loss_on)
+        if not example.num_supervised:
             raise UnusableRow("no supervised token")
-        if len(whole.input_ids) <= options.max_length:
-            return USED, [whole], 0
-        return shorten(record, whole, template, options)
+        if len(example.input_ids) <= options.max_length:
+            return USED, [example], 0
+        return shorten(record, example, template, options)
     except UnusableRow as error:
         return f"{DROPPED}{error}", [], 0
 
 
-def _renamed(row: Row, columns: dict[str, str]) -> Row:
+def _rename_columns(row: Row, columns: dict[str, str]) -> Row:
+    """Return a row with the key names of its format.
+
+    Args:
+        columns: name in the format -> name in the file.
+    """
     if not columns:
         return row
-    for known, theirs in columns.items():
-        if theirs not in row:
-            raise MalformedRow(f"columns maps {known!r} to {theirs!r}, which the row has not; it has {sorted(row)}")
-    taken = set(columns.values())
-    kept = {key: value for key, value in row.items() if key not in taken}
-    return kept | {known: row[theirs] for known, theirs in columns.items()}
+    for key, column in columns.items():
+        if column not in row:
+            raise MalformedRow(f"columns maps {key!r} to {column!r}, which is missing; the row has {sorted(row)}")
+    renamed = set(columns.values())
+    others = {key: value for key, value in row.items() if key not in renamed}
+    return others | {key: row[column] for key, column in columns.items()}

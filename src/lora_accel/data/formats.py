@@ -1,4 +1,4 @@
-"""A row of any known format to a record: a conversation, a prompt with its completion, or plain text.
+"""Parse a row of any supported format into a record: a conversation, a prompt with its completion, text or tokens.
 
 To add a format: a `_parse_…` function and one line in `FORMATS`.
 """
@@ -18,18 +18,18 @@ class Message(NamedTuple):
     role: str
     """system, user, assistant or tool."""
     content: str
-    learned: bool = True
-    """False = the row says that this answer is not to be learned. Only answers ever are."""
+    supervised: bool = True
+    """Of an answer: False = the row excludes it from the loss. Ignored for other roles."""
     tool_calls: tuple[dict[str, Any], ...] = ()
     """`{"type": "function", "function": {"name", "arguments"}}`, as chat templates expect them."""
     reasoning: str = ""
-    """What an assistant thought before its answer, where the row keeps it apart."""
+    """The reasoning before an answer, if the row stores it separately."""
     name: str = ""
-    """Of the tool whose result this is, or of who speaks."""
+    """Name of the tool whose result this is, or of the speaker."""
     tool_call_id: str = ""
 
     def for_template(self) -> dict[str, Any]:
-        """Return what a chat template sees."""
+        """Return the message as passed to a chat template, without empty values."""
         values = {"role": self.role, "content": self.content, "tool_calls": list(self.tool_calls)}
         values |= {"reasoning_content": self.reasoning, "thinking": self.reasoning}  # two names that templates read
         values |= {"name": self.name, "tool_call_id": self.tool_call_id}
@@ -37,30 +37,30 @@ class Message(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """Turns, to be rendered by a chat template."""
+    """Messages, to be rendered by a chat template."""
 
     messages: tuple[Message, ...]
     tools: list[dict[str, Any]] | None = None
     """JSON schemas of the functions that the assistant may call."""
     notes: tuple[str, ...] = ()
-    """What was done to the row's turns that a person should know."""
+    """What was done to the row's turns, for the ledger."""
 
 
 class Completion(NamedTuple):
-    """A prompt and what should follow it, without a template."""
+    """A prompt and its completion, used without a template."""
 
     prompt: str
     completion: str
 
 
 class PlainText(NamedTuple):
-    """Text that is learned whole."""
+    """Text in which every token is supervised."""
 
     text: str
 
 
 class Pretokenized(NamedTuple):
-    """Tokens as they are."""
+    """Token ids and labels, used as they are."""
 
     input_ids: list[int]
     labels: list[int]
@@ -72,29 +72,29 @@ Row: TypeAlias = Mapping[str, Any]
 
 
 class MalformedRow(ValueError):
-    """A row is not what its format says. The message is the reason, without file and row."""
+    """A row does not match its format. The message is the reason, without file and row."""
 
 
 class UnusableRow(ValueError):
-    """A well-formed row from which nothing can be learned. The message is the ledger's reason."""
+    """A well-formed row that cannot be trained on. The message is the reason in the ledger."""
 
 
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "ai", "chatgpt", "bing", "bard"), "assistant"),
-    **dict.fromkeys(("function_call", "tool_call"), "assistant"),  # an answer that is a call
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),  # an answer that is a tool call
     **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response", "ipython"), "tool"),
 }
-"""What data sets call the four roles, in small letters."""
-CALLS = ("function_call", "tool_call")
+"""Role names found in datasets, in lower case, and the four roles they map to."""
+CALL_ROLES = ("function_call", "tool_call")
 
 
 def detect_format(row: Row) -> str:
-    """Return the format that the row's keys show.
+    """Return the format whose keys the row has.
 
     Raises:
-        MalformedRow: no known format has these keys.
+        MalformedRow: no supported format has these keys.
     """
     for name, (keys, _) in FORMATS.items():
         if all(key in row for key in keys):
@@ -110,10 +110,11 @@ def check_format(name: str | None, where: str) -> None:
     """Check that a format exists.
 
     Args:
-        where: the option that names it, for the message.
+        name: the format; None is valid.
+        where: the option that sets it, for the message.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: there is no such format.
     """
     if name is not None and name not in FORMATS:
         raise ConfigError(
@@ -122,33 +123,33 @@ def check_format(name: str | None, where: str) -> None:
 
 
 def parse_row(row: Row, data_format: str) -> Record:
-    """Turn a row of this format into a record.
+    """Parse a row of a format into a record.
 
     Raises:
-        MalformedRow: a key is missing, a value has the wrong type, a role is unknown.
-        UnusableRow: there is nothing in it to learn.
+        MalformedRow: a key is missing, a value has the wrong type, or a role is unknown.
+        UnusableRow: the row has nothing to train on.
     """
     keys, parse = FORMATS[data_format]
     for key in keys:
         if key not in row:
             raise MalformedRow(
                 f"key {key!r} of format {data_format} is missing; the row has {sorted(row)}. "
-                "Mend the row, or map other names with columns: {known name: name in the file}"
+                "Fix the row, or map other names with columns: {known name: name in the file}"
             )
     return parse(row)
 
 
 def _parse_sharegpt(row: Row) -> Conversation:
-    """Turns as scraped. Answers before anything is asked are left out; turns in a row of one role are one turn."""
+    """Parse scraped turns: drop answers before the first question, and join consecutive turns of one role."""
     turns = _messages(row["conversations"], "conversations", ("from", "role"), ("value", "content"))
     system = _text(row, "system", default="")
     messages, notes = list(turns), []
     if system:
         messages.insert(0, Message("system", system))
-    asked = next((i for i, message in enumerate(messages) if message.role in ("user", "tool")), len(messages))
-    kept = [m for i, m in enumerate(messages) if m.role != "assistant" or i > asked]
+    first = next((i for i, message in enumerate(messages) if message.role in ("user", "tool")), len(messages))
+    kept = [m for i, m in enumerate(messages) if m.role != "assistant" or i > first]
     if len(kept) < len(messages):
-        if asked == len(messages):
+        if first == len(messages):
             raise UnusableRow("nothing is asked")
         notes.append("answers before the first question are left out")
     joined: list[Message] = []
@@ -159,15 +160,15 @@ def _parse_sharegpt(row: Row) -> Conversation:
             notes.append("turns in a row of one role are joined by an empty line")
         else:
             joined.append(message)
-    return Conversation(_usable(joined), _tools(row), tuple(dict.fromkeys(notes)))
+    return Conversation(_check_usable(joined), _tools(row), tuple(dict.fromkeys(notes)))
 
 
 def _parse_messages(row: Row) -> Conversation:
-    return Conversation(_usable(_messages(row["messages"], "messages")), _tools(row))
+    return Conversation(_check_usable(_messages(row["messages"], "messages")), _tools(row))
 
 
 def _parse_alpaca(row: Row) -> Conversation:
-    """The input, where there is one, follows the instruction under Alpaca's own heading."""
+    """Parse an instruction; its input, if there is one, follows it under Alpaca's heading."""
     question, extra = _text(row, "instruction"), _text(row, "input", default="")
     if extra:
         question += f"\n\n### Input:\n{extra}"
@@ -178,19 +179,18 @@ def _parse_alpaca(row: Row) -> Conversation:
         raise MalformedRow(f"history should be a list of [question, answer] pairs, not {history!r:.60}")
     for pair in history:
         if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(x, str) for x in pair)):
-            raise MalformedRow(f"history should hold [question, answer] pairs, not {pair!r:.60}")
+            raise MalformedRow(f"history should contain [question, answer] pairs, not {pair!r:.60}")
         turns += [Message("user", pair[0]), Message("assistant", pair[1])]
     turns += [Message("user", question), Message("assistant", _text(row, "output"))]
-    return Conversation(_usable(turns))
+    return Conversation(_check_usable(turns))
 
 
 def _parse_prompt_completion(row: Row) -> Record:
-    """Strings, or lists of messages; of these only the completion's answers are learned."""
-    if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        asked = [
-            message._replace(learned=message.role != "assistant") for message in _messages(row["prompt"], "prompt")
-        ]
-        return Conversation(_usable([*asked, *_messages(row["completion"], "completion")]), _tools(row))
+    """Parse strings, or lists of messages, in which only the completion's answers are supervised."""
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        context = [m._replace(supervised=m.role != "assistant") for m in _messages(prompt, "prompt")]
+        return Conversation(_check_usable([*context, *_messages(completion, "completion")]), _tools(row))
     prompt, completion = _text(row, "prompt"), _text(row, "completion")
     if not completion:
         raise UnusableRow("empty completion")
@@ -207,15 +207,17 @@ def _parse_text(row: Row) -> PlainText:
 def _parse_tokens(row: Row) -> Pretokenized:
     input_ids, labels = (_integers(row[key], key) for key in ("input_ids", "labels"))
     if len(input_ids) != len(labels):
-        raise MalformedRow(f"input_ids holds {len(input_ids)} tokens and labels {len(labels)}; they go side by side")
+        raise MalformedRow(
+            f"input_ids has {len(input_ids)} tokens, but labels has {len(labels)}; give one label per token"
+        )
     if any(label not in (-100, token) for token, label in zip(input_ids, labels, strict=True)):
-        raise MalformedRow("labels should hold the token of its own place or -100; they are not shifted")
+        raise MalformedRow("each label should be the token at its position or -100; labels are not shifted")
     if not input_ids:
         raise UnusableRow("no tokens")
     return Pretokenized(input_ids, labels)
 
 
-# The first format whose keys a row has is the row's format, so the more telling keys stand first.
+# The first format whose keys a row has is the row's format, so the more specific keys come first.
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Record]]] = {
     "tokens": (("input_ids", "labels"), _parse_tokens),
     "sharegpt": (("conversations",), _parse_sharegpt),
@@ -251,7 +253,7 @@ def _message(item: Mapping[str, Any], role: str, content_key: str, where: str) -
     content, calls = item.get(content_key), item.get("tool_calls")
     if not calls and isinstance(item.get("function_call"), Mapping):  # OpenAI's older name
         calls = [item["function_call"]]
-    if role in CALLS and isinstance(content, str):
+    if role in CALL_ROLES and isinstance(content, str):
         calls, content = _json(content, f"{where}: {content_key!r}"), ""
         calls = calls if isinstance(calls, list) else [calls]
     if calls and not isinstance(calls, list):
@@ -260,35 +262,35 @@ def _message(item: Mapping[str, Any], role: str, content_key: str, where: str) -
         content = ""
     if calls and ROLES[role] != "assistant":
         raise MalformedRow(f"{where}: only an assistant may have tool_calls")
-    words = {}
-    for key, names in {"reasoning": ("reasoning_content", "reasoning", "thinking"), "name": ("name",)}.items():
-        words[key] = next((item[name] for name in names if isinstance(item.get(name), str)), "")
-    call_id = item.get("tool_call_id")
+    reasoning_keys = ("reasoning_content", "reasoning", "thinking")
+    reasoning = next((item[key] for key in reasoning_keys if isinstance(item.get(key), str)), "")
+    name, call_id = item.get("name"), item.get("tool_call_id")
     return Message(
         ROLES[role],
         _content(content, f"{where}: {content_key!r}"),
-        learned=_flag(item, where),
+        supervised=_is_supervised(item, where),
         tool_calls=tuple(_tool_call(call, where) for call in calls or ()),
+        reasoning=reasoning,
+        name=name if isinstance(name, str) else "",
         tool_call_id=call_id if isinstance(call_id, str) else "",
-        **words,
     )
 
 
 def _content(value: Any, where: str) -> str:
-    """Return a content's text: a string, or OpenAI's list of parts, which are joined as they are."""
+    """Return the text of a content: a string, or OpenAI's list of text parts, joined without a separator."""
     if isinstance(value, list):
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in value]
         texts = [part for part in parts if isinstance(part, str)]
         if len(texts) < len(parts):
-            raise MalformedRow(f"{where} has a part that is no text, {value!r:.60}")
+            raise MalformedRow(f"{where} has a part that is not text: {value!r:.60}")
         return "".join(texts)
     if not isinstance(value, str):
         raise MalformedRow(f"{where} should be text, not {value!r:.40}")
     return value
 
 
-def _flag(item: Mapping[str, Any], where: str) -> bool:
-    """Return whether the message says that it is learned: OpenAI's `weight` of 0 or 1, or `train`."""
+def _is_supervised(item: Mapping[str, Any], where: str) -> bool:
+    """Whether the message may be supervised: OpenAI's `weight` of 0 or 1, or `train`."""
     for key in ("weight", "train"):
         value = item.get(key)
         if value is not None:
@@ -303,14 +305,14 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise MalformedRow(f"{where}: a tool call should be an object with name and arguments, not {call!r:.60}")
     arguments = function.get("arguments", {})
-    if isinstance(arguments, str):  # OpenAI writes them as text, templates expect an object
+    if isinstance(arguments, str):  # OpenAI stores them as JSON text; templates expect an object
         arguments = _json(arguments or "{}", f"{where}: the arguments of a tool call")
     call_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {"type": "function", **call_id, "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _tools(row: Row) -> list[dict[str, Any]] | None:
-    """Return the row's tools: a list, or its JSON."""
+    """Return the row's tools, given as a list or as its JSON."""
     tools = row.get("tools")
     if isinstance(tools, str):
         tools = _json(tools, "key 'tools'") if tools.strip() else None
@@ -326,7 +328,7 @@ def _json(text: str, where: str) -> Any:
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise MalformedRow(f"{where} holds half of a surrogate pair, which is no character") from None
+        raise MalformedRow(f"{where} contains an unpaired surrogate, which is not a character") from None
     except (ValueError, RecursionError) as error:
         raise MalformedRow(f"{where} should be JSON: {error}") from None
     return value
@@ -338,7 +340,8 @@ def _integers(value: Any, key: str) -> list[int]:
     return value
 
 
-def _usable(messages: Sequence[Message]) -> tuple[Message, ...]:
+def _check_usable(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Check that the messages contain an answer, and return them."""
     if not messages:
         raise UnusableRow("empty conversation")
     answers = [m for m in messages if m.role == "assistant" and (m.content.strip() or m.tool_calls)]

@@ -1,4 +1,4 @@
-"""What happens to a row that makes more than `data.max_length` tokens."""
+"""Shorten or drop rows of more than `data.max_length` tokens, as `data.overlong` specifies."""
 
 from __future__ import annotations
 
@@ -12,68 +12,72 @@ from lora_accel.labels import IGNORE_INDEX
 
 
 class TooLong(ValueError):
-    """A row is too long, and the config says that this is an error."""
+    """A row is too long, and `data.overlong` is `error`."""
 
 
 def shorten(
-    record: Record, whole: Example, template: ChatTemplate, options: DataSection
+    record: Record, example: Example, template: ChatTemplate, options: DataSection
 ) -> tuple[str, list[Example], int]:
-    """Do what `data.overlong` says with a row that is too long.
+    """Apply `data.overlong` to a row that is too long.
+
+    Args:
+        example: the record, tokenized in full.
 
     Returns:
-        Its bucket, the examples that are left, each with supervised tokens, and how many tokens were cut off or left
-        with a piece that has none.
+        Its bucket, the remaining examples (each with supervised tokens), and the number of tokens cut off, with those
+        of pieces that have no supervised token.
 
     Raises:
-        UnusableRow: nothing to learn is left.
-        TooLong: the config says error.
+        UnusableRow: no supervised token remains, or the row is dropped.
+        TooLong: `data.overlong` is `error`.
     """
     if options.overlong == "error":
         raise TooLong(
-            f"{len(whole.input_ids):,} tokens, over data.max_length={options.max_length}; "
+            f"{len(example.input_ids):,} tokens, over data.max_length={options.max_length}; "
             "raise it, or set data.overlong to truncate, drop or split"
         )
     if options.overlong == "drop":
         raise UnusableRow("longer than data.max_length")
-    pieces = list(_split(record, whole, template, options)) if options.overlong == "split" else [whole]
-    kept = [cut for cut in (_cut(piece, options.max_length) for piece in pieces) if cut.num_supervised]
+    pieces = list(_split(record, example, template, options)) if options.overlong == "split" else [example]
+    kept = [cut for cut in (_truncate(piece, options.max_length) for piece in pieces) if cut.num_supervised]
     if not kept:
         raise UnusableRow("no supervised token within data.max_length")
     num_cut = sum(len(piece.input_ids) for piece in pieces) - sum(len(cut.input_ids) for cut in kept)
     return (SPLIT if len(pieces) > 1 else TRUNCATED), kept, num_cut
 
 
-def _split(record: Record, whole: Example, template: ChatTemplate, options: DataSection) -> Iterator[Example]:
-    """Cut text into blocks, and a conversation at its turns; the system text is repeated in each piece."""
+def _split(record: Record, example: Example, template: ChatTemplate, options: DataSection) -> Iterator[Example]:
+    """Split text into blocks, and a conversation at its user messages; each piece repeats the system text."""
     length = options.max_length
     if isinstance(record, Completion):
         raise UnusableRow("a completion longer than data.max_length cannot be split")
     if not isinstance(record, Conversation):
-        for start in range(0, len(whole.input_ids), length):
-            labels = whole.labels[start : start + length]
-            # Nothing stands before the first token of a block that could predict it.
-            yield whole._replace(input_ids=whole.input_ids[start : start + length], labels=[IGNORE_INDEX, *labels[1:]])
+        for start in range(0, len(example.input_ids), length):
+            block = example.input_ids[start : start + length]
+            # No token precedes the first one of a block, so nothing predicts it.
+            labels = [IGNORE_INDEX, *example.labels[start + 1 : start + length]]
+            yield example._replace(input_ids=block, labels=labels)
         return
 
-    def encoded(*messages: Message) -> Example:
+    def encode(*messages: Message) -> Example:
         return encode_record(record._replace(messages=messages), template, options.loss_on)
 
     system = [message for message in record.messages[:1] if message.role == "system"]
     piece: list[Message] = []
     for round_ in _rounds(record.messages[len(system) :]):
-        if piece and len(encoded(*system, *piece, *round_).input_ids) > length:
-            yield encoded(*system, *piece)
+        if piece and len(encode(*system, *piece, *round_).input_ids) > length:
+            yield encode(*system, *piece)
             piece = []
         piece += round_
-    yield encoded(*system, *piece)
+    yield encode(*system, *piece)
 
 
 def _rounds(messages: tuple[Message, ...]) -> Iterator[tuple[Message, ...]]:
-    """Cut a conversation before each user message."""
+    """Split a conversation before each user message."""
     starts = [i for i, message in enumerate(messages) if message.role == "user" or i == 0]
     for start, end in zip(starts, [*starts[1:], len(messages)], strict=True):
         yield messages[start:end]
 
 
-def _cut(example: Example, length: int) -> Example:
+def _truncate(example: Example, length: int) -> Example:
     return example._replace(input_ids=example.input_ids[:length], labels=example.labels[:length])

@@ -1,4 +1,4 @@
-"""What a run trains on and what it is evaluated on: one split, the same in training, `evaluate` and `inspect`."""
+"""Split the data into training and evaluation examples: the same split in training, `evaluate` and `inspect`."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from lora_accel.errors import DataError
 from lora_accel.randomness import permutation
 
 HELD_OUT = "data.eval_fraction"
-"""Name of the evaluation source that is held out of the training sources."""
+"""Name of the evaluation examples held out from the training sources."""
 EVAL_SPLIT = 0x5EED
-"""Keeps the permutation that chooses held-out examples apart from those that order epochs."""
+"""Key of the permutation that selects held-out examples. Differs from the keys that order epochs."""
 
 
 class EvalSource(NamedTuple):
     """The evaluation examples of one source."""
 
     name: str
-    """What their loss is reported under: the path, or `data.eval_fraction`."""
+    """The name under which their loss is reported: the path, or `data.eval_fraction`."""
     section: SourceSection
     ledger: SourceLedger
     examples: Examples
     trained: Examples | None = None
-    """The examples of the same source that are trained on, where these are held out of it."""
+    """The training examples of the same source, if these are held out from it."""
 
     def records(self) -> Iterator[Record]:
-        """Yield the records of the rows that are evaluated, in file order.
+        """Yield the records of the evaluation rows, in file order.
 
-        A row of which `data.overlong: split` made several examples is skipped if one of them is trained on.
+        A row that `data.overlong: split` divided into several examples is skipped if one of them is trained on.
         """
         trained = self.trained.row_ids if self.trained is not None else set()
         return read_records(self.section, self.ledger.format, self.examples.row_ids - trained)
@@ -46,36 +46,38 @@ class Splits(NamedTuple):
     """All examples of a run."""
 
     train: Dataset
-    """What is trained on. A source that is held out completely is left out; its ledger stays."""
+    """The training examples. A source that is held out completely is removed; its ledger is kept."""
     evaluation: list[EvalSource]
     eval_ledgers: list[SourceLedger]
-    """Of data.eval. Rows that are held out are counted in the ledgers of training."""
+    """Of data.eval. Held-out rows are counted in the training ledgers."""
 
 
 def load_splits(data: DataSection, seed: int, recipe: Recipe) -> Splits:
-    """Load what is trained on and what is evaluated.
+    """Load the training and the evaluation examples.
 
     Raises:
-        DataError: a file or a row cannot be used, too many rows are unusable, or nothing is left to train on.
+        DataError: a file or a row cannot be used, too many rows are unusable, or no training example is left.
     """
-    whole = _load_checked(data.train, recipe, data)
-    given = _load_checked(data.eval, recipe, data)
+    all_train = _load_checked(data.train, recipe, data)
+    all_eval = _load_checked(data.eval, recipe, data)
     evaluation = [
         EvalSource(section.path, section, ledger, source.examples)
-        for section, source, ledger in zip(data.eval, *given, strict=True)
+        for section, source, ledger in zip(data.eval, *all_eval, strict=True)
     ]
-    train, held = split_train(whole, data, seed)
+    train, held = split_train(all_train, data, seed)
     if held is not None:
         evaluation += [
-            EvalSource(HELD_OUT, section, ledger, out.examples, trained=left.examples)
-            for section, ledger, out, left in zip(data.train, whole.ledgers, held.sources, train.sources, strict=True)
+            EvalSource(HELD_OUT, section, ledger, source.examples, trained=rest.examples)
+            for section, ledger, source, rest in zip(
+                data.train, all_train.ledgers, held.sources, train.sources, strict=True
+            )
         ]
-    left_over = [source for source in train.sources if len(source.examples)]
-    return Splits(train._replace(sources=left_over), evaluation, given.ledgers)
+    not_empty = [source for source in train.sources if len(source.examples)]
+    return Splits(train._replace(sources=not_empty), evaluation, all_eval.ledgers)
 
 
 def load_evaluation(data: DataSection, seed: int, recipe: Recipe) -> list[EvalSource]:
-    """Load what a run evaluates; the training rows are read only if it is held out of them.
+    """Load the evaluation examples. Training rows are read only if some of them are held out.
 
     Raises:
         DataError: see `load_splits`.
@@ -85,7 +87,7 @@ def load_evaluation(data: DataSection, seed: int, recipe: Recipe) -> list[EvalSo
 
 
 def examples_by_name(sources: Sequence[EvalSource]) -> dict[str, list[Example]]:
-    """Return evaluation examples under the names that their losses are reported under."""
+    """Return the evaluation examples by the name under which their loss is reported."""
     named: dict[str, list[Example]] = {}
     for source in sources:
         named.setdefault(source.name, []).extend(source.examples)
@@ -93,14 +95,14 @@ def examples_by_name(sources: Sequence[EvalSource]) -> dict[str, list[Example]]:
 
 
 def split_train(dataset: Dataset, data: DataSection, seed: int) -> tuple[Dataset, Dataset | None]:
-    """Split the training examples into those that are trained on and those that are held out for evaluation.
+    """Split the training examples into those to train on and those held out for evaluation.
 
     Returns:
-        Both with a source for each of the dataset's; None if `data.eval_fraction` holds nothing out, or there is
-        nothing to hold out (the ledgers say why).
+        Both, with one source for each of the dataset's. The second is None if `data.eval_fraction` is 0 or there are no
+        examples (the ledgers have the reasons).
 
     Raises:
-        DataError: nothing is left to train on.
+        DataError: no training example is left.
     """
     if not data.eval_fraction or not dataset.num_examples:
         return dataset, None
@@ -109,26 +111,29 @@ def split_train(dataset: Dataset, data: DataSection, seed: int) -> tuple[Dataset
 
 
 def hold_out(dataset: Dataset, fraction: float, order: Sequence[int]) -> tuple[Dataset, Dataset]:
-    """Split off a share of the examples.
+    """Hold out a fraction of the examples: at least one, never all.
 
     Args:
-        order: a permutation of all examples; the first of it are held out, at least one, never all.
+        order: a permutation of all examples. The first ones are held out.
 
     Returns:
-        What is left and what is held out, both with a source (maybe empty) for each of the dataset's.
+        The remaining and the held-out examples, both with one source (it may be empty) for each of the dataset's.
+
+    Raises:
+        DataError: no training example is left.
     """
     count = max(1, round(fraction * len(order)))
     if count >= len(order):
         raise DataError(f"data.eval_fraction={fraction} leaves no training example of {len(order)}; lower it")
     is_held = np.zeros(len(order), np.bool_)
     is_held[list(order[:count])] = True
-    left, held, first = [], [], 0
+    remaining, held, first = [], [], 0
     for source in dataset.sources:
-        mine = is_held[first : first + len(source.examples)]
+        mask = is_held[first : first + len(source.examples)]
         first += len(source.examples)
-        left.append(source._replace(examples=source.examples.take(np.flatnonzero(~mine))))
-        held.append(source._replace(examples=source.examples.take(np.flatnonzero(mine))))
-    return dataset._replace(sources=left), dataset._replace(sources=held)
+        remaining.append(source._replace(examples=source.examples.take(np.flatnonzero(~mask))))
+        held.append(source._replace(examples=source.examples.take(np.flatnonzero(mask))))
+    return dataset._replace(sources=remaining), dataset._replace(sources=held)
 
 
 def _load_checked(sources: Sequence[SourceSection], recipe: Recipe, data: DataSection) -> Dataset:

@@ -1,4 +1,4 @@
-"""Locks that killed builds of DeepSpeed's extensions left behind.
+"""Clean up the locks that killed builds of DeepSpeed's extensions leave behind.
 
 torch compiles an extension under a lock file, which it deletes afterwards. If that process is killed, the file stays,
 and every later process waits for it forever.
@@ -7,7 +7,6 @@ and every later process waits for it forever.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -15,12 +14,13 @@ import psutil
 from filelock import FileLock
 
 from lora_accel.errors import ConfigError
+from lora_accel.logs import logger
 
 BUILT_OPS = ("deepspeed_shm_comm", "cpu_adam", "async_io", "pin_memory")
 """The extensions that this package can make DeepSpeed compile."""
 UNSEEN_SECONDS = 600
 """A younger lock may belong to a process that is not visible here: on another machine, in another container."""
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 NETWORK_FILE_SYSTEMS = (
     *("nfs", "smb", "cifs", "lustre", "gpfs", "beegfs", "ceph", "afs", "glusterfs", "fuse", "9p", "virtiofs"),
 )
@@ -35,19 +35,19 @@ def wait_for_builds(root: Path) -> None:
         root: where torch builds extensions.
 
     Raises:
-        ConfigError: a lock is older than a build takes, and its owner, if it lives, is not visible here.
+        ConfigError: a lock is older than a build takes, and no process that is visible here holds it.
     """
-    for lock in [lock for op in BUILT_OPS for place in (op, f"*/{op}") for lock in root.glob(f"{place}/lock")]:
+    for lock in [lock for op in BUILT_OPS for folder in (op, f"*/{op}") for lock in root.glob(f"{folder}/lock")]:
         _wait_for_build(lock)
 
 
 def _wait_for_build(lock: Path) -> None:
     """Return when a lock is gone."""
-    told = False
-    while (found := _status(lock)) is not None:
-        age = time.time() - found.st_mtime
+    is_reported = False
+    while (status := _status(lock)) is not None:
+        age = time.time() - status.st_mtime
         if not is_held(lock):
-            if found.st_uid != os.getuid() or _is_on_network(lock):
+            if status.st_uid != os.getuid() or _is_on_network(lock):
                 if age > UNSEEN_SECONDS:
                     raise ConfigError(
                         f"{lock} was created {age / 60:.0f} minutes ago, and no process that is visible here holds it. "
@@ -55,10 +55,10 @@ def _wait_for_build(lock: Path) -> None:
                     )
             elif not (_is_container() and age < UNSEEN_SECONDS) and _delete_if_abandoned(lock):
                 return
-        if not told:
-            told = True
-            print(f"note: waiting for another process, which builds {lock.parent}", file=sys.stderr, flush=True)
-        time.sleep(LOOK_SECONDS)
+        if not is_reported:
+            is_reported = True
+            logger.warning(f"note: waiting for another process to build {lock.parent}")
+        time.sleep(POLL_SECONDS)
 
 
 def is_held(lock: Path) -> bool:
@@ -67,31 +67,31 @@ def is_held(lock: Path) -> bool:
     Its owner keeps the file open until it is done. ninja and the compiler, which outlive an owner that is killed, run
     in its folder.
     """
-    wanted = [found for path in (lock, lock.parent) if (found := _status(path)) is not None]
+    targets = [status for path in (lock, lock.parent) if (status := _status(path)) is not None]
     for process in Path("/proc").glob("[0-9]*"):
         try:
             files = [process / "cwd", *(process / "fd").iterdir()]
         except OSError:  # the process ended, or belongs to another user
             continue
-        used = [found for path in files if (found := _status(path)) is not None]
-        if any(os.path.samestat(one, other) for one in used for other in wanted):
+        used = [status for path in files if (status := _status(path)) is not None]
+        if any(os.path.samestat(one, other) for one in used for other in targets):
             return True
     return False
 
 
 def _delete_if_abandoned(lock: Path) -> bool:
     """Delete a lock that nobody holds; return whether it is gone."""
-    # Of several runs that find the same lock one deletes it. The others must not delete the lock of its new build.
+    # If several runs find the same lock, one deletes it. The others must not delete the lock of its new build.
     with FileLock(lock.with_name("lora_accel.lock")):
         before = _status(lock)
-        time.sleep(2 * LOOK_SECONDS)  # an owner that is done closes its lock first and then deletes it
+        time.sleep(2 * POLL_SECONDS)  # an owner that is done closes its lock first and then deletes it
         after = _status(lock)
         if before is None or after is None:
             return True
         if not os.path.samestat(before, after) or is_held(lock):
             return False
         lock.unlink(missing_ok=True)
-    print(f"note: deleted {lock}: the process that built there died", file=sys.stderr, flush=True)
+    logger.warning(f"note: deleted {lock}: its owner died")
     return True
 
 
@@ -103,11 +103,12 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def _is_on_network(path: Path) -> bool:
-    """Whether a file system is shared with other machines."""
-    inside = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
-    return (
-        max(inside, key=lambda part: len(part.mountpoint)).fstype.startswith(NETWORK_FILE_SYSTEMS) if inside else False
-    )
+    """Whether a path is on a file system that other machines may share."""
+    partitions = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
+    if not partitions:
+        return False
+    file_system: str = max(partitions, key=lambda part: len(part.mountpoint)).fstype
+    return file_system.startswith(NETWORK_FILE_SYSTEMS)
 
 
 def _is_container() -> bool:

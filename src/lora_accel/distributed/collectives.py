@@ -1,4 +1,4 @@
-"""What one process cannot do, none does."""
+"""Raise on all ranks if one rank fails."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lora_accel.errors import TrainingError, is_full_disk
 
 @contextlib.contextmanager
 def on_all_ranks(accelerator: Accelerator, what: str) -> Iterator[None]:
-    """Run a block that may fail on one process alone: then it fails on all, and none waits for ever.
+    """Run a block that may fail on a single rank; if it does, raise on all ranks, so that none waits forever.
 
-    No collective may stand in the block. It ends with one.
+    The block must not contain collectives. It ends with one.
 
     Args:
-        what: is done, for the message.
+        what: what the block does, for the message.
 
     Raises:
-        TrainingError: a disk is full or cannot be written to, or another process has failed. Other errors stay as
-            they are where they happened.
+        TrainingError: a disk is full or cannot be written to, or another rank failed. Other errors are re-raised
+            unchanged on the rank where they occurred.
     """
     failure: Exception | None = None
     try:
@@ -30,14 +30,14 @@ def on_all_ranks(accelerator: Accelerator, what: str) -> Iterator[None]:
     except Exception as error:
         failure = error
     full = failure is not None and is_full_disk(failure)
-    told = gather_object([None if failure is None else (f"{type(failure).__name__}: {failure}", full)])
+    reports = gather_object([None if failure is None else (f"{type(failure).__name__}: {failure}", full)])
     if failure is not None and not full:
         raise failure
-    for rank, told_by in enumerate(told):
-        if told_by is not None:
-            message, full = told_by
-            way_out = "make room, and the" if full else "the"
+    for rank, report in enumerate(reports):
+        if report is not None:
+            message, full = report
+            remedy = "Free up space and run" if full else "Run"
             raise TrainingError(
-                f"{what} failed on rank {rank}: {message}. What was saved before is as it was; {way_out} same command "
-                "goes on"
+                f"{what} failed on rank {rank}: {message}. Earlier files are unchanged. {remedy} the same command to "
+                "resume."
             ) from failure

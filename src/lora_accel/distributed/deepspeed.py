@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 
-from lora_accel.distributed.backend import Moments
-
 PARTITIONS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 """Attributes that hold the float32 masters: of ZeRO-3, of ZeRO-1 and 2, of ZeRO-1 in bf16."""
 GATHER_NUMEL = 2**24
-"""Values gathered at once: a gather takes 64 MiB in float32 beside the model."""
+"""Values gathered at once: a gather takes 64 MiB in float32 in addition to the model."""
 
 
 class DeepSpeedBackend:
@@ -86,7 +84,7 @@ class DeepSpeedBackend:
         """Create the moments of a new engine, all zero: the state that its first step would create.
 
         Otherwise ZeRO-1 and 2 of DeepSpeed 0.19 link the moments of all parameter groups when only the first group has
-        stepped, and never find those of the other groups (biases, beside matrices).
+        stepped, and never find those of the other groups (biases besides matrices).
         """
         for flat, state in _states(optimizer):
             state.update({name: torch.zeros_like(flat) for name in names})
@@ -95,7 +93,9 @@ class DeepSpeedBackend:
         if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-1 and 2: links each parameter to its part
             zero._lazy_init_hp_params_optimizer_state()
 
-    def write_moments(self, optimizer: Any, num_updates: int, moments: Moments) -> None:
+    def write_moments(
+        self, optimizer: Any, num_updates: int, moments: Mapping[torch.nn.Parameter, Mapping[str, torch.Tensor]]
+    ) -> None:
         """Write into the moments that `init_moments` created."""
         _set_update_count(optimizer, num_updates)
         for parameter, values in moments.items():

@@ -1,4 +1,4 @@
-"""How it runs: the Accelerator that `accelerate launch` and the run config ask for, and how processes end together."""
+"""Build the Accelerator from `accelerate launch` and the run config, and end launched processes together."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lora_accel.config.launch import Launch, Precision, Settings, read_launch, reconcile
 from lora_accel.config.schema import RunConfig
-from lora_accel.console import print_table
+from lora_accel.console import format_table
 from lora_accel.distributed.builds import wait_for_builds
-from lora_accel.errors import ConfigError, did_you_mean
+from lora_accel.errors import ConfigError, did_you_mean, first_line
+from lora_accel.logs import logger
 from lora_accel.processes import end_with_parent, is_python
 
 if TYPE_CHECKING:
@@ -21,15 +22,15 @@ if TYPE_CHECKING:
 
 
 def resolve_launch(config: RunConfig, checkpoint_precision: str | None) -> tuple[Launch, Settings]:
-    """Read what the launcher asks for, and resolve each setting that it shares with the run config.
+    """Read the launcher's settings, and resolve those that it shares with the run config.
 
     Imports torch only after everything else is checked, and only if the device decides the precision.
 
     Args:
-        checkpoint_precision: mixed precision of the checkpoint to resume from.
+        checkpoint_precision: mixed precision of the checkpoint to resume from; None = a new run.
 
     Raises:
-        ConfigError: launcher and run config contradict each other.
+        ConfigError: launcher and run config conflict.
     """
     launch = read_launch(os.environ)
 
@@ -49,19 +50,19 @@ def resolve_launch(config: RunConfig, checkpoint_precision: str | None) -> tuple
 def exit_with_launcher() -> None:
     """Ask the kernel to send SIGTERM to this process when its launcher dies.
 
-    Else no one would end what `accelerate launch` left behind: its form for one process passes no signal on, and none
-    passes on what cannot be caught.
+    Otherwise this process would outlive it: `accelerate launch` of a single process forwards no signals, and no
+    launcher can forward SIGKILL.
 
     Raises:
-        ConfigError: it died before this process could ask.
+        ConfigError: the launcher has died already.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if not launched:  # by a person's shell it may well be outlived
+    if not launched:  # started from a shell, which it may outlive
         return
     launcher = os.getppid()
     if not is_python(launcher):
         raise ConfigError(
-            "what launched this process has gone, so nothing would end it; start again with accelerate launch "
+            "the launcher of this process has died, so nothing would end it; start again with accelerate launch "
             "(if you set ACCELERATE_MIXED_PRECISION yourself, unset it)"
         )
     end_with_parent(launcher)
@@ -71,7 +72,7 @@ def make_accelerator(config: RunConfig, launch: Launch, settings: Settings) -> A
     """Build the Accelerator.
 
     Raises:
-        ConfigError: a tracker is unknown, the processes do not see each other, or offload lacks its op.
+        ConfigError: a tracker is unknown, the ranks did not join one group, or offload lacks its DeepSpeed op.
     """
     import torch
     from accelerate import Accelerator
@@ -86,15 +87,14 @@ def make_accelerator(config: RunConfig, launch: Launch, settings: Settings) -> A
     check_trackers(config.logging.trackers)
     on_cpu = not torch.accelerator.is_available()
     joins_on_cpu = on_cpu and (launch.num_processes > 1 or launch.zero_stage > 0)
-    # All buffers are constant, so DDP need not send them round before each forward.
+    # All buffers are constant, so DDP need not broadcast them before each forward.
     # The loop scales the loss itself: the scale is part of a checkpoint, and the same on every backend.
     handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False), GradScalerKwargs(enabled=False)]
     if joins_on_cpu:
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
-        # Without a GPU Accelerate joins launched processes only if it is told so; under DeepSpeed the same word would
-        # switch DeepSpeed off without another.
+        # Without a GPU Accelerate joins launched processes only with cpu=True, which would disable DeepSpeed silently.
         cpu=joins_on_cpu and launch.zero_stage == 0,
         kwargs_handlers=handlers,
         deepspeed_plugin=_deepspeed_plugin(settings) if launch.zero_stage else None,
@@ -108,13 +108,13 @@ def make_accelerator(config: RunConfig, launch: Launch, settings: Settings) -> A
     check_launch(accelerator, launch)
     check_offload(launch.offload)
     if accelerator.is_main_process:
-        print_table("how it runs", settings.rows, heads=("setting", "value", "decided by"))
+        logger.info(format_table("how it runs", settings.rows, heads=("setting", "value", "decided by")))
         warn_if_emulated(accelerator)
     return accelerator
 
 
 def emulate_fp16(accelerator: Accelerator) -> None:
-    """Let a CPU train in float16: Accelerate would leave autocast out without a word, and DeepSpeed raises."""
+    """Enable float16 on CPU: Accelerate would silently disable autocast, and DeepSpeed would raise."""
     import torch
 
     if accelerator.distributed_type.value != "DEEPSPEED":
@@ -126,17 +126,21 @@ def emulate_fp16(accelerator: Accelerator) -> None:
 
 
 def warn_if_emulated(accelerator: Accelerator) -> None:
-    """Warn if the device only emulates the mixed precision: it was asked for, or comes from a checkpoint."""
+    """Warn if the device only emulates the mixed precision, which the user or a checkpoint may have set."""
     from lora_accel.model.device import detect_device, emulation_warning
 
     option = "training.mixed_precision=auto (in another output_dir, if this run is resumed)"
     warning = emulation_warning(detect_device(accelerator.device), accelerator.mixed_precision, option)
     if warning is not None:
-        print(warning, file=sys.stderr, flush=True)
+        logger.warning(warning)
 
 
 def check_trackers(names: list[str]) -> None:
-    """Refuse a tracker that Accelerate does not know, or would leave out without a word."""
+    """Check that all trackers are installed: Accelerate would silently omit those that are not.
+
+    Raises:
+        ConfigError: a tracker is unknown or not installed.
+    """
     from accelerate.tracking import get_available_trackers
 
     available = {"all", *(tracker.value for tracker in get_available_trackers())}
@@ -149,26 +153,33 @@ def check_trackers(names: list[str]) -> None:
 
 
 def check_launch(accelerator: Accelerator, launch: Launch) -> None:
-    """Refuse an Accelerator that is not what was asked for: training under it would go wrong."""
+    """Check that the Accelerator has the number of processes and the backend that the launcher set.
+
+    Raises:
+        ConfigError: it has not; training would give wrong results.
+    """
     if launch.num_processes != accelerator.num_processes:
         raise ConfigError(
             f"the launcher started {launch.num_processes} processes, but this one sees {accelerator.num_processes}; "
-            "each would train alone and write the same folder. Use a config from accelerate_configs/"
+            "each would train alone and write to the same folder. Use a config from accelerate_configs/"
         )
     kind = accelerator.distributed_type.value
     expected = ("DEEPSPEED",) if launch.zero_stage else ("NO", "MULTI_CPU", "MULTI_GPU")
     if kind not in expected:
         raise ConfigError(
-            f"Accelerate made {kind} of what was launched, not {' or '.join(expected)}; use a config from "
+            f"Accelerate uses {kind} for this launch instead of {' or '.join(expected)}; use a config from "
             "accelerate_configs/"
         )
 
 
 def check_offload(offload: Mapping[str, str]) -> None:
-    """Refuse offload without DeepSpeed's ops for it. They are compiled here, where it takes a minute, not after hours.
+    """Check that DeepSpeed's ops for offload are available. Compiles them, so that a failure shows before training.
 
     Args:
-        offload: device of `optimizer` and `param`.
+        offload: device of `optimizer` and of `param`.
+
+    Raises:
+        ConfigError: an op cannot be compiled or loaded.
     """
     ops = {"CPUAdamBuilder": offload["optimizer"] != "none", "AsyncIOBuilder": "nvme" in offload.values()}
     if not any(ops.values()):
@@ -178,8 +189,8 @@ def check_offload(offload: Mapping[str, str]) -> None:
     for op in (op for op, needed in ops.items() if needed):
         try:
             get_accelerator().create_op_builder(op).load(verbose=False)
-        except Exception as error:  # whatever a compiler can do wrong
-            reason = str(error).strip().split("\n")[0].rstrip(".")
+        except Exception as error:  # a compiler can fail in many ways
+            reason = first_line(error)
             raise ConfigError(
                 f"offload to {', '.join(sorted(set(offload.values()) - {'none'}))} needs DeepSpeed's {op}: {reason}. "
                 "Install what it needs (a C++ compiler, ninja; libaio for nvme), or use a config without offload"
@@ -187,7 +198,7 @@ def check_offload(offload: Mapping[str, str]) -> None:
 
 
 def _deepspeed_plugin(settings: Settings) -> DeepSpeedPlugin:
-    """Return Accelerate's plugin as the launcher asked for it, with the run config's values written over it."""
+    """Return Accelerate's DeepSpeed plugin for this launch, updated with the run config's values."""
     from accelerate.utils import DeepSpeedPlugin
 
     wait_for_stale_builds()
@@ -202,10 +213,10 @@ def _deepspeed_plugin(settings: Settings) -> DeepSpeedPlugin:
 def wait_for_stale_builds() -> None:
     """Wait for builds of DeepSpeed's extensions in progress, and delete the locks of those that were killed.
 
-    Every process of this machine would wait for such a lock forever, so one process looks.
+    Every process of this machine would wait for such a lock forever. Only local rank 0 cleans up.
 
     Raises:
-        ConfigError: a lock is older than a build takes, and its owner, if it lives, is not visible here.
+        ConfigError: a lock is older than a build takes, and no process that is visible here holds it.
     """
     from torch.utils.cpp_extension import get_default_build_root
 
@@ -214,11 +225,11 @@ def wait_for_stale_builds() -> None:
 
 
 def exit_process(code: int) -> NoReturn:
-    """End this process with an exit code; one of several ends without the interpreter's teardown.
+    """End this process with an exit code. A rank of a process group ends without interpreter shutdown.
 
-    There, gloo's threads abort about one launch in twenty after all work is done, and the launcher reports a failure.
+    During shutdown, gloo's threads abort in about 1 of 20 launches, and the launcher would report a failure.
     """
-    distributed = sys.modules.get("torch.distributed")  # with a wrong config torch has not been imported
+    distributed = sys.modules.get("torch.distributed")  # torch is not imported if the config is wrong
     if distributed is None or not distributed.is_initialized():
         sys.exit(code)
     if code == 0:

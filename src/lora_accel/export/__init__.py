@@ -1,1 +1,1 @@
-"""Adapters in formats of other tools."""
+"""Adapters in the formats of other tools."""

@@ -1,1 +1,1 @@
-"""Replies, scores and chats of base, adapters and merged models."""
+"""Generation, evaluation and chat with base models, adapters and merged models."""

@@ -1,4 +1,4 @@
-"""A conversation in the terminal with base + adapter, or with a merged model."""
+"""Interactive chat in the terminal with base + adapter, or with a merged model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lora_accel.config.schema import Dtype, ModelSection, QuantizationSection
 from lora_accel.data.formats import Message
 from lora_accel.errors import ConfigError, DataError
 from lora_accel.inference.generation import ReplyWriter, stream_reply
-from lora_accel.inference.models import base_of, candidates, check_adapters, template_of
+from lora_accel.inference.models import check_adapters, load_candidates, load_template, resolve_base
 
 if TYPE_CHECKING:
     import torch
@@ -27,58 +27,62 @@ def chat(
     max_new_tokens: int = 512,
     dtype: Dtype = "auto",
 ) -> None:
-    """Talk with base + adapter, or with a merged model, line by line, until `/quit` or the end of input.
+    """Chat with base + adapter, or with a merged model: one message per line of stdin, until `/quit` or end of file.
 
     Args:
-        adapter: a folder; beside a merged model it only tells the template.
-        base: a Hub id or folder instead of the one that the adapter names.
-        max_new_tokens: length of the longest reply.
-        dtype: as in `generate`.
+        adapter: adapter folder. Together with `merged`, only its chat template is used.
+        base: Hub id or folder to use instead of the base that the adapter names.
+        merged: folder of a merged model.
+        system: system message.
+        max_new_tokens: maximum length of a reply.
+        dtype: compute dtype, as in `generate`.
 
     Raises:
-        ConfigError: neither adapter nor merged model is given.
-        ArtifactError: one of them cannot be used.
-        DataError: the template refuses the system message.
+        ConfigError: neither an adapter nor a merged model is given.
+        ArtifactError: the adapter or a model cannot be used.
+        DataError: the chat template rejects the system message.
     """
-    told_by = adapter or merged
-    if told_by is None:
-        raise ConfigError("say whom to talk to: --adapter DIR, or --merged DIR")
+    template_folder = adapter or merged
+    if template_folder is None:
+        raise ConfigError("nothing to chat with: pass --adapter DIR or --merged DIR")
     check_adapters([adapter] if adapter else [], merged)
-    name = str(merged) if merged or adapter is None else base_of([adapter], base)
+    name = str(merged) if merged or adapter is None else resolve_base([adapter], base)
     section = ModelSection(name_or_path=name, dtype=dtype)
-    template = template_of(told_by, section)
-    begin = (Message("system", system),) if system else ()
-    template.encode_prompt((*begin, Message("user", "hello")))  # what it refuses is told before a model is loaded
+    template = load_template(template_folder, section)
+    first_messages = (Message("system", system),) if system else ()
+    template.encode_prompt((*first_messages, Message("user", "hello")))  # raises before a model is loaded
     adapters = {} if merged or adapter is None else {"adapter": adapter}
-    for _, model, _ in candidates(section, QuantizationSection(), adapters, merged, with_base=False):
-        _talk(model, template, begin, max_new_tokens)
+    for _, model, _ in load_candidates(section, QuantizationSection(), adapters, merged, with_base=False):
+        _run_chat(model, template, first_messages, max_new_tokens)
 
 
-def _talk(model: torch.nn.Module, template: ChatTemplate, begin: tuple[Message, ...], max_new_tokens: int) -> None:
-    print("/reset begins anew, /quit ends; Ctrl-C stops a reply")
-    turns = begin
-    while (line := _next_line()) is not None and line != "/quit":
+def _run_chat(
+    model: torch.nn.Module, template: ChatTemplate, first_messages: tuple[Message, ...], max_new_tokens: int
+) -> None:
+    print("/reset starts a new conversation, /quit exits; Ctrl-C stops a reply")
+    messages = first_messages
+    while (line := _read_line()) is not None and line != "/quit":
         if line == "/reset":
-            turns = begin
+            messages = first_messages
         elif line:
-            asked = (*turns, Message("user", line))
+            prompt = (*messages, Message("user", line))
             try:
-                ids = template.encode_prompt(asked)
-                room = _room(model, ids, max_new_tokens)
+                ids = template.encode_prompt(prompt)
+                limit = _reply_limit(model, ids, max_new_tokens)
             except DataError as error:
                 print(f"error: {error}", file=sys.stderr)
                 continue
             writer = ReplyWriter(template)
             try:
-                stream_reply(model, template, ids, room, writer)
+                stream_reply(model, template, ids, limit, writer)
             except KeyboardInterrupt:
                 writer.end()
-            # What was stopped before its first word was not said.
-            turns = (*asked, Message("assistant", writer.text)) if writer.text else turns
+            if writer.text:  # a message without a reply is dropped
+                messages = (*prompt, Message("assistant", writer.text))
 
 
-def _next_line() -> str | None:
-    """Return what is typed; None at the end of input. Ctrl-C here gives up the line."""
+def _read_line() -> str | None:
+    """Return the next line of stdin, None at end of file. Ctrl-C discards the current line."""
     while True:
         try:
             return input("> ").strip()
@@ -86,18 +90,21 @@ def _next_line() -> str | None:
             print()
             return None
         except KeyboardInterrupt:
-            print("\n/quit ends")
+            print("\n/quit exits")
         except UnicodeDecodeError:
-            raise DataError("standard input: not UTF-8; set the terminal, or the file, to UTF-8") from None
+            raise DataError("standard input is not UTF-8; set the terminal or the file to UTF-8") from None
 
 
-def _room(model: Any, ids: list[int], max_new_tokens: int) -> int:
-    """Return how many tokens a reply may have, so that a long conversation ends before the model's last place.
+def _reply_limit(model: Any, ids: list[int], max_new_tokens: int) -> int:
+    """Return how many tokens a reply may have, so that the conversation fits the model's context.
 
     Raises:
-        DataError: there is no room.
+        DataError: the context is full.
     """
-    places = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    if len(ids) >= places:
-        raise DataError(f"the conversation has {len(ids)} tokens, and the model {places} places; /reset begins anew")
-    return min(max_new_tokens, places - len(ids))
+    max_positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    if len(ids) >= max_positions:
+        raise DataError(
+            f"the conversation has {len(ids)} tokens, but the model supports {max_positions} positions; "
+            "/reset starts a new one"
+        )
+    return min(max_new_tokens, max_positions - len(ids))

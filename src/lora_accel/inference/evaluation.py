@@ -1,4 +1,4 @@
-"""Scores of base, base + adapters and a merged model on the evaluation rows of a run config."""
+"""Evaluation of the base, base + adapters and a merged model on the evaluation data of a run config."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from lora_accel.config.schema import RunConfig
 from lora_accel.console import Stage
 from lora_accel.errors import ConfigError
 from lora_accel.inference.generation import reply_in_batches
-from lora_accel.inference.models import candidates, check_adapters, name_adapters
+from lora_accel.inference.models import check_adapters, load_candidates, name_adapters
 
 
 class Score(NamedTuple):
-    """How a model did on evaluation rows."""
+    """Scores of a model on the evaluation data."""
 
     name: str
     eval_loss: float
-    """Mean per supervised token, in nats."""
+    """Mean loss per supervised token, in nats."""
     eval_perplexity: float
     eval_tokens: int
-    """How many tokens were supervised."""
+    """Number of supervised tokens."""
     exact_match: float | None
-    """Share of rows whose greedy reply is the last answer to the letter; None where rows have no answer."""
+    """Fraction of rows whose greedy reply equals the last answer exactly; None if no row has an answer."""
     rows: int
-    """How many rows have an answer."""
+    """Number of rows with an answer."""
     sources: dict[str, dict[str, Any]]
-    """Loss and tokens of each source of rows, where there are several."""
+    """`eval_loss` and `eval_tokens` by source; empty if there is only one."""
 
 
 def evaluate(
@@ -40,20 +40,25 @@ def evaluate(
     batch_size: int = 25,
     max_new_tokens: int = 128,
 ) -> list[Score]:
-    """Score the base, base + each adapter and a merged model on the evaluation rows of a run config.
+    """Score the base, base + each adapter and a merged model on the evaluation data of a run config.
 
     Args:
-        batch_size: how many rows are answered at once.
-        max_new_tokens: length of the longest reply.
+        adapters: adapter folders.
+        merged: folder of a merged model.
+        batch_size: number of prompts per batch.
+        max_new_tokens: maximum length of a reply.
+
+    Returns:
+        The scores of the base, of each adapter in order, and of the merged model.
 
     Raises:
-        ConfigError: the config names no evaluation rows, or an adapter is given twice.
+        ConfigError: the config has no evaluation data, or an adapter is given twice.
         ArtifactError: an adapter or a model cannot be used.
-        DataError: rows cannot be used.
+        DataError: the evaluation data cannot be used.
     """
     if not config.data.eval and not config.data.eval_fraction:
-        raise ConfigError("data.eval: no rows to evaluate on; set data.eval, or data.eval_fraction as in training")
-    named = name_adapters(adapters)
+        raise ConfigError("data.eval: no evaluation data; set data.eval, or data.eval_fraction as in training")
+    folders = name_adapters(adapters)
     check_adapters(adapters, merged)
 
     from accelerate import Accelerator
@@ -73,11 +78,11 @@ def evaluate(
     prompts, answers = [prompt for prompt, _ in questions], [answer for _, answer in questions]
 
     scores = []
-    for name, model, packed in candidates(config.model, config.quantization, named, merged, with_base=True):
+    for name, model, packed in load_candidates(config.model, config.quantization, folders, merged, with_base=True):
         options = BatchOptions.from_config(
             config.training, pad_id=template.tokenizer.pad_token_id, packed=packed and config.data.packing
         )
-        batches = {path: step_batch(found, options) for path, found in examples.items()}
+        batches = {path: step_batch(source, options) for path, source in examples.items()}
         with Stage(f"{name}: loss"):
             values = evaluate_sources(accelerator, model, batches)
         replies = reply_in_batches(name, model, template, prompts, batch_size, max_new_tokens)
@@ -93,23 +98,29 @@ def evaluate(
                 sources=values.get("sources", {}),
             )
         )
-        del model  # makes room for the merged one
+        del model  # frees memory for the merged model
     return scores
 
 
 def scores_as_json(scores: list[Score]) -> str:
-    """Return scores for a script to read."""
+    """Return scores as JSON."""
     values: list[dict[str, Any]] = [score._asdict() for score in scores]
     return json.dumps(values, indent=2)
 
 
 def scores_as_table(scores: list[Score]) -> list[tuple[str, ...]]:
-    """Return scores for a person to read, the heads first; exact match where rows have answers."""
-    sources, answered = list(scores[0].sources), scores[0].exact_match is not None
-    heads = ("model", "loss", "perplexity", *(["exact match"] if answered else []), *(f"loss on {s}" for s in sources))
+    """Return scores as rows of a table, the column heads first. Exact match is left out if no row has an answer."""
+    sources, has_answers = list(scores[0].sources), scores[0].exact_match is not None
+    heads = (
+        "model",
+        "loss",
+        "perplexity",
+        *(["exact match"] if has_answers else []),
+        *(f"loss on {s}" for s in sources),
+    )
     rows = [heads]
     for score in scores:
-        matched = [] if score.exact_match is None else [f"{score.exact_match:.0%} of {score.rows}"]
+        matches = [] if score.exact_match is None else [f"{score.exact_match:.0%} of {score.rows}"]
         losses = [f"{score.sources[source]['eval_loss']:.4f}" for source in sources]
-        rows.append((score.name, f"{score.eval_loss:.4f}", f"{score.eval_perplexity:,.3f}", *matched, *losses))
+        rows.append((score.name, f"{score.eval_loss:.4f}", f"{score.eval_perplexity:,.3f}", *matches, *losses))
     return rows

@@ -1,4 +1,4 @@
-"""Replies to prompts, greedy, with the chat template of training."""
+"""Greedy generation of replies, with the chat template of training."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lora_accel.config.schema import Dtype, ModelSection, QuantizationSection
 from lora_accel.console import Stage
 from lora_accel.data.formats import Conversation
-from lora_accel.inference.models import base_of, candidates, check_adapters, name_adapters, template_of
-from lora_accel.inference.prompts import encoded, last_words
+from lora_accel.inference.models import check_adapters, load_candidates, load_template, name_adapters, resolve_base
+from lora_accel.inference.prompts import encode_prompts, last_message
 
 if TYPE_CHECKING:
     import torch
@@ -30,40 +30,41 @@ def generate(
     max_new_tokens: int = 128,
     dtype: Dtype = "auto",
 ) -> list[dict[str, str]]:
-    """Reply to prompts greedily, each adapter with the template that it was trained with.
+    """Generate a reply to each prompt with each adapter, using the chat template that the adapter was trained with.
 
     Args:
-        prompts: user messages, or whole conversations.
-        adapters: folders; the first one's template asks the base and the merged model, too.
-        base: a Hub id or folder instead of the one that the adapters name.
-        compare: also ask the base alone, and the merged model if one is given.
-        system: a system message for what has none.
-        batch_size: how many prompts are answered at once.
-        max_new_tokens: length of the longest reply.
-        dtype: what models compute in; auto = as stored, or float32 where the device only emulates that.
+        prompts: user messages, or conversations that end with a message to reply to.
+        adapters: adapter folders. The base and the merged model use the chat template of the first one.
+        base: Hub id or folder to use instead of the base that the adapters name.
+        merged: folder of a merged model, which replies too.
+        compare: whether the base alone replies too.
+        system: system message for prompts without one.
+        batch_size: number of prompts per batch.
+        max_new_tokens: maximum length of a reply.
+        dtype: compute dtype; auto = as stored, or float32 where the device only emulates that dtype.
 
     Returns:
-        For each prompt the replies, by candidate: `base`, `base + adapter` (of several: `base + FOLDER`), `merged`.
+        The replies to each prompt by candidate: `base`, `base + adapter` (`base + FOLDER` if there are several),
+        `merged`.
 
     Raises:
-        ConfigError: an adapter is given twice, or two are for different bases.
+        ConfigError: an adapter is given twice, or adapters belong to different bases.
         ArtifactError: an adapter or a model cannot be used.
-        DataError: a template refuses a prompt.
+        DataError: a chat template rejects a prompt.
     """
-    named = name_adapters(adapters)
+    folders = name_adapters(adapters)
     check_adapters(adapters, merged)
-    section = ModelSection(name_or_path=base_of(adapters, base), dtype=dtype)
-    templates = {name: template_of(folder, section) for name, folder in named.items()}
-    asked = {name: encoded(prompts, template, system) for name, template in templates.items()}
-    first = next(iter(named))
+    section = ModelSection(name_or_path=resolve_base(adapters, base), dtype=dtype)
+    templates = {name: load_template(folder, section) for name, folder in folders.items()}
+    prompt_ids = {name: encode_prompts(prompts, template, system) for name, template in templates.items()}
+    first = next(iter(folders))
     answers: list[dict[str, str]] = [{} for _ in prompts]
-    for name, model, _ in candidates(section, QuantizationSection(), named, merged, with_base=compare):
-        of = name if name in named else first
-        for answer, reply in zip(
-            answers, reply_in_batches(name, model, templates[of], asked[of], batch_size, max_new_tokens), strict=True
-        ):
+    for name, model, _ in load_candidates(section, QuantizationSection(), folders, merged, with_base=compare):
+        adapter = name if name in folders else first
+        replies = reply_in_batches(name, model, templates[adapter], prompt_ids[adapter], batch_size, max_new_tokens)
+        for answer, reply in zip(answers, replies, strict=True):
             answer[name] = reply
-        del model  # makes room for the merged one
+        del model  # frees memory for the merged model
     return answers
 
 
@@ -76,24 +77,26 @@ def stream(
     max_new_tokens: int = 128,
     dtype: Dtype = "auto",
 ) -> None:
-    """Print the reply to each prompt while it is written, one after the other.
+    """Print the reply to each prompt token by token, one prompt after the other.
+
+    Args: as in `generate`.
 
     Raises:
         ArtifactError: the adapter or its base cannot be used.
-        DataError: the template refuses a prompt.
+        DataError: the chat template rejects a prompt.
     """
     check_adapters([adapter], None)
-    section = ModelSection(name_or_path=base_of([adapter], base), dtype=dtype)
-    template = template_of(adapter, section)
-    asked = encoded(prompts, template, system)
-    for _, model, _ in candidates(section, QuantizationSection(), {"adapter": adapter}, None, with_base=False):
-        for prompt, ids in zip(prompts, asked, strict=True):
-            print(f"> {last_words(prompt)}")
+    section = ModelSection(name_or_path=resolve_base([adapter], base), dtype=dtype)
+    template = load_template(adapter, section)
+    prompt_ids = encode_prompts(prompts, template, system)
+    for _, model, _ in load_candidates(section, QuantizationSection(), {"adapter": adapter}, None, with_base=False):
+        for prompt, ids in zip(prompts, prompt_ids, strict=True):
+            print(f"> {last_message(prompt)}")
             stream_reply(model, template, ids, max_new_tokens, ReplyWriter(template))
 
 
 class ReplyWriter:
-    """Prints a reply while it is written: transformers' `generate` hands it the prompt, then token after token."""
+    """Streamer for transformers' `generate` that prints a reply token by token."""
 
     def __init__(self, template: ChatTemplate) -> None:
         self.text = ""
@@ -102,14 +105,18 @@ class ReplyWriter:
         self._ids: list[int] | None = None
 
     def put(self, ids: torch.Tensor) -> None:
-        if self._ids is None:  # the prompt
+        """Print new tokens. The first call passes the prompt, which is not printed."""
+        if self._ids is None:
             self._ids = []
             return
         self._ids += ids.flatten().tolist()
-        if not self._decoded().endswith("\N{REPLACEMENT CHARACTER}"):  # half a character, whose rest is to come
+        if not self._decoded().endswith(
+            "\N{REPLACEMENT CHARACTER}"
+        ):  # an incomplete character: wait for its other bytes
             self._print()
 
     def end(self) -> None:
+        """Print the rest of the reply and a line break."""
         self._print()
         print()
 
@@ -127,6 +134,7 @@ class ReplyWriter:
 def stream_reply(
     model: torch.nn.Module, template: ChatTemplate, ids: list[int], max_new_tokens: int, writer: ReplyWriter
 ) -> None:
+    """Generate the reply to one prompt and print it while it is generated."""
     from lora_accel.training.evaluator import replies_to
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "streamer": writer}
@@ -141,17 +149,22 @@ def reply_in_batches(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[str]:
-    """Reply to prompts, several at once: those of like length, which takes little padding."""
+    """Generate replies in batches of prompts of similar length, which needs little padding.
+
+    Args:
+        name: name of the model, for the progress line.
+        prompts: token ids.
+    """
     from lora_accel.training.evaluator import replies_to
 
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     replies = [""] * len(prompts)
     with Stage(f"{name}: replies to {len(prompts):,} prompts") as stage:
         for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            asked = [prompts[number] for number in part]
-            found = replies_to(model, template.tokenizer, asked, ends=template.end_ids, max_new_tokens=max_new_tokens)
-            for number, reply in zip(part, found, strict=True):
-                replies[number] = reply
-            stage.note(f"({start + len(part):,} done)")
+            numbers = order[start : start + batch_size]
+            batch = [prompts[number] for number in numbers]
+            texts = replies_to(model, template.tokenizer, batch, ends=template.end_ids, max_new_tokens=max_new_tokens)
+            for number, text in zip(numbers, texts, strict=True):
+                replies[number] = text
+            stage.note(f"({start + len(batch):,} done)")
     return replies

@@ -1,6 +1,6 @@
-"""The models that are asked: base, base + adapters, merged model, each with the template of its training.
+"""The models that inference runs: base, base + adapters, merged model, and the chat template of each.
 
-However many adapters are asked, the base is read once: each is put on it in turn, and the base taken back as it was.
+The base is loaded once for all adapters: each adapter is added to it in turn, and the base is restored afterwards.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ if TYPE_CHECKING:
 
 
 class Candidate(NamedTuple):
-    """A model to ask, under the name that tables show."""
+    """A model to run, and its name in tables."""
 
     name: str
     model: torch.nn.Module
     packed: bool
-    """Whether it takes rows with examples end to end."""
+    """Whether the model supports sequence packing."""
 
 
 def name_adapters(adapters: Sequence[Path]) -> dict[str, Path]:
-    """Return adapters by their names in tables: of several, the shortest end of the path that no other has.
+    """Return adapters by their names in tables: `base + adapter`, or `base + ` and the shortest unique end of the path.
 
     Raises:
-        ConfigError: one is given twice.
+        ConfigError: an adapter is given twice.
     """
     if len(adapters) == 1:
         return {"base + adapter": adapters[0]}
-    named = {}
+    folders = {}
     paths = [Path(os.path.abspath(folder)).parts for folder in adapters]
     for number, own in enumerate(paths):
         others = paths[:number] + paths[number + 1 :]
         if own in others:
-            raise ConfigError(f"--adapter: {adapters[number]} is given twice; once is enough")
+            raise ConfigError(f"--adapter: {adapters[number]} is given twice; leave out one")
         size = next(n for n in range(1, len(own) + 1) if all(own[-n:] != other[-n:] for other in others))
-        named[f"base + {'/'.join(own[-size:])}"] = adapters[number]
-    return named
+        folders[f"base + {'/'.join(own[-size:])}"] = adapters[number]
+    return folders
 
 
 def check_adapters(adapters: Sequence[Path], merged: Path | None) -> None:
-    """Refuse what can be seen to be no adapter and no model before one is loaded.
+    """Check adapters and a merged model as far as possible without loading a model.
 
     Raises:
-        ArtifactError: a file is missing, cannot be read, or is out of bounds.
+        ArtifactError: a file is missing or unreadable, or a value in adapter_config.json is out of bounds.
     """
     from lora_accel.saving.adapter import read_adapter
     from lora_accel.saving.discovery import CONFIG
@@ -65,10 +65,10 @@ def check_adapters(adapters: Sequence[Path], merged: Path | None) -> None:
         read_adapter(adapter)
         check_untrusted_config(adapter / CONFIG, ())
     if merged and not (merged / "config.json").is_file():
-        raise ArtifactError(f"{merged}: no config.json in it, so it is no merged model")
+        raise ArtifactError(f"{merged}: not a merged model: config.json is missing")
 
 
-def candidates(
+def load_candidates(
     section: ModelSection,
     quantization: QuantizationSection,
     adapters: Mapping[str, Path],
@@ -76,35 +76,46 @@ def candidates(
     *,
     with_base: bool,
 ) -> Iterator[Candidate]:
-    """Load and give one candidate after the other; base and adapters share one copy of the base."""
+    """Load and yield one candidate after the other. The base and all adapters share one copy of the base.
+
+    Args:
+        section, quantization: the base model.
+        adapters: adapter folders by name.
+        merged: folder of a merged model; None = no such candidate.
+        with_base: whether the base alone is a candidate.
+
+    Raises:
+        ArtifactError: a model cannot be loaded, or an adapter does not fit the base.
+    """
     from lora_accel.model.fused_loss import patch_fused_loss
     from lora_accel.saving.adapter import keeps_base_weights, load_adapter
 
     if with_base or adapters:
         base, packed = _load(section, quantization)
-        for folder in adapters.values():  # one that does not fit is told before the first is asked
-            if keeps_base_weights(folder):  # others take long to put on
-                with _lent(base, folder):
+        for folder in adapters.values():  # check that every adapter fits before the first one runs
+            if keeps_base_weights(folder):  # loading the others is slow
+                with _preserve_base(base, folder):
                     load_adapter(base, folder)
         if with_base:
-            with _lent(base):
+            with _preserve_base(base):
                 patch_fused_loss(base)
                 yield Candidate("base", base, packed)
         for name, folder in adapters.items():
-            with _lent(base, folder):
+            with _preserve_base(base, folder):
                 model = load_adapter(base, folder)
                 patch_fused_loss(base)  # after the adapter, which may train the head
                 yield Candidate(name, model, packed)
                 del model
         del base
     if merged:
-        whole, packed = _load(ModelSection(name_or_path=str(merged), dtype=section.dtype), QuantizationSection())
-        patch_fused_loss(whole)
-        yield Candidate("merged", whole, packed)
+        merged_section = ModelSection(name_or_path=str(merged), dtype=section.dtype)
+        merged_model, packed = _load(merged_section, QuantizationSection())
+        patch_fused_loss(merged_model)
+        yield Candidate("merged", merged_model, packed)
 
 
 def _load(section: ModelSection, quantization: QuantizationSection) -> tuple[PreTrainedModel, bool]:
-    """Load a model onto this machine's device; second, whether it takes packed rows."""
+    """Load a model onto this machine's device. Return it, and whether it supports sequence packing."""
     from accelerate import PartialState
 
     from lora_accel.model.attention import can_pack, pack_attention
@@ -122,47 +133,47 @@ def _load(section: ModelSection, quantization: QuantizationSection) -> tuple[Pre
 
 
 @contextlib.contextmanager
-def _lent(base: PreTrainedModel, adapter: Path | None = None) -> Iterator[None]:
-    """Take a base back as it was, to the last bit, whatever an adapter has done to it.
+def _preserve_base(base: PreTrainedModel, adapter: Path | None = None) -> Iterator[None]:
+    """Restore the base bit by bit at the end of the block, whatever an adapter has changed.
 
-    PEFT's `unload()` would leave trained biases, the copies that were trained in place of `modules_to_save`, replicated
-    layers, another vocabulary, and what PiSSA and OLoRA leave of the weights; and on a CPU bitsandbytes packs weights
-    otherwise at their first use, which what looks at them afterwards (DoRA, OLoRA) would not read.
+    PEFT's `unload()` does not undo everything: trained biases, the trained copies of `modules_to_save`, replicated
+    layers, a resized vocabulary, and the weights that PiSSA and OLoRA change would remain. And on CPU, bitsandbytes
+    repacks 4-bit weights at their first use into a layout that DoRA and OLoRA cannot read.
     """
     from lora_accel.saving.adapter import PREFIX, keeps_base_weights, read_adapter
 
     parameters = list(base.parameters())
-    packings = [parameter.quant_state for parameter in parameters if hasattr(parameter, "quant_state")]
-    holders: list[Any] = [*base.modules(), base.config, *parameters, *packings]
+    quant_states = [parameter.quant_state for parameter in parameters if hasattr(parameter, "quant_state")]
+    objects: list[Any] = [*base.modules(), base.config, *parameters, *quant_states]
     attributes = [
-        {key: copy.copy(value) if isinstance(value, (dict, set)) else value for key, value in vars(holder).items()}
-        for holder in holders
+        {key: copy.copy(value) if isinstance(value, (dict, set)) else value for key, value in vars(x).items()}
+        for x in objects
     ]
     weights = [(parameter, parameter.data, parameter.requires_grad) for parameter in parameters]
     try:
         if adapter is not None:
-            # Most weights are replaced, if at all; these are written to where they lie.
-            written = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in read_adapter(adapter)}
-            all_of_it = not keeps_base_weights(adapter)
+            # An adapter replaces most tensors that it changes; only those written in place must be cloned.
+            in_place = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in read_adapter(adapter)}
+            changes_base = not keeps_base_weights(adapter)
             for name, parameter in base.named_parameters(remove_duplicate=False):
-                if all_of_it or name in written:
+                if changes_base or name in in_place:
                     parameter.data = parameter.data.clone()
         yield
     finally:
-        for holder, kept in zip(holders, attributes, strict=True):
-            vars(holder).clear()
-            vars(holder).update(kept)
-        for parameter, data, trained in weights:
+        for x, original in zip(objects, attributes, strict=True):
+            vars(x).clear()
+            vars(x).update(original)
+        for parameter, data, requires_grad in weights:
             parameter.data = data
-            parameter.requires_grad = trained
+            parameter.requires_grad = requires_grad
 
 
-def base_of(adapters: Sequence[Path], base: str | None) -> str:
-    """Return the one base that adapters are for.
+def resolve_base(adapters: Sequence[Path], base: str | None) -> str:
+    """Return `base` if it is given, else the base model that all adapters name.
 
     Raises:
-        ArtifactError: one names none.
-        ConfigError: they name different ones.
+        ArtifactError: an adapter names no base.
+        ConfigError: adapters name different bases.
     """
     from lora_accel.saving.atomic import read_json
     from lora_accel.saving.discovery import CONFIG
@@ -173,21 +184,24 @@ def base_of(adapters: Sequence[Path], base: str | None) -> str:
     for adapter in adapters:
         name = read_json(adapter / CONFIG).get("base_model_name_or_path")
         if not name or not isinstance(name, str):
-            raise ArtifactError(f"{adapter}: names no base model; say --base")
+            raise ArtifactError(f"{adapter}: names no base model; pass --base")
         first = first or name
         if os.path.abspath(name) != os.path.abspath(first):
             raise ConfigError(
-                f"--adapter: {adapters[0]} is for {first}, {adapter} for {name}; say --base if both are one model, "
-                "else ask them one by one"
+                f"--adapter: {adapters[0]} is for {first}, {adapter} for {name}; pass --base if both are the "
+                "same model, else run the adapters separately"
             )
     return first
 
 
-def template_of(adapter: Path, section: ModelSection) -> ChatTemplate:
-    """Return the template of training, on its tokenizer.
+def load_template(adapter: Path, section: ModelSection) -> ChatTemplate:
+    """Return the chat template of training, with its tokenizer.
 
-    It stands beside a finished adapter. Of a checkpoint it stands in its run: beside the adapter, or if there is none
-    yet, in the run's config. A bare PEFT adapter has none, so its base's is taken.
+    A finished adapter has it in its own folder. For a checkpoint it is read from the adapter of the same run or, in an
+    unfinished run, from the run's config. A plain PEFT adapter has none: the template of the base is used.
+
+    Args:
+        section: the base model.
     """
     from lora_accel.config.files import read_config
     from lora_accel.data.chat import ChatTemplate
@@ -202,16 +216,18 @@ def template_of(adapter: Path, section: ModelSection) -> ChatTemplate:
             return _saved_template(folder)
     config = folders[-1].parent / "config.yaml"
     if len(folders) > 1 and config.is_file():
-        asked = read_config(config)
-        # The folder may be a stranger's: no more than the template is taken from its config.
-        model = section.model_copy(update={"chat_template": asked.model.chat_template})
-        return make_recipe(asked.model_copy(update={"model": model})).template()
+        run_config = read_config(config)
+        # The config may be untrusted: of its model section only the template is used.
+        model = section.model_copy(update={"chat_template": run_config.model.chat_template})
+        return make_recipe(run_config.model_copy(update={"model": model})).template()
     return ChatTemplate(load_tokenizer(section))
 
 
 def _saved_template(folder: Path) -> ChatTemplate:
-    """Return the template that was saved with a tokenizer, and take it for a built-in one if it was: these leave the
-    begin token to the tokenizer."""
+    """Return the chat template in an adapter folder, as a built-in template if training used one.
+
+    With a built-in template the tokenizer adds the BOS token; any other template writes it itself.
+    """
     from lora_accel.data.chat import BUILT_IN_TEMPLATES, ChatTemplate, template_source
     from lora_accel.model.tokenizer import load_tokenizer
     from lora_accel.saving.atomic import read_json

@@ -1,1 +1,1 @@
-"""Base + adapter -> a plain model folder."""
+"""Merging adapters into their base."""

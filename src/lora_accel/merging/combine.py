@@ -1,4 +1,4 @@
-"""A weighted combination of adapters, as an adapter: PEFT's own arithmetic, without the base."""
+"""A weighted combination of adapters, computed by PEFT without loading the base's weights."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from lora_accel.saving.adapter import adapter_names, attach_adapter, restore_ada
 from lora_accel.saving.atomic import read_json
 from lora_accel.saving.discovery import CONFIG
 
-WAYS = ("linear", "svd", "ties", "dare_linear", "dare_ties")
-"""linear: the matrices' weighted sums, roughly the sum of the products | svd: the sum of the products, exactly, brought
-to the largest rank | ties: https://arxiv.org/abs/2306.01708 | dare: https://arxiv.org/abs/2311.03099."""
-NEED_DENSITY = ("ties", "dare_linear", "dare_ties")
+METHODS = ("linear", "svd", "ties", "dare_linear", "dare_ties")
+"""PEFT's combination types. linear: weighted sums of the A and of the B matrices, which only approximate the sum of
+the products | svd: the sum of the products B @ A, truncated to the largest rank | ties:
+https://arxiv.org/abs/2306.01708 | dare: https://arxiv.org/abs/2311.03099."""
+METHODS_WITH_DENSITY = ("ties", "dare_linear", "dare_ties")
 SEED = 0
-"""What DARE drops is drawn at random; the same command gives the same adapter."""
+"""DARE drops values at random. With a fixed seed the same command gives the same adapter."""
 
 
 @contextlib.contextmanager
@@ -33,31 +34,37 @@ def combined_adapter(
     how: str = "linear",
     density: float | None = None,
 ) -> Iterator[Path]:
-    """Make an adapter of several, in a temporary folder.
+    """Combine adapters into one, in a temporary folder.
 
     Args:
         adapters: folder and weight of each.
-        config: of their base.
-        how: one of WAYS.
-        density: which part of each adapter's values is kept, where `how` drops some.
+        config: config of their base.
+        how: one of METHODS.
+        density: fraction of each adapter's values to keep, for METHODS_WITH_DENSITY.
+
+    Yields:
+        The folder of the combined adapter, which is deleted afterwards.
 
     Raises:
-        ArtifactError: an adapter holds more than LoRA's matrices (biases, modules_to_save, DoRA), or PEFT refuses.
-        ConfigError: `how` or `density` is none.
+        ArtifactError: an adapter has more than LoRA matrices (biases, modules_to_save, DoRA), or PEFT cannot combine
+            them.
+        ConfigError: `how` or `density` is invalid.
     """
-    if how not in WAYS:
-        raise ConfigError(f"--combine {how}: say {', '.join(WAYS)}")
-    if (how in NEED_DENSITY) != (density is not None) or (density is not None and not 0 < density <= 1):
-        needs = "needs one, over 0 and up to 1" if how in NEED_DENSITY else "has none"
-        raise ConfigError(f"--density: --combine {how} {needs}")
+    if how not in METHODS:
+        raise ConfigError(f"--combine {how}: unknown method; use {', '.join(METHODS)}")
+    needs_density = how in METHODS_WITH_DENSITY
+    if needs_density != (density is not None) or (density is not None and not 0 < density <= 1):
+        rule = "needs a density above 0 and up to 1" if needs_density else "takes no density"
+        raise ConfigError(f"--density: --combine {how} {rule}")
     for folder, _ in adapters:
-        _refuse_more_than_matrices(Path(folder))
+        _check_plain_lora(Path(folder))
     base = build_on_meta_device(config)
     for module in base.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            # One zero in the place of each weight: PEFT makes adapters where the base is, and they must be somewhere.
-            nothing = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-            module.register_parameter(name, torch.nn.Parameter(nothing, requires_grad=False))
+            # PEFT creates adapters on the base's device, so the base must not be on the meta device. An expanded zero
+            # has the shape of the weight and the memory of one value.
+            zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+            module.register_parameter(name, torch.nn.Parameter(zeros, requires_grad=False))
     names = [f"adapter{number}" for number in range(len(adapters))]
     model: PeftModel | PreTrainedModel = base
     for name, (folder, _) in zip(names, adapters, strict=True):
@@ -69,19 +76,19 @@ def combined_adapter(
             names, [weight for _, weight in adapters], "combined", combination_type=how, density=density
         )
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ArtifactError(f"--combine {how}: PEFT refuses these adapters: {error}") from None
+        raise ArtifactError(f"--combine {how}: PEFT cannot combine these adapters: {error}") from None
     model.set_adapter("combined")
-    every = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     with tempfile.TemporaryDirectory(prefix="combined-") as folder:
-        state = {name: every[name].detach().contiguous() for name in adapter_names(model, "none")}
+        state = {name: parameters[name].detach().contiguous() for name in adapter_names(model, "none")}
         write_adapter(model, state, Path(folder))
         yield Path(folder)
 
 
-def _refuse_more_than_matrices(folder: Path) -> None:
+def _check_plain_lora(folder: Path) -> None:
     config = read_json(folder / CONFIG)
     for key in ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias"):
         if config.get(key):
-            raise ArtifactError(f"{folder / CONFIG}: {key} is set; only matrices of plain LoRA can be combined")
+            raise ArtifactError(f"{folder / CONFIG}: {key} is set; only the matrices of plain LoRA can be combined")
     if config.get("bias", "none") != "none":
-        raise ArtifactError(f"{folder / CONFIG}: it holds biases; only matrices of plain LoRA can be combined")
+        raise ArtifactError(f"{folder / CONFIG}: bias is set; only the matrices of plain LoRA can be combined")

@@ -1,4 +1,4 @@
-"""Base + adapter to a plain model folder that everything else can load."""
+"""Merge adapters into their base. The result is a model folder that `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import psutil
 import torch
@@ -16,14 +16,15 @@ from huggingface_hub import snapshot_download
 from pydantic import ValidationError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import Unpack
 
 from lora_accel.config.schema import ModelSection, QuantizationSection, RunConfig
 from lora_accel.data.chat import template_source
 from lora_accel.errors import ArtifactError, ConfigError, DataError, LoraAccelError
 from lora_accel.faults import fault_point
 from lora_accel.merging.combine import combined_adapter
-from lora_accel.merging.shards import Weights, shard_layout, writing
-from lora_accel.merging.streaming import Change, MergedTensors, NotStreamableError
+from lora_accel.merging.shards import Weights, shard_layout, write_shards
+from lora_accel.merging.streaming import MergedTensors, NotStreamableError, WeightTransform
 from lora_accel.merging.verification import Agreement, compare, logits_of, logits_of_folder, token_ids
 from lora_accel.model.base import (
     build_on_meta_device,
@@ -40,54 +41,68 @@ from lora_accel.saving.provenance import base_hashes, merged_card, sha256_of_tex
 
 PROVENANCE = "provenance.json"
 TOKENIZER = "tokenizer_config.json"
-ROOM = 1.3
-"""How much memory a comparison takes, in times of the model in float32."""
-WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
-"""What of a base is fetched from the Hub; its pickles only where it has nothing else."""
-LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+VERIFY_MEMORY_FACTOR = 1.3
+"""Memory that verification needs, as a multiple of the model's size in float32."""
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
+"""Files of a base to download; pickles only if there are no safetensors."""
+COPIED_FILES = ("generation_config.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
+"""Files of the base that are copied into the merged model."""
+
+T = TypeVar("T")
 
 
 class MergeOptions(NamedTuple):
-    """How a merge is done."""
+    """The options of a merge."""
 
     base_weights: str = "original"
-    """original | dequantized: packed to 4 bits and unpacked again, as the adapter of a QLoRA run saw them."""
+    """original | dequantized: quantized to 4 bits and dequantized, as a QLoRA run computes with them."""
     verify: bool | None = None
-    """Compare the merged model with base + adapter; None = if the model fits into memory."""
+    """Whether to compare the merged model with base + adapter; None = if memory is sufficient."""
     max_shard_bytes: int | None = None
-    """Of a weight file; None = files as the base has them."""
+    """Size limit of a weight file; None = the files of the base."""
     overwrite: bool = False
+    """Whether to replace an existing output folder."""
     force: bool = False
-    """Take another base than that of training."""
+    """Whether to accept a base that the adapter was not trained on."""
+
+
+class MergeKeywords(TypedDict, total=False):
+    """The fields of `MergeOptions` as keyword arguments."""
+
+    base_weights: str
+    verify: bool | None
+    max_shard_bytes: int | None
+    overwrite: bool
+    force: bool
 
 
 class MergeJob(NamedTuple):
-    """One adapter to be merged."""
+    """One adapter to merge."""
 
     adapter: Path
     out: Path
-    made_from: dict[str, Any] | None
-    """The adapter's provenance; an adapter of PEFT alone has none."""
-    told: str | dict[str, float]
-    """The adapter as the person named it, or several with their weights."""
+    provenance: dict[str, Any] | None
+    """Of the adapter; None = it was not saved by this package."""
+    source: str | dict[str, float]
+    """The adapter as the user named it; for a combination, the folders and their weights."""
     combined: dict[str, Any] | None = None
-    """How several became one."""
+    """Method and density of a combination."""
 
 
 class PendingMerge(NamedTuple):
-    """A merged model while it is made."""
+    """A merged model that is being written."""
 
     job: MergeJob
     folder: Path
-    """The temporary one."""
+    """The temporary folder."""
     hashes: dict[str, str]
-    """Of the files in it that are on the disk already."""
+    """SHA-256 of the files that have been written and synced."""
     tokenizer: Any
-    change: Change | None
+    transform: WeightTransform | None
 
 
 class Base(NamedTuple):
-    """A base on this disk."""
+    """A base model in a local folder."""
 
     name: str
     revision: str | None
@@ -100,33 +115,33 @@ def merge_adapter(
     out: str | Path,
     *,
     base: str | None = None,
-    options: MergeOptions | None = None,
-    **changes: Any,
+    **keywords: Unpack[MergeKeywords],
 ) -> dict[str, Any]:
-    """Merge an adapter into its base: an ordinary model folder with the adapter's tokenizer and template.
+    """Merge an adapter into its base, and write a model folder with the adapter's tokenizer and chat template.
 
-    Sums are formed in float32 and rounded once, to the dtype that the base is stored in, a tensor at a time: memory
-    does not grow with the model. Where names are rewritten while loading (a mixture of experts, say), the base is
-    loaded whole. Never merged into packed weights, which would round twice.
+    Sums are computed in float32 and rounded once, to the dtype in which the base is stored. Modules are merged one at a
+    time, so memory does not grow with the model. If transformers renames or fuses tensors while loading (a mixture of
+    experts, for example), the full base is loaded. Adapters are never merged into quantized weights, which would round
+    twice.
 
     Args:
-        adapter: a folder with adapter_config.json and adapter_model.safetensors: an adapter or a checkpoint.
-        out: the folder to make.
-        base: a Hub id or folder instead of the one that the adapter names.
-        options: see `MergeOptions`; its fields may also be given one by one.
+        adapter: folder with adapter_config.json and adapter_model.safetensors: an adapter or a checkpoint.
+        out: output folder.
+        base: Hub id or folder; None = the base that the adapter names.
+        **keywords: the fields of `MergeOptions`.
 
     Returns:
-        The provenance of the merged model, which is also written into it.
+        The provenance of the merged model, which is also written to provenance.json.
 
     Raises:
-        ArtifactError: the adapter is none, does not fit its base, was trained on other weights, or `out` is there.
-        LoraAccelError: the merged model does not answer as base + adapter do. Nothing is written.
+        ArtifactError: the adapter is invalid, does not fit the base or was trained on other weights, or `out` exists.
+        LoraAccelError: the merged model's logits differ from those of base + adapter. Nothing is written.
     """
-    adapter, options = Path(adapter), _options(options, changes)
-    made_from = provenance_of(adapter)
+    adapter, options = Path(adapter), MergeOptions(**keywords)
+    provenance = provenance_of(adapter)
     read_adapter(adapter)
-    found = _base_of([adapter], [made_from], base)
-    return _merge([MergeJob(adapter, Path(out), made_from, str(adapter))], found, options)[0]
+    base_model = _find_base([adapter], [provenance], base)
+    return _merge([MergeJob(adapter, Path(out), provenance, str(adapter))], base_model, options)[0]
 
 
 def merge_weighted(
@@ -136,151 +151,165 @@ def merge_weighted(
     how: str = "linear",
     density: float | None = None,
     base: str | None = None,
-    options: MergeOptions | None = None,
-    **changes: Any,
+    **keywords: Unpack[MergeKeywords],
 ) -> dict[str, Any]:
     """Merge a weighted combination of adapters of one base; see `merge_adapter` and `combine.combined_adapter`."""
-    options, folders = _options(options, changes), [Path(adapter) for adapter, _ in adapters]
+    options, folders = MergeOptions(**keywords), [Path(adapter) for adapter, _ in adapters]
     provenances = [provenance_of(folder) for folder in folders]
     for folder in folders:
         read_adapter(folder)
-    found = _base_of(folders, provenances, base)
-    told = {str(folder): weight for folder, (_, weight) in zip(folders, adapters, strict=True)}
-    with combined_adapter(list(told.items()), found.config, how=how, density=density) as combined:
-        for source in [folder / TOKENIZER for folder in folders if (folder / TOKENIZER).is_file()][:1]:
-            load_tokenizer(ModelSection(name_or_path=str(source.parent))).save_pretrained(combined)
-        made_from = next((made for made in provenances if made is not None), None)
+    base_model = _find_base(folders, provenances, base)
+    weights = {str(folder): weight for folder, (_, weight) in zip(folders, adapters, strict=True)}
+    with combined_adapter(list(weights.items()), base_model.config, how=how, density=density) as combined:
+        with_tokenizer = next((folder for folder in folders if (folder / TOKENIZER).is_file()), None)
+        if with_tokenizer is not None:
+            load_tokenizer(ModelSection(name_or_path=str(with_tokenizer))).save_pretrained(combined)
+        provenance = next((provenance for provenance in provenances if provenance is not None), None)
         for other in provenances[1:]:
-            reason = other and made_from and _differs(made_from, found.name, other["base"]["sha256"])
-            if reason and not options.force:
-                raise ArtifactError(f"the adapters were trained on different bases: {reason}")
-        job = MergeJob(combined, Path(out), made_from, told, {"how": how, "density": density})
-        return _merge([job], found, options)[0]
+            difference = other and provenance and _base_difference(provenance, base_model.name, other["base"]["sha256"])
+            if difference and not options.force:
+                raise ArtifactError(f"the adapters were trained on different bases: {difference}")
+        job = MergeJob(combined, Path(out), provenance, weights, {"how": how, "density": density})
+        return _merge([job], base_model, options)[0]
 
 
 def merge_checkpoints(
-    run: str | Path, *, base: str | None = None, options: MergeOptions | None = None, **changes: Any
+    run: str | Path, *, base: str | None = None, **keywords: Unpack[MergeKeywords]
 ) -> list[dict[str, Any]]:
-    """Merge every checkpoint of a run, and its final adapter, into folders of `RUN/merged/`; the base is read once.
+    """Merge every checkpoint of a run, and its final adapter, into RUN/merged/. The base is read once for all.
 
-    What has been merged already, from the same bytes and in the same way, is left as it is.
+    A checkpoint that has been merged before with the same options is skipped.
 
     Returns:
-        The provenance of each, in the order of steps.
+        The provenance of each merged model, in the order of steps; `already` is set for those that were skipped.
     """
-    run, options = Path(run), _options(options, changes)
+    run, options = Path(run), MergeOptions(**keywords)
     folders = [run / "checkpoints" / entry.name for entry in list_checkpoints(run, hashes=False) if not entry.reason]
     folders += [run / "adapter"] if (run / "adapter" / CONFIG).is_file() else []
     if not folders:
-        raise ArtifactError(f"{run}: has neither a whole checkpoint nor an adapter to merge")
+        raise ArtifactError(f"{run}: has neither a complete checkpoint nor an adapter to merge")
     provenances = [provenance_of(folder) for folder in folders]
-    found = _base_of(folders, provenances, base)
-    jobs, done = [], {}
-    for folder, made_from in zip(folders, provenances, strict=True):
-        job = MergeJob(folder, run / "merged" / folder.name, made_from, str(folder))
-        there = _merged_already(job, found, options)
-        if there is None:
+    base_model = _find_base(folders, provenances, base)
+    jobs, merged = [], {}
+    for folder, provenance in zip(folders, provenances, strict=True):
+        job = MergeJob(folder, run / "merged" / folder.name, provenance, str(folder))
+        existing = _existing_merge(job, base_model, options)
+        if existing is None:
             jobs.append(job)
         else:
-            done[job.out] = there | {"already": True}
-    options = options._replace(overwrite=True)  # what is there is older, or not whole
-    done |= dict(zip([job.out for job in jobs], _merge(jobs, found, options) if jobs else [], strict=True))
-    return [done[run / "merged" / folder.name] for folder in folders]
+            merged[job.out] = existing | {"already": True}
+    options = options._replace(overwrite=True)  # what exists is outdated or incomplete
+    if jobs:
+        merged |= dict(zip([job.out for job in jobs], _merge(jobs, base_model, options), strict=True))
+    return [merged[run / "merged" / folder.name] for folder in folders]
 
 
 def provenance_of(adapter: Path) -> dict[str, Any] | None:
-    """Return what an adapter was made from; a checkpoint lies in a run, which tells it.
+    """Return an adapter's provenance; that of a checkpoint is in its run. None if there is none.
 
     Raises:
-        ArtifactError: it tells nothing of the base.
+        ArtifactError: it does not name the base.
     """
-    places = [adapter / PROVENANCE]
+    files = [adapter / PROVENANCE]
     if adapter.absolute().parent.name == "checkpoints":
-        places.append(adapter.absolute().parent.parent / PROVENANCE)
-    file = next((place for place in places if place.exists()), None)
+        files.append(adapter.absolute().parent.parent / PROVENANCE)
+    file = next((file for file in files if file.exists()), None)
     if file is None:
         return None
-    made_from = read_json(file)
-    made_on = made_from.get("base")
+    provenance = read_json(file)
+    base = provenance.get("base")
     if (
-        not isinstance(made_on, dict)
-        or not isinstance(made_on.get("revision"), (str, type(None)))
-        or not isinstance(made_on.get("name_or_path"), str)
-        or not isinstance(made_on.get("sha256"), dict)
+        not isinstance(base, dict)
+        or not isinstance(base.get("revision"), (str, type(None)))
+        or not isinstance(base.get("name_or_path"), str)
+        or not isinstance(base.get("sha256"), dict)
     ):
-        raise ArtifactError(f"{file}: does not say which base the adapter was trained on")
-    return made_from
+        raise ArtifactError(f"{file}: does not name the base that the adapter was trained on")
+    return provenance
 
 
 def _merge(jobs: Sequence[MergeJob], base: Base, options: MergeOptions) -> list[dict[str, Any]]:
-    """Merge adapters of one base, each into its own folder."""
+    """Merge adapters of one base, each into a folder of its own. Return the provenances."""
     for job in jobs:
         check_out_folder(job.out, {"adapter": job.adapter, "base": base.folder}, overwrite=options.overwrite)
-    made = [PendingMerge(job, Path(), {}, _tokenizer_of(job, base), _change(job, base, options)) for job in jobs]
-    told = []
+    merges = [
+        PendingMerge(job, Path(), {}, _load_adapter_tokenizer(job, base), _make_transform(job, base, options))
+        for job in jobs
+    ]
+    provenances = []
     with ThreadPoolExecutor(2) as pool, contextlib.ExitStack() as stack:
-        hashed = pool.submit(base_hashes, str(base.folder), None)
-        made = [m._replace(folder=stack.enter_context(atomic_folder(m.job.out, m.hashes))) for m in made]
-        references = _write_weights(made, base, options, pool, hashed)
-        _same_base(jobs, base, hashed.result(), options)
-        for each, reference in zip(made, references, strict=True):
-            each.tokenizer.save_pretrained(each.folder)
-            for pattern in ("generation_config.json", *LICENCES):
-                for file in base.folder.glob(pattern):
-                    shutil.copyfile(file, each.folder / file.name)
-            provenance = _provenance(each, base, options, hashed.result(), _agreement(each, base, options, reference))
-            write_json(each.folder / PROVENANCE, provenance)
-            write_text(each.folder / "README.md", merged_card(provenance))
-            told.append(provenance)
-    return told
+        hashing = pool.submit(base_hashes, str(base.folder), None)
+        merges = [m._replace(folder=stack.enter_context(atomic_folder(m.job.out, m.hashes))) for m in merges]
+        references = _write_weights(merges, base, options, pool, hashing)
+        _check_base_hashes(jobs, base, hashing.result(), options)
+        for merge, reference in zip(merges, references, strict=True):
+            merge.tokenizer.save_pretrained(merge.folder)
+            for file in (file for pattern in COPIED_FILES for file in base.folder.glob(pattern)):
+                shutil.copyfile(file, merge.folder / file.name)
+            provenance = _provenance(merge, base, options, hashing.result(), _verify(merge, base, options, reference))
+            write_json(merge.folder / PROVENANCE, provenance)
+            write_text(merge.folder / "README.md", merged_card(provenance))
+            provenances.append(provenance)
+    return provenances
 
 
 def _write_weights(
-    made: Sequence[PendingMerge],
+    merges: Sequence[PendingMerge],
     base: Base,
     options: MergeOptions,
     pool: ThreadPoolExecutor,
-    hashed: Future[dict[str, str]],
+    hashing: Future[dict[str, str]],
 ) -> list[list[torch.Tensor] | None]:
-    """Write weights and configs; return the logits of base + adapter for those whose base had to be loaded whole.
+    """Write the weights and config.json of each model.
 
-    Threads write and hash a tensor while the next is formed, and sync files: none of it needs Python's lock.
+    Returns:
+        For each model the logits of base + adapter, if the base had to be loaded, or None.
     """
     try:
-        if not all(keeps_base_weights(each.job.adapter) for each in made):
-            raise NotStreamableError("PEFT changes the base's weights when it puts the adapter on")
+        if not all(keeps_base_weights(merge.job.adapter) for merge in merges):
+            raise NotStreamableError("the adapter's initialization changes the base's weights")
         weights = Weights(base.folder)
-        merged = [MergedTensors(m.job.adapter, weights, _config_of(base), change=m.change) for m in made]
+        models = [MergedTensors(m.job.adapter, weights, _read_config(base), transform=m.transform) for m in merges]
     except NotStreamableError:
-        return [_write_whole(each, base, options) for each in made]
-    with ThreadPoolExecutor(1) as writer, _threads_spared(2):  # one writes and one hashes the base meanwhile
-        running: dict[int, Iterator[tuple[str, str] | None]] = {}
-        for number, (each, tensors) in enumerate(zip(made, merged, strict=True)):
-            tensors.config.save_pretrained(each.folder)
+        return [_merge_loaded(merge, base, options) for merge in merges]
+    # While a tensor is computed, threads write and hash the last one, hash the base and sync files, without the GIL.
+    with ThreadPoolExecutor(1) as writer, _fewer_torch_threads(2):
+        shards = []
+        for merge, tensors in zip(merges, models, strict=True):
+            tensors.config.save_pretrained(merge.folder)
             layout = shard_layout(list(tensors.groups()), options.max_shard_bytes)
-            running[number] = writing(each.folder, layout, tensors.read, writer)
+            shards.append(write_shards(merge.folder, layout, tensors.read, writer))
         syncing: list[Future[None]] = []
-        while running:  # in turn, a tensor each, so that a tensor of the base is read once for all
-            for number in list(running):
-                try:
-                    whole = next(running[number])
-                except StopIteration:
-                    del running[number]
-                    continue
-                if whole is not None:
-                    fault_point("merge.mid")
-                    file, made[number].hashes[file] = whole
-                    syncing.append(pool.submit(sync, made[number].folder / file))
-                    if hashed.done():
-                        _same_base([each.job for each in made], base, hashed.result(), options)
+        for number, written in _round_robin(shards):  # so that a tensor of the base is read once for all merges
+            if written is None:
+                continue
+            fault_point("merge.mid")
+            file, sha256 = written
+            merges[number].hashes[file] = sha256
+            syncing.append(pool.submit(sync, merges[number].folder / file))
+            if hashing.done():
+                _check_base_hashes([merge.job for merge in merges], base, hashing.result(), options)
     for synced in syncing:
         synced.result()
-    return [None] * len(made)
+    return [None] * len(merges)
+
+
+def _round_robin(iterators: Sequence[Iterator[T]]) -> Iterator[tuple[int, T]]:
+    """Yield one item of each iterator in turn, with the iterator's index, until all are exhausted."""
+    active = dict(enumerate(iterators))
+    while active:
+        for index, iterator in list(active.items()):
+            try:
+                item = next(iterator)
+            except StopIteration:
+                del active[index]
+            else:
+                yield index, item
 
 
 @contextlib.contextmanager
-def _threads_spared(number: int) -> Iterator[None]:
-    """Leave torch that many threads less."""
+def _fewer_torch_threads(number: int) -> Iterator[None]:
+    """Reduce torch's threads by a number, for other threads that compute at the same time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - number))
     try:
@@ -289,205 +318,226 @@ def _threads_spared(number: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _write_whole(made: PendingMerge, base: Base, options: MergeOptions) -> list[torch.Tensor]:
-    """Load everything, let PEFT merge, and save; return the logits of base + adapter, which cost nothing more here."""
-    stored = base.config.dtype or torch.float32
-    model = load_adapter(_in_float32(base, made.change), made.job.adapter)
-    reference = logits_of(model, token_ids(made.tokenizer, model.config.vocab_size))
+def _merge_loaded(merge: PendingMerge, base: Base, options: MergeOptions) -> list[torch.Tensor]:
+    """Load the full base, let PEFT merge, and save.
+
+    Returns:
+        The logits of base + adapter, which cost little while both are loaded.
+    """
+    stored_dtype = base.config.dtype or torch.float32
+    model = load_adapter(_load_base_fp32(base, merge.transform), merge.job.adapter)
+    reference = logits_of(model, token_ids(merge.tokenizer, model.config.vocab_size))
     try:
-        merged = model.merge_and_unload(safe_merge=True).to(stored)
-    except ValueError as error:  # what safe_merge raises where a sum is not finite
-        raise ArtifactError(f"{made.job.told}: {error}") from None
-    merged.config.use_cache, merged.config.dtype = True, stored
+        merged = model.merge_and_unload(safe_merge=True).to(stored_dtype)
+    except ValueError as error:  # raised by safe_merge if a sum is not finite
+        raise ArtifactError(f"{merge.job.source}: {error}") from None
+    merged.config.use_cache, merged.config.dtype = True, stored_dtype
     size = {} if options.max_shard_bytes is None else {"max_shard_size": options.max_shard_bytes}
-    merged.save_pretrained(made.folder, **size)
+    merged.save_pretrained(merge.folder, **size)
     fault_point("merge.mid")
     return reference
 
 
-def _agreement(
-    made: PendingMerge, base: Base, options: MergeOptions, reference: list[torch.Tensor] | None
+def _verify(
+    merge: PendingMerge, base: Base, options: MergeOptions, reference: list[torch.Tensor] | None
 ) -> Agreement | None:
-    """Compare what was written with base + adapter; None if it was not asked for, or does not fit into memory.
+    """Compare the written model with base + adapter.
 
     Args:
-        reference: the logits of base + adapter if they are known; then it is always done: the model fits.
+        reference: logits of base + adapter; None = not computed yet. If they are given, the model fits into memory and
+            is always compared.
+
+    Returns:
+        None if verification is disabled or memory is insufficient.
     """
-    kinds = Weights(made.folder).kinds.values()
-    need = ROOM * sum(kind.num_bytes * 4 / kind.dtype.itemsize for kind in kinds)
-    fits = need < psutil.virtual_memory().available
+    specs = Weights(merge.folder).specs.values()
+    needed = VERIFY_MEMORY_FACTOR * sum(spec.num_bytes * 4 / spec.dtype.itemsize for spec in specs)
+    fits = needed < psutil.virtual_memory().available
     if reference is None and not (fits if options.verify is None else options.verify):
         return None
-    rows = token_ids(made.tokenizer, AutoConfig.from_pretrained(made.folder).vocab_size)
+    rows = token_ids(merge.tokenizer, AutoConfig.from_pretrained(merge.folder).vocab_size)
     if reference is None:
-        reference = logits_of(load_adapter(_in_float32(base, made.change), made.job.adapter), rows)
+        reference = logits_of(load_adapter(_load_base_fp32(base, merge.transform), merge.job.adapter), rows)
         gc.collect()
-    coarsest = min((kind.dtype for kind in kinds if kind.dtype.is_floating_point), key=lambda dtype: dtype.itemsize)
-    agreement = compare(reference, logits_of_folder(made.folder, rows), coarsest)
-    if not agreement.holds:
+    dtypes = (spec.dtype for spec in specs if spec.dtype.is_floating_point)
+    least_precise = min(dtypes, key=lambda dtype: dtype.itemsize)
+    agreement = compare(reference, logits_of_folder(merge.folder, rows), least_precise)
+    if not agreement.is_within_limit:
         raise LoraAccelError(
-            f"{made.job.out}: the merged model's logits differ from base + adapter by {agreement.mean_moved:.3g} of "
-            f"their spread on average, over the limit of {agreement.limit:.3g}; nothing was written"
+            f"{merge.job.out}: the merged model's logits differ from base + adapter by {agreement.mean_moved:.3g} "
+            f"standard deviations on average, above the limit of {agreement.limit:.3g}; nothing was written"
         )
     return agreement
 
 
-def _in_float32(base: Base, change: Change | None) -> PreTrainedModel:
+def _load_base_fp32(base: Base, transform: WeightTransform | None) -> PreTrainedModel:
     section = ModelSection(name_or_path=str(base.folder))
-    model = load_base_model(section, QuantizationSection(), kept_dtype="auto")  # as stored: what `change` is given
-    if change is not None:
+    model = load_base_model(section, QuantizationSection(), kept_dtype="auto")  # `transform` takes weights as stored
+    if transform is not None:
         for name, parameter in model.named_parameters():
-            parameter.data = change(name, parameter.data)
+            parameter.data = transform(name, parameter.data)
     return model.float()
 
 
 def _provenance(
-    made: PendingMerge, base: Base, options: MergeOptions, weights: dict[str, str], agreement: Agreement | None
+    merge: PendingMerge, base: Base, options: MergeOptions, hashes: dict[str, str], agreement: Agreement | None
 ) -> dict[str, Any]:
-    job = made.job
-    differs = None if job.made_from is None else _differs(job.made_from, base.name, weights)
+    job = merge.job
+    difference = None if job.provenance is None else _base_difference(job.provenance, base.name, hashes)
     return {
         "merged": {
-            "adapter": job.told,
+            "adapter": job.source,
             "combined": job.combined,
             "adapter_sha256": _adapter_hash(job.adapter),
             "base": base.name,
             "base_weights": options.base_weights,
-            "same_base": None if differs is None else not differs,  # None: the adapter tells nothing of its base
-            "dtype": str(AutoConfig.from_pretrained(made.folder).dtype).removeprefix("torch."),
+            "same_base": None if difference is None else not difference,  # None: the adapter has no hashes of its base
+            "dtype": str(AutoConfig.from_pretrained(merge.folder).dtype).removeprefix("torch."),
             "agreement": None if agreement is None else agreement._asdict(),
         },
-        "base": {"name_or_path": base.name, "revision": base.revision, "sha256": weights},
+        "base": {"name_or_path": base.name, "revision": base.revision, "sha256": hashes},
         "packages": versions(),
         "num_threads": torch.get_num_threads(),
-        "adapter": job.made_from,
+        "adapter": job.provenance,
     }
 
 
-def _change(job: MergeJob, base: Base, options: MergeOptions) -> Change | None:
-    """Return what is done to the base's weights first, or None."""
+def _make_transform(job: MergeJob, base: Base, options: MergeOptions) -> WeightTransform | None:
+    """Return the transform that `options.base_weights` asks for, None for the original weights."""
     if options.base_weights == "original":
         return None
     if options.base_weights != "dequantized":
-        raise ConfigError(f"--base-weights {options.base_weights}: say original or dequantized")
+        raise ConfigError(f"--base-weights {options.base_weights}: use original or dequantized")
+    provenance = job.provenance or {}
     try:
-        trained = RunConfig.model_validate((job.made_from or {})["config"])
+        config = RunConfig.model_validate(provenance["config"])
     except (KeyError, ValidationError):
         raise ArtifactError(
-            f"{job.told}: does not say how its base was quantised; say --base-weights original"
+            f"{job.source}: has no record of how its base was quantized; pass --base-weights original"
         ) from None
-    quantization = trained.quantization
+    quantization = config.quantization
     if quantization.bits != 4:
-        raise ArtifactError(f"{job.told}: its base was not held in 4 bits; say --base-weights original")
-    made_from = job.made_from or {}
-    kept = str(made_from.get("base_dtype", "auto"))  # older ones do not name it: as stored
-    dtype = choose_dtype(trained.model, str(made_from.get("mixed_precision")), None, kept)
-    model = build_on_meta_device(_config_of(base))
-    packed = quantized_names(model)
+        raise ArtifactError(f"{job.source}: its base was not quantized to 4 bits; pass --base-weights original")
+    base_dtype = str(provenance.get("base_dtype", "auto"))  # older provenances lack it: as stored
+    dtype = choose_dtype(config.model, str(provenance.get("mixed_precision")), None, base_dtype)
+    model = build_on_meta_device(_read_config(base))
+    quantized = quantized_names(model)
     transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
-    def change(name: str, weight: torch.Tensor) -> torch.Tensor:
-        if name not in packed:
+    def round_trip(name: str, weight: torch.Tensor) -> torch.Tensor:
+        if name not in quantized:
             return weight
-        held = weight.to(dtype) if isinstance(dtype, torch.dtype) else weight
-        return quantize_round_trip(held, quantization, transposed=name in transposed)
+        if isinstance(dtype, torch.dtype):
+            weight = weight.to(dtype)
+        return quantize_round_trip(weight, quantization, transposed=name in transposed)
 
-    return change
+    return round_trip
 
 
-def _base_of(adapters: Sequence[Path], provenances: Sequence[dict[str, Any] | None], asked: str | None) -> Base:
-    """Find the base of adapters on this disk, or fetch it."""
-    name = asked or read_json(adapters[0] / CONFIG).get("base_model_name_or_path")
+def _find_base(adapters: Sequence[Path], provenances: Sequence[dict[str, Any] | None], requested: str | None) -> Base:
+    """Return the base of some adapters; downloads it if need be.
+
+    Args:
+        requested: Hub id or folder; None = the base that the first adapter names.
+    """
+    name = requested or read_json(adapters[0] / CONFIG).get("base_model_name_or_path")
     if not name or not isinstance(name, str):
-        raise ArtifactError(f"{adapters[0]}: names no base model; say --base")
-    revision = None if asked or provenances[0] is None else provenances[0]["base"].get("revision")
+        raise ArtifactError(f"{adapters[0]}: does not name its base model; pass --base")
+    revision = None if requested or provenances[0] is None else provenances[0]["base"].get("revision")
     section = ModelSection(name_or_path=name, revision=revision)
     check_folder(section)
     try:
-        folder = _fetched(name, revision)
+        folder = _local_folder(name, revision)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the Hub's client and transformers raise many kinds
+    except Exception as error:  # huggingface_hub and transformers raise many types
         raise ArtifactError(not_loaded(section, "model", error)) from None
     if getattr(config, "quantization_config", None):
-        raise ArtifactError(f"{name}: is quantised itself; say --base with the model in 16 or 32 bits")
+        raise ArtifactError(f"{name}: is a quantized model; pass --base with the model in 16 or 32 bits")
     return Base(name, revision, folder, config)
 
 
-def _fetched(name: str, revision: str | None) -> Path:
+def _local_folder(name: str, revision: str | None) -> Path:
     if Path(name).is_dir():
         return Path(name)
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(WANTED)))
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_FILES)))
     if not any(folder.glob("*.safetensors")):
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*WANTED, "*.bin"]))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*HUB_FILES, "*.bin"]))
     return folder
 
 
-def _config_of(base: Base) -> PretrainedConfig:
-    """Return a config of one's own: building a model from it changes it."""
+def _read_config(base: Base) -> PretrainedConfig:
+    """Return a new config object, since building a model from a config modifies it."""
     config: PretrainedConfig = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
     config.use_cache = True
     return config
 
 
 def check_out_folder(out: Path, sources: dict[str, Path], *, overwrite: bool) -> None:
-    """Refuse a folder that is there already, or whose replacement would delete what it is made from."""
+    """Check that an output folder can be created, and that replacing it would not delete its sources.
+
+    Args:
+        sources: folders that are read, by what they contain.
+
+    Raises:
+        ArtifactError: `out` is a file, exists although `overwrite` is False, or contains a source.
+    """
     if out.exists() and not out.is_dir():
-        raise ArtifactError(f"{out}: is a file; name a folder")
+        raise ArtifactError(f"{out}: is a file; choose a folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise ArtifactError(f"{out}: is there already; choose another folder, or say --overwrite")
+        raise ArtifactError(f"{out}: already exists; choose another folder, or pass --overwrite")
     for what, source in sources.items():
         if source.is_dir() and source.resolve().is_relative_to(out.resolve()):
-            raise ArtifactError(f"{out}: holds the {what} itself; choose another folder")
+            raise ArtifactError(f"{out}: contains the {what}; choose another folder")
 
 
-def _same_base(jobs: Sequence[MergeJob], base: Base, found: dict[str, str], options: MergeOptions) -> None:
-    """Refuse another base than the one that the adapters were trained on. A bare PEFT adapter tells nothing of it."""
+def _check_base_hashes(jobs: Sequence[MergeJob], base: Base, hashes: dict[str, str], options: MergeOptions) -> None:
+    """Check that the adapters were trained on this base, unless they have no provenance."""
     for job in jobs:
-        reason = job.made_from and _differs(job.made_from, base.name, found)
-        if reason and not options.force:
-            raise ArtifactError(f"{reason}; say --base with the right one (or --force, to merge all the same)")
+        difference = job.provenance and _base_difference(job.provenance, base.name, hashes)
+        if difference and not options.force:
+            raise ArtifactError(f"{difference}; pass the right one with --base, or --force to merge anyway")
 
 
-def _differs(made_from: dict[str, Any], name: str, found: dict[str, str]) -> str:
-    """Return how a base differs from that of training; empty = not at all."""
-    expected = made_from["base"]["sha256"]
-    if sorted(map(str, expected.values())) == sorted(found.values()):
+def _base_difference(provenance: dict[str, Any], name: str, hashes: dict[str, str]) -> str:
+    """Return how a base differs from the one in an adapter's provenance; empty = it does not."""
+    expected = provenance["base"]["sha256"]
+    if sorted(map(str, expected.values())) == sorted(hashes.values()):
         return ""
-    trained_on = made_from["base"]["name_or_path"]
+    trained_on = provenance["base"]["name_or_path"]
     return f"{name}: its weights are not those that the adapter was trained on ({trained_on})"
 
 
-def _merged_already(job: MergeJob, base: Base, options: MergeOptions) -> dict[str, Any] | None:
-    """Return the provenance of what a job would make, if that is there."""
+def _existing_merge(job: MergeJob, base: Base, options: MergeOptions) -> dict[str, Any] | None:
+    """Return the provenance of a job's output if it exists, is valid and was made from the same adapter and base."""
     if not (job.out / PROVENANCE).is_file() or why_invalid(job.out, hashes=False) is not None:
         return None
     with contextlib.suppress(ArtifactError, KeyError, TypeError):
-        there = read_json(job.out / PROVENANCE)
-        made = [there["merged"][key] for key in ("adapter_sha256", "base", "base_weights")]
-        if made == [_adapter_hash(job.adapter), base.name, options.base_weights]:
-            return there
+        existing = read_json(job.out / PROVENANCE)
+        inputs = [existing["merged"][key] for key in ("adapter_sha256", "base", "base_weights")]
+        if inputs == [_adapter_hash(job.adapter), base.name, options.base_weights]:
+            return existing
     return None
 
 
-def _tokenizer_of(job: MergeJob, base: Base) -> Any:
-    """Return the adapter's tokenizer, which carries the template of training, or else the base's.
+def _load_adapter_tokenizer(job: MergeJob, base: Base) -> Any:
+    """Return the adapter's tokenizer, which has the chat template of training, or else the base's.
 
-    A checkpoint has none: that of its run's adapter is the same, or else the base's with the template of the run.
+    A checkpoint has no tokenizer: use that of the run's adapter, or else the base's with the chat template of the run.
     """
     run = job.adapter.absolute().parent.parent
     for folder in (job.adapter, run / "adapter"):
-        if (folder / TOKENIZER).is_file() and (folder == job.adapter or job.made_from is not None):
+        if (folder / TOKENIZER).is_file() and (folder == job.adapter or job.provenance is not None):
             return load_tokenizer(ModelSection(name_or_path=str(folder)))
     tokenizer = load_tokenizer(ModelSection(name_or_path=str(base.folder)))
-    if job.made_from is not None:
+    if job.provenance is not None:
         try:
-            source = template_source(job.made_from["config"]["model"]["chat_template"]) or tokenizer.chat_template
+            source = template_source(job.provenance["config"]["model"]["chat_template"]) or tokenizer.chat_template
         except (KeyError, TypeError, DataError):
             source = None
-        if source is None or sha256_of_text(source) != job.made_from.get("chat_template_sha256"):
+        if source is None or sha256_of_text(source) != job.provenance.get("chat_template_sha256"):
             raise ArtifactError(
-                f"{job.told}: the chat template of its training is not to be found (model.chat_template in the run's "
-                "config.yaml); merge the run's adapter/, or put the template back"
+                f"{job.source}: the chat template of training was not found (model.chat_template in the run's "
+                "config.yaml); merge the run's adapter/, or restore the template"
             )
         tokenizer.chat_template = source
     return tokenizer
@@ -495,7 +545,3 @@ def _tokenizer_of(job: MergeJob, base: Base) -> Any:
 
 def _adapter_hash(adapter: Path) -> str:
     return sha256_of(next(path for name in (WEIGHTS, PICKLED) if (path := adapter / name).is_file()))
-
-
-def _options(options: MergeOptions | None, changes: dict[str, Any]) -> MergeOptions:
-    return (options or MergeOptions())._replace(**changes)

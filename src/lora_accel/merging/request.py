@@ -1,4 +1,4 @@
-"""What `lora-accel merge` was asked for, and what it tells of its work. Imports no torch."""
+"""The arguments of `lora-accel merge`, and the lines that it prints. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,98 +12,110 @@ from typing import Any, NamedTuple
 from lora_accel.errors import ConfigError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+USAGE = "lora-accel merge ADAPTER OUT"
 
 
 class MergeRequest(NamedTuple):
-    """What is merged, and where to."""
+    """What to merge, and where to write it."""
 
     adapters: list[tuple[str, float]]
-    """Folder and weight of each."""
+    """Folder and weight of each; empty if `run` is set."""
     out: Path
     run: Path | None
-    """A run of which everything is merged; then there are no adapters."""
+    """A run: merge all of its checkpoints and its adapter."""
     max_shard_bytes: int | None
 
 
 def parse_merge(
-    words: Sequence[str],
-    weighted: Sequence[str],
+    args: Sequence[str],
+    weighted_adapters: Sequence[str],
     run: Path | None,
     lora_path: str | None,
     target_model_path: Path | None,
     max_shard_size: str | None,
 ) -> MergeRequest:
-    """Bring the ways to say it together: ADAPTER OUT | --adapter A=0.7 --adapter B=0.3 OUT | --all RUN | FastChat's.
+    """Parse ADAPTER OUT | --adapter A=0.7 --adapter B=0.3 OUT | --all RUN, or FastChat's option names.
+
+    Args:
+        args: positional arguments.
+        weighted_adapters: values of `--adapter`, DIR=WEIGHT.
+        run: `--all`.
+        lora_path, target_model_path: FastChat's names of ADAPTER and OUT.
+        max_shard_size: bytes with an optional unit, `5GB` for example.
 
     Raises:
-        ConfigError: something is missing, said twice, or no number.
+        ConfigError: an argument is missing, given twice, or not a number.
     """
-    size = None if max_shard_size is None else _bytes(max_shard_size)
-    adapters = [_weighted(word) for word in weighted]
+    max_shard_bytes = None if max_shard_size is None else _parse_size(max_shard_size)
+    adapters = [_parse_weighted(arg) for arg in weighted_adapters]
     if run is not None:
-        if words or adapters or lora_path or target_model_path:
-            raise ConfigError("merge --all RUN: takes neither ADAPTER nor OUT; models are made in RUN/merged/")
-        return MergeRequest([], run / "merged", run, size)
-    left = list(words)
+        if args or adapters or lora_path or target_model_path:
+            raise ConfigError("merge --all RUN: takes neither ADAPTER nor OUT; models are written to RUN/merged/")
+        return MergeRequest([], run / "merged", run, max_shard_bytes)
+    remaining = list(args)
     if lora_path is not None:
         adapters.append((lora_path, 1.0))
-    if not adapters and left:
-        adapters.append((left.pop(0), 1.0))
+    if not adapters and remaining:
+        adapters.append((remaining.pop(0), 1.0))
     if target_model_path is not None:
-        left.append(str(target_model_path))
+        remaining.append(str(target_model_path))
     if not adapters:
-        raise ConfigError("merge: ADAPTER is missing; say lora-accel merge ADAPTER OUT, or --all RUN")
-    if len(left) != 1:
-        told = "OUT is missing" if not left else f"{left[1]!r} is one word too many"
-        raise ConfigError(f"merge: {told}; say lora-accel merge ADAPTER OUT, or --adapter A=0.7 --adapter B=0.3 OUT")
-    return MergeRequest(adapters, Path(left[0]), None, size)
+        raise ConfigError(f"merge: ADAPTER is missing; use {USAGE}, or --all RUN")
+    if len(remaining) != 1:
+        problem = f"unexpected argument {remaining[1]!r}" if remaining else "OUT is missing"
+        raise ConfigError(f"merge: {problem}; use {USAGE}, or --adapter A=0.7 --adapter B=0.3 OUT")
+    return MergeRequest(adapters, Path(remaining[0]), None, max_shard_bytes)
 
 
-def merge_lines(made: Sequence[dict[str, Any]], asked: MergeRequest) -> list[str]:
-    """Return what is told of merged models: where each is, how near it is to base + adapter, what was not checked."""
+def merge_lines(provenances: Sequence[dict[str, Any]], request: MergeRequest) -> list[str]:
+    """Return the lines to print: where each merged model is, how it was verified, and what could not be checked.
+
+    Args:
+        provenances: of the merged models.
+    """
     lines = []
-    for provenance in made:
+    for provenance in provenances:
         merged = provenance["merged"]
-        out = asked.out if asked.run is None else asked.out / Path(merged["adapter"]).name
+        out = request.out if request.run is None else request.out / Path(merged["adapter"]).name
         agreement = merged["agreement"]
         if provenance.get("already"):
-            lines.append(f"merged already: {out}")
+            lines.append(f"already merged: {out}")
             continue
         if agreement is None:
-            told = "not compared with base + adapter: --no-verify, or too little memory for it"
+            verification = "not compared with base + adapter: --no-verify, or not enough memory"
         else:
-            told = (
-                f"logits moved by {agreement['mean_moved']:.2g} of their spread on average, "
+            verification = (
+                f"logits differ by {agreement['mean_moved']:.2g} standard deviations on average, "
                 f"limit {agreement['limit']:.2g}; "
-                f"same first choice for {agreement['top1']:.1%} of {agreement['num_tokens']} tokens"
+                f"same top token at {agreement['top1']:.1%} of {agreement['num_tokens']} positions"
             )
-        lines.append(f"merged: {out} ({told})")
+        lines.append(f"merged: {out} ({verification})")
         if merged["same_base"] is None:
-            lines.append("note: the adapter tells nothing of its base: only names and shapes could be checked")
+            lines.append("note: the adapter has no hashes of its base: only names and shapes were checked")
         elif not merged["same_base"]:
-            lines.append(f"note: forced: {merged['base']} is not the base that the adapter was trained on")
-        with contextlib.suppress(KeyError, TypeError):  # a stranger's provenance
+            lines.append(f"note: --force: {merged['base']} is not the base that the adapter was trained on")
+        with contextlib.suppress(KeyError, TypeError):  # provenance.json is untrusted
             if provenance["adapter"]["config"]["quantization"]["bits"] == 4 and merged["base_weights"] == "original":
-                lines.append("note: it was trained on 4-bit weights; --base-weights dequantized is nearer to these")
+                lines.append("note: trained on 4-bit weights; --base-weights dequantized is closer to those")
     return lines
 
 
-def _weighted(word: str) -> tuple[str, float]:
-    folder, equals, weight = word.rpartition("=")
+def _parse_weighted(arg: str) -> tuple[str, float]:
+    folder, equals, weight = arg.rpartition("=")
     if not equals:
-        return word, 1.0
+        return arg, 1.0
     try:
         number = float(weight)
     except ValueError:
         number = math.nan
     if not math.isfinite(number) or not folder:
-        raise ConfigError(f"--adapter {word}: say DIR=WEIGHT, 0.7 for instance")
+        raise ConfigError(f"--adapter {arg}: expected DIR=WEIGHT with a finite weight, such as 0.7")
     return folder, number
 
 
-def _bytes(size: str) -> int:
+def _parse_size(size: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?i?B?)", size.strip(), flags=re.IGNORECASE)
     unit = match and match[2].upper()
     if match is None or unit not in UNITS or float(match[1]) * UNITS[unit] < 1:
-        raise ConfigError(f"--max-shard-size {size}: say 5GB or 500MB, for instance")
+        raise ConfigError(f"--max-shard-size {size}: expected a size such as 5GB or 500MB")
     return int(float(match[1]) * UNITS[unit])

@@ -1,7 +1,7 @@
-"""The weight files of a model folder: read a tensor at a time, written a tensor at a time.
+"""Read and write the weight files of a model folder one tensor at a time.
 
 Memory holds one tensor, whatever the size of model and files. Format: https://github.com/huggingface/safetensors
-(8 bytes for the length of the header, the header in JSON, then the tensors' bytes end to end).
+(8 bytes with the length of the header, the header in JSON, then the concatenated bytes of the tensors).
 """
 
 from __future__ import annotations
@@ -33,174 +33,180 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BIN = "pytorch_model.bin"
 
 
-class Kind(NamedTuple):
-    """What a tensor looks like."""
+class TensorSpec(NamedTuple):
+    """Dtype and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Return its size."""
+        """Return the size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-Layout = dict[str, list[tuple[str, Kind]]]
-"""Which file holds which tensors, in their order."""
+Layout = dict[str, list[tuple[str, TensorSpec]]]
+"""The tensors of each file, in order."""
 
 
 class Weights:
-    """The tensors of a model folder, by name; each is read from its file when it is asked for.
+    """The tensors of a model folder, by name. Each is read from its file when it is requested.
+
+    A pickle (`.bin`) is loaded with `weights_only`: it cannot run code.
 
     Raises:
-        ArtifactError: there are no weights, an index is wrong, or a file cannot be read. A pickle (`.bin`) is read as
-            data only: code in it is refused, not run.
+        ArtifactError: there are no weights, an index is invalid, or a file cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         check_index_paths(folder)
         self.files: dict[str, list[str]] = {}
-        """Names of tensors by the file that holds them, in the order in which they lie there."""
-        self.kinds: dict[str, Kind] = {}
-        self._file_of: dict[str, Path] = {}
-        self._unpickled: tuple[Path | None, dict[str, torch.Tensor]] = (None, {})
+        """Names of the tensors of each file, in the order in which the file stores them."""
+        self.specs: dict[str, TensorSpec] = {}
+        self._paths: dict[str, Path] = {}
+        self._pickle_cache: tuple[Path | None, dict[str, torch.Tensor]] = (None, {})
         self._last: tuple[str, torch.Tensor] | None = None
         for file in _weight_files(folder):
-            self._look_into(folder / file)
+            self._add_file(folder / file)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor. What was asked for last is kept: several merges of one base ask in turn."""
+        """Return a tensor. The last one is cached, since concurrent merges of one base request it in turn."""
         if self._last is None or self._last[0] != name:
-            self._last = None  # before the next one is there
-            self._last = (name, self._read(self._file_of[name], name))
+            self._last = None  # free it before the next one is read
+            self._last = (name, self._read(self._paths[name], name))
         return self._last[1]
 
-    def _look_into(self, file: Path) -> None:
-        kinds = {}
-        if file.suffix == ".bin":
-            kinds = {name: Kind(t.dtype, tuple(t.shape)) for name, t in self._pickle(file).items()}
+    def _add_file(self, path: Path) -> None:
+        specs = {}
+        if path.suffix == ".bin":
+            specs = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in self._load_pickle(path).items()}
         else:
             try:
-                with safe_open(file, "pt") as tensors:
+                with safe_open(path, "pt") as tensors:
                     for name in tensors.offset_keys():
-                        told = tensors.get_slice(name)
-                        kinds[name] = Kind(_dtype(file, name, told.get_dtype()), tuple(told.get_shape()))
+                        tensor = tensors.get_slice(name)
+                        specs[name] = TensorSpec(_dtype(path, name, tensor.get_dtype()), tuple(tensor.get_shape()))
             except (OSError, SafetensorError) as error:
-                raise ArtifactError(f"{file}: cannot be read: {error}") from None
-        self.files[file.name] = list(kinds)
-        self.kinds |= kinds
-        self._file_of |= dict.fromkeys(kinds, file)
+                raise ArtifactError(f"{path}: cannot be read: {error}") from None
+        self.files[path.name] = list(specs)
+        self.specs |= specs
+        self._paths |= dict.fromkeys(specs, path)
 
-    def _read(self, file: Path, name: str) -> torch.Tensor:
-        if file.suffix == ".bin":
-            return self._pickle(file)[name]
+    def _read(self, path: Path, name: str) -> torch.Tensor:
+        if path.suffix == ".bin":
+            return self._load_pickle(path)[name]
         try:
-            # Opened for each: what a file's mapping has read counts as memory until it is closed.
-            with safe_open(file, "pt") as tensors:
+            # Opened for each tensor: pages that were read through a mapping count as memory until it is closed.
+            with safe_open(path, "pt") as tensors:
                 tensor: torch.Tensor = tensors.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{file}: {name} cannot be read: {error}") from None
+            raise ArtifactError(f"{path}: {name} cannot be read: {error}") from None
         return tensor
 
-    def _pickle(self, file: Path) -> dict[str, torch.Tensor]:
-        if self._unpickled[0] != file:
-            self._unpickled = (file, read_pickle(file))
-        return self._unpickled[1]
+    def _load_pickle(self, path: Path) -> dict[str, torch.Tensor]:
+        if self._pickle_cache[0] != path:
+            self._pickle_cache = (path, read_pickle(path))
+        return self._pickle_cache[1]
 
 
 class ShardWriter:
-    """Writes one safetensors file, whose tensors are known beforehand, in their order."""
+    """Writes one safetensors file.
 
-    def __init__(self, path: Path, layout: Sequence[tuple[str, Kind]]) -> None:
+    Args:
+        tensors: names and specs of all tensors, in the order in which they will be written.
+    """
+
+    def __init__(self, path: Path, tensors: Sequence[tuple[str, TensorSpec]]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name, kind in layout:
+        for name, spec in tensors:
             header[name] = {
-                "dtype": NAMES[kind.dtype],
-                "shape": list(kind.shape),
-                "data_offsets": [end, end + kind.num_bytes],
+                "dtype": DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [end, end + spec.num_bytes],
             }
-            end += kind.num_bytes
+            end += spec.num_bytes
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-        self._left = list(reversed(layout))
+        text += b" " * (-len(text) % 8)  # aligns the tensors to 8 bytes
+        self._remaining = list(reversed(tensors))
         self._file: BinaryIO = path.open("wb")
         self._hash = hashlib.sha256()
-        self._put(len(text).to_bytes(8, "little") + text)
+        self._append(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write the next tensor; it must be the one that was announced."""
-        expected, kind = self._left.pop()
-        if (name, tensor.dtype, tuple(tensor.shape)) != (expected, kind.dtype, kind.shape):
-            raise AssertionError(f"{name} {tensor.dtype} {tuple(tensor.shape)}: {expected} {kind} was announced")
-        self._put(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        """Write the next tensor, which must have the declared name, dtype and shape."""
+        expected, spec = self._remaining.pop()
+        if (name, tensor.dtype, tuple(tensor.shape)) != (expected, spec.dtype, spec.shape):
+            raise AssertionError(f"expected {expected} {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
+        self._append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> str:
-        """End the file; return its SHA-256."""
+        """Close the file; return its SHA-256."""
         self._file.close()
         return self._hash.hexdigest()
 
-    def _put(self, data: bytes | memoryview) -> None:
+    def _append(self, data: bytes | memoryview) -> None:
         self._file.write(data)
-        self._hash.update(data)  # here, not from the file: it costs no reading, and tells what should stand there
+        self._hash.update(data)  # of the data in memory: saves a read, and detects a file that was written wrong
 
 
-def writing(
+def write_shards(
     folder: Path, layout: Layout, read: Callable[[str], torch.Tensor], pool: ThreadPoolExecutor
 ) -> Iterator[tuple[str, str] | None]:
-    """Write weight files, and their index if they are several; one tensor at each turn.
+    """Write weight files one tensor per iteration, and an index if there are several files.
 
     Args:
-        pool: writes a tensor while the next is made.
+        read: returns a tensor by name; called once for each.
+        pool: writes a tensor while `read` computes the next one.
 
     Yields:
-        None after a tensor, and the name and the SHA-256 of each file when it is whole.
+        None after each tensor; name and SHA-256 of each file when it is complete.
     """
-    for file, group in layout.items():
-        writer = ShardWriter(folder / file, group)
-        written: Future[None] | None = None
+    for file, tensors in layout.items():
+        writer = ShardWriter(folder / file, tensors)
+        pending: Future[None] | None = None
         try:
-            for name, _ in group:
+            for name, _ in tensors:
                 tensor = read(name)
-                if written is not None:
-                    written.result()
-                written = pool.submit(writer.write, name, tensor)
+                if pending is not None:
+                    pending.result()
+                pending = pool.submit(writer.write, name, tensor)
                 yield None
         finally:
-            if written is not None:
-                written.result()
+            if pending is not None:
+                pending.result()
             sha256 = writer.close()
         yield file, sha256
     if len(layout) > 1:
-        weight_map = {name: file for file, group in layout.items() for name, _ in group}
-        size = sum(kind.num_bytes for group in layout.values() for _, kind in group)
+        weight_map = {name: file for file, tensors in layout.items() for name, _ in tensors}
+        size = sum(spec.num_bytes for tensors in layout.values() for _, spec in tensors)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def shard_layout(groups: Sequence[Sequence[tuple[str, Kind]]], max_bytes: int | None) -> Layout:
-    """Return which file holds which tensors, under the names that transformers looks for.
+def shard_layout(groups: Sequence[Sequence[tuple[str, TensorSpec]]], max_bytes: int | None) -> Layout:
+    """Assign tensors to files, which get the names that transformers expects.
 
     Args:
-        groups: the base's own files.
-        max_bytes: of a file; None = as the groups are. A tensor that is larger has a file of its own.
+        groups: the tensors of each of the base's files.
+        max_bytes: size limit of a file; None = one file per group. A larger tensor gets a file of its own.
     """
     if max_bytes is not None:
-        cut: list[list[tuple[str, Kind]]] = [[]]
+        shards: list[list[tuple[str, TensorSpec]]] = [[]]
         size = 0
-        for item in (item for group in groups for item in group):
-            if cut[-1] and size + item[1].num_bytes > max_bytes:
-                cut.append([])
+        for name, spec in (tensor for group in groups for tensor in group):
+            if shards[-1] and size + spec.num_bytes > max_bytes:
+                shards.append([])
                 size = 0
-            cut[-1].append(item)
-            size += item[1].num_bytes
-        groups = cut
+            shards[-1].append((name, spec))
+            size += spec.num_bytes
+        groups = shards
     if len(groups) == 1:
         return {WEIGHTS: list(groups[0])}
     return {f"model-{n:05}-of-{len(groups):05}.safetensors": list(group) for n, group in enumerate(groups, start=1)}
@@ -211,16 +217,16 @@ def _weight_files(folder: Path) -> list[str]:
         index = folder / (INDEX if single == WEIGHTS else f"{BIN}.index.json")
         if (folder / single).is_file():
             return [single]
-        if index.is_file():  # its form and that it stays in its folder was seen to above
+        if index.is_file():  # validated by check_index_paths
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             missing = [file for file in files if not (folder / file).is_file()]
             if missing:
                 raise ArtifactError(f"{folder}: {missing[0]} is missing, which {index.name} names")
             return files
-    raise ArtifactError(f"{folder}: no {WEIGHTS} and no {BIN} in it")
+    raise ArtifactError(f"{folder}: contains neither {WEIGHTS} nor {BIN}")
 
 
-def _dtype(file: Path, name: str, told: str) -> torch.dtype:
-    if told not in DTYPES:
-        raise ArtifactError(f"{file}: {name} is stored as {told}; merge into a base in 16 or 32 bits")
-    return DTYPES[told]
+def _dtype(path: Path, name: str, stored: str) -> torch.dtype:
+    if stored not in DTYPES:
+        raise ArtifactError(f"{path}: {name} is stored as {stored}; merge into a base in 16 or 32 bits")
+    return DTYPES[stored]

@@ -1,7 +1,8 @@
-"""The tensors of base + adapter, one at a time: PEFT merges a module whose base weights have just been read.
+"""Merge base + adapter one module at a time, without loading the base.
 
-The model is built without memory (torch's meta device). Only the adapter is there, and the tensors of the module in
-hand. Since every sum is PEFT's own, in float32, whatever PEFT can merge comes out as PEFT merges it.
+The model is built on the meta device. Only the adapter's tensors and the base weights of the module that is being
+merged are materialized. PEFT merges each module in float32, so every kind of LoRA that PEFT can merge gives PEFT's
+result.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from transformers import PretrainedConfig
 
 from lora_accel.errors import ArtifactError
-from lora_accel.merging.shards import Kind, Weights
+from lora_accel.merging.shards import TensorSpec, Weights
 from lora_accel.model.base import build_on_meta_device
 from lora_accel.saving.adapter import (
     adapter_parameters,
@@ -29,209 +30,214 @@ from lora_accel.saving.adapter import (
     resize_vocabulary,
 )
 
-Change = Callable[[str, torch.Tensor], torch.Tensor]
-"""What a base weight is replaced by before the adapter is added to it: (name, weight as stored) -> weight."""
-BLOCK = 2**20
-"""How many values of a weight are added to at once: 4 MB, which stay in the cache."""
-INSIDE = {"base_layer", "original_module", "token_adapter"}
-"""What PEFT puts into the path of a base parameter."""
+WeightTransform = Callable[[str, torch.Tensor], torch.Tensor]
+"""Applied to each base weight before the adapter is added: (name, weight as stored) -> weight."""
+BLOCK_NUMEL = 2**20
+"""Values of a weight that are computed at once: 4 MB in float32, which stay in the cache."""
+WRAPPER_NAMES = {"base_layer", "original_module", "token_adapter"}
+"""Names that PEFT's wrappers add to the path of a base parameter."""
 
 
 class NotStreamableError(Exception):
-    """The model has to be loaded whole; the message says why."""
+    """The model must be loaded before it can be merged; the message gives the reason."""
 
 
 class MergedTensors:
-    """What stands in the merged model, by name; each tensor is to be asked for once.
+    """The tensors of the merged model, by name. Each can be read once.
 
     Args:
-        adapter: its folder.
+        adapter: folder of the adapter.
         weights: of the base.
-        config: of the base; `self.config` is that of the merged model.
-        change: see `Change`; None = the base as it is stored.
+        config: of the base; it is modified. `self.config` is that of the merged model.
+        transform: applied to the base's weights first; None = as stored.
 
     Raises:
-        NotStreamableError: names in the base's files are not those of the model (they are rewritten while loading, as
-            for a mixture of experts), or PEFT changes the base's weights when it puts the adapter on.
+        NotStreamableError: the base's files and the model have different tensor names: transformers renames or fuses
+            tensors while loading, for a mixture of experts for example.
         ArtifactError: the adapter does not fit the base.
     """
 
     def __init__(
-        self, adapter: Path, weights: Weights, config: PretrainedConfig, *, change: Change | None = None
+        self, adapter: Path, weights: Weights, config: PretrainedConfig, *, transform: WeightTransform | None = None
     ) -> None:
-        self._adapter, self._weights, self._change = adapter, weights, change
-        stored, use_cache = config.dtype, getattr(config, "use_cache", True)
+        self._adapter, self._weights, self._transform = adapter, weights, transform
+        stored_dtype, use_cache = config.dtype, getattr(config, "use_cache", True)
         model = build_on_meta_device(config)
         self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
-        self._refuse_other_names(model.state_dict().keys())
+        self._check_names(model.state_dict().keys())
         state = read_adapter(adapter)
         resize_vocabulary(model, state)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._peft = attach_adapter(model, adapter, on_meta_device=True)
-        self._plain = pop_base_embeddings(self._peft, state)
+        self._saved_embeddings = pop_base_embeddings(self._peft, state)
+        """Base embeddings that are saved in the adapter's file, which PEFT does after the vocabulary was resized."""
         parameters = adapter_parameters(self._peft)
         check_tensor_names({key: parameter.shape for key, parameter in parameters.items()}, state, str(adapter))
-        real = {id(p): torch.nn.Parameter(state[key].float(), requires_grad=False) for key, p in parameters.items()}
+        loaded = {id(p): torch.nn.Parameter(state[key].float(), requires_grad=False) for key, p in parameters.items()}
         for module in self._peft.modules():
-            module._parameters |= {name: real[id(p)] for name, p in module._parameters.items() if id(p) in real}
+            module._parameters |= {name: loaded[id(p)] for name, p in module._parameters.items() if id(p) in loaded}
         self._base = self._peft.get_base_model()
-        self._units = _outermost(self._base)
-        self._biases = {name: p for name, p in self._base.named_parameters() if not p.is_meta}
-        """What was trained beside LoRA, among the tensors of modules that are to be merged."""
-        self._ready: dict[str, torch.Tensor] = {}
+        self._peft_modules = _outermost_peft_modules(self._base)
+        self._trained_in_place = {name: p for name, p in self._base.named_parameters() if not p.is_meta}
+        """Trained base parameters, such as biases. Those inside PEFT's modules are merged with them."""
+        self._unread: dict[str, torch.Tensor] = {}
+        """Merged tensors that have not been read yet."""
         self.config: PretrainedConfig = self._base.config
-        self.config.dtype, self.config.use_cache = stored, use_cache
-        self.parted = self._part()
+        self.config.dtype, self.config.use_cache = stored_dtype, use_cache
+        self._untied = self._untie()
 
-    def groups(self) -> Iterator[list[tuple[str, Kind]]]:
-        """Return which tensors the merged model has, file by file of the base; two that were one come last."""
+    def groups(self) -> Iterator[list[tuple[str, TensorSpec]]]:
+        """Yield the merged model's tensors, file by file of the base. Untied copies are in the last group."""
         for number, names in enumerate(self._weights.files.values(), start=1):
-            group = [(name, self._kind(name)) for name in names if name in self._shapes]
+            group = [(name, self._spec(name)) for name in names if name in self._shapes]
             if number == len(self._weights.files):
-                group += [(name, self._kind(name)) for name in self.parted]
+                group += [(name, self._spec(name)) for name in self._untied]
             yield group
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor of the merged model in the dtype that the base stores it in."""
-        if name not in self._ready:
-            self._ready |= self._formed(name)
-        return self._ready.pop(name)
+        """Return a tensor of the merged model, in the dtype in which the base stores it.
 
-    def _formed(self, name: str) -> dict[str, torch.Tensor]:
-        """Return the tensors of the module that a tensor belongs to: PEFT merges modules."""
-        unit = next((unit for unit in self._units if name.startswith(f"{unit}.")), None)
-        if unit is None:
-            if name in self._biases:
-                return {name: self._stored(name, self._biases[name])}
-            return {name: self._read_base(name).to(self._kind(name).dtype)}
-        return {
-            full: self._stored(full, tensor)
-            for inner, tensor in self._merged(unit).items()
-            if (full := f"{unit}.{inner}") in self._shapes
-        }
+        Raises:
+            ArtifactError: the shape is not that of the base, or the merged tensor is not finite.
+        """
+        if name not in self._unread:
+            self._unread |= self._compute(name)
+        return self._unread.pop(name)
 
-    def _merged(self, unit: str) -> dict[str, torch.Tensor]:
-        """Merge one module, and leave it without memory again."""
-        module: Any = self._units.pop(unit)
-        if _is_plain(module):
-            return self._added(unit, module)
-        filled = []
-        if not isinstance(module, ModulesToSaveWrapper):  # whose own copy stands in the adapter
+    def _compute(self, name: str) -> dict[str, torch.Tensor]:
+        """Return all tensors of the PEFT module that a tensor belongs to, or the tensor alone if it is in none."""
+        path = next((path for path in self._peft_modules if name.startswith(f"{path}.")), None)
+        if path is None:
+            if name in self._trained_in_place:
+                return {name: self._to_stored_dtype(name, self._trained_in_place[name])}
+            return {name: self._read_base(name).to(self._spec(name).dtype)}
+        merged = {f"{path}.{inner}": tensor for inner, tensor in self._merge_module(path).items()}
+        return {name: self._to_stored_dtype(name, x) for name, x in merged.items() if name in self._shapes}
+
+    def _merge_module(self, path: str) -> dict[str, torch.Tensor]:
+        """Return the state dict of a merged module. Its base weights are freed afterwards."""
+        module: Any = self._peft_modules.pop(path)
+        if _is_plain_lora(module):
+            return self._merge_linear(path, module)
+        loaded = []
+        if not isinstance(module, ModulesToSaveWrapper):  # which replaces the base's weights by the adapter's
             for owner_name, owner in module.named_modules():
                 for leaf, parameter in list(owner._parameters.items()):
                     if parameter is not None and parameter.is_meta:
-                        weight = self._read_base(_base_name(unit, owner_name, leaf)).to(torch.float32, copy=True)
-                        # Not in place: another module may hold the same parameter, and is merged on its own.
+                        weight = self._read_base(_base_name(path, owner_name, leaf)).to(torch.float32, copy=True)
+                        # Not in place: another module may share the parameter, and is merged separately.
                         owner._parameters[leaf] = torch.nn.Parameter(weight, requires_grad=False)
-                        filled.append((owner, leaf, parameter))
-        # Not with safe_merge, which copies each weight to add to it: what comes out is looked at below.
+                        loaded.append((owner, leaf, parameter))
+        # safe_merge would copy each weight to check that the sum is finite; _to_stored_dtype checks it.
         if hasattr(module, "unload_and_optionally_merge_module"):
             merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
         else:
             module.merge()
             merged = module.get_base_layer()
         state: dict[str, torch.Tensor] = merged.state_dict()
-        for owner, leaf, parameter in filled:
+        for owner, leaf, parameter in loaded:
             owner._parameters[leaf] = parameter
         return state
 
-    def _added(self, unit: str, module: Any) -> dict[str, torch.Tensor]:
-        """Add to a linear layer what PEFT adds, a few rows at a time: the whole layer is never there in float32.
+    def _merge_linear(self, path: str, module: Any) -> dict[str, torch.Tensor]:
+        """Merge a linear layer block by block, so that its weight is never stored in float32.
 
-        Its `get_delta_weight` is (B @ A) * scaling. The product is formed whole: a part may be rounded otherwise.
+        Computes PEFT's `get_delta_weight`, (B @ A) * scaling. B @ A is computed at once, because a product of some rows
+        may be rounded differently.
         """
-        name, weight = module.active_adapters[0], self._read_base(f"{unit}.weight")
-        product, scaling = module.lora_B[name].weight @ module.lora_A[name].weight, module.scaling[name]
-        merged = torch.empty(weight.shape, dtype=self._kind(f"{unit}.weight").dtype)
-        size = max(1, BLOCK // weight.shape[1])
-        for start in range(0, len(weight), size):
-            rows = slice(start, start + size)
+        adapter, weight = module.active_adapters[0], self._read_base(f"{path}.weight")
+        product, scaling = module.lora_B[adapter].weight @ module.lora_A[adapter].weight, module.scaling[adapter]
+        merged = torch.empty(weight.shape, dtype=self._spec(f"{path}.weight").dtype)
+        block = max(1, BLOCK_NUMEL // weight.shape[1])
+        for start in range(0, len(weight), block):
+            rows = slice(start, start + block)
             merged[rows] = product[rows].mul_(scaling).add_(weight[rows])
         state = {"weight": merged}
         if (bias := module.get_base_layer().bias) is not None:
-            state["bias"] = self._read_base(f"{unit}.bias") if bias.is_meta else bias
+            state["bias"] = self._read_base(f"{path}.bias") if bias.is_meta else bias
         return state
 
     def _read_base(self, name: str) -> torch.Tensor:
         tensor = self._weights.read(self._stored_name(name))
-        if name in self._plain:
-            check_same_embeddings(tensor, self._plain[name], f"{self._adapter}: {name}")
-            tensor = self._plain[name].to(tensor.dtype)
+        if name in self._saved_embeddings:
+            check_same_embeddings(tensor, self._saved_embeddings[name], f"{self._adapter}: {name}")
+            tensor = self._saved_embeddings[name].to(tensor.dtype)
         if tuple(tensor.shape) != self._shapes[name]:
             raise ArtifactError(
                 f"{self._adapter}: {name} has shape {self._shapes[name]} in it and {tuple(tensor.shape)} in the base; "
-                "is this the base that it was trained on? (After the vocabulary was resized, save both embeddings.)"
+                "is this the base that it was trained on? (After resizing the vocabulary, save both embeddings.)"
             )
-        return tensor if self._change is None else self._change(name, tensor)
+        return tensor if self._transform is None else self._transform(name, tensor)
 
-    def _stored(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        rounded = tensor.detach().to(self._weights.kinds[self._stored_name(name)].dtype)
-        if rounded.numel() and not torch.isfinite(torch.stack(torch.aminmax(rounded))).all():  # a NaN is both
+    def _to_stored_dtype(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        rounded = tensor.detach().to(self._spec(name).dtype)
+        if rounded.numel() and not torch.isfinite(torch.stack(torch.aminmax(rounded))).all():  # NaN propagates to both
             raise ArtifactError(f"{self._adapter}: {name} is not finite when merged")
         return rounded
 
-    def _kind(self, name: str) -> Kind:
-        return Kind(self._weights.kinds[self._stored_name(name)].dtype, self._shapes[name])
+    def _spec(self, name: str) -> TensorSpec:
+        return TensorSpec(self._weights.specs[self._stored_name(name)].dtype, self._shapes[name])
 
     def _stored_name(self, name: str) -> str:
-        """Return under which name the base's files hold a tensor: of two that are one they may hold either."""
-        if name in self._weights.kinds:
+        """Return the name of a tensor in the base's files, which store only one of two tied tensors."""
+        if name in self._weights.specs:
             return name
         source = self._tied.get(name)
         others = [source] if source else [target for target, source in self._tied.items() if source == name]
-        return next(other for other in others if other in self._weights.kinds)
+        return next(other for other in others if other in self._weights.specs)
 
-    def _refuse_other_names(self, names: Iterable[str]) -> None:
-        """Stream only what lies in the files as it lies in the model."""
-        names, stored = set(names), self._weights.kinds.keys()
-        one = [{target, source} for target, source in self._tied.items()]
-        missing = [name for name in names - stored if not any(name in pair and pair & stored for pair in one)]
-        other = sorted(missing) + sorted(stored - names)
-        if other:
-            raise NotStreamableError(f"{other[0]} is called otherwise in the model or in its files")
+    def _check_names(self, names: Iterable[str]) -> None:
+        """Check that the base's files have the model's tensor names; of tied tensors one is enough."""
+        names, stored = set(names), self._weights.specs.keys()
+        pairs = [{target, source} for target, source in self._tied.items()]
+        missing = [name for name in names - stored if not any(name in pair and pair & stored for pair in pairs)]
+        different = sorted(missing) + sorted(stored - names)
+        if different:
+            raise NotStreamableError(f"{different[0]} is only in the model or only in its files")
 
-    def _part(self) -> list[str]:
-        """Part embeddings and head that were one tensor, where the adapter makes two of them; return the added names.
+    def _untie(self) -> list[str]:
+        """Untie embeddings and head if the adapter makes them different; return the names that the files lack.
 
-        PEFT merges LoRA on one of the two into both (its warning points at huggingface/peft issue 2777).
+        PEFT merges LoRA on one of two tied tensors into both (huggingface/peft issue 2777).
         """
         added: list[str] = []
         if getattr(self._peft.active_peft_config, "ensure_weight_tying", False):
             return added
         for target, source in self._tied.items():
-            if not any(name.startswith(f"{unit}.") for unit in self._units for name in (target, source)):
+            if not any(name.startswith(f"{path}.") for path in self._peft_modules for name in (target, source)):
                 continue
-            self._ready |= self._formed(source) if source not in self._ready else {}
-            self._ready |= self._formed(target) if target not in self._ready else {}
-            if torch.equal(self._ready[target], self._ready[source]):
+            for name in (source, target):
+                if name not in self._unread:
+                    self._unread |= self._compute(name)
+            if torch.equal(self._unread[target], self._unread[source]):
                 continue
             self.config.tie_word_embeddings = False
-            added += [name for name in (source, target) if name not in self._weights.kinds]
+            added += [name for name in (source, target) if name not in self._weights.specs]
         return added
 
 
-def _is_plain(module: Any) -> bool:
-    """Whether a module is a linear layer with LoRA and nothing else, so that merging is one sum."""
+def _is_plain_lora(module: Any) -> bool:
+    """Whether a module is a linear layer with one plain LoRA, so that merging is one addition."""
     return (
         type(module) is Linear
         and type(module.get_base_layer()) is torch.nn.Linear
         and len(module.active_adapters) == 1
         and module.active_adapters[0] in module.lora_A
-        and not module.lora_variant  # DoRA, for one, needs the norm of a column
+        and not module.lora_variant  # DoRA, for example, needs the norm of each column
         and not module.fan_in_fan_out
         and not module.lora_bias[module.active_adapters[0]]
     )
 
 
-def _outermost(base: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Return PEFT's modules by their names in the base, without those that lie within another."""
-    units: dict[str, torch.nn.Module] = {}
+def _outermost_peft_modules(base: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return PEFT's modules by their paths in the base, without those inside another one."""
+    modules: dict[str, torch.nn.Module] = {}
     for name, module in base.named_modules():
-        within = any(name.startswith(f"{unit}.") for unit in units)
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not within:
-            units[name] = module
-    return units
+        is_inner = any(name.startswith(f"{path}.") for path in modules)
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not is_inner:
+            modules[name] = module
+    return modules
 
 
-def _base_name(unit: str, owner: str, leaf: str) -> str:
-    return ".".join([unit, *(part for part in owner.split(".") if part and part not in INSIDE), leaf])
+def _base_name(path: str, owner: str, leaf: str) -> str:
+    return ".".join([path, *(part for part in owner.split(".") if part and part not in WRAPPER_NAMES), leaf])

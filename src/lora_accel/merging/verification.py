@@ -1,4 +1,4 @@
-"""Whether a merged model answers as base + adapter do, and how nearly."""
+"""Whether a merged model gives the logits of base + adapter, up to rounding."""
 
 from __future__ import annotations
 
@@ -16,62 +16,66 @@ TEXTS = (
     '{"name": "Ada", "born": 1815, "fields": ["mathematics", "poetry"]}',
     "Der Zug fährt um 7:45 Uhr ab. 東京は日本の首都です。 La casa è grande.",
 )
-"""What both are asked: prose, sums, code, JSON, other scripts."""
+"""The inputs on which logits are compared: prose, arithmetic, code, JSON, other scripts."""
 MAX_TOKENS = 64
 """Of each text."""
 LIMITS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""How far logits may move on average, as a share of their spread. Both models compute in float32; the merged weights
-have been rounded to the dtype they are stored in, to 24, 11 and 8 bits. (The quickstart: 2e-6 in float32, 8e-3
-in bfloat16. The largest difference is told and not judged: rounding alone can throw a single token far.)"""
+"""Largest allowed mean difference of logits, in standard deviations of the logits, by dtype of the merged weights.
+
+Both models compute in float32; only the merged weights are rounded, to 24, 11 or 8 bits. The quickstart's model differs
+by 2e-6 in float32 and by 8e-3 in bfloat16. The maximum difference is reported and has no limit: rounding alone can move
+the logits of a single token far."""
 
 
 class Agreement(NamedTuple):
-    """How far the merged model's logits lie from those of base + adapter."""
+    """How much the merged model's logits differ from those of base + adapter."""
 
     moved: float
-    """Largest difference of a logit, as a share of the logits' standard deviation."""
+    """Maximum difference of a logit, in standard deviations of the logits."""
     mean_moved: float
     kl: float
     """Mean Kullback-Leibler divergence of the next token's distribution, in nats."""
     top1: float
-    """Share of positions at which both hold the same token for the likeliest."""
+    """Fraction of positions at which both models have the same most likely token."""
     num_tokens: int
     limit: float
-    """What `mean_moved` may be."""
+    """Of `mean_moved`."""
 
     @property
-    def holds(self) -> bool:
-        """Whether the merged model may be used; not if anything is not a number."""
+    def is_within_limit(self) -> bool:
+        """Whether the merged model may be used; False if a difference is NaN."""
         return self.mean_moved <= self.limit
 
 
 def token_ids(tokenizer: Any, vocab_size: int) -> list[list[int]]:
-    """Return what both models are asked: the texts, as far as the model has their tokens."""
+    """Return the inputs for both models: the tokens of `TEXTS`, without those outside the model's vocabulary."""
     rows = [[id for id in tokenizer.encode(text)[:MAX_TOKENS] if id < vocab_size] for text in TEXTS]
     return [row for row in rows if row] or [list(range(min(32, vocab_size)))]
 
 
 @torch.no_grad()
 def logits_of(model: torch.nn.Module, rows: Sequence[list[int]]) -> list[torch.Tensor]:
-    """Return the logits (tokens x vocabulary, float32, on the CPU) for each row."""
+    """Return the logits of each row, [tokens, vocab_size], float32, on CPU."""
     device = next(model.parameters()).device
     model.eval()
     return [model(torch.tensor([row], device=device)).logits[0].float().cpu() for row in rows]
 
 
 def logits_of_folder(folder: Path, rows: Sequence[list[int]]) -> list[torch.Tensor]:
-    """Return the logits of a model folder, loaded as anybody would load it, computed in float32."""
+    """Return the logits of a model folder, loaded with `from_pretrained` in float32."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     return logits_of(model, rows)
 
 
-def compare(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor], dtype: torch.dtype) -> Agreement:
+def compare(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], dtype: torch.dtype) -> Agreement:
     """Compare the logits of base + adapter with those of the merged model.
 
     Args:
-        dtype: what the merged weights are stored in; it says how far they may lie apart.
+        expected: logits of base + adapter, [tokens, vocab_size] for each row.
+        actual: logits of the merged model.
+        dtype: of the merged weights; it sets the limit.
     """
-    before, after = torch.cat(list(expected)), torch.cat(list(found))
+    before, after = torch.cat(list(expected)), torch.cat(list(actual))
     difference = (before - after).abs() / before.std()
     kl = torch.nn.functional.kl_div(after.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="none")
     return Agreement(

@@ -1,1 +1,1 @@
-"""Weights: the frozen base model, whole or quantised, and the adapter on it."""
+"""The frozen base model, quantized or not, and its adapter."""

@@ -1,4 +1,4 @@
-"""LoRA on the base through PEFT, and what of it is trainable."""
+"""The LoRA adapter, created with PEFT, and its trainable parameters."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def add_adapter(
     autocast: bool,
     masters: bool = False,
 ) -> PeftModel:
-    """Put a fresh adapter on a frozen base.
+    """Add a new adapter to a frozen base.
 
     Args:
-        seed: the adapter's first weights are a function of it; every rank draws the same.
-        autocast: whether forwards run under mixed precision.
-        masters: whether a DeepSpeed engine in 16 bits will train it: it keeps float32 masters of its own, and wants
-            all parameters in the base's dtype.
+        seed: seed of the initial weights, which are the same on every rank.
+        autocast: whether forwards run under autocast.
+        masters: whether a DeepSpeed engine in 16 bits trains the adapter. It keeps float32 masters itself and needs all
+            parameters in the base's dtype.
 
     Raises:
-        ConfigError: no module has such a name, PEFT refuses a field, or a 16-bit bias would be trained in 16 bits.
+        ConfigError: no module matches target_modules, PEFT rejects a field, or a bias would be trained in 16 bits.
     """
     if getattr(base, "is_quantized", False):
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
@@ -42,20 +42,20 @@ def add_adapter(
             warnings.simplefilter("always")
             model = get_peft_model(base, lora_config(section), autocast_adapter_dtype=True)
     except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"adapter: PEFT refuses it: {error}{_linear_names(base, error)}") from None
+        raise ConfigError(f"adapter: PEFT rejects the config: {error}{_linear_names(base, error)}") from None
     if any("tie_word_embeddings" in str(warning.message) for warning in caught):
         raise ConfigError(
-            "adapter.target_modules: this model's input and output embeddings are one tensor; LoRA on either merges "
-            "wrong. Leave lm_head and embed_tokens out, or set adapter.ensure_weight_tying=true"
+            "adapter.target_modules: this model's input and output embeddings are one tensor, so LoRA on either cannot "
+            "be merged correctly. Remove lm_head and embed_tokens, or set adapter.ensure_weight_tying=true"
         )
     if masters:
         for parameter in trainable_parameters(model).values():
             parameter.data = parameter.data.to(base.dtype)
     else:
-        _hold_in_fp32(model, autocast)
+        _train_in_fp32(model, autocast)
     if autocast:
-        # Autocast casts what a product needs. PEFT would first cast every activation up to the adapter's float32, and
-        # dropout would run in it: more than half of a step on CPU.
+        # Autocast casts the inputs of each matrix product. PEFT would also cast all activations to the adapter's
+        # float32 before dropout, which takes more than half of a step on CPU.
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
                 module.cast_input_dtype_enabled = False
@@ -63,23 +63,23 @@ def add_adapter(
 
 
 def key_dropout(model: PeftModel) -> DropoutKeys:
-    """Replace the dropout of every LoRA layer by one that knows no cut of the step.
+    """Replace the dropout of every LoRA layer by keyed dropout (model/dropout.py).
 
     Returns:
-        The place where it reads the keys of the tokens in hand; see model/dropout.py.
+        Where the dropout layers read the keys of the current tokens.
     """
-    tokens = DropoutKeys()
+    token_keys = DropoutKeys()
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for number, layer in enumerate(layers):
         for name, dropout in layer.lora_dropout.items():
             if isinstance(dropout, torch.nn.Dropout):
-                keyed = KeyedDropout(dropout.p, number, layer.in_features, tokens)
+                keyed = KeyedDropout(dropout.p, number, layer.in_features, token_keys)
                 layer.lora_dropout[name] = keyed.to(layer.get_base_layer().weight.device)
-    return tokens
+    return token_keys
 
 
 def lora_config(section: AdapterSection) -> LoraConfig:
-    """Return the section in PEFT's words."""
+    """Return the section as PEFT's LoraConfig."""
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=section.r,
@@ -92,27 +92,28 @@ def lora_config(section: AdapterSection) -> LoraConfig:
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return what is trained, by name, in the model's order."""
+    """Return the trainable parameters by name, in the model's order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """Return (trainable, all). Packed 4-bit weights count as the weights they stand for."""
+    """Return the number of (trainable, all) parameters. Quantized weights count with their original shape."""
 
-    def size(parameter: torch.nn.Parameter) -> int:
+    def numel(parameter: torch.nn.Parameter) -> int:
         state = getattr(parameter, "quant_state", None)
-        whole = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves a part of it here
-        return int(state.shape.numel()) if state is not None else int(whole)
+        if state is not None:
+            return int(state.shape.numel())
+        return int(getattr(parameter, "ds_numel", parameter.numel()))  # under ZeRO-3, numel() is that of the shard
 
-    counts = [(size(parameter), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
+    counts = [(numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(count for count, trainable in counts if trainable), sum(count for count, _ in counts)
 
 
-def _hold_in_fp32(model: PeftModel, autocast: bool) -> None:
-    """Train in float32 whatever the base is held in: 16 bits would swallow small updates.
+def _train_in_fp32(model: PeftModel, autocast: bool) -> None:
+    """Cast the trainable parameters to float32, whatever the base's dtype: 16 bits would round small updates to zero.
 
-    PEFT has done so for LoRA's own matrices. A bias enters the base's own product, which wants one dtype unless
-    autocast sees to it.
+    PEFT has cast the LoRA matrices. A bias is an operand of the base's own matrix product, which needs one dtype unless
+    autocast casts it.
     """
     for name, parameter in trainable_parameters(model).items():
         if parameter.dtype == torch.float32:
@@ -129,4 +130,4 @@ def _linear_names(base: PreTrainedModel, error: Exception) -> str:
     if "not found in the base model" not in str(error):
         return ""
     names = {name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
-    return f" Its linear modules are {', '.join(sorted(names))}; all-linear takes them all but the head."
+    return f" Its linear modules are {', '.join(sorted(names))}; all-linear selects all of them except the head."

@@ -1,4 +1,4 @@
-"""The frozen base model. The only place that knows bitsandbytes."""
+"""The frozen base model. The only module that uses bitsandbytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lora_accel.config.schema import ModelSection, QuantizationSection
-from lora_accel.errors import ArtifactError, ConfigError
+from lora_accel.errors import ArtifactError, ConfigError, first_line
 from lora_accel.model.device import detect_device, native_dtype
 from lora_accel.model.tokenizer import check_folder, not_loaded
 
@@ -27,14 +27,14 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_dtype(
     section: ModelSection, mixed_precision: str, device: torch.device | None, kept: str | None = None
 ) -> torch.dtype | str:
-    """Return the dtype of the base.
+    """Return the dtype of the base; `auto` = as stored.
 
-    `auto` follows mixed precision, since autocast would cast a frozen float32 base again at every forward. Without it
-    the base is loaded as stored, or in float32 where the device only emulates that.
+    `model.dtype: auto` follows mixed precision, since autocast would cast a frozen float32 base in every forward.
+    Without mixed precision the base is loaded as stored, or in float32 if the device only emulates the stored dtype.
 
     Args:
-        device: where it computes; None = this machine's accelerator, or else its CPU.
-        kept: what the checkpoint that is resumed was trained on, by name; `auto` = as stored.
+        device: the device that computes; None = this machine's accelerator, or its CPU.
+        kept: name of the base's dtype in the checkpoint to resume from (`auto` = as stored); None = a new run.
     """
     if section.dtype != "auto":
         return DTYPES[section.dtype]
@@ -46,10 +46,10 @@ def choose_dtype(
 
 
 def stored_dtype(section: ModelSection) -> torch.dtype:
-    """Return the dtype that the config of a base names; float32 if it names none.
+    """Return the dtype in the config of a base; float32 if it has none.
 
     Raises:
-        ArtifactError: there is no such model.
+        ArtifactError: the model does not exist.
     """
     try:
         config = AutoConfig.from_pretrained(
@@ -61,10 +61,13 @@ def stored_dtype(section: ModelSection) -> torch.dtype:
 
 
 def check_zero3_dtype(section: ModelSection, device: torch.device, kept: str | None) -> None:
-    """Raise if ZeRO-3 without mixed precision would turn a base in 16 bits into float32. Arguments: `choose_dtype`.
+    """Check that ZeRO-3 without mixed precision, which loads every base in float32, does not change its dtype.
+
+    Args:
+        device, kept: see `choose_dtype`.
 
     Raises:
-        ConfigError: model.dtype is auto, and the base would be in 16 bits on other backends.
+        ConfigError: model.dtype is auto, and other backends would load the base in 16 bits.
     """
     if section.dtype != "auto":
         return
@@ -86,15 +89,15 @@ def load_base_model(
     device: torch.device | None = None,
     kept_dtype: str | None = None,
 ) -> PreTrainedModel:
-    """Load the base model, frozen, without a key-value cache.
+    """Load the base model, frozen and without key-value cache.
 
     Args:
-        mixed_precision: no, bf16 or fp16; with `kept_dtype` it decides the dtype, see `choose_dtype`.
-        device: where it computes. A quantized model is put there; another stays on the CPU for `prepare`.
+        mixed_precision, kept_dtype: decide the dtype, see `choose_dtype`.
+        device: the device that computes. A quantized model is loaded onto it; others stay on the CPU until `prepare`.
 
     Raises:
-        ArtifactError: there is no such model, or its files cannot be read or lie elsewhere.
-        ConfigError: the attention implementation or the quantisation is not to be had here.
+        ArtifactError: the model does not exist, its files cannot be read, or its index names files outside its folder.
+        ConfigError: the attention implementation or the quantization is not available here.
     """
     check_folder(section)
     dtype = choose_dtype(section, mixed_precision, device, kept_dtype)
@@ -122,10 +125,10 @@ def load_base_model(
 
 
 def build_on_meta_device(config: PretrainedConfig) -> PreTrainedModel:
-    """Return a model of a config whose tensors have shapes and nothing in them (torch's meta device).
+    """Return the model of a config on the meta device.
 
     Raises:
-        ArtifactError: it is no config of a causal language model.
+        ArtifactError: the config does not describe a causal language model.
     """
     try:
         with torch.device("meta"):
@@ -133,58 +136,58 @@ def build_on_meta_device(config: PretrainedConfig) -> PreTrainedModel:
                 config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
             )
     except ValueError as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise ArtifactError(f"{config.name_or_path or 'config.json'}: no model can be built: {reason}") from None
     return model.eval()
 
 
 def quantized_names(model: PreTrainedModel) -> set[str]:
-    """Return the names of the weights that loading in 4 bits packs: those of linear layers, the head apart."""
-    kept = get_keys_to_not_convert(model)
+    """Return the names of the weights that loading in 4 bits quantizes: those of linear layers except the head."""
+    excluded = get_keys_to_not_convert(model)
     return {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept)
+        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, excluded)
     }
 
 
 def quantize_round_trip(
     weight: torch.Tensor, quantization: QuantizationSection, *, transposed: bool = False
 ) -> torch.Tensor:
-    """Return a weight as a 4-bit base computes with it: packed, and unpacked to the dtype it had.
+    """Return a weight with the values that a 4-bit base computes with: quantized and dequantized to its dtype.
 
     Args:
-        weight: out x in, or in x out if `transposed` (transformers' Conv1D), in the dtype of training.
+        weight: [out, in] in the dtype of training; [in, out] if `transposed` (transformers' Conv1D).
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    packed, state = quantize_4bit(
+    quantized, state = quantize_4bit(
         (weight.T if transposed else weight).contiguous(),
         compress_statistics=quantization.double_quant,
         quant_type=quantization.type,
     )
-    whole: torch.Tensor = dequantize_4bit(packed, state)
-    return whole.T if transposed else whole
+    dequantized: torch.Tensor = dequantize_4bit(quantized, state)
+    return dequantized.T if transposed else dequantized
 
 
 def check_index_paths(folder: Path) -> None:
-    """Refuse weights whose index names files outside their own folder: transformers would read these.
+    """Check that the weight index names only files in its own folder: transformers would read any path.
 
     Raises:
-        ArtifactError: it does, or is no index.
+        ArtifactError: the index names a file outside its folder, or is not a weight index.
     """
     for index in sorted(folder.glob("*.index.json")):
         try:
             files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ArtifactError(f"{index}: is no index of weights") from None
+            raise ArtifactError(f"{index}: is not a weight index") from None
         for file in files:
             if not isinstance(file, str) or file != Path(file).name:
                 raise ArtifactError(f"{index}: names {file!r}, which is outside its folder")
 
 
 def _bitsandbytes_config(quantization: QuantizationSection, dtype: torch.dtype | str) -> BitsAndBytesConfig:
-    # Without the optional `kernels` package it warns once per layer on CPU and takes the ordinary road.
+    # Without the optional `kernels` package bitsandbytes warns once per layer on CPU and uses its default kernel.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if quantization.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)

@@ -1,6 +1,6 @@
-"""What this machine's device computes natively, from its capabilities, and what follows: precision, dtype, kernels.
+"""Native dtypes of a device, and the precision, dtype and kernels selected from them.
 
-Nothing here is decided by timing. `slowdown` measures, for a warning only.
+Decisions follow from the device's capabilities only. `slowdown` measures time for a warning.
 """
 
 from __future__ import annotations
@@ -13,69 +13,69 @@ from typing import Any, NamedTuple
 import torch
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What matrix products are computed in under each mixed precision."""
+"""Mixed precision -> dtype of matrix products."""
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-"""CPU features of which each multiplies bfloat16 matrices: x86, then ARM."""
+"""CPU features with bfloat16 matrix instructions: x86, then ARM."""
 CPU_FP16 = ("avx512_fp16", "amx_fp16", "fp16_arith")
 ROCM_BF16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 """AMD architectures with bfloat16 matrix instructions: MI100 and later, RDNA 3 and later."""
 FUSED_ADAMW = frozenset({"cpu", "cuda", "rocm", "xpu", "mps"})
-"""Kinds of devices with a fused AdamW in torch."""
+"""Kinds of devices for which torch has a fused AdamW."""
 
 
 class Device(NamedTuple):
-    """A kind of device and the capabilities that decide what it computes natively."""
+    """A kind of device and the capabilities that determine its native dtypes."""
 
     kind: str
     """cuda | rocm | xpu | npu | mps | cpu | another of torch's device types."""
     capability: tuple[int, int] | None = None
-    """CUDA's compute capability."""
+    """Compute capability, CUDA only."""
     features: frozenset[str] = frozenset()
-    """CPU flags, AMD's architecture, or `bf16` and `fp16` where the backend reports them."""
+    """CPU flags, AMD architecture, or `bf16` and `fp16` as reported by other backends."""
 
 
 @functools.cache
-def detect_device(place: torch.device | None = None) -> Device:
-    """Return a device's capabilities.
+def detect_device(device: torch.device | None = None) -> Device:
+    """Return a device's kind and capabilities.
 
     Args:
-        place: the device that is meant; None = the accelerator of this machine, or else its CPU.
+        device: None = this machine's accelerator, or its CPU if there is none.
     """
-    if place is None and torch.accelerator.is_available():
-        place = torch.accelerator.current_accelerator()
-    if place is None or place.type == "cpu":
+    if device is None and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+    if device is None or device.type == "cpu":
         return Device("cpu", features=_cpu_features())
-    if place.type == "cuda" and torch.version.hip:
-        return Device("rocm", features=frozenset({torch.cuda.get_device_properties(place).gcnArchName.split(":")[0]}))
-    if place.type == "cuda":
-        return Device("cuda", torch.cuda.get_device_capability(place))
-    return Device(place.type, features=_reported(place.type))
+    if device.type == "cuda" and torch.version.hip:
+        return Device("rocm", features=frozenset({torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]}))
+    if device.type == "cuda":
+        return Device("cuda", torch.cuda.get_device_capability(device))
+    return Device(device.type, features=_reported_features(device.type))
 
 
 def native_dtypes(device: Device) -> frozenset[torch.dtype]:
-    """Return the floating-point dtypes that a device multiplies matrices in without emulation."""
-    found = {torch.float32}
+    """Return the floating-point dtypes in which a device multiplies matrices without emulation."""
+    dtypes = {torch.float32}
     if device.kind == "cuda":
         assert device.capability is not None
         # https://docs.nvidia.com/cuda/cuda-c-programming-guide: bfloat16 from 8.0, float16 from 5.3.
-        found |= {torch.float16} if device.capability >= (5, 3) else set()
-        found |= {torch.bfloat16} if device.capability >= (8, 0) else set()
+        dtypes |= {torch.float16} if device.capability >= (5, 3) else set()
+        dtypes |= {torch.bfloat16} if device.capability >= (8, 0) else set()
     elif device.kind == "rocm":
-        found |= {torch.float16}
-        found |= {torch.bfloat16} if any(name.startswith(ROCM_BF16) for name in device.features) else set()
+        dtypes |= {torch.float16}
+        dtypes |= {torch.bfloat16} if any(name.startswith(ROCM_BF16) for name in device.features) else set()
     elif device.kind == "cpu":
-        found |= {torch.bfloat16} if device.features.intersection(CPU_BF16) else set()
-        found |= {torch.float16} if device.features.intersection(CPU_FP16) else set()
+        dtypes |= {torch.bfloat16} if device.features.intersection(CPU_BF16) else set()
+        dtypes |= {torch.float16} if device.features.intersection(CPU_FP16) else set()
     else:
-        found |= {torch.bfloat16} if "bf16" in device.features else set()
-        found |= {torch.float16} if "fp16" in device.features else set()
-    return frozenset(found)
+        dtypes |= {torch.bfloat16} if "bf16" in device.features else set()
+        dtypes |= {torch.float16} if "fp16" in device.features else set()
+    return frozenset(dtypes)
 
 
 def native_precision(device: Device) -> tuple[str, str]:
-    """Return the mixed precision for a device, and the reason for a person to read.
+    """Return the default mixed precision of a device, and the reason to print.
 
-    bf16 where it is native; fp16 on other accelerators that have float16, whose loss scale is tested there; else no.
+    bf16 if native; else fp16 on accelerators with native float16, except MPS; else no.
     """
     dtypes, name = native_dtypes(device), describe(device)
     if torch.bfloat16 in dtypes:
@@ -86,18 +86,21 @@ def native_precision(device: Device) -> tuple[str, str]:
 
 
 def native_dtype(device: Device, stored: torch.dtype) -> torch.dtype:
-    """Return the dtype in which weights stored in `stored` are computed with: float32 where that one is emulated."""
+    """Return the dtype to compute in with weights stored as `stored`: float32 if the device emulates that one."""
     return stored if stored in native_dtypes(device) else torch.float32
 
 
 def attention_kernel(
     device: Device, dtype: torch.dtype, head_size: int, value_size: int, *, softcap: float | None = None
 ) -> str:
-    """Return which of its two kernels packed attention dispatches to: varlen or blockwise.
+    """Return the kernel of packed attention: varlen or blockwise.
 
-    torch's `varlen_attn` is FlashAttention 2. It raises for anything else than 16 bits, heads of a multiple of 8 up to
-    256 (it does not pad), and compute capability 8.0; backward with heads of 193 to 224 has no kernel on 8.6, 8.9 and
-    12.x (torch: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). It knows no soft cap. AMD's is not tested here.
+    torch's `varlen_attn` is FlashAttention 2. It needs compute capability 8.0, 16 bits, a head size that is a multiple
+    of 8 (it does not pad) and at most 256, and no softcap. With head sizes of 193 to 224 there is no backward kernel on
+    8.6, 8.9 and 12.x (torch: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). Not tested on AMD.
+
+    Args:
+        head_size, value_size: last dimension of query and key, and of value.
     """
     if device.kind != "cuda" or device.capability is None or device.capability < (8, 0):
         return "blockwise"
@@ -113,12 +116,12 @@ def attention_kernel(
 
 
 def has_fused_adamw(device: Device) -> bool:
-    """Whether torch updates all parameters in one kernel on this device."""
+    """Whether torch has a fused AdamW for this device."""
     return device.kind in FUSED_ADAMW
 
 
 def describe(device: Device) -> str:
-    """Return the device and what decides of it, for a person to read."""
+    """Return a description of the device for messages."""
     if device.kind == "cuda" and device.capability is not None:
         return f"this GPU (compute capability {device.capability[0]}.{device.capability[1]})"
     if device.kind == "rocm":
@@ -127,7 +130,7 @@ def describe(device: Device) -> str:
 
 
 def emulation_warning(device: Device, precision: str, option: str) -> str | None:
-    """Return a warning if a device only emulates a mixed precision, with the slowdown measured here; else None.
+    """Return a warning if a device only emulates a mixed precision, with the measured slowdown; else None.
 
     Args:
         option: the override that avoids it.
@@ -143,18 +146,18 @@ def emulation_warning(device: Device, precision: str, option: str) -> str | None
 
 
 def slowdown(device: Device, dtype: torch.dtype) -> float:
-    """Measure how many times as long as in float32 a small matrix product takes: tens of milliseconds."""
-    place = {"rocm": "cuda"}.get(device.kind, device.kind)
+    """Measure the time of a small matrix product relative to float32. Takes tens of milliseconds."""
+    device_type = {"rocm": "cuda"}.get(device.kind, device.kind)
 
     def seconds(dtype: torch.dtype) -> float:
-        left, right = (torch.ones(shape, dtype=dtype, device=place) for shape in ((64, 576), (576, 576)))
+        left, right = (torch.ones(shape, dtype=dtype, device=device_type) for shape in ((64, 576), (576, 576)))
         times = []
         for _ in range(4):  # the first one warms up
-            begin = time.perf_counter()
+            start = time.perf_counter()
             left @ right
-            if place != "cpu":
+            if device_type != "cpu":
                 torch.accelerator.synchronize()
-            times.append(time.perf_counter() - begin)
+            times.append(time.perf_counter() - start)
         return min(times[1:])
 
     return seconds(dtype) / seconds(torch.float32)
@@ -171,15 +174,15 @@ def _cpu_features() -> frozenset[str]:
     return frozenset(name for name, check in checks.items() if check is not None and check())
 
 
-def _reported(kind: str) -> frozenset[str]:
-    """Return what the backend of an accelerator that is not CUDA or ROCm reports."""
+def _reported_features(kind: str) -> frozenset[str]:
+    """Return the features that the backend of an accelerator other than CUDA or ROCm reports."""
     if kind == "mps":
-        newer = int((platform.mac_ver()[0] or "0").split(".")[0]) >= 14  # Metal has bfloat16 from macOS 14 on
-        return frozenset({"fp16", "bf16"} if newer else {"fp16"})
+        has_bf16 = int((platform.mac_ver()[0] or "0").split(".")[0]) >= 14  # macOS 14 added bfloat16 to Metal
+        return frozenset({"fp16", "bf16"} if has_bf16 else {"fp16"})
     if kind == "xpu":
-        told = torch.xpu.get_device_capability()
+        capability = torch.xpu.get_device_capability()
         names = {"has_fp16": "fp16", "has_bfloat16_conversions": "bf16"}
-        return frozenset(feature for key, feature in names.items() if told.get(key))
+        return frozenset(feature for key, feature in names.items() if capability.get(key))
     module = getattr(torch, kind, None)
     is_bf16_supported = getattr(module, "is_bf16_supported", None)
     return frozenset({"fp16", "bf16"} if is_bf16_supported is not None and is_bf16_supported() else {"fp16"})

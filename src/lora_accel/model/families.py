@@ -1,7 +1,7 @@
-"""What is proven of each model family: packing, the fused loss, and the norms and gates that this package computes.
+"""What each model family supports: packing, the fused loss, and the patched norms and gates.
 
-To add a family, add it to `FAMILIES` and run tests/model: each entry is tested against transformers' own results. A
-model type that is not listed trains too, with padded rows and transformers' own modules.
+To add a family, add it to `FAMILIES` and run tests/model, which test each entry against transformers. A model type that
+is not listed trains with padded rows and the modules of transformers.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from packaging.version import Version
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Proven properties of a model type."""
+    """Tested properties of a model type."""
 
     packs: bool = True
-    """No example in a packed row sees another (tests/model/test_attention.py)."""
+    """Whether it supports packing: examples in a packed row attend only to themselves."""
     head: bool = True
-    """Logits are `head(hidden)`, scaled and capped as the config says (tests/model/test_fused_loss.py)."""
+    """Whether it supports the fused loss: logits are `head(hidden)`, scaled and capped as in the config."""
     norm: str | None = None
-    """The class that computes `weight * (x / rms(x))`, the quotient rounded first (tests/model/test_kernels.py)."""
+    """Its class that computes `weight * (x / rms(x))` and rounds the quotient first."""
     gate: str | None = None
-    """The class that computes `down_proj(silu(gate_proj(x)) * up_proj(x))` (tests/model/test_kernels.py)."""
+    """Its class that computes `down_proj(silu(gate_proj(x)) * up_proj(x))`."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -37,7 +37,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(),
     "gemma3_text": Family(),
     "glm": Family(norm="GlmRMSNorm"),
-    # Before transformers 5.3 GPT-2's language model does not pass keyword arguments, such as segments, to its layers.
+    # Before transformers 5.3, GPT-2 does not pass keyword arguments (here: `segments`) to its layers.
     "gpt2": Family(packs=Version(transformers.__version__) >= Version("5.3")),
     "gpt_neox": Family(),
     "granite": Family(norm="GraniteRMSNorm", gate="GraniteMLP"),

@@ -1,6 +1,6 @@
 """The head and the loss in one: logits are computed chunk by chunk, only at logit positions, and never stored.
 
-The loss is computed inside the model's forward, because DDP and ZeRO look after nothing that is computed outside it.
+The loss is computed inside the model's forward: DDP and ZeRO synchronize only what a forward computes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHUNK_NUMEL = 2**24
 """Logits computed at once: 32 MiB in 16 bits, whatever the vocabulary size."""
 
 SOFTMAX_NUMEL = 2**22
-"""Of these, logits that go through softmax at once on CPU: their float32 copy stays in the cache."""
+"""Logits that go through softmax at once on CPU, so that their float32 copy stays in the cache."""
 
 
 def patch_fused_loss(base: Any) -> bool:

@@ -1,8 +1,7 @@
-"""Norms and gates of the base that keep nothing for the way back but what they are given.
+"""Norms and gates that save only their inputs for backward.
 
-Autograd would keep a norm's float32 copy of its input and a gate's activation: a third of all that a frozen layer
-keeps. Here both are made again on the way back. The results are transformers' own to the bit; gradients differ by their
-last.
+Autograd would also save a norm's float32 copy of its input and a gate's activation: a third of what a frozen layer
+saves. Here both are recomputed in backward. Outputs are bitwise those of transformers; gradients differ by rounding.
 """
 
 from __future__ import annotations
@@ -19,34 +18,34 @@ from transformers.activations import SiLUActivation
 from lora_accel.model.families import GATES, NORMS
 
 ROWS = 256
-"""Rows of a norm that are worked on together on CPU: they stay in its cache."""
+"""Rows of a norm that are computed at once on CPU, so that they stay in its cache."""
 
 
 def patch_norms_and_gates(model: nn.Module) -> None:
-    """Let a frozen model's norms and gates of known classes compute as said above."""
+    """Patch the frozen norms and the gates of a model, if `NORMS` or `GATES` lists their class."""
     for module in model.modules():
         if not type(module).__module__.startswith("transformers.models."):
             continue
         if type(module).__name__ in NORMS and not module.weight.requires_grad:
-            module.forward = functools.partial(_norm, module)
+            module.forward = functools.partial(_rms_norm, module)
         elif type(module).__name__ in GATES and isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
-            module.forward = functools.partial(_gated, module)
+            module.forward = functools.partial(_gated_mlp, module)
 
 
-def _norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+def _rms_norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     normed: torch.Tensor = _RMSNorm.apply(hidden_states, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
     return normed
 
 
-def _gated(module: Any, x: torch.Tensor) -> torch.Tensor:
+def _gated_mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
     down: torch.Tensor = module.down_proj(_Gate.apply(module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-untyped-call]
     return down
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Zhang & Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467.
+    """RMSNorm: Zhang & Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467.
 
-    With n = x / rms and d = g * weight, the gradient of x is (d - n * mean(n * d)) / rms.
+    With n = x / rms and d = grad * weight, the gradient of x is (d - n * mean(n * d)) / rms.
     """
 
     @staticmethod
@@ -65,11 +64,11 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         flat, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
-        of_x = torch.empty_like(flat)
+        grad_x = torch.empty_like(flat)
         for rows in _rows(flat):
             n, d = flat[rows] * scale[rows], (grad[rows] * weight).float()
-            of_x[rows] = d.sub_(n.mul_((n * d).mean(-1, keepdim=True))).mul_(scale[rows])
-        return of_x.view(x.shape), None, None
+            grad_x[rows] = d.sub_(n.mul_((n * d).mean(-1, keepdim=True))).mul_(scale[rows])
+        return grad_x.view(x.shape), None, None
 
 
 class _Gate(torch.autograd.Function):

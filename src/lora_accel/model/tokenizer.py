@@ -1,4 +1,4 @@
-"""The base model's tokenizer. Imports torch only when it is loaded."""
+"""The base model's tokenizer. Imports transformers only to load one."""
 
 from __future__ import annotations
 
@@ -7,28 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from lora_accel.config.schema import ModelSection
-from lora_accel.errors import ArtifactError
+from lora_accel.errors import ArtifactError, first_line
 
 FILES = (
     *("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja"),
     "chat_template.json",
 )
-"""What a tokenizer and its chat template are made of."""
-
+"""Files that define a tokenizer and its chat template."""
 
 QUICKSTART_MODEL = "SmolLM2-135M-Instruct"
-"""What scripts/fetch_model.py makes."""
+"""The model that scripts/fetch_model.py creates."""
 
 
 def load_tokenizer(section: ModelSection) -> Any:
-    """Load the tokenizer, with a pad token.
+    """Load the tokenizer of the base, with a pad token.
 
-    Where it has none, the end token pads: the vocabulary keeps its size, and since labels are masked by position the
-    end token is still learned where it belongs. The unknown token never pads, since it may stand in real text.
+    If it has no pad token, its end token is used: the vocabulary keeps its size, and end tokens within examples stay
+    supervised, since labels are masked by position. The unknown token is never used, since real text may contain it.
 
     Raises:
-        ArtifactError: there is no such model, or its tokenizer has neither a pad nor an end token.
+        ArtifactError: the model does not exist, or its tokenizer has neither a pad nor an end token.
     """
     from transformers import AutoTokenizer
 
@@ -39,7 +38,7 @@ def load_tokenizer(section: ModelSection) -> Any:
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
         )
-    except Exception as error:  # tokenizers, in Rust, raises no kind of its own
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise ArtifactError(not_loaded(section, "tokenizer", error)) from None
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.unk_token_id:
         if tokenizer.eos_token is None:
@@ -52,15 +51,15 @@ def load_tokenizer(section: ModelSection) -> Any:
 
 
 def tokenizer_fingerprint(section: ModelSection) -> str | None:
-    """Return a hash of the bytes that a tokenizer is made of; None if they are not on this disk yet."""
+    """Return a hash of the tokenizer's files; None if they are not downloaded yet."""
     digest = hashlib.sha256()
-    found = [(name, file) for name in FILES if (file := _file_of(section, name)) is not None]
-    for name, file in found:
+    files = [(name, file) for name in FILES if (file := _local_file(section, name)) is not None]
+    for name, file in files:
         digest.update(f"{name} {file.stat().st_size} ".encode() + file.read_bytes())
-    return digest.hexdigest() if found else None
+    return digest.hexdigest() if files else None
 
 
-def _file_of(section: ModelSection, name: str) -> Path | None:
+def _local_file(section: ModelSection, name: str) -> Path | None:
     folder = Path(section.name_or_path)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
@@ -69,44 +68,48 @@ def _file_of(section: ModelSection, name: str) -> Path | None:
 
     try:
         cached = try_to_load_from_cache(section.name_or_path, name, revision=section.revision)
-    except HFValidationError:  # no such id can be
+    except HFValidationError:  # not a valid Hub id
         return None
     return Path(cached) if isinstance(cached, str) else None
 
 
 def check_folder(section: ModelSection) -> None:
-    """Check that a model's folder exists, where its name cannot be a Hub id: the Hub is not asked then.
+    """Check that the model's folder exists, if its name cannot be a Hub id.
 
     Raises:
-        ArtifactError: there is no such folder.
+        ArtifactError: the folder does not exist.
     """
     if _is_local(section.name_or_path) and not Path(section.name_or_path).is_dir():
         raise ArtifactError(not_loaded(section, "model", FileNotFoundError()))
 
 
 def not_loaded(section: ModelSection, what: str, error: Exception) -> str:
-    """Return the message of a model, or a part of one, that cannot be loaded."""
+    """Return the error message for a model, or a part of it, that cannot be loaded.
+
+    Args:
+        what: model, tokenizer or config.
+    """
     name = section.name_or_path
-    reason = str(error).strip().split("\n")[0]
+    reason = first_line(error)
     if section.attention != "auto" and section.attention in str(error):
-        return f"model.attention: {section.attention!r} cannot be used here: {reason} (auto lets transformers choose)"
+        return f"model.attention: {section.attention!r} is not available: {reason} (auto = transformers' choice)"
     if _is_local(name) and not Path(name).is_dir():
         reason = "there is no such folder"
         if not Path(name).is_absolute():
-            reason += f"; relative paths are taken from the folder the command runs in, {Path.cwd()}"
+            reason += f"; paths are relative to the working directory, {Path.cwd()}"
     return (
-        f"model.name_or_path: the {what} of {name!r} cannot be loaded: {reason}. {_way_to_get(name)}"
-        "Give a Hub id or a folder with config.json, *.safetensors and tokenizer.json, in model.name_or_path or --base."
+        f"model.name_or_path: the {what} of {name!r} cannot be loaded: {reason}. {_download_hint(name)}"
+        "Set model.name_or_path or --base to a Hub id or a folder with config.json, *.safetensors and tokenizer.json."
     )
 
 
 def _is_local(name: str) -> bool:
-    """Whether a name can only be a path: a Hub id is NAME or OWNER/NAME, and no owner is called models."""
+    """Whether a name can only be a path. A Hub id is NAME or OWNER/NAME, and no owner has the name `models`."""
     return name.startswith((".", "/", "~", "models/")) or name.count("/") > 1 or "\\" in name
 
 
-def _way_to_get(name: str) -> str:
-    """Return how to get the quickstart's model, where a name means it or its folder."""
+def _download_hint(name: str) -> str:
+    """Return how to get the quickstart model, if the name refers to it."""
     if Path(name).name != QUICKSTART_MODEL and not name.startswith("models/"):
         return ""
     return f"In a clone of lora_accel, scripts/fetch_model.py creates models/{QUICKSTART_MODEL} without the Hub. "

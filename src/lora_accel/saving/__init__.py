@@ -1,1 +1,1 @@
-"""What outlives the process: adapters, checkpoints, merged models, and where each came from."""
+"""Everything a run writes: adapters, checkpoints, provenance, run status and the lock of the run folder."""

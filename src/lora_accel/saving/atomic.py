@@ -1,4 +1,4 @@
-"""A folder appears whole or not at all; a small file likewise. What a process that died here left is put right."""
+"""Atomic writes of folders and small files, manifests that detect later damage, and cleanup after a crash."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from lora_accel.faults import fault_point
 
 MANIFEST = "manifest.json"
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(writing|older|deleting)")
-"""What stands beside a folder or file while it is written, replaced or deleted."""
+"""Name of the sibling that exists while a folder or file is written, replaced or deleted."""
 
 
 @contextlib.contextmanager
 def atomic_folder(final: Path, hashes: Mapping[str, str] | None = None) -> Iterator[Path]:
-    """Give a temporary folder to write into, and put it in place of `final` if the block ends well.
+    """Yield a temporary folder to write into, and rename it to `final` if the block succeeds.
 
-    Files are synced, then the manifest with their sizes and SHA-256 is written, then one rename makes the folder
-    appear. An older folder of that name is moved away first and deleted last. If the block raises, nothing stays.
+    Files are synced, then the manifest with their sizes and SHA-256 is written, then one atomic rename publishes the
+    folder. An existing folder is renamed first and deleted last. If the block raises, the temporary folder is deleted.
 
     Args:
-        hashes: SHA-256 of files that are synced and hashed already when the block ends, by name.
+        hashes: SHA-256 by name, of files that the block has already synced and hashed.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     recover(final)
-    temporary, older = _beside(final, "writing"), _beside(final, "older")
+    temporary, older = _sibling(final, "writing"), _sibling(final, "older")
     temporary.mkdir()
     try:
         yield temporary
@@ -58,21 +58,21 @@ def atomic_folder(final: Path, hashes: Mapping[str, str] | None = None) -> Itera
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a committed folder: moved away first, so that it is never there in part."""
-    away = _beside(folder, "deleting")
-    shutil.rmtree(away, ignore_errors=True)
-    folder.rename(away)
+    """Delete a committed folder. It is renamed first: a crash never leaves a partial folder under the original name."""
+    renamed = _sibling(folder, "deleting")
+    shutil.rmtree(renamed, ignore_errors=True)
+    folder.rename(renamed)
     fault_point("rotate.mid")
-    shutil.rmtree(away)
+    shutil.rmtree(renamed)
 
 
 def recover(final: Path) -> None:
-    """Put right what a process left that died while it wrote, replaced or deleted this folder or file."""
-    older = _beside(final, "older")
+    """Clean up after a process that crashed while it wrote, replaced or deleted this folder or file."""
+    older = _sibling(final, "older")
     if older.exists() and not final.exists():
         older.rename(final)
-    for what in ("writing", "older", "deleting"):
-        leftover = _beside(final, what)
+    for suffix in ("writing", "older", "deleting"):
+        leftover = _sibling(final, suffix)
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:
@@ -80,7 +80,7 @@ def recover(final: Path) -> None:
 
 
 def recover_all(folder: Path) -> None:
-    """Put right what processes that died left in a folder that is this process's alone."""
+    """Clean up after crashed processes everywhere in a folder that only this process uses."""
     if folder.is_dir():
         for match in [LEFTOVER.fullmatch(path.name) for path in folder.iterdir()]:
             if match:
@@ -88,7 +88,11 @@ def recover_all(folder: Path) -> None:
 
 
 def write_manifest(folder: Path, hashes: Mapping[str, str] | None = None) -> None:
-    """Sync every file of a folder, then write the manifest that makes them count. `hashes`: see `atomic_folder`."""
+    """Sync every file of a folder, then write the manifest that commits them.
+
+    Args:
+        hashes: see `atomic_folder`.
+    """
     files, known = {}, hashes or {}
     for path in sorted(folder.rglob("*")):
         if path.name == MANIFEST and path.parent == folder:
@@ -102,16 +106,16 @@ def write_manifest(folder: Path, hashes: Mapping[str, str] | None = None) -> Non
 
 
 def why_invalid(folder: Path, *, required: tuple[str, ...] = (), hashes: bool = True) -> str | None:
-    """Return what is wrong with a committed folder, or None if every file is as its manifest says.
+    """Return why a committed folder is invalid, or None if every file matches the manifest.
 
     Args:
-        required: files that the manifest must name.
-        hashes: whether bytes are read; without it only names and sizes are compared.
+        required: files that the manifest must list.
+        hashes: Whether to read the files and compare their SHA-256; otherwise only names and sizes are compared.
     """
     if folder.is_symlink():
-        return "it is a link"
+        return "it is a symbolic link"
     if not (folder / MANIFEST).exists():
-        return f"{MANIFEST} is missing, so it was never finished"
+        return f"{MANIFEST} is missing: the folder was never completed"
     try:
         listed = read_json(folder / MANIFEST)["files"]
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
@@ -119,16 +123,16 @@ def why_invalid(folder: Path, *, required: tuple[str, ...] = (), hashes: bool = 
         return f"{MANIFEST} cannot be read"
     for name in required:
         if name not in files:
-            return f"{MANIFEST} does not name {name}"
+            return f"{MANIFEST} does not list {name}"
     for name, (size, sha256) in files.items():
         path = folder / name
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or not name.isprintable():
-            return f"{MANIFEST} names {name!a}, which is no file of the folder"
+            return f"{MANIFEST} lists {name!a}, which is not a file in this folder"
         try:
-            if path.resolve() != folder.resolve() / name or not path.is_file():  # a link leads elsewhere
+            if path.resolve() != folder.resolve() / name or not path.is_file():  # links are not followed
                 return f"{name} is missing"
             if path.stat().st_size != size or (hashes and sha256_of(path) != sha256):
-                return f"{name} is not what was written (size or SHA-256 differs)"
+                return f"{name} is corrupt (size or SHA-256 differs)"
         except OSError as error:
             return f"{name[:100]} cannot be read: {error.strerror}"
     return None
@@ -138,7 +142,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ArtifactError: the file is missing, or holds something else.
+        ArtifactError: the file is missing, or is not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -150,23 +154,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole."""
+    """Write a JSON file atomically."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole, as UTF-8."""
+    """Write a UTF-8 text file atomically."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a small file whole: temporary file, sync, rename, sync of the folder."""
-    beside = _beside(path, "writing")
-    with beside.open("wb") as file:
+    """Write a small file atomically: write a temporary file, sync, rename, sync the folder."""
+    temporary = _sibling(path, "writing")
+    with temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    temporary.replace(path)
     sync(path.parent)
 
 
@@ -179,12 +183,12 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _beside(path: Path, what: str) -> Path:
-    return path.with_name(f".{path.name}.{what}")
+def _sibling(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{suffix}")
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or the names in a folder are on the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -193,7 +197,7 @@ def sync(path: Path) -> None:
 
 
 def _fix_modes(folder: Path) -> None:
-    """Give files the mode that the umask asks for: safetensors makes them private."""
+    """Set file modes according to the umask: safetensors creates private files."""
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.rglob("*"):

@@ -1,4 +1,4 @@
-"""Checkpoints: the adapter, the optimizer's moments and one integer. They know no topology."""
+"""Checkpoints: the adapter, the optimizer's moments and a small JSON state, independent of backend and rank count."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from lora_accel.saving.atomic import atomic_folder, write_json
 from lora_accel.saving.discovery import OPTIMIZER, STATE, Checkpoint, prune, step_folders
 from lora_accel.saving.provenance import changes, changes_table, is_allowed, options_behind
 
-SPARE_BYTES = 100_000
-"""What a checkpoint holds beside its tensors, at most."""
+METADATA_BYTES = 100_000
+"""Upper bound for everything in a checkpoint except its tensors."""
 
 
 def save_checkpoint(
@@ -44,18 +44,23 @@ def save_checkpoint(
     optimizer_name: str = "adamw",
     keep_last: int,
     gather: str = "auto",
-    spare: str = "",
+    protected: str = "",
 ) -> Path:
-    """Save the state after `state["step"]` steps into `folder/step-…`. Every process calls this.
+    """Save the state after `state["step"]` steps as `folder/step-…`. Every rank calls this.
 
-    Only once the new one counts are older ones deleted.
+    Older checkpoints are deleted only after the new one is committed.
 
     Args:
-        optimizer_name: `training.optimizer`, which decides what moments there are.
-        spare: a checkpoint folder that is never deleted.
+        optimizer_name: `training.optimizer`, which determines the moments to save.
+        keep_last: number of checkpoints to keep.
+        gather: see `gather_adapter`.
+        protected: checkpoint folder that is never deleted.
+
+    Returns:
+        The new checkpoint's folder.
 
     Raises:
-        TrainingError: the disk is full, or a process failed; on all of them, and nothing saved before is touched.
+        TrainingError: on every rank, if the disk is full or a rank failed. Earlier checkpoints are left unchanged.
     """
     final = folder / f"step-{state['step']:08d}"
     peft_model = unwrap_peft_model(accelerator, model)
@@ -70,62 +75,64 @@ def save_checkpoint(
                 write_adapter(peft_model, adapter, temporary)
                 write_tensors(temporary / OPTIMIZER, moments)
                 write_json(temporary / STATE, state)
-            prune(folder, keep_last, spare)
+            prune(folder, keep_last, protected)
     return final
 
 
 def check_disk_space(
     accelerator: Accelerator, model: torch.nn.Module, folder: Path, keep_last: int, optimizer_name: str = "adamw"
 ) -> None:
-    """Check that the disk has room for all checkpoints that exist at one time, and for the final adapter.
+    """Check that the disk has space for all checkpoints that exist at the same time and for the final adapter.
 
     Args:
-        folder: of the checkpoints; its parent exists.
-        keep_last: checkpoints that are kept.
+        folder: checkpoint folder; its parent exists.
+        keep_last: number of checkpoints to keep.
 
     Raises:
-        ConfigError: less is free.
+        ConfigError: there is too little free space.
     """
     backend = backend_of(accelerator)
     parameters = adapter_parameters(unwrap_peft_model(accelerator, model)).values()
     num_tensors = 1 + len(OPTIMIZERS[optimizer_name].moments)
-    one = num_tensors * 4 * sum(backend.full_shape(p).numel() for p in parameters) + SPARE_BYTES  # float32
-    standing = sum(file.lstat().st_size for path in step_folders(folder) for file in path.iterdir())
-    needed = max((keep_last + 2) * one - standing, 2 * one)
+    numel = num_tensors * sum(backend.full_shape(parameter).numel() for parameter in parameters)
+    checkpoint_bytes = 4 * numel + METADATA_BYTES  # float32
+    existing = sum(file.lstat().st_size for path in step_folders(folder) for file in path.iterdir())
+    needed = max((keep_last + 2) * checkpoint_bytes - existing, 2 * checkpoint_bytes)
     free = shutil.disk_usage(folder.parent).free
     if free < needed:
         raise ConfigError(
             f"output_dir: {folder.parent} has {free / 1e6:,.1f} MB free, but {keep_last + 1} checkpoints of "
-            f"{one / 1e6:,.1f} MB and the adapter need {needed / 1e6:,.1f} MB; make room, or name another folder"
+            f"{checkpoint_bytes / 1e6:,.1f} MB and the adapter need {needed / 1e6:,.1f} MB; free up space, or choose "
+            "another output_dir"
         )
 
 
 def check_changes(checkpoint: Checkpoint, provenance: dict[str, Any], allowed: list[str]) -> list[str]:
-    """Refuse to go on with something else than what the checkpoint was made from.
+    """Check that nothing that changes the mathematics differs from what the checkpoint was created with.
 
     Args:
         allowed: `checkpoint.allow_changes`.
 
     Returns:
-        What has changed and is allowed to, a line each.
+        One line per change that `allowed` covers.
 
     Raises:
-        ArtifactError: the config, the data or the base differ in what changes the mathematics.
+        ArtifactError: something else has changed, or the checkpoint has no valid provenance.
     """
     try:
         differences = changes(checkpoint.state["provenance"], provenance)
     except (KeyError, TypeError, AttributeError):
-        raise ArtifactError(f"{checkpoint.folder / STATE}: does not say what it was made from") from None
-    refused = [(key, then, now) for key, then, now in differences if not is_allowed(key, allowed)]
-    if refused:
-        words: list[str] = []
-        for key, *_ in refused:
-            if not is_allowed(key, words):
-                words.append(options_behind(key)[0])
+        raise ArtifactError(f"{checkpoint.folder / STATE}: the provenance is missing or invalid") from None
+    rejected = [difference for difference in differences if not is_allowed(difference[0], allowed)]
+    if rejected:
+        options: list[str] = []
+        for key, *_ in rejected:
+            if not is_allowed(key, options):
+                options.append(options_behind(key)[0])
         raise ArtifactError(
-            f"{checkpoint.folder} was made from something else (checkpoint -> now):\n{changes_table(refused)}\n"
-            "Put these back to resume it, choose another output_dir, or go on with the change: "
-            f"'checkpoint.allow_changes=[{', '.join(words)}]'"
+            f"{checkpoint.folder} was created with different inputs (checkpoint -> now):\n{changes_table(rejected)}\n"
+            "Restore them, choose another output_dir, or allow the change and resume: "
+            f"'checkpoint.allow_changes=[{', '.join(options)}]'"
         )
     return changes_table(differences).splitlines()
 
@@ -141,7 +148,7 @@ def load_checkpoint(
     """Load a checkpoint into a prepared model and optimizer. Every rank calls this.
 
     Raises:
-        ArtifactError: its tensors are not those of this model and optimizer.
+        ArtifactError: its tensors do not match this model and optimizer.
     """
     backend, peft_model = backend_of(accelerator), unwrap_peft_model(accelerator, model)
     restore_adapter(peft_model, checkpoint.folder, backend)
@@ -154,7 +161,7 @@ def _moments(
     """Return the optimizer's moments in full, named `exp_avg.<parameter>` and so on.
 
     Args:
-        keep: whether this rank needs them; every rank must take part.
+        keep: Whether this rank needs them. Reading them is collective, so every rank calls this.
     """
     moments: State = {}
     for name, parameter in trainable_parameters(model).items():
@@ -185,6 +192,6 @@ def _restore_moments(
     moments = {
         parameter: {moment: saved[f"{moment}.{name}"] for moment in spec.moments} for name, parameter in trained.items()
     }
-    # Every step updates every parameter once, unless it was skipped.
+    # Every step updates every parameter once, unless the step was skipped.
     num_updates = checkpoint.step - checkpoint.skipped - checkpoint.overflowed
     backend.write_moments(optimizer, num_updates, moments)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which there are, which one it goes on from, which stay. Reads no tensors."""
+"""Find, select, quarantine and prune the checkpoints of a run. Reads no tensors."""
 
 from __future__ import annotations
 
@@ -16,161 +16,190 @@ CONFIG = "adapter_config.json"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 FILES = (WEIGHTS, CONFIG, OPTIMIZER, STATE)
-"""What a checkpoint holds beside its manifest."""
-ASIDE = ("corrupt", "superseded")
-"""What the name of a checkpoint begins with that a run does not go on from."""
+"""The files of a checkpoint besides its manifest."""
+QUARANTINED = ("corrupt", "superseded")
+"""Name prefixes of checkpoints that a run does not resume from."""
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint on disk whose manifest holds."""
+    """A checkpoint on disk that matches its manifest."""
 
     folder: Path
     state: dict[str, Any]
 
     @property
     def step(self) -> int:
-        """Return how many steps were done."""
+        """Return the number of completed steps."""
         return int(self.state["step"])
 
     @property
     def skipped(self) -> int:
-        """Return how many of them made no update, their loss or gradient norm not being finite."""
+        """Return how many of them made no update because the loss or gradient norm was not finite."""
         return int(self.state["skipped"])
 
     @property
     def overflowed(self) -> int:
-        """Return how many of them made no update, the loss scale being too large."""
+        """Return how many of them made no update because the loss scale was too large."""
         return int(self.state["overflowed"])
 
 
 class RunPrecision(NamedTuple):
-    """What a checkpoint was computed in."""
+    """The precision that a checkpoint was trained in."""
 
     mixed_precision: str
     base_dtype: str
-    """By name; `auto` = as stored, which older checkpoints do not name otherwise."""
+    """Name of the dtype; `auto` = as stored, for older checkpoints that do not record it."""
 
 
 class CheckpointSelection(NamedTuple):
-    """What a run goes on from, and what of its own folder has to step aside."""
+    """The checkpoint to resume from, and the run's own checkpoints to quarantine."""
 
     checkpoint: Checkpoint | None
-    """None = it begins afresh."""
+    """None = a new run."""
     parent_hash: str | None
-    """Hash of the manifest of the checkpoint that `checkpoint.resume` named, now or when the run began."""
+    """Manifest hash of the checkpoint that `checkpoint.resume` named, now or when the run began."""
     parent_path: str | None
     """Where that checkpoint was."""
-    damaged: dict[Path, str]
-    """Newer ones that cannot be used, with the reason."""
+    corrupt: dict[Path, str]
+    """Newer checkpoints that cannot be used, with the reason."""
     superseded: list[Path]
-    """Newer ones that do not descend from the one that is named."""
+    """Newer checkpoints that do not descend from the named one."""
 
 
 def find_checkpoint(folder: Path, resume: str) -> CheckpointSelection:
-    """Find what to go on from. Changes nothing.
+    """Select the checkpoint to resume from. Changes nothing on disk.
 
-    A named checkpoint says where the run begins. Once it has checkpoints that descend from it, it goes on from these:
-    the same command resumes.
+    A run begins from a named checkpoint. Once the run has checkpoints that descend from it, the newest of these is
+    selected, so the same command resumes.
 
     Args:
         folder: the run's checkpoints.
-        resume: auto = the newest valid one | never | a checkpoint folder.
+        resume: auto = the newest valid checkpoint | never | a checkpoint folder.
 
     Raises:
-        ArtifactError: the named one cannot be used, every one is damaged, or `never` meets a folder that has some.
+        ArtifactError: the named checkpoint cannot be used, all checkpoints are corrupt, or `never` is set and there are
+            checkpoints.
     """
-    own = step_folders(folder)
-    named = None if resume in ("auto", "never") else Path(resume)
-    if named is not None and not is_folder(named):
-        found = find_checkpoint(folder, "auto")
-        if found.checkpoint is not None and found.parent_path == resume:
-            return found  # it has been rotated away where it was, and what descends from it is here
-        raise ArtifactError(f"checkpoint.resume: {resume} is no folder; say auto, never, or a folder of checkpoints/")
-    if resume == "never" and own:
+    if resume == "auto":
+        return _select_newest(folder)
+    if resume != "never":
+        return _select_named(folder, resume)
+    if own := step_folders(folder):
         raise ArtifactError(
-            f"checkpoint.resume=never, but {folder} holds {len(own)} checkpoints; "
+            f"checkpoint.resume=never, but {folder} contains {len(own)} checkpoints; "
             "choose another output_dir, or delete them"
         )
-    begin = None if named is None else _named(named)
-    parent_hash, parent_path = (None, None) if begin is None else (sha256_of(begin.folder / MANIFEST), resume)
-    found = CheckpointSelection(begin, parent_hash, parent_path, {}, [])
-    for candidate in reversed(own):
-        if begin is not None and candidate.resolve() == begin.folder.resolve():
-            break  # all before it stay: it descends from them
+    return CheckpointSelection(None, None, None, {}, [])
+
+
+def _select_newest(folder: Path) -> CheckpointSelection:
+    """Select the newest valid checkpoint, or none if the run has no checkpoints."""
+    corrupt: dict[Path, str] = {}
+    for candidate in reversed(step_folders(folder)):
         reason = why_invalid(candidate, required=FILES)
-        if reason is not None:
-            found.damaged[candidate] = reason
+        if reason is None:
+            checkpoint = _open(candidate)
+            parent_hash, parent_path = checkpoint.state.get("begun_from"), checkpoint.state.get("begun_at")
+            return CheckpointSelection(checkpoint, parent_hash, parent_path, corrupt, [])
+        corrupt[candidate] = reason
+    unusable = [f"{path.name}: {reason}" for path, reason in corrupt.items()]
+    if folder.is_dir():
+        unusable += sorted(path.name for prefix in QUARANTINED for path in folder.glob(f"{prefix}-step-*"))
+    if unusable:
+        raise ArtifactError(
+            f"{folder}: every checkpoint is corrupt or quarantined, and a new run would overwrite them; "
+            "choose another output_dir, or move them to another folder\n" + "\n".join(f"  {line}" for line in unusable)
+        )
+    return CheckpointSelection(None, None, None, {}, [])
+
+
+def _select_named(folder: Path, resume: str) -> CheckpointSelection:
+    """Select the newest checkpoint that descends from the named one, or else the named one."""
+    named = Path(resume)
+    if not is_folder(named):
+        selection = _select_newest(folder)
+        if selection.checkpoint is not None and selection.parent_path == resume:
+            return selection  # the named checkpoint was deleted, but its descendants are here
+        raise ArtifactError(
+            f"checkpoint.resume: {resume} is not a folder; use auto, never, or a folder of checkpoints/"
+        )
+    if reason := why_invalid(named, required=FILES):
+        raise ArtifactError(f"checkpoint.resume: {named} cannot be used: {reason}")
+    selection = CheckpointSelection(_open(named), sha256_of(named / MANIFEST), resume, {}, [])
+    for candidate in reversed(step_folders(folder)):
+        if candidate.resolve() == named.resolve():
+            break  # the named checkpoint descends from all older ones
+        if reason := why_invalid(candidate, required=FILES):
+            selection.corrupt[candidate] = reason
             continue
         checkpoint = _open(candidate)
-        if begin is None:
-            state = checkpoint.state
-            return found._replace(
-                checkpoint=checkpoint, parent_hash=state.get("begun_from"), parent_path=state.get("begun_at")
-            )
-        if checkpoint.state.get("begun_from") == parent_hash:
-            return found._replace(checkpoint=checkpoint)
-        found.superseded.append(candidate)
-    aside = sorted(path for prefix in ASIDE for path in folder.glob(f"{prefix}-step-*")) if folder.is_dir() else []
-    if begin is None and resume == "auto" and (found.damaged or aside):
-        lines = [f"{path.name}: {reason}" for path, reason in found.damaged.items()] + [path.name for path in aside]
-        raise ArtifactError(
-            f"{folder}: every checkpoint is damaged or set aside, and beginning afresh would write over them; "
-            "choose another output_dir, or move them away\n" + "\n".join(f"  {line}" for line in lines)
-        )
-    return found
+        if checkpoint.state.get("begun_from") == selection.parent_hash:
+            return selection._replace(checkpoint=checkpoint)
+        selection.superseded.append(candidate)
+    return selection
 
 
 def precision_of_run(folder: Path, resume: str) -> RunPrecision | None:
-    """Return the precision of the checkpoint that a run will resume from, None if it begins afresh.
+    """Return the precision of the checkpoint that a run will resume from, None for a new run.
 
-    Only names and sizes are checked here: the checkpoint itself is found, and read in full, once the data are.
+    Compares only names and sizes: the checkpoint is selected, and read in full, after the data is loaded.
 
     Args:
         folder, resume: as in `find_checkpoint`.
     """
-    named = [] if resume in ("auto", "never") else [Path(resume)]
-    for candidate in [*reversed(step_folders(folder)), *named]:
-        if why_invalid(candidate, required=FILES, hashes=False) is None:
-            with contextlib.suppress(ArtifactError, KeyError, TypeError, AttributeError):
-                state = read_json(candidate / STATE)
-                made_from = state["provenance"]
-                precision = made_from["mixed_precision"]
-                descends = not named or candidate in named or state.get("begun_at") == resume
-                if descends and precision in ("no", "bf16", "fp16"):
-                    return RunPrecision(precision, str(made_from.get("base_dtype", "auto")))
+    named = None if resume in ("auto", "never") else Path(resume)
+    candidates = [*reversed(step_folders(folder)), *([] if named is None else [named])]
+    for candidate in candidates:
+        if why_invalid(candidate, required=FILES, hashes=False) is not None:
+            continue
+        with contextlib.suppress(ArtifactError, KeyError, TypeError, AttributeError):
+            state = read_json(candidate / STATE)
+            provenance = state["provenance"]
+            precision = provenance["mixed_precision"]
+            descends = named in (None, candidate) or state.get("begun_at") == resume
+            if descends and precision in ("no", "bf16", "fp16"):
+                return RunPrecision(precision, str(provenance.get("base_dtype", "auto")))
     return None
 
 
-def quarantine(found: CheckpointSelection, log: Path | None = None) -> list[str]:
-    """Rename what a run cannot go on from, so that nothing is written over it; return what was done.
+def quarantine(selection: CheckpointSelection, log: Path | None = None) -> list[str]:
+    """Rename what a run does not resume from, so that nothing is overwritten.
 
     Args:
-        log: the run's metrics.jsonl, which tells of other steps than those before a checkpoint of another run.
+        log: the run's metrics.jsonl. It is renamed too if the run begins from another run's checkpoint, since it
+            describes other steps.
+
+    Returns:
+        One line per renamed checkpoint.
     """
-    begins = found.checkpoint.folder.resolve().parent.parent if found.checkpoint else None
-    if log is not None and log.exists() and begins not in (None, log.parent.resolve()):
-        _renamed(log, "superseded")
-    damaged = [
-        f"passed over a damaged checkpoint: {path.name}: {reason}; it is kept as {_renamed(path, 'corrupt')}"
-        for path, reason in found.damaged.items()
+    origin = selection.checkpoint.folder.resolve().parent.parent if selection.checkpoint else None
+    if log is not None and log.exists() and origin not in (None, log.parent.resolve()):
+        _rename(log, "superseded")
+    corrupt = [
+        f"skipped a corrupt checkpoint: {path.name}: {reason}; renamed to {_rename(path, 'corrupt')}"
+        for path, reason in selection.corrupt.items()
     ]
     superseded = [
-        f"{path.name} does not descend from the named checkpoint; it is kept as {_renamed(path, 'superseded')}"
-        for path in found.superseded
+        f"{path.name} does not descend from the named checkpoint; renamed to {_rename(path, 'superseded')}"
+        for path in selection.superseded
     ]
-    return damaged + superseded
+    return corrupt + superseded
 
 
-def prune(folder: Path, keep_last: int, spare: str = "") -> None:
-    """Delete all but the newest so many checkpoints. What looks like no whole one is neither counted nor touched."""
-    whole = [path for path in step_folders(folder) if why_invalid(path, required=FILES, hashes=False) is None]
-    for old in whole[:-keep_last]:
-        if not spare or old.resolve() != Path(spare).resolve():
-            remove_folder(old)
+def prune(folder: Path, keep_last: int, protected: str = "") -> None:
+    """Delete all but the newest `keep_last` checkpoints. Incomplete checkpoints are neither counted nor deleted.
+
+    Args:
+        protected: checkpoint folder that is never deleted.
+    """
+    valid = [path for path in step_folders(folder) if why_invalid(path, required=FILES, hashes=False) is None]
+    for path in valid[:-keep_last]:
+        if not protected or path.resolve() != Path(protected).resolve():
+            remove_folder(path)
 
 
 class CheckpointInfo(NamedTuple):
-    """What is told of a checkpoint folder."""
+    """One row of the list of checkpoints."""
 
     name: str
     step: int
@@ -181,63 +210,56 @@ class CheckpointInfo(NamedTuple):
 
 
 def list_checkpoints(run: Path, *, hashes: bool) -> list[CheckpointInfo]:
-    """List a run's checkpoints, oldest first, those set aside last.
+    """List a run's checkpoints, oldest first, quarantined ones last.
 
     Args:
-        hashes: whether every byte is read and compared.
+        hashes: Whether to read all files and compare their SHA-256.
 
     Raises:
         ArtifactError: there is no such run.
     """
     folder = run / "checkpoints"
     if not folder.is_dir():
-        raise ArtifactError(f"{run}: has no checkpoints/ in it; give the output_dir of a run")
-    aside = sorted(
-        path for path in folder.iterdir() if re.fullmatch(rf"({'|'.join(ASIDE)})-step-\d{{8,}}.*", path.name)
+        raise ArtifactError(f"{run}: no checkpoints/ folder; pass the output_dir of a run")
+    quarantined = sorted(
+        path for path in folder.iterdir() if re.fullmatch(rf"({'|'.join(QUARANTINED)})-step-\d{{8,}}.*", path.name)
     )
-    listed = []
-    for path in [*step_folders(folder), *aside]:
+    infos = []
+    for path in [*step_folders(folder), *quarantined]:
         reason = why_invalid(path, required=FILES, hashes=hashes)
-        if path in aside:
-            reason = f"set aside{'' if reason is None else f': {reason}'}"
+        if path in quarantined:
+            reason = f"quarantined{'' if reason is None else f': {reason}'}"
         step = int(re.sub(r".*step-(\d+).*", r"\1", path.name))
-        with contextlib.suppress(FileNotFoundError):  # a run that lives may have deleted it meanwhile
+        with contextlib.suppress(FileNotFoundError):  # deleted in the meantime, by a run in progress
             size = sum(file.lstat().st_size for file in path.iterdir()) if path.is_dir() else 0
-            listed.append(CheckpointInfo(path.name, step, time.time() - path.lstat().st_mtime, size, reason))
-    return listed
+            infos.append(CheckpointInfo(path.name, step, time.time() - path.lstat().st_mtime, size, reason))
+    return infos
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Return the folders that may be checkpoints, oldest first."""
+    """Return the folders that are named like checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
-    return sorted(found, key=_step_of)
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
-def _renamed(path: Path, prefix: str) -> str:
-    free = (path.with_name(f"{prefix}-{path.name}{again}") for again in ("", *(f"-{n}" for n in range(2, 10**6))))
-    target = next(target for target in free if not target.exists())
-    path.rename(target)
-    return target.name
+    folders = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is a folder; one that no file system takes is none."""
+    """Whether a path is a folder. False if the path is not valid on this file system."""
     try:
         return path.is_dir()
     except OSError:
         return False
 
 
-def _named(folder: Path) -> Checkpoint:
-    if reason := why_invalid(folder, required=FILES):
-        raise ArtifactError(f"checkpoint.resume: {folder} cannot be used: {reason}")
-    return _open(folder)
+def _rename(path: Path, prefix: str) -> str:
+    """Add a prefix to a name, and a number if that name exists; return the new name."""
+    target, number = path.with_name(f"{prefix}-{path.name}"), 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{prefix}-{path.name}-{number}")
+    path.rename(target)
+    return target.name
 
 
 def _open(folder: Path) -> Checkpoint:
@@ -245,5 +267,5 @@ def _open(folder: Path) -> Checkpoint:
     counts = {key: state.get(key, 0) for key in ("step", "skipped", "overflowed")}
     step, skipped, overflowed = counts.values()
     if any(type(count) is not int or count < 0 for count in counts.values()) or not 0 < step >= skipped + overflowed:
-        raise ArtifactError(f"{folder / STATE}: {counts} are not counts of steps")
+        raise ArtifactError(f"{folder / STATE}: {counts} are not valid step counts")
     return Checkpoint(folder, state | counts)

@@ -1,4 +1,4 @@
-"""A run folder: whether a path can become one, and that it is one run's alone."""
+"""Check that a path can be used as a run folder, and lock it: one run at a time."""
 
 from __future__ import annotations
 
@@ -6,61 +6,64 @@ import contextlib
 import fcntl
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lora_accel.errors import ConfigError
+from lora_accel.logs import logger
 from lora_accel.saving.discovery import step_folders
 
 LOCK = ".lock"
 
 
 def check_output_folder(folder: Path) -> None:
-    """Refuse a run folder that cannot become one.
+    """Check that a path can be used as a run folder.
 
     Raises:
-        ConfigError: it is a file, cannot be written to, holds other things or a result that would be lost, or has a
-            name that other programs stumble over.
+        ConfigError: it is a file, is not writable, contains other files or an adapter that would be lost, or has a name
+            that other programs misread.
     """
     if "[" in str(folder) or ".." in folder.parts:
         raise ConfigError(
-            f"output_dir: {folder}: a `[` in a name is a pattern to many programs, and `..` leads elsewhere once a "
-            "folder above is a link; write the path without them"
+            f"output_dir: {folder}: many programs read `[` as a pattern, and `..` depends on symbolic links; "
+            "write the path without them"
         )
     try:
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     except OSError as error:
-        raise ConfigError(f"output_dir: {folder}: {error.strerror}; name another folder") from None
+        raise ConfigError(f"output_dir: {folder}: {error.strerror}; choose another folder") from None
     if not nearest.is_dir():
-        raise ConfigError(f"output_dir: {nearest} is a file; name a folder")
+        raise ConfigError(f"output_dir: {nearest} is a file; choose a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir: {nearest} cannot be written to; name another folder")
+        raise ConfigError(f"output_dir: {nearest} is not writable; choose another folder")
     if not folder.is_dir():
         return
     names = {path.name for path in folder.iterdir()} - {LOCK, ".plan.json.writing"}
     checkpoints = folder / "checkpoints"
     if checkpoints.exists() and not checkpoints.is_dir():
-        raise ConfigError(f"output_dir: {checkpoints} is a file; name another folder, or move it away")
+        raise ConfigError(f"output_dir: {checkpoints} is a file; choose another folder, or move the file")
     has_checkpoints = bool(step_folders(checkpoints))
     if names and "plan.json" not in names and not has_checkpoints:
-        raise ConfigError(f"output_dir: {folder} holds other things and no run; name a new or empty folder")
+        raise ConfigError(f"output_dir: {folder} contains other files but no run; choose a new or empty folder")
     if "adapter" in names and not has_checkpoints:
         raise ConfigError(
-            f"output_dir: {folder} holds an adapter and no checkpoints; a run from the beginning would replace it. "
-            "Name another folder, or move the adapter away"
+            f"output_dir: {folder} contains an adapter but no checkpoints; a new run would replace it. "
+            "Choose another folder, or move the adapter"
         )
 
 
 @contextlib.contextmanager
 def lock_run_folder(folder: Path, *, enabled: bool) -> Iterator[Callable[[], None]]:
-    """Hold a run folder: at once if it is there, else once what is yielded makes it. To be called when all may begin.
+    """Lock a run folder: immediately if it exists, otherwise when the yielded function creates it.
 
-    Until then nothing is written, so that nothing stays of a run that one process alone cannot begin: the launcher may
-    kill this one at any moment.
+    Call the yielded function once all ranks are ready to start. Nothing is written before: if another rank fails
+    during setup, the launcher kills this process, and it must not leave a folder behind.
+
+    Args:
+        enabled: Whether this process locks; True on the main process.
 
     Raises:
-        ConfigError: another process holds it, now or by then.
+        ConfigError: another process has locked the folder, or created it in the meantime.
     """
     is_new = not folder.exists()
     with contextlib.ExitStack() as stack:
@@ -73,7 +76,8 @@ def lock_run_folder(folder: Path, *, enabled: bool) -> Iterator[Callable[[], Non
             stack.enter_context(locked(folder))
             if {path.name for path in folder.iterdir()} != {LOCK}:
                 raise ConfigError(
-                    f"output_dir: another run has begun in {folder} meanwhile; start again, or name another"
+                    f"output_dir: another run has started in {folder} in the meantime; start again, or choose another "
+                    "folder"
                 )
 
         yield begin
@@ -81,12 +85,12 @@ def lock_run_folder(folder: Path, *, enabled: bool) -> Iterator[Callable[[], Non
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder for this process; its death frees it, however it dies. Nothing stays of a run that wrote none.
+    """Lock a run folder until the block or the process ends. Folders created here are deleted if they stay empty.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process has locked it.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     descriptor = _acquire(path)
@@ -97,27 +101,28 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
-        with contextlib.suppress(OSError):  # it holds something
-            for created in made:
-                created.rmdir()
+        with contextlib.suppress(OSError):  # not empty
+            for parent in created:
+                parent.rmdir()
 
 
 def _acquire(path: Path) -> int:
+    """Lock a file, and return its descriptor."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(descriptor, 200).decode(errors="replace") or "which has just begun"
+            holder = os.read(descriptor, 200).decode(errors="replace") or "just started"
             os.close(descriptor)
             raise ConfigError(
-                f"output_dir: {path.parent} is in use by another run ({holder}); wait for it, stop it, or name "
+                f"output_dir: {path.parent} is in use by another run ({holder}); wait for it, stop it, or choose "
                 "another folder"
             ) from None
-        except OSError as error:  # a network file system may have none
-            print(f"note: {path.parent} cannot be locked ({error}); let no other run use it", file=sys.stderr)
+        except OSError as error:  # a network file system may not support locks
+            logger.warning(f"note: {path.parent} cannot be locked ({error}); no other run may use it")
             return descriptor
-        # Whoever held it before may have deleted the file after we opened it: then we hold nothing.
+        # The previous holder may have deleted the file after this process opened it: then the lock protects nothing.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor

@@ -1,4 +1,4 @@
-"""What a result was made from, and whether two results were made from the same."""
+"""Record the inputs of a run, compare the inputs of two runs, and write model cards."""
 
 from __future__ import annotations
 
@@ -33,29 +33,30 @@ PACKAGES = (
 )
 
 VLLM_RANK = 16
-"""The largest rank that vLLM takes without being told."""
-UNSERVED = {
+"""The largest rank that vLLM supports without `--max-lora-rank`."""
+UNSUPPORTED_BY_VLLM = {
     "use_dora": "DoRA",
     "modules_to_save": "modules_to_save",
     "trainable_token_indices": "trained tokens",
     "target_parameters": "target_parameters",
 }
+"""Option -> its name in a message."""
 
-# Keys that may change between a checkpoint and its resumption: they say where and how it runs, not what is learned.
-# Anchored at whole keys: a later key is harmful until it is named here.
+# Config keys that may change when a run resumes: they affect where and how it runs, not the result. The pattern matches
+# complete keys, so a key added to the schema counts as harmful until it is listed here.
 HARMLESS = re.compile(
     r"output_dir|model\.(name_or_path|revision|attention|chat_template|trust_remote_code)"
     r"|data\.(train|eval|max_dropped|packing|cache_dir|num_workers)"
     r"|training\.(epochs|max_steps|warmup_ratio|warmup_steps|batch_size|micro_batch_tokens|micro_batch_size"
-    r"|gradient_accumulation_steps|mixed_precision|activation_checkpointing"  # the plan holds what they amount to
+    r"|gradient_accumulation_steps|mixed_precision|activation_checkpointing"  # compared by their effect on the plan
     r"|compile|max_hours|skip_nonfinite)"
     r"|(checkpoint|evaluation|logging)\..*"
 )
-WHERE = ("path", "revision", "streaming")
-"""Keys of a source that say where its rows are; what they are, the hash of their bytes says."""
+LOCATION_KEYS = ("path", "revision", "streaming")
+"""Keys of a source that locate its rows. The rows themselves are compared by hash."""
 _BATCH = ("training.batch_size", "training.micro_batch_size", "training.gradient_accumulation_steps")
 _LENGTH = ("training.epochs", "training.max_steps")
-# What several options amount to, and the options by which a change of it is allowed.
+# Derived values, and the options of which one in `checkpoint.allow_changes` allows a change.
 DERIVED = {
     "plan.batch_size": _BATCH,
     "plan.num_examples": ("data",),
@@ -82,11 +83,12 @@ def describe_run(
     """Return the provenance of a run.
 
     Args:
-        precision: the mixed precision in force.
-        base_dtype: what the base is computed in, by name.
-        template: the source of the chat template.
-        base: hash of each weight file of the base, by name.
-        base_config: hash of its config.
+        precision: mixed precision of the run.
+        base_dtype: name of the base model's dtype.
+        template: source of the chat template.
+        ledgers: one per training source.
+        base: SHA-256 of the base model's weight files, by file name.
+        base_config: hash of the base model's config.
     """
     return {
         "packages": versions(),
@@ -118,7 +120,7 @@ def describe_run(
 
 
 def model_card(provenance: Mapping[str, Any]) -> str:
-    """Return the README.md of an adapter: what it is, how to load it, what it was made from."""
+    """Return the README.md of an adapter: what it is, how to load it, and its training data."""
     config, plan = provenance["config"], provenance["plan"]
     base = provenance["base"]["name_or_path"]
     adapter = config["adapter"]
@@ -145,38 +147,39 @@ model = AutoPeftModelForCausalLM.from_pretrained(".")
 tokenizer = AutoTokenizer.from_pretrained(".")  # with the chat template of training
 ```
 
-`lora-accel merge . OUT` makes an ordinary model of it; {serving_note(adapter)}.
-`provenance.json` holds the config, the versions, and the hashes of base, tokenizer, template and data.
+`lora-accel merge . OUT` merges it into the base model. Serving: {serving_note(adapter)}
+
+`provenance.json` records the config, package versions, and hashes of base model, tokenizer, template and data.
 """
 
 
 def serving_note(adapter: Mapping[str, Any]) -> str:
-    """Return whether a server can load an adapter as it is, or it should be merged first.
+    """Return how to serve an adapter with vLLM: directly, or after merging.
 
-    What vLLM checks: https://docs.vllm.ai/en/latest/api/vllm/lora/peft_helper/ (as of 2026-11).
+    vLLM's checks: https://docs.vllm.ai/en/latest/api/vllm/lora/peft_helper/ (as of 2026-11).
 
     Args:
-        adapter: section `adapter` of a run config, or PEFT's config.
+        adapter: the section `adapter` of a run config, or a PEFT config.
     """
-    obstacles = [word for key, word in UNSERVED.items() if adapter.get(key)]
+    unsupported = [name for key, name in UNSUPPORTED_BY_VLLM.items() if adapter.get(key)]
     if adapter.get("bias", "none") != "none":
-        obstacles.append(f"biases ({adapter['bias']})")
-    if obstacles:
-        return f"to serve it, merge it first: vLLM takes no adapter with {', '.join(obstacles)}"
+        unsupported.append(f"biases ({adapter['bias']})")
+    if unsupported:
+        return f"merge the adapter first: vLLM does not support {', '.join(unsupported)}"
     rank = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
     option = "" if rank <= VLLM_RANK else f" --max-lora-rank {rank}"
-    return f"servers can load it as it is, with vllm serve BASE --enable-lora{option} --lora-modules NAME=DIR"
+    return f"vLLM can load this adapter directly: vllm serve BASE --enable-lora{option} --lora-modules NAME=DIR"
 
 
 def merged_card(provenance: Mapping[str, Any]) -> str:
-    """Return the README.md of a merged model: what it is, what it was made from, how near it is to that."""
+    """Return the README.md of a merged model: what it is, its base and adapter, and how it differs from them."""
     merged, agreement = provenance["merged"], provenance["merged"]["agreement"]
     if agreement is None:
         checked = "It was not compared with base + adapter."
     else:
         checked = (
-            f"Beside base + adapter its logits move by {agreement['mean_moved']:.2g} of their spread on average "
-            f"({agreement['top1']:.0%} of {agreement['num_tokens']} tokens have the same first choice)."
+            f"Its logits differ from those of base + adapter by {agreement['mean_moved']:.2g} standard deviations on "
+            f"average ({agreement['top1']:.0%} of {agreement['num_tokens']} tokens have the same top token)."
         )
     return f"""---
 base_model: {merged["base"]}
@@ -196,12 +199,12 @@ model = AutoModelForCausalLM.from_pretrained(".")
 tokenizer = AutoTokenizer.from_pretrained(".")  # with the chat template of training
 ```
 
-`provenance.json` holds versions, hashes, and what the adapter was made from.
+`provenance.json` records package versions, hashes, and the provenance of the adapter.
 """
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return what differs between two provenances in a way that changes the mathematics: (key, then, now)."""
+    """Return the differences of two provenances that change the mathematics, as (key, then, now)."""
     before, after = _identity(then), _identity(now)
     return [
         (key, before.get(key), after.get(key))
@@ -211,16 +214,21 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, 
 
 
 def options_behind(key: str) -> tuple[str, ...]:
-    """Return the options of the run config from which the value of a key follows."""
-    return DERIVED.get(key) or (".".join(key.split("[")[0].split(".")[:2]),)  # section.option, whatever stands in it
+    """Return the options of the run config that determine a key's value."""
+    return DERIVED.get(key) or (".".join(key.split("[")[0].split(".")[:2]),)  # section.option
 
 
 def is_allowed(key: str, allowed: Sequence[str]) -> bool:
-    """Whether `checkpoint.allow_changes` names an option behind a key, a section of it, or something within it."""
+    """Whether `checkpoint.allow_changes` lists an option behind a key, its section, or a part of it.
+
+    Args:
+        key: as returned by `changes`.
+        allowed: `checkpoint.allow_changes`.
+    """
     return any(
-        f"{option}.".startswith(f"{word}.") or f"{word}.".startswith(f"{option}.")
+        f"{option}.".startswith(f"{entry}.") or f"{entry}.".startswith(f"{option}.")
         for option in options_behind(key)
-        for word in allowed
+        for entry in allowed
     )
 
 
@@ -230,40 +238,50 @@ def changes_table(differences: list[tuple[str, Any, Any]]) -> str:
 
 
 def base_hashes(name_or_path: str, revision: str | None) -> dict[str, str]:
-    """Return the SHA-256 of each weight file of a base model that has been loaded once.
+    """Return the SHA-256 of each weight file of a base model, by file name.
 
-    Files in the Hub's cache are named by their hash already and are not read again.
+    Files in the Hub's cache are named by their hash, so they are not read.
+
+    Args:
+        name_or_path: a folder, or a model in the Hub's cache.
+
+    Raises:
+        ArtifactError: the folder has no weight files.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
         folder = Path(snapshot_download(name_or_path, revision=revision, local_files_only=True))
     files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
     if not files:
-        raise ArtifactError(f"{name_or_path}: no *.safetensors or *.bin file in it")
+        raise ArtifactError(f"{name_or_path}: contains no *.safetensors or *.bin file")
     return {file.name: _hash_of_weights(file) for file in files}
 
 
 def config_hash(name_or_path: str, revision: str | None) -> str:
-    """Return a hash of what the config of a base model says of its mathematics, not of who wrote it."""
+    """Return a hash of the keys of a base model's config that affect its mathematics.
+
+    Raises:
+        ArtifactError: config.json cannot be read.
+    """
     file = cached_file(name_or_path, "config.json", revision=revision)
     try:
-        told = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+        config = json.loads(Path(str(file)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{name_or_path}: config.json cannot be read: {error}") from None
     for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"):
-        told.pop(key, None)
-    return sha256_of_text(json.dumps(told, sort_keys=True))
+        config.pop(key, None)
+    return sha256_of_text(json.dumps(config, sort_keys=True))
 
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that results depend on."""
-    found = {}
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+            versions[name] = "absent"
+    return versions
 
 
 def sha256_of_text(text: str) -> str:
@@ -272,7 +290,7 @@ def sha256_of_text(text: str) -> str:
 
 
 def _hash_of_files(hashes: Mapping[str, str]) -> str:
-    """Return one hash for the files of a source: of one file its own, of several that of theirs in their order."""
+    """Return one hash for a source: a single file's own hash, or the hash of all files' hashes in order."""
     return next(iter(hashes.values())) if len(hashes) == 1 else sha256_of_text("".join(hashes.values()))
 
 
@@ -282,7 +300,7 @@ def _hash_of_weights(file: Path) -> str:
 
 
 def _identity(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Return, flat, what the result is a function of."""
+    """Return everything that the result depends on, as a flat dict."""
     config = _completed(provenance["config"])
     flat = {key: value for key, value in _flat(config) if not HARMLESS.fullmatch(key)}
     plan, sources = provenance["plan"], config["data"]["train"]
@@ -295,18 +313,18 @@ def _identity(provenance: Mapping[str, Any]) -> dict[str, Any]:
         "model.chat_template": provenance["chat_template_sha256"],
     }
     for number, (source, data) in enumerate(zip(sources, provenance["data"], strict=False)):
-        flat |= {f"data.train[{number}].{k}": v for k, v in source.items() if k not in WHERE}
+        flat |= {f"data.train[{number}].{k}": v for k, v in source.items() if k not in LOCATION_KEYS}
         flat[f"data.train[{number}].bytes"] = data["sha256"]
         flat[f"data.train[{number}].tokens"] = data["tokens_sha256"]
     return flat
 
 
 def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a config with the defaults of options that it does not know yet: it may be of an older version."""
+    """Return a config completed with defaults: one of an older version may lack newer options."""
     try:
         return RunConfig.model_validate(config).model_dump()
     except ValidationError:
-        return config  # of a newer one, or changed by hand: compared as it stands
+        return config  # of a newer version, or edited: compared unchanged
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints: its config, plan, provenance and ledger, and the final adapter."""
+"""Write everything of a run besides its checkpoints: config, plan, provenance, data ledger and the final adapter."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lora_accel.config.files import config_to_yaml
 from lora_accel.config.plan import Plan
 from lora_accel.config.schema import RunConfig
 from lora_accel.data.audit import SourceLedger
+from lora_accel.data.chat import ChatTemplate
 from lora_accel.distributed.collectives import on_all_ranks
 from lora_accel.faults import fault_point
 from lora_accel.saving.adapter import gather_adapter, unwrap_peft_model, write_adapter
@@ -27,35 +28,33 @@ def write_run_folder(
     ledgers: Mapping[str, Sequence[SourceLedger]],
     provenance: dict[str, Any],
 ) -> None:
-    """Write what was asked for, planned and used.
+    """Write the run's config, plan, provenance and data ledger.
 
     Args:
-        ledgers: of `train` and `eval`.
+        ledgers: one per source, for the splits `train` and `eval`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "plan.json", plan.as_dict())  # first: a folder that has one belongs to a run
+    write_json(folder / "plan.json", plan.as_dict())  # first: plan.json marks the folder as a run folder
     write_text(folder / "config.yaml", config_to_yaml(config))
     write_json(folder / "provenance.json", provenance)
     write_json(
         folder / "data_ledger.json",
-        {name: [ledger.as_dict() for ledger in of_split] for name, of_split in ledgers.items()},
+        {split: [ledger.as_dict() for ledger in sources] for split, sources in ledgers.items()},
     )
 
 
 def export_adapter(
     folder: Path,
-    tokenizer: Any,
-    template: str,
+    template: ChatTemplate,
     accelerator: Accelerator,
     model: torch.nn.Module,
     provenance: dict[str, Any],
     gather: str,
 ) -> None:
-    """Save the final adapter with everything that is needed to use it. Every rank calls this.
+    """Save the final adapter with its tokenizer, chat template, provenance and model card. Every rank calls this.
 
     Args:
-        template: source of the chat template; empty = none.
-        gather: `checkpoint.gather`.
+        gather: see `gather_adapter`.
 
     Raises:
         TrainingError: the disk is full, or a rank failed.
@@ -66,7 +65,7 @@ def export_adapter(
             with atomic_folder(folder) as temporary:
                 write_adapter(unwrap_peft_model(accelerator, model), state, temporary)
                 fault_point("export.mid")
-                tokenizer.chat_template = template or None
-                tokenizer.save_pretrained(temporary)
+                template.tokenizer.chat_template = template.source or None
+                template.tokenizer.save_pretrained(temporary)
                 write_json(temporary / "provenance.json", provenance)
                 write_text(temporary / "README.md", model_card(provenance))

@@ -1,4 +1,4 @@
-"""status.json: whether a run lives, how far it came, and where its newest checkpoint is."""
+"""status.json: the state of a run, its current step and its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Note = Callable[[int, "Path | None"], None]
 
 @contextlib.contextmanager
 def running(folder: Path, step: int, checkpoint: Path | None, *, pids: Sequence[int], enabled: bool) -> Iterator[Note]:
-    """Keep status.json while a run lives: running, then done, preempted (it was asked to stop) or failed.
+    """Write status.json during a run: its state is running, then done, preempted (asked to stop) or failed.
 
     Args:
-        pids: of all ranks, in their order; each is one of the machine that it runs on.
-        enabled: whether this process writes; the main process does.
+        pids: process ids of all ranks in order, each on the machine that the rank runs on.
+        enabled: Whether this process writes; True on the main process.
 
     Yields:
-        A function to note a step and the checkpoint that holds it.
+        A function that records the current step and the newest checkpoint.
     """
     latest = (step, checkpoint)
 
@@ -40,7 +40,7 @@ def running(folder: Path, step: int, checkpoint: Path | None, *, pids: Sequence[
     try:
         yield note
     except BaseException as error:
-        with contextlib.suppress(OSError):  # on a full disk the error itself matters more
+        with contextlib.suppress(OSError):  # a full disk must not hide the original error
             write("preempted" if isinstance(error, (KeyboardInterrupt, Interrupted)) else "failed")
         raise
     write("done")

@@ -1,27 +1,26 @@
-"""What a folder from a stranger may ask for. An adapter is data: it may not take the machine's memory, time or code."""
+"""Checks of untrusted adapters: loading one must not run code, exhaust memory or hang."""
 
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_accel.errors import ArtifactError
+from lora_accel.errors import ArtifactError, first_line
 from lora_accel.saving.atomic import read_json
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_RANK = 1024
 MAX_LAYERS = 1024
 PATTERN_SECONDS = 10
-"""A pattern that needs longer for a model's module names is built to hang."""
+"""Limit for matching all patterns with the module names; some regular expressions take exponential time."""
 MATCH = """
 import json, re, sys
 patterns, names = json.load(sys.stdin)
@@ -31,66 +30,98 @@ for pattern in patterns:
         re.match(rf"(.*\\.)?({pattern})$", name)
         re.match(rf".*\\.{pattern}\\.(\\d+)\\.", name)
 """
-"""The three ways in which PEFT 0.21 matches a pattern with a module's name."""
+"""Program that matches patterns with module names in the three ways that PEFT 0.21 does."""
 
 
 def check_untrusted_config(path: Path, module_names: Iterable[str]) -> None:
-    """Refuse an adapter_config.json that asks for anything but a LoRA of ordinary size.
+    """Check that an adapter_config.json describes a LoRA of ordinary size.
 
     Args:
-        module_names: of the base, which patterns will be matched with.
+        module_names: of the base; PEFT matches the config's patterns with them.
 
     Raises:
-        ArtifactError: it is no LoRA config, or something in it is out of bounds; the message names the key.
+        ArtifactError: it is not a LoRA config, or a value is not allowed; the message names the key.
     """
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ArtifactError(f"{path}: over {MAX_CONFIG_BYTES:,} bytes; is this an adapter's config?")
     config = read_json(path)
-
-    def refuse(key: str, why: str) -> None:
-        raise ArtifactError(f"{path}: {key}={str(config.get(key))[:60]!r} {why}")
-
-    if config.get("peft_type") != "LORA":
-        refuse("peft_type", "is not LORA, the only kind that is read here")
-    ranks = config.get("rank_pattern") or {}
-    alphas = config.get("alpha_pattern") or {}
-    for key, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        if not isinstance(table, dict):
-            refuse(key, "should be an object")
-    if not all(type(r) is int and 1 <= r <= MAX_RANK for r in (config.get("r", 8), *ranks.values())):
-        refuse("rank_pattern" if ranks else "r", f"is no rank from 1 to {MAX_RANK}")
-    if not all(_is_number(alpha) for alpha in (config.get("lora_alpha", 8), *alphas.values())):
-        refuse("alpha_pattern" if alphas else "lora_alpha", "is no finite number")
-    if config.get("megatron_config") is not None:
-        refuse("megatron_config", "would import a module that the adapter names")
-    replication = config.get("layer_replication")
-    if replication is not None and not _is_small(replication):
-        refuse("layer_replication", f"is no list of [first, end] of at most {MAX_LAYERS} layers")
-
-    patterns = [*ranks, *alphas]
-    for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-        value = config.get(key)
-        names = [value] if isinstance(value, str) else value or []
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            refuse(key, "is neither a pattern nor a list of names")
-        if isinstance(value, str) or key == "layers_pattern":
-            patterns += names
-    _match_in_time(path, [p for p in patterns if re.escape(p) != p], module_names)
+    for key, is_allowed, problem in CHECKS:
+        if not is_allowed(config.get(key, DEFAULTS.get(key))):
+            raise ArtifactError(f"{path}: {key}={str(config.get(key))[:60]!r} {problem}")
+    _check_patterns(path, _patterns(config), module_names)
 
 
-def _match_in_time(path: Path, patterns: Sequence[str], names: Iterable[str]) -> None:
-    """Match in a process of its own: Python's matching cannot be interrupted from without."""
+def _is_table(value: Any) -> bool:
+    return isinstance(value or {}, dict)
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MAX_RANK
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_layer_list(value: Any) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, list):
+        return False
+    if not all(isinstance(s, list) and len(s) == 2 and all(type(n) is int and n >= 0 for n in s) for s in value):
+        return False
+    num_layers = sum(max(0, int(end) - int(first)) for first, end in value)
+    return 0 < num_layers <= MAX_LAYERS
+
+
+def _is_module_list(value: Any) -> bool:
+    names = value or []
+    return isinstance(names, str) or (isinstance(names, list) and all(isinstance(name, str) for name in names))
+
+
+MODULE_KEYS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
+DEFAULTS = {"r": 8, "lora_alpha": 8}
+_RANK = f"is not a rank from 1 to {MAX_RANK}"
+CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("peft_type", lambda value: value == "LORA", "is not LORA, the only supported type"),
+    ("rank_pattern", _is_table, "should be an object"),
+    ("alpha_pattern", _is_table, "should be an object"),
+    ("r", _is_rank, _RANK),
+    ("rank_pattern", lambda value: all(map(_is_rank, (value or {}).values())), _RANK),
+    ("lora_alpha", _is_number, "is not a finite number"),
+    ("alpha_pattern", lambda value: all(map(_is_number, (value or {}).values())), "is not a finite number"),
+    ("megatron_config", lambda value: value is None, "would import a module that the adapter names"),
+    ("layer_replication", _is_layer_list, f"is not a list of [first, end] of at most {MAX_LAYERS} layers"),
+    *((key, _is_module_list, "is neither a pattern nor a list of names") for key in MODULE_KEYS),
+)
+"""(key, whether its value is allowed, what the message reports otherwise)."""
+
+
+def _patterns(config: Mapping[str, Any]) -> list[str]:
+    """Return the regular expressions of a config. Plain names are not among them."""
+    patterns = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
+    for key in MODULE_KEYS:
+        value = config.get(key) or []
+        if isinstance(value, str):
+            patterns.append(value)
+        elif key == "layers_pattern":
+            patterns += value
+    return [pattern for pattern in patterns if re.escape(pattern) != pattern]
+
+
+def _check_patterns(path: Path, patterns: Sequence[str], module_names: Iterable[str]) -> None:
+    """Check that patterns compile, and match in time. A subprocess matches them: Python cannot interrupt a match."""
     if not patterns:
         return
     for pattern in patterns:
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
-            raise ArtifactError(f"{path}: {pattern[:60]!r} is no pattern: {error}") from None
+            raise ArtifactError(f"{path}: {pattern[:60]!r} is not a valid pattern: {error}") from None
     try:
         subprocess.run(
             [sys.executable, "-I", "-c", MATCH],
-            input=json.dumps([patterns, list(names)]),
+            input=json.dumps([patterns, list(module_names)]),
             text=True,
             capture_output=True,
             timeout=PATTERN_SECONDS,
@@ -99,40 +130,28 @@ def _match_in_time(path: Path, patterns: Sequence[str], names: Iterable[str]) ->
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
         raise ArtifactError(
             f"{path}: matching its patterns ({patterns[0][:60]!r} …) with the base's modules takes over "
-            f"{PATTERN_SECONDS} seconds; give a list of names in target_modules"
+            f"{PATTERN_SECONDS} seconds; set target_modules to a list of names"
         ) from None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_small(replication: Any) -> bool:
-    if not isinstance(replication, list):
-        return False
-    if not all(isinstance(s, list) and len(s) == 2 and all(type(n) is int and n >= 0 for n in s) for s in replication):
-        return False
-    num_layers = sum(max(0, int(end) - int(first)) for first, end in replication)
-    return 0 < num_layers <= MAX_LAYERS
-
-
 def read_pickle(file: Path) -> dict[str, torch.Tensor]:
-    """Read a file of torch.save that holds tensors by name and nothing else.
+    """Read a file that torch.save wrote from a dict of tensors, without running code in it.
 
     Raises:
-        ArtifactError: it holds anything else, code for instance, which is not run.
+        ArtifactError: it cannot be read, or contains anything but tensors by name.
     """
     try:
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written before torch 1.6: cannot be mapped
+        except RuntimeError:  # the format before torch 1.6 cannot be memory-mapped
             tensors = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise ArtifactError(f"{file}: holds more than tensors; code in a pickle is not run, so it is refused") from None
+        raise ArtifactError(f"{file}: contains more than tensors; code in a pickle is not run") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise ArtifactError(f"{file}: cannot be read: {str(error).strip().splitlines()[:1]}") from None
+        reason = first_line(error)
+        raise ArtifactError(f"{file}: cannot be read: {reason}") from None
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     ):
-        raise ArtifactError(f"{file}: should hold tensors by their names")
+        raise ArtifactError(f"{file}: should contain a dict of tensors by name")
     return dict(tensors)

@@ -7,12 +7,13 @@ import dataclasses
 from lora_accel.batching.order import source_count
 from lora_accel.config.plan import Plan, make_plan
 from lora_accel.config.schema import RunConfig
-from lora_accel.console import print_table, short_names
+from lora_accel.console import format_table, short_names
 from lora_accel.data.audit import SourceLedger, ledger_lines
 from lora_accel.data.chat import ChatTemplate, Example
 from lora_accel.data.dataset import Dataset, Recipe
 from lora_accel.data.formats import Message
 from lora_accel.data.splits import examples_by_name, load_splits
+from lora_accel.logs import logger
 from lora_accel.setup.recipe import make_recipe
 
 
@@ -65,16 +66,18 @@ def prepare_data(config: RunConfig, num_ranks: int = 1) -> PreparedData:
     return PreparedData(recipe, dataset, eval_sources, eval_ledgers, prompts, plan)
 
 
-def print_data(data: PreparedData) -> None:
-    """Print the ledger, how many examples an epoch takes of each source, and the plan."""
+def log_data(data: PreparedData) -> None:
+    """Log the ledger, how many examples an epoch takes of each source, and the plan."""
     ledgers, sources = [*data.dataset.ledgers, *data.eval_ledgers], data.dataset.sources
-    print_table("data", ledger_lines(ledgers))
+    logger.info(format_table("data", ledger_lines(ledgers)))
     if len(sources) > 1 or any(source.weight != 1 for source in sources):
         names = short_names([path for *_, path in sources])
         shares = [
             f"{source_count(len(x), weight):,} of {len(x):,} examples (weight {weight:g})" for x, weight, _ in sources
         ]
-        print_table("an epoch", list(zip(names, shares, strict=True)))
-    print_table("plan", data.plan.table())
+        logger.info(format_table("an epoch", zip(names, shares, strict=True)))
+    logger.info(format_table("plan", data.plan.table()))
     if any(not ledger.num_ended and ledger.format not in ("text", "tokens") for ledger in data.dataset.ledgers):
-        print("note: the chat template ends a turn without a special token, so the adapter will not learn to stop")
+        logger.info(
+            "note: the chat template ends a turn without a special token, so the adapter will not learn to stop"
+        )

@@ -13,6 +13,7 @@ from lora_accel.config.schema import RunConfig
 from lora_accel.console import Stage, short_names
 from lora_accel.data.chat import Example
 from lora_accel.distributed.backend import Backend, backend_of
+from lora_accel.logs import logger
 from lora_accel.model.adapter import add_adapter, count_parameters, key_dropout, trainable_parameters
 from lora_accel.model.attention import can_pack, pack_attention
 from lora_accel.model.base import check_zero3_dtype, load_base_model
@@ -72,7 +73,7 @@ def prepare_model(config: RunConfig, accelerator: Accelerator, *, checkpoint_dty
     if packed:
         pack_attention(base)
     elif config.data.packing:
-        accelerator.print(f"note: padding rows: {base.config.model_type} does not support packing with this attention")
+        logger.info(f"note: padding rows: {base.config.model_type} does not support packing with this attention")
     # torch.compile does what the patches do by hand.
     (compile_layers if config.training.compile else patch_norms_and_gates)(base)
     model = add_adapter(
@@ -83,8 +84,8 @@ def prepare_model(config: RunConfig, accelerator: Accelerator, *, checkpoint_dty
         masters=is_mixed and backend.keeps_fp32_masters,
     )
     trained, total = count_parameters(model)
-    accelerator.print(f"trainable: {trained:,} of {total:,} parameters ({trained / total:.3%})")
-    accelerator.print(f"serving: {serving_note(config.adapter.model_dump())}")
+    logger.info(f"trainable: {trained:,} of {total:,} parameters ({trained / total:.3%})")
+    logger.info(f"serving: {serving_note(config.adapter.model_dump())}")
     check_all_trained_is_saved(model)
     patch_fused_loss(model.get_base_model())
     optimizer = make_optimizer(
@@ -102,7 +103,7 @@ def prepare_model(config: RunConfig, accelerator: Accelerator, *, checkpoint_dty
 def enable_activation_checkpointing(
     config: RunConfig, data: PreparedData, accelerator: Accelerator, prepared: PreparedModel, num_local_ranks: int
 ) -> None:
-    """Recompute activations in the backward pass if the config says so; with `auto`, if any rank lacks the memory.
+    """Recompute activations in the backward pass if the config asks for it; with `auto`, if any rank lacks the memory.
 
     Args:
         num_local_ranks: processes that share this machine's memory.
@@ -132,5 +133,5 @@ def _should_checkpoint_activations(
     lacks_memory = torch.tensor(float(needed > free), device=accelerator.device)
     enabled = bool(accelerator.reduce(lacks_memory) > 0)
     decision = "enabling activation checkpointing" if enabled else "no activation checkpointing"
-    accelerator.print(f"activation memory: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free: {decision}")
+    logger.info(f"activation memory: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free: {decision}")
     return enabled

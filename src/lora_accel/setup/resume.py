@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from lora_accel.config.plan import Plan
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ConfigError
+from lora_accel.logs import logger
 from lora_accel.saving.atomic import recover_all
 from lora_accel.saving.checkpoint import check_changes, load_checkpoint
 from lora_accel.saving.discovery import find_checkpoint, quarantine
@@ -70,13 +71,13 @@ def resume_run(
         )
     if accelerator.is_main_process:
         for line in quarantine(selection, folder / "metrics.jsonl"):
-            print(line)
+            logger.info(line)
     is_fp16 = accelerator.mixed_precision == "fp16"
     if checkpoint is None:
         return ResumePoint(Progress(), LossScale() if is_fp16 else None)
-    accelerator.print(f"resuming after step {checkpoint.step} from {checkpoint.folder}")
+    logger.info(f"resuming after step {checkpoint.step} from {checkpoint.folder}")
     for line in allowed_changes:
-        accelerator.print(f"changed, allowed by checkpoint.allow_changes:{line}")
+        logger.info(f"changed, allowed by checkpoint.allow_changes:{line}")
     return ResumePoint(
         Progress(checkpoint.step, checkpoint.skipped, checkpoint.overflowed),
         LossScale.from_state(checkpoint.state.get("loss_scale")) if is_fp16 else None,

@@ -1,4 +1,4 @@
-"""The `Run` that the loop is handed: batches, metrics, checkpointer and evaluator of the prepared parts."""
+"""The `Run` that the loop takes: batches, metrics, checkpointer and evaluator of the prepared parts."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Learning: the loop, the loss, the optimizer, evaluation and metrics. It is handed modules and batches."""
+"""The loop: it is given modules and batches."""

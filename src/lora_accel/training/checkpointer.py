@@ -70,6 +70,6 @@ class Checkpointer:
             optimizer_name=self.config.training.optimizer,
             keep_last=max(2, section.keep_last),
             gather=section.gather,
-            spare=section.resume,
+            protected=section.resume,
         )
         self.note(progress.step, saved)

@@ -1,4 +1,4 @@
-"""Exact evaluation: one token-weighted mean over all examples and all ranks; and replies to prompts."""
+"""Evaluation: the exact mean loss per supervised token over all examples and ranks, and replies to prompts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Evaluator:
     max_new_tokens: int
 
     def evaluate(self, metrics: Metrics) -> dict[str, Any]:
-        """Return the values of an eval line, and under `replies` a reply or an error for each prompt."""
+        """Return the values to log: the losses, and under `replies` (prompt, reply or error) pairs."""
         values: dict[str, Any] = {}
         if self.sources:
             with metrics.activity("evaluating"):
@@ -51,7 +51,7 @@ class Evaluator:
 def evaluate_sources(
     accelerator: Accelerator, model: torch.nn.Module, sources: Mapping[str, StepBatch]
 ) -> dict[str, Any]:
-    """Return the values of an eval line: mean loss per supervised token over all sources, and of each of several."""
+    """Return the loss and token count over all sources and, if there are several, of each source."""
     losses = {name: evaluate(accelerator, model, batch) for name, batch in sources.items()}
     tokens = {name: batch.num_supervised_tokens for name, batch in sources.items()}
     total = sum(tokens.values())
@@ -70,7 +70,7 @@ def evaluate(accelerator: Accelerator, model: torch.nn.Module, batch: StepBatch)
         batch: this rank's micro-batches of the examples.
     """
     model.eval()
-    # A float64 sum does not depend on the number of ranks. (MPS has no float64.)
+    # In float64 the sum does not depend on the number of ranks. (MPS has no float64.)
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
     loss_sum = torch.zeros((), dtype=dtype, device=accelerator.device)
     for micro_batch in batch.micro_batches:
@@ -82,16 +82,16 @@ def evaluate(accelerator: Accelerator, model: torch.nn.Module, batch: StepBatch)
 def sample_replies(
     accelerator: Accelerator, model: torch.nn.Module, tokenizer: Any, prompts: Sequence[list[int]], **options: Any
 ) -> list[str | Exception]:
-    """Return the reply to each prompt, generated in the precision of training, or the error that it ended in.
+    """Return the reply to each prompt, or the error that generation raised: a failed reply must not stop the run.
 
-    Replies are for reading: a reply that cannot be generated fails neither the run nor its export. Every rank
-    generates all of them, because ZeRO-3 gathers weights in each forward.
+    Generates in the precision of training. Every rank generates all replies, because ZeRO-3 gathers weights in each
+    forward.
     """
     unwrapped = accelerator.unwrap_model(model)
     replies: list[str | Exception] = []
     for prompt in prompts:
         try:
-            with accelerator.autocast():  # Accelerate wraps only the outer forward, which `generate` does not call
+            with accelerator.autocast():  # Accelerate wraps only the outer forward; `generate` calls the inner one
                 replies += replies_to(unwrapped, tokenizer, [prompt], **options)
         except Exception as error:
             replies.append(error)
@@ -102,22 +102,18 @@ def sample_replies(
 def replies_to(
     model: torch.nn.Module, tokenizer: Any, prompts: Sequence[list[int]], *, ends: Collection[int] = (), **options: Any
 ) -> list[str]:
-    """Return for each prompt the text that the model writes after it, up to and without the end token.
+    """Return the text that the model generates for each prompt, without the end token.
 
     Args:
-        prompts: token ids; they are padded on the left to one batch.
-        ends: tokens that end a reply, beside those that the tokenizer and the model itself know.
-        options: of transformers' `generate`; greedy unless it says otherwise.
+        prompts: token ids, padded on the left to one batch.
+        ends: ids of end tokens, in addition to those of the tokenizer and of the model.
+        options: keyword arguments of transformers' `generate`; greedy by default.
     """
     model.eval()
-    width, pad, device = (
-        max(map(len, prompts)),
-        tokenizer.pad_token_id,
-        next(model.parameters()).device,
-    )
+    width, pad, device = max(map(len, prompts)), tokenizer.pad_token_id, next(model.parameters()).device
     config: Any = model.generation_config
-    own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = {*ends, *own, tokenizer.eos_token_id} - {None}
+    model_ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = {*ends, *model_ends, tokenizer.eos_token_id} - {None}
     output = model.generate(  # type: ignore[operator]
         input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device),
         attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device),
@@ -130,8 +126,8 @@ def replies_to(
 
 
 def decode_reply(tokenizer: Any, ids: Sequence[int], ends: Collection[int]) -> str:
-    """Return the text of a reply's tokens, up to and without the first that ends it or pads."""
+    """Return the text of a reply, up to its first end or pad token."""
     stops = {*ends, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-    text: str = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    length = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    text: str = tokenizer.decode(ids[:length], skip_special_tokens=True)
     return text

@@ -1,4 +1,4 @@
-"""The training loop: batches in, optimizer steps out. It is handed everything and knows no file and no prompt."""
+"""The training loop: batches in, optimizer steps out. It is given everything, and knows neither files nor prompts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def train(run: Run, progress: Progress) -> None:
 
 
 def evaluate_if_due(run: Run, done: int) -> None:
-    """Evaluate after `done` steps if the plan says so."""
+    """Evaluate after `done` steps if the plan asks for it."""
     if run.plan.evaluates_after(done):
         fault_point("evaluate.begin")
         run.metrics.log_evaluation(done, run.evaluator.evaluate(run.metrics))

@@ -16,7 +16,7 @@ from lora_accel.labels import IGNORE_INDEX
 def summed_token_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Return the cross-entropy summed over supervised tokens, a float32 scalar.
 
-    A sum, because only the whole step knows how many tokens to divide by.
+    A sum, because only the full step knows how many tokens to divide by.
     """
     if forward_takes(model, "targets"):  # model/fused_loss.py
         loss: torch.Tensor = model(**batch.inputs, logit_positions=batch.logit_positions, targets=batch.targets)

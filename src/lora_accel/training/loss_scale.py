@@ -1,7 +1,7 @@
-"""The loss scale of float16 training: gradients are computed so many times too large, so that small ones survive.
+"""Dynamic loss scale of float16 training: the loss is multiplied by it, so that small gradients do not underflow.
 
-Micikevicius et al., Mixed Precision Training, arXiv 1710.03740; the rules are those of torch.amp.GradScaler. The scale
-is a plain number: whether a step overflowed is read off the gradient norm, which the loop synchronizes on anyway.
+Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, with the update rules of torch.amp.GradScaler. It needs
+no synchronization of its own: the loop detects an overflow from the gradient norm.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from lora_accel.errors import ArtifactError
 
 INITIAL = 2.0**16
 GROWTH_STEPS = 2000
-"""After so many steps in a row without an overflow the scale doubles; an overflow halves it."""
+"""Consecutive steps without an overflow after which the scale doubles. An overflow halves it."""
 
 
 @dataclasses.dataclass
 class LossScale:
-    """A factor of the loss, always a power of two: scaling and unscaling change no bit of a float32 gradient."""
+    """The factor of the loss. Always a power of two, so scaling and unscaling a float32 gradient is exact."""
 
     value: float = INITIAL
     good_steps: int = 0
-    """Steps without an overflow since the value has changed."""
+    """Steps without an overflow since the value last changed."""
 
     def overflowed(self, loss: float, grad_norm: float) -> bool:
-        """Whether a smaller scale can help: the loss is finite, its scaled gradients are not.
+        """Whether the scaled gradients overflowed: the loss is finite, the gradient norm is not.
 
-        At scale 1 nothing is scaled, so there it is a step that is not finite, as in any other precision.
+        False at scale 1: there a smaller scale cannot help, and the step counts as not finite.
         """
         return math.isfinite(loss) and not math.isfinite(grad_norm) and self.value > 1
 
     def update(self, *, overflowed: bool) -> None:
-        """Count a step."""
+        """Update the scale after a step."""
         if overflowed:
             self.value, self.good_steps = self.value / 2, 0
         elif self.good_steps + 1 == GROWTH_STEPS:
@@ -42,15 +42,15 @@ class LossScale:
             self.good_steps += 1
 
     def state(self) -> dict[str, Any]:
-        """Return what state.json holds."""
+        """Return the value for state.json."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_state(cls, state: object) -> LossScale:
-        """Return the scale that a checkpoint holds; a fresh one if it holds none (it was trained in another precision).
+        """Return the scale of a checkpoint; the initial one if it has none, since it was not trained in float16.
 
         Raises:
-            ArtifactError: it is not a scale.
+            ArtifactError: the state is invalid.
         """
         if state is None:
             return cls()

@@ -1,4 +1,4 @@
-"""What is told on the way: progress bar, metrics.jsonl, trackers. Only the main process writes."""
+"""Logging: progress bar, metrics.jsonl and trackers. Only the main process writes."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from lora_accel.saving.atomic import write_bytes
 from lora_accel.training.progress import StepResult
 
 REFRESH_SECONDS = 1.0
-"""The bar moves this often within a long step."""
+"""Interval at which the progress bar is redrawn within a step."""
 LONG_STEP_SECONDS = 5.0
-"""Before a step that takes longer, its duration is estimated from its first micro-batch."""
+"""If the first step is estimated to take longer, the estimate is printed."""
 WINDOW = 50
-"""The time left follows from so many of the last steps."""
+"""Number of recent steps from which the remaining time is computed."""
 
 
 class Pace:
-    """How long a step takes, and so how long is left. The first step since the start warms up and is not counted."""
+    """Measures the time per step and estimates the remaining time. The first step, a warm-up, does not count."""
 
     def __init__(self, start: int, total_steps: int, now: float) -> None:
         self._total, self._estimate = total_steps, 0.0
@@ -42,7 +42,7 @@ class Pace:
         self._is_warm = False
 
     def end_step(self, step: int, now: float) -> None:
-        """Note the end of a step."""
+        """Record the end of a step."""
         if not self._is_warm:
             self._estimate = now - self._ends[-1][1]
             self._ends.clear()
@@ -50,28 +50,28 @@ class Pace:
         self._ends.append((step, now))
 
     def restart(self, now: float) -> None:
-        """Note that the first step has not begun before now."""
+        """Record that the first step begins now."""
         if not self._is_warm:
             self._ends[0] = (self._ends[0][0], now)
 
     def estimate(self, seconds: float) -> None:
-        """Note how long a step will take, before one has ended."""
+        """Set the estimated time per step. Used until the first step ends."""
         if not self._is_warm:
             self._estimate = seconds
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Return the mean over the last steps, saving and evaluation between them included; None = not known yet."""
-        (first, began), (last, ended) = self._ends[0], self._ends[-1]
+        """Return the mean time of recent steps, including saving and evaluation between them; None = not known yet."""
+        (first, start), (last, end) = self._ends[0], self._ends[-1]
         if self._is_warm and last > first:
-            return (ended - began) / (last - first)
+            return (end - start) / (last - first)
         return self._estimate or None
 
     def seconds_left(self, now: float) -> float | None:
-        """Return how long the remaining steps will take; None = not known yet."""
-        last, ended = self._ends[-1]
-        each = self.seconds_per_step
-        return None if each is None else max(0.0, (self._total - last) * each - min(now - ended, each))
+        """Return the estimated time of the remaining steps; None = not known yet."""
+        last, end = self._ends[-1]
+        per_step = self.seconds_per_step
+        return None if per_step is None else max(0.0, (self._total - last) * per_step - min(now - end, per_step))
 
 
 def format_clock(seconds: float | None) -> str:
@@ -84,58 +84,60 @@ def format_clock(seconds: float | None) -> str:
 
 
 def format_step_estimate(step: int, total_steps: int, done: int, count: int, seconds: float) -> str:
-    """Return what is shown of a long first step.
+    """Return the estimate to print for a long first step.
 
     Args:
-        done, count: micro-batches of the step so far, and all.
-        seconds: since the step began.
+        done: micro-batches of the step that are done.
+        count: micro-batches of the step.
+        seconds: time since the step began.
     """
-    each = seconds * count / done
+    per_step = seconds * count / done
     steps = total_steps - step + 1
     return (
         f"step {step}: micro-batch {done} of {count} took {format_seconds(seconds)}; "
-        f"about {format_seconds(each)} per step, {format_seconds(each * steps)} for {steps:,} steps"
+        f"about {format_seconds(per_step)} per step, {format_seconds(per_step * steps)} for {steps:,} steps"
     )
 
 
 class Bar:
-    """The line at the bottom of a terminal: step, part of the step, loss, time left. Elsewhere there is none.
+    """The progress bar: step, loss, remaining time. Not shown if stderr is not a terminal.
 
-    A thread redraws it, so that it moves within a long step.
+    A thread redraws it, so that the remaining time counts down within a long step.
     """
 
     def __init__(self, plan: Plan, start: int, pace: Pace) -> None:
         self._total, self._pace, self._step = plan.total_steps, pace, start
         self.loss: float | None = None
-        self.doing = ""
-        self._end = threading.Event()
+        self.activity = ""
+        """Shown instead of the remaining time."""
+        self._closing = threading.Event()
         self._bar = tqdm(
             total=plan.total_steps,
             initial=start,
-            disable=None,  # where stderr is no terminal
+            disable=None,  # = unless stderr is a terminal
             ncols=_bar_width(),
             bar_format=self._format(),
         )
         self.is_shown = not self._bar.disable
-        self._thread = threading.Thread(target=self._keep_moving, daemon=True)
+        self._thread = threading.Thread(target=self._redraw, daemon=True)
         if self.is_shown:
             self._thread.start()
 
-    def move(self, step: int, part: float = 0.0) -> None:
-        """Move on to the end of a step, or to a part of the next one."""
-        self._step, self._bar.n = step, step + part
+    def move(self, step: int, fraction: float = 0.0) -> None:
+        """Move to the end of a step, plus a fraction of the next one."""
+        self._step, self._bar.n = step, step + fraction
         self._draw()
 
     def close(self) -> None:
-        """Leave the bar as it is."""
-        self._end.set()
+        """Stop redrawing."""
+        self._closing.set()
         if self._thread.is_alive():
             self._thread.join()
             self._draw()
         self._bar.close()
 
-    def _keep_moving(self) -> None:
-        while not self._end.wait(REFRESH_SECONDS):
+    def _redraw(self) -> None:
+        while not self._closing.wait(REFRESH_SECONDS):
             self._draw()
 
     def _draw(self) -> None:
@@ -146,85 +148,96 @@ class Bar:
 
     def _format(self) -> str:
         loss = "" if self.loss is None else f"loss {self.loss:.4f}  "
-        left = self.doing or f"left {format_clock(self._pace.seconds_left(time.perf_counter()))}"
+        left = self.activity or f"left {format_clock(self._pace.seconds_left(time.perf_counter()))}"
         return f"step {self._step:,}/{self._total:,} |{{bar}}| {loss}{left}"
 
 
 def _bar_width() -> int:
-    return shutil.get_terminal_size().columns - len(" ^C")  # which a terminal writes after it
+    return shutil.get_terminal_size().columns - len(" ^C")  # which the terminal prints after the bar
 
 
 class Metrics:
-    """The run's log. A line is written whole and flushed, so a killed run leaves at most one torn line."""
+    """The log of a run. Each line is written in one call, so a killed run leaves at most one incomplete line."""
 
     def __init__(self, accelerator: Accelerator, folder: Path, plan: Plan, start: int) -> None:
-        """Open the log and cut off what lies after the step that the run goes on from."""
+        """Open the log and remove the lines after the step that the run resumes from.
+
+        Args:
+            folder: the run folder.
+            start: step to resume from, 0 = a new run.
+        """
         self._accelerator = accelerator
         self._plan = plan
-        self._began = self._logged = self._step_began = time.perf_counter()
+        self._start_time = self._log_time = self._step_time = time.perf_counter()  # of the run, last line, last step
         self._tokens = 0  # real tokens since the last line, over all ranks
-        self._main = accelerator.is_main_process
+        self._is_main = accelerator.is_main_process
         self._path = folder / "metrics.jsonl"
-        if self._main:
-            keep_until(self._path, start, again=plan.evaluates_after(start))
+        if self._is_main:
+            truncate_log(self._path, start, drop_evaluation=plan.evaluates_after(start))
         self._start = self._step = start
-        self._pace = Pace(start, plan.total_steps, self._began)
-        self._bar = Bar(plan, start, self._pace) if self._main else None
+        self._pace = Pace(start, plan.total_steps, self._start_time)
+        self._bar = Bar(plan, start, self._pace) if self._is_main else None
         self.loss: float | None = None
-        """Of the last step that was logged."""
+        """Loss of the last step that was logged."""
         self.eval_loss: float | None = None
+        """Loss of the last evaluation."""
 
     @property
     def elapsed_seconds(self) -> float:
-        """Return the time since training started here."""
-        return time.perf_counter() - self._began
+        """Return the time since this process started training."""
+        return time.perf_counter() - self._start_time
 
     def begin(self) -> None:
-        """Note that the next step begins now, and not before."""
-        self._step_began = time.perf_counter()
-        self._pace.restart(self._step_began)
+        """Record that the next step begins now."""
+        self._step_time = time.perf_counter()
+        self._pace.restart(self._step_time)
 
     def note_micro_batch(self, done: int, count: int) -> None:
-        """Move the bar within a step; of the first one estimate how long it takes, if it is a long one."""
+        """Move the bar within a step. After the first micro-batch of all, estimate the time per step (CPU only).
+
+        Args:
+            done: micro-batches of the step that are done.
+            count: micro-batches of the step.
+        """
         if self._bar is None:
             return
         self._bar.move(self._step, min(done / count, 0.999))
-        # Elsewhere than on the CPU a micro-batch has only been launched by now.
+        # On other devices the micro-batch is launched, but not computed yet.
         if done == 1 and self._step == self._start and self._accelerator.device.type == "cpu":
-            seconds = time.perf_counter() - self._step_began
+            seconds = time.perf_counter() - self._step_time
             self._pace.estimate(seconds * count)
             if seconds * count >= LONG_STEP_SECONDS:
                 estimate = format_step_estimate(self._step + 1, self._plan.total_steps, done, count, seconds)
                 tqdm.write(estimate, file=sys.stderr)
 
     def finish_step(self, step: int, result: StepResult) -> None:
-        """Move the bar on by a step."""
+        """Record the end of a step and move the bar."""
         self._tokens += result.batch.num_tokens
-        self._step, self._step_began = step, time.perf_counter()
-        self._pace.end_step(step, self._step_began)
+        self._step, self._step_time = step, time.perf_counter()
+        self._pace.end_step(step, self._step_time)
         if self._bar is not None:
             self._bar.loss = result.loss
             self._bar.move(step)
 
     @contextlib.contextmanager
-    def activity(self, what: str) -> Iterator[None]:
-        """Show what is done instead of steps for the length of a block."""
+    def activity(self, name: str) -> Iterator[None]:
+        """Show an activity other than training, such as `evaluating`, within the block."""
         if self._bar is not None:
-            self._bar.doing = what
+            self._bar.activity = name
             if not self._bar.is_shown:
-                print(f"step {self._step:,}: {what}", file=sys.stderr, flush=True)
+                print(f"step {self._step:,}: {name}", file=sys.stderr, flush=True)
         try:
             yield
         finally:
             if self._bar is not None:
-                self._bar.doing = ""
+                self._bar.activity = ""
             self.begin()
 
     def log_step(self, step: int, result: StepResult) -> None:
-        """Log a train line; its speed is that of the steps since the last one."""
+        """Log a train line. Its throughput covers the steps since the last line."""
         now = time.perf_counter()
-        tokens_per_second = self._tokens / (now - self._logged)
-        self._logged, self._tokens = now, 0
+        tokens_per_second = self._tokens / (now - self._log_time)
+        self._log_time, self._tokens = now, 0
         batch = result.batch
         self._write(
             {
@@ -238,7 +251,7 @@ class Metrics:
                 "tokens": batch.num_tokens,
                 "supervised_tokens": batch.num_supervised_tokens,
                 "tokens_per_second": tokens_per_second,
-                "elapsed_seconds": now - self._began,
+                "elapsed_seconds": now - self._start_time,
                 "peak_memory_bytes": peak_memory_bytes(self._accelerator.device),
             }
         )
@@ -253,15 +266,19 @@ class Metrics:
             )
 
     def log_evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """Log an eval line, and the replies to prompts as events."""
+        """Log an eval line, and each reply to a prompt as an event.
+
+        Args:
+            values: as returned by `Evaluator.evaluate`; modified.
+        """
         replies = values.pop("replies", [])
         if "eval_loss" in values:
             self.eval_loss = values["eval_loss"]
             values["eval_perplexity"] = math.exp(min(values["eval_loss"], 700.0))
             self._write({"kind": "eval", "step": step, **values})
             self.print(f"step {step}: eval loss {values['eval_loss']:.4f}")
-            for name, of_source in values.get("sources", {}).items():
-                self.print(f"step {step}: eval loss {of_source['eval_loss']:.4f} on {name}")
+            for name, source in values.get("sources", {}).items():
+                self.print(f"step {step}: eval loss {source['eval_loss']:.4f} on {name}")
         for prompt, reply in replies:
             if isinstance(reply, Exception):
                 error = f"{type(reply).__name__}: {reply}"
@@ -272,30 +289,30 @@ class Metrics:
                 self.print(f"step {step}: {prompt!r} -> {reply!r}")
 
     def log_event(self, step: int, event: str, **values: Any) -> None:
-        """Log that something happened."""
+        """Log an event."""
         self._write({"kind": "event", "event": event, "step": step, **values})
 
     def print(self, text: str) -> None:
         """Print a line without breaking the bar."""
-        if self._main:
+        if self._is_main:
             tqdm.write(text)
 
     def sync(self) -> None:
-        """Bring the log to the disk, so that it is never behind a checkpoint."""
-        if self._main:
+        """Flush the log to disk, so that it is never behind a checkpoint."""
+        if self._is_main:
             with self._path.open("ab") as file:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
-        """End the bar and the trackers."""
+        """Close the bar and the trackers."""
         if self._bar is not None:
             self._bar.close()
-        # end_training would end the process group too, for whoever comes next.
+        # Accelerator.end_training would also destroy the process group.
         for tracker in self._accelerator.trackers:
             tracker.finish()
 
     def _write(self, line: dict[str, Any]) -> None:
-        if not self._main:
+        if not self._is_main:
             return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -304,7 +321,7 @@ class Metrics:
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a line under the names that trackers show: train/loss, eval/sources/PATH/eval_loss."""
+    """Return the values of a line under their tracker names, such as train/loss or eval/sources/PATH/eval_loss."""
     flat: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -314,20 +331,20 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def keep_until(path: Path, step: int, *, again: bool = False) -> None:
-    """Drop the lines after `step`, and a torn last one: the run goes on from there and writes them again.
+def truncate_log(path: Path, step: int, *, drop_evaluation: bool = False) -> None:
+    """Remove the lines after `step`, which the resumed run logs again, and invalid lines, such as an incomplete one.
 
     Args:
-        again: whether `step` itself will be evaluated again.
+        drop_evaluation: whether to remove the evaluation of `step` too, because it is repeated.
     """
     if not path.exists():
         return
     kept = []
-    for text in path.read_bytes().split(b"\n"):  # bytes: a line may be torn within a character
+    for text in path.read_bytes().split(b"\n"):  # bytes: an incomplete line may end within a character
         try:
             line = json.loads(text)
-            evaluated = line["kind"] == "eval" or line.get("event") in ("reply", "reply_failed")
-            keep = line["step"] < step + (not (again and evaluated))
+            is_evaluation = line["kind"] == "eval" or line.get("event") in ("reply", "reply_failed")
+            keep = line["step"] < step + (not (drop_evaluation and is_evaluation))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
         if keep:
@@ -336,8 +353,8 @@ def keep_until(path: Path, step: int, *, again: bool = False) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory held so far: of the device, or of the process where the device is the CPU."""
+    """Return the peak memory so far, in bytes: allocated on a GPU, or of the process on other devices."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

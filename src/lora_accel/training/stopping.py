@@ -1,6 +1,6 @@
-"""Stopping in time. A signal, or the end of the hours, only sets a word; the loop asks for it at each step's end.
+"""Graceful stop: a signal or `training.max_hours` sets a cause, which the loop checks at the end of each step.
 
-Before training starts a signal ends the command at once.
+Before training starts, a signal ends the command at once.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from lora_accel.console import CLEAR_LINE
 from lora_accel.errors import Aborted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-"""Preempted, Ctrl-C, Slurm's warning before the end, and a terminal that was closed."""
-TWICE_SECONDS = 1.0
-"""A terminal and a launcher may both pass one Ctrl-C on; one that comes later is meant."""
+"""Preemption, Ctrl-C, Slurm's warning before its time limit, and a closed terminal."""
+DEBOUNCE_SECONDS = 1.0
+"""SIGINTs within this time are one Ctrl-C: both the terminal and the launcher may send it."""
 
 
 class Stop:
-    """Whether this process has been asked to stop, and by what."""
+    """The request to stop this process, if there is one."""
 
     def __init__(self, max_hours: float | None = None, *, reports: bool = False) -> None:
         self._cause: str | None = None
         self._reports = reports
         self._since = 0.0
-        self._ends = None if max_hours is None else time.monotonic() + 3600 * max_hours
+        self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
 
     def cause(self) -> str | None:
-        """Return what asked this process to stop, None so far."""
-        if self._cause is None and self._ends is not None and time.monotonic() >= self._ends:
-            self._cause, self._since = "training.max_hours", self._ends
+        """Return the signal or option that asked this process to stop; None if there is none."""
+        if self._cause is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            self._cause, self._since = "training.max_hours", self._deadline
         return self._cause
 
-    def take(self, number: int, frame: FrameType | None = None) -> None:
-        """Take a signal; Ctrl-C aborts what has been asked to stop already."""
+    def handle(self, number: int, frame: FrameType | None = None) -> None:
+        """Record a signal. A further Ctrl-C raises KeyboardInterrupt."""
         now = time.monotonic()
-        if number == signal.SIGINT and self._cause is not None and now - self._since > TWICE_SECONDS:
-            self._since = now  # the launcher may pass this one on, too: it must not disturb the end
+        if number == signal.SIGINT and self._cause is not None and now - self._since > DEBOUNCE_SECONDS:
+            self._since = now  # the launcher may forward it too, which must not interrupt the abort
             raise KeyboardInterrupt
         if self._cause is None:
             self._cause, self._since = signal.Signals(number).name, now
@@ -51,63 +51,64 @@ class Stop:
 
 
 def print_stop(number: int) -> None:
-    """Write what a signal will do, past Python's buffers: the main thread may be within a write to them."""
-    what = "finishing this step, then saving"
+    """Print the effect of a signal, bypassing Python's buffers: the main thread may be in the middle of a write."""
+    action = "finishing this step, then saving"
     if number == signal.SIGINT:
-        line = f"{what}; press Ctrl-C again to abort\n"
+        line = f"{action}; press Ctrl-C again to abort\n"
     else:
-        line = f"{signal.Signals(number).name}: {what}\n"
-    with contextlib.suppress(OSError):  # a terminal that was closed
+        line = f"{signal.Signals(number).name}: {action}\n"
+    with contextlib.suppress(OSError):  # the terminal may be closed
         os.write(2, ((CLEAR_LINE if os.isatty(2) else "") + line).encode())
 
 
-class _Starting:
-    """Ends the command by an exception, as long as training has not started."""
+class _StartupHandler:
+    """Raises `Aborted` at the first signal before training starts."""
 
     def __init__(self) -> None:
         self.is_over = False
 
-    def take(self, number: int, frame: FrameType | None = None) -> None:
-        """Take a signal; the first one ends the command, what follows must not disturb its end."""
+    def handle(self, number: int, frame: FrameType | None = None) -> None:
+        """Abort at the first signal. Ignore later ones, which would interrupt the cleanup."""
         if not self.is_over:
             self.is_over = True
             raise Aborted(number)
 
 
-_starting = _Starting()
+_startup = _StartupHandler()
 
 
 @contextlib.contextmanager
 def abort_on_signal() -> Iterator[None]:
-    """Let a signal end the command with `Aborted` until `handle_stop_signals` takes over; after that it is ignored."""
-    _starting.is_over = False
-    with signal_handler(_starting.take):
+    """Raise `Aborted` at a signal, until `handle_stop_signals` takes over. After training, signals are ignored."""
+    _startup.is_over = False
+    with signal_handler(_startup.handle):
         yield
 
 
 @contextlib.contextmanager
 def handle_stop_signals(max_hours: float | None, *, reports: bool = False) -> Iterator[Stop]:
-    """Take signals for the length of a block. Outside the main thread Python delivers none, and only hours count.
+    """Yield a `Stop` that records signals within the block. Outside the main thread only `max_hours` works.
 
     Args:
-        reports: whether this process shows at once what a signal will do.
+        max_hours: training time after which to stop.
+        reports: whether this process prints what a signal does.
     """
     stop = Stop(max_hours, reports=reports)
-    with signal_handler(stop.take):
-        _starting.is_over = True
+    with signal_handler(stop.handle):
+        _startup.is_over = True
         yield stop
 
 
 @contextlib.contextmanager
 def signal_handler(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Let a handler take `SIGNALS` for the length of a block; outside the main thread Python allows none."""
+    """Handle `SIGNALS` within the block; a no-op outside the main thread, where Python allows no handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         for number in SIGNALS:
-            if number != signal.SIGHUP or before[number] is not signal.SIG_IGN:  # nohup wants it unheard
+            if number != signal.SIGHUP or before[number] is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, handler)
         yield
     finally:
