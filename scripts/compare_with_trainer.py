@@ -182,8 +182,8 @@ def main() -> None:
         )
         for number, (step, expected_step) in enumerate(zip(actual.steps, expected.steps, strict=True), start=1)
     ]
-    heads = ("step", "lora_accel", "Trainer", "relative difference", "of the gradient norm")
-    print_table("loss", rows, heads=heads)
+    headers = ("step", "lora_accel", "Trainer", "relative difference", "of the gradient norm")
+    print_table("loss", rows, headers=headers)
     differences = adapter_differences(actual.adapter, expected.adapter)
     worst = max(differences, key=lambda name: differences[name])
     print(f"adapter: {len(differences)} tensors; largest relative difference {differences[worst]:.1e} ({worst})")

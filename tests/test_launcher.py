@@ -20,7 +20,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from lora_accel import launcher
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ConfigError, LoraAccelError
-from lora_accel.launcher import Machine, Signals, config_file_options, launch_training, machine_options
+from lora_accel.launcher import Machine, SignalForwarder, config_file_options, launch_training, machine_options
 from lora_accel.processes import is_python
 from lora_accel.training.stopping import signal_handler
 from tests.conftest import run_code
@@ -132,11 +132,11 @@ def test_a_signal_without_child_processes_ends_the_command() -> None:
     result = run_code(
         "import signal\n"
         "from lora_accel.errors import Aborted\n"
-        "from lora_accel.launcher import Signals\n"
+        "from lora_accel.launcher import SignalForwarder\n"
         "from lora_accel.training.stopping import signal_handler\n"
         "before = signal.getsignal(signal.SIGTERM)\n"
         "try:\n"
-        "    with signal_handler(Signals().forward):\n"
+        "    with signal_handler(SignalForwarder().forward):\n"
         "        signal.raise_signal(signal.SIGTERM)\n"
         "except Aborted as aborted:\n"
         "    print(aborted.exit_code, signal.getsignal(signal.SIGTERM) is before)\n"
@@ -152,7 +152,7 @@ def test_a_signal_is_forwarded_to_child_processes(number: signal.Signals) -> Non
         "print('ready', flush=True)\n"
         "while True: signal.pause()\n"
     )
-    with signal_handler(Signals().forward):
+    with signal_handler(SignalForwarder().forward):
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         assert child.stdout is not None
         child.stdout.readline()
@@ -268,7 +268,7 @@ def test_a_signal_before_training_ends_the_command_with_one_line(
     config = make_config()
     process = train_command("--config", config_file(config), "--launcher", PRESETS / "cpu.yaml")
     assert process.stdout is not None
-    while "how it runs" not in process.stdout.readline():
+    while "launch settings" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=600)

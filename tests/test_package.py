@@ -163,7 +163,7 @@ def test_plan_prints_a_table(command: Callable[..., CommandResult], trained: Run
 def test_the_schema_describes_every_key(command: Callable[..., CommandResult], trained: RunConfig) -> None:
     schema = json.loads(command("plan", "--schema").stdout)
     training = schema["$defs"]["TrainingSection"]
-    assert training["properties"]["learning_rate"]["description"] == "Peak learning rate of AdamW."
+    assert training["properties"]["learning_rate"]["description"] == "Peak learning rate."
     assert training["additionalProperties"] is False
     assert set(schema["properties"]) == set(RunConfig.model_fields)
 

@@ -149,7 +149,7 @@ def merge(
         str, typer.Option(help="How to combine adapters: linear, svd, ties, dare_linear or dare_ties.")
     ] = "linear",
     density: Annotated[Optional[float], typer.Option(help="Fraction of the values that ties and dare_* keep.")] = None,  # noqa: UP045
-    every: Annotated[
+    run: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
             "--all", metavar="RUN", help="Merge every checkpoint of a run and its final adapter into RUN/merged/."
@@ -185,7 +185,7 @@ def merge(
     from lora_accel.merging.request import merge_lines, parse_merge
 
     folders = [folder for folder in (adapter, None if out is None else str(out)) if folder is not None]
-    request = parse_merge(folders, adapters or [], every, lora_path, target_model_path, max_shard_size)
+    request = parse_merge(folders, adapters or [], run, lora_path, target_model_path, max_shard_size)
     silence_libraries()
     keep_freed_memory()
     from lora_accel.merging.merge import MergeKeywords, merge_adapter, merge_checkpoints, merge_weighted
@@ -356,8 +356,8 @@ def evaluate(
     if as_json:
         print(scores_as_json(scores))
         return
-    heads, *rows = scores_as_table(scores)
-    print_table("evaluation", rows, heads=heads)
+    headers, *rows = scores_as_table(scores)
+    print_table("evaluation", rows, headers=headers)
 
 
 @app.command()
@@ -377,7 +377,9 @@ def checkpoints(
         (x.name, str(x.step), f"{x.age_seconds / 3600:,.1f} h", f"{x.bytes / 1e6:,.1f} MB", x.reason or "valid")
         for x in infos
     ]
-    print_table(str(run), rows, heads=("checkpoint", "step", "age", "size", "bytes and hashes" if verify else "state"))
+    print_table(
+        str(run), rows, headers=("checkpoint", "step", "age", "size", "bytes and hashes" if verify else "state")
+    )
 
 
 @app.command(name="verify-resume")
@@ -411,8 +413,8 @@ def verify_resume(
         )
     if not equal:
         raise LoraAccelError(
-            f"the resumed run differs from the uninterrupted one (straight -> resumed); both are in {verdict.folder}\n"
-            + "\n".join(f"  {line}" for line in verdict.differences)
+            "the resumed run differs from the uninterrupted one (uninterrupted -> resumed); both are in "
+            f"{verdict.folder}\n" + "\n".join(f"  {line}" for line in verdict.differences)
         )
 
 

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from lora_accel.errors import Aborted, Interrupted, LoraAccelError, TrainingError, is_full_disk
 from lora_accel.logs import logger
 
-PATIENCE_SECONDS = 5
+ERROR_DELAY_SECONDS = 5
 """How long a rank other than local rank 0 waits before it reports an error. If local rank 0 failed too, the launcher
-ends this rank sooner, and the error is printed once."""
+ends this rank before that, so the error is printed once."""
 QUIET_SECONDS = 2.0
-"""A stage that takes longer is shown while it runs."""
+"""Time after which a running stage is shown."""
 NAME_WIDTH = 32
 """Maximum width of the first column of a table, so that the rest fits into 80 columns."""
 CLEAR_LINE = "\r\x1b[K"
@@ -35,17 +35,17 @@ NOISE = (
 )
 
 
-def format_table(title: str, rows: Iterable[tuple[str, ...]], heads: tuple[str, ...] | None = None) -> str:
+def format_table(title: str, rows: Iterable[tuple[str, ...]], headers: tuple[str, ...] | None = None) -> str:
     """Return a table as lines that fit the terminal.
 
     Args:
-        heads: column heads; None = two columns, names and values, without heads.
+        headers: column headers; None = two columns, names and values, without headers.
     """
     rows = list(rows)
-    table = Table(title=Text(title), title_justify="left", show_header=heads is not None)
+    table = Table(title=Text(title), title_justify="left", show_header=headers is not None)
     names_fit = all(len(row[0]) <= NAME_WIDTH for row in rows)
-    for number, head in enumerate(heads or ("", "")):
-        table.add_column(head, overflow="fold", no_wrap=number == 0 and names_fit)
+    for number, header in enumerate(headers or ("", "")):
+        table.add_column(header, overflow="fold", no_wrap=number == 0 and names_fit)
     for row in rows:
         table.add_row(*map(Text, row))  # a path may contain [brackets]: not markup
     console = Console(soft_wrap=False)
@@ -54,10 +54,10 @@ def format_table(title: str, rows: Iterable[tuple[str, ...]], heads: tuple[str, 
     return capture.get().rstrip("\n")
 
 
-def print_table(title: str, rows: Iterable[tuple[str, ...]], heads: tuple[str, ...] | None = None) -> None:
+def print_table(title: str, rows: Iterable[tuple[str, ...]], headers: tuple[str, ...] | None = None) -> None:
     """Print a table to stdout; see `format_table`."""
     Stage.hide()
-    print(format_table(title, rows, heads), flush=True)
+    print(format_table(title, rows, headers), flush=True)
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -161,8 +161,8 @@ def run_command(
 ) -> int:
     """Run a command and return its exit code. An error of this package is printed to stderr without a traceback.
 
-    An error that all ranks meet, such as a wrong config, is printed once per machine: local rank 0 reports it, and the
-    launcher ends the other ranks. A rank that fails alone reports its error after `PATIENCE_SECONDS`.
+    An error that occurs on all ranks, such as a wrong config, is printed once per machine: local rank 0 reports it, and
+    the launcher ends the other ranks. A rank that fails alone reports its error after `ERROR_DELAY_SECONDS`.
 
     Args:
         rank: rank of this process.
@@ -187,13 +187,13 @@ def run_command(
         error: Exception = caught
         if is_full_disk(caught):
             error = TrainingError(
-                f"{caught}. What was saved before is intact; free some disk space and run the same command again"
+                f"{caught}. Files saved earlier are intact; free up disk space and run the same command again"
             )
         if not isinstance(error, LoraAccelError):
             _write_error_file(traceback.format_exc(), error_file)
             raise
         if not reports:
-            time.sleep(PATIENCE_SECONDS)
+            time.sleep(ERROR_DELAY_SECONDS)
         message = f"error on rank {rank}: {error}" if rank > 0 else f"error: {error}"
         print(message, file=sys.stderr, flush=True)
         _write_error_file(message, error_file)

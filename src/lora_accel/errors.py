@@ -59,7 +59,7 @@ class Interrupted(LoraAccelError):
 
 
 class Aborted(KeyboardInterrupt):
-    """A signal ended the command before training started. Not an `Exception`, so that nothing catches it by chance."""
+    """A signal ended the command before training started. Not an `Exception`, so that no handler hides it."""
 
     def __init__(self, number: int) -> None:
         name = signal.Signals(number).name

@@ -1,7 +1,7 @@
 """`lora-accel train`: runs `accelerate launch` within this process, with options for this machine.
 
-So this command returns the exit code of training and forwards signals to it, and an error is printed once, by the
-process in which it occurred.
+The command returns the exit code of training and forwards signals to it. An error is printed once, by the process in
+which it occurred.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def launch_training(config: Path, overrides: Sequence[str], launcher: Path | Non
     if launcher is not None and not launcher.is_file():
         raise ConfigError(f"--launcher: {launcher} does not exist; the repository has presets in accelerate_configs/")
     training = ["-m", "lora_accel.train", "--config", str(config), *overrides]
-    signals = Signals()
+    signals = SignalForwarder()
     with signal_handler(signals.forward):
         with Stage("importing PyTorch and Accelerate"):
             options = config_file_options(launcher) or machine_options(detect_machine())
         print(shlex.join(["accelerate", "launch", *options, *training]), flush=True)
         try:
-            code = _accelerate_launch([*options, *training])
+            code = _run_accelerate_launch([*options, *training])
         finally:
             signals.is_over = True
     return _exit_code(code)
@@ -115,7 +115,7 @@ def config_file_options(launcher: Path | None) -> list[str]:
     return options
 
 
-class Signals:
+class SignalForwarder:
     """Forwards signals to the training processes, which save a checkpoint and exit; then this process exits too."""
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ class Signals:
             raise Aborted(number)
 
 
-def _accelerate_launch(arguments: Sequence[str]) -> int:
+def _run_accelerate_launch(arguments: Sequence[str]) -> int:
     """Run `accelerate launch` and return the exit code of training; negative = the signal that killed it."""
     from subprocess import CalledProcessError
 

@@ -1,6 +1,6 @@
-"""The package's logger, `logging.getLogger("lora_accel")`. Rank 0 logs; of other ranks only warnings and errors.
+"""The package's logger, `logging.getLogger("lora_accel")`. Rank 0 logs everything, others only warnings and errors.
 
-As a library the package only logs: the program decides where messages go. The commands call `console.show_logs`.
+As a library, the package adds no handler: the program configures logging. The commands call `console.show_logs`.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from lora_accel.config.schema import DataSection, RunConfig, SourceSection
 from lora_accel.console import print_table
 from lora_accel.data.audit import SPLIT, TRUNCATED, SourceLedger, ledger_lines, total
 from lora_accel.data.chat import Example
-from lora_accel.data.dataset import Dataset, Recipe, find_rows, load_dataset, prepare
+from lora_accel.data.dataset import Dataset, Recipe, find_rows, load_dataset, tokenize_chunk
 from lora_accel.data.splits import HELD_OUT, split_train
 from lora_accel.data.store import Examples
 from lora_accel.data.tokens import special_tokens
@@ -77,8 +77,8 @@ class RenderedExample(NamedTuple):
 
     heading: str
     pieces: list[Piece]
-    ending: str
-    """A note on what max_length cut off; empty if nothing."""
+    truncation_note: str
+    """How many tokens max_length cut off; empty if none."""
 
 
 def inspect(
@@ -212,10 +212,12 @@ def render_examples(
             yield RenderedExample(f"{make_visible(part.section.path)} ({part.split}), no examples", [], "")
         for example in examples:
             heading = _heading(example, part, buckets.get(example.row))
-            ending = ""
+            truncation_note = ""
             if num_cut.get(example.row) and len(example.input_ids) == options.max_length:
-                ending = f"… cut at data.max_length={options.max_length}: {num_cut[example.row]:,} tokens left out"
-            yield RenderedExample(heading, list(split_pieces(example, tokenizer)), ending)
+                truncation_note = (
+                    f"… cut at data.max_length={options.max_length}: {num_cut[example.row]:,} tokens left out"
+                )
+            yield RenderedExample(heading, list(split_pieces(example, tokenizer)), truncation_note)
 
 
 def _heading(example: Example, part: Part, bucket: str | None) -> str:
@@ -234,8 +236,8 @@ def _count_cut_tokens(
     section = part.section.model_copy(update={"format": part.ledger.format})
     num_cut = {}
     for chunk in find_rows(part.section, rows):
-        prepared = prepare(chunk, template=recipe.template(), section=section, options=options)
-        num_cut[chunk.file, chunk.numbers[0]] = prepared.num_cut_tokens
+        tokenized = tokenize_chunk(chunk, template=recipe.template(), section=section, options=options)
+        num_cut[chunk.file, chunk.numbers[0]] = tokenized.num_cut_tokens
     return num_cut
 
 
@@ -309,8 +311,8 @@ def show_examples(parts: Sequence[Part], options: DataSection, recipe: Recipe, r
         if not example.pieces:
             continue
         text = color_pieces(example.pieces) if has_color else Text(mark_pieces(example.pieces, specials))
-        if example.ending:
-            text.append("" if text.plain.endswith("\n") else "\n").append(example.ending, style="bold")
+        if example.truncation_note:
+            text.append("" if text.plain.endswith("\n") else "\n").append(example.truncation_note, style="bold")
         for line in text.split("\n"):
             # On a terminal, long lines are folded here, so that each part gets a gutter. A file gets complete lines.
             width = console.width - len(GUTTER)
@@ -365,7 +367,7 @@ def show_audit(parts: Sequence[Part]) -> None:
     print_table("rows", _visible_lines(_ledgers(parts)))
     print_table("total", total_lines(parts))
     for name, bins in _histograms(parts):
-        print_table(name, bins, heads=("tokens", "examples", ""))
+        print_table(name, bins, headers=("tokens", "examples", ""))
 
 
 def total_lines(parts: Sequence[Part]) -> list[tuple[str, str]]:
@@ -454,7 +456,7 @@ def render_page(parts: Sequence[Part], options: DataSection, recipe: Recipe, row
         text = "".join(map(_tag, example.pieces))
         blocks.append(f"<h2>{escape(example.heading)}</h2>")
         blocks.append(f"<pre>{text}</pre>")
-        blocks.append(f"<p><em>{escape(example.ending)}</em></p>" if example.ending else "")
+        blocks.append(f"<p><em>{escape(example.truncation_note)}</em></p>" if example.truncation_note else "")
     tables: list[tuple[str, Sequence[tuple[str, ...]]]] = [
         ("rows", _visible_lines(_ledgers(parts))),
         ("total", total_lines(parts)),

@@ -1,4 +1,4 @@
-"""Parent processes, and the memory of this process."""
+"""Process utilities: exit with the parent, detect a launcher, keep freed memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def end_with_parent(parent: int) -> None:
-    """Ask the kernel to send SIGTERM to this process when its parent dies, however it dies.
+    """Ask the kernel to send SIGTERM to this process when its parent dies, even by SIGKILL.
 
     Args:
         parent: its process id, read before it could have died. (Linux only: prctl(2), PR_SET_PDEATHSIG.)
@@ -32,7 +32,7 @@ def keep_freed_memory() -> None:
 
 
 def is_python(pid: int) -> bool:
-    """Whether a process is a Python program, as launchers are, and not init, which adopts orphans. Off Linux, True."""
+    """Whether a process is a Python program: launchers are, init (which adopts orphans) is not. True off Linux."""
     if sys.platform != "linux":
         return True
     try:

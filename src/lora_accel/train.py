@@ -1,10 +1,10 @@
 """`accelerate launch -m lora_accel.train --config FILE [section.key=value …]`: a training run.
 
-Read it from `run_training` on. One direction, cheap checks first, so that a mistake costs seconds:
+Start reading at `run_training`. Cheap checks run first, so that an error in the config or the data shows in seconds:
 
     config -> launch -> Accelerator -> examples, plan -> model, adapter -> resume point -> train -> adapter/
 
-Heavy libraries are imported inside functions, once the config is known to be good.
+Heavy libraries are imported inside functions, after the config is validated.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def is_local_rank_0() -> bool:
-    """Whether this process reports progress: the first one of its machine."""
+    """Whether this process is local rank 0, which reports progress and errors."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def run_training(config: RunConfig, *, silence: bool = False) -> Path:
-    """Train an adapter and return the folder that holds it.
+    """Train an adapter and return its folder.
 
     Args:
         silence: turn off warnings and progress bars of other libraries in this process, as the command does.
@@ -95,7 +95,7 @@ def run_in_folder(
     precision: RunPrecision | None,
     create_folder: Callable[[], None],
 ) -> Path:
-    """Prepare the run's parts and train, in a locked run folder.
+    """Prepare data, model and resume point, then train, in a locked run folder.
 
     Args:
         precision: of the checkpoint to resume from.
@@ -143,12 +143,12 @@ def train_and_export(
     provenance: dict[str, Any],
     start: ResumePoint,
 ) -> Path:
-    """Train from the resume point to the last step, and save the final adapter; status.json and the log follow."""
+    """Train from the resume point to the last step, and save the final adapter. Updates status.json and the log."""
     from accelerate.utils import gather_object
 
     from lora_accel.saving.discovery import prune
-    from lora_accel.saving.run_folder import export_adapter
-    from lora_accel.saving.status import running
+    from lora_accel.saving.run_folder import save_final_adapter
+    from lora_accel.saving.status import track_status
     from lora_accel.setup.run import make_run
     from lora_accel.training.loop import train
     from lora_accel.training.stopping import handle_stop_signals
@@ -157,7 +157,7 @@ def train_and_export(
     checkpoints, pids = folder / "checkpoints", gather_object([os.getpid()])
     with (
         handle_stop_signals(config.training.max_hours, reports=accelerator.is_local_main_process) as stop,
-        running(folder, first_step, start.checkpoint, pids=pids, enabled=is_main) as note_status,
+        track_status(folder, first_step, start.checkpoint, pids=pids, enabled=is_main) as note_status,
     ):
         run = make_run(config, data, accelerator, prepared, provenance, start, stop, note_status)
         # Accelerate puts a tracker's files into a folder of the project's name: OUTPUT_DIR/tensorboard.
@@ -165,10 +165,10 @@ def train_and_export(
         run.metrics.log_event(first_step, "resume" if first_step else "start")
         try:
             if start.checkpoint is not None and start.checkpoint.parent.resolve() != checkpoints.resolve():
-                run.checkpointer.save(start.progress)  # it was another run's: this run gets its own copy
+                run.checkpointer.save(start.progress)  # of another run: save a copy in this one
             run.metrics.begin()
             train(run, start.progress)
-            export_adapter(
+            save_final_adapter(
                 folder / "adapter", data.template, accelerator, prepared.model, provenance, config.checkpoint.gather
             )
             if is_main:

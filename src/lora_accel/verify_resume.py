@@ -60,14 +60,14 @@ def verify_resume(config: Path, overrides: Sequence[str], *, steps: int, launche
     command += [f"training.max_steps={steps}", f"checkpoint.every_steps={half}", "checkpoint.resume=auto"]
     command += ["evaluation.every_steps=null", "logging.every_steps=1", "logging.trackers=[]"]
 
-    _run("uninterrupted", [*command, f"output_dir={json.dumps(str(folder / 'straight'))}"])
+    _run("uninterrupted", [*command, f"output_dir={json.dumps(str(folder / 'uninterrupted'))}"])
     resumed = [*command, f"output_dir={json.dumps(str(folder / 'resumed'))}"]
     _run("killed", resumed, fault=f"step.begin@{half + 1}=kill")
     if not (folder / "resumed" / "checkpoints" / f"step-{half:08d}").is_dir():
         raise LoraAccelError(f"{folder}: the killed run has no checkpoint after step {half}")
     _run("resumed", resumed)
 
-    differences = compare(folder / "straight", folder / "resumed")
+    differences = compare(folder / "uninterrupted", folder / "resumed")
     if not differences:
         shutil.rmtree(folder)
     return Verdict(steps, half, differences, folder)

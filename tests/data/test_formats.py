@@ -121,8 +121,8 @@ def test_the_format_of_a_row_is_detected_and_parsed(row: dict[str, Any], data_fo
         ({"text": ""}, "empty text"),
         ({"text": " \n\t"}, "empty text"),
         ({"input_ids": [], "labels": []}, "no tokens"),
-        (sharegpt(("gpt", "a")), "nothing is asked"),
-        (sharegpt(("system", "s"), ("gpt", "a")), "nothing is asked"),
+        (sharegpt(("gpt", "a")), "no user message"),
+        (sharegpt(("system", "s"), ("gpt", "a")), "no user message"),
         (sharegpt(("gpt", "a"), ("human", "q")), "no assistant turn"),
     ],
 )
@@ -215,7 +215,7 @@ def test_answers_before_the_first_question_are_left_out() -> None:
     assert isinstance(record, Conversation)
     assert record.messages == (Message("system", "s"), *QUESTION_AND_ANSWER.messages)
     assert record.notes == ("answers before the first question are left out",)
-    with pytest.raises(UnusableRow, match="nothing is asked"):
+    with pytest.raises(UnusableRow, match="no user message"):
         parse_row(sharegpt(("gpt", "Hi!"), ("gpt", "a")), "sharegpt")
 
 
@@ -226,7 +226,7 @@ def test_consecutive_turns_of_one_role_are_joined() -> None:
     assert record.messages == conversation(
         ("user", "q\n\nr"), ("assistant", "a\n\nb"), ("tool", "o"), ("tool", "p")
     ).messages  # fmt: skip
-    assert record.notes == ("turns in a row of one role are joined by an empty line",)
+    assert record.notes == ("consecutive turns of one role are joined with an empty line",)
     # An unsupervised answer is not joined to a supervised one.
     turns = [{"from": "gpt", "value": "a", "weight": 0}, {"from": "gpt", "value": "b"}]
     record = parse_row({"conversations": [{"from": "human", "value": "q"}, *turns]}, "sharegpt")

@@ -144,11 +144,11 @@ def test_an_excluded_call_is_not_supervised(supervised_texts: Callable[..., list
 
 
 def test_a_template_without_tool_support_drops_the_row(supervised_texts: Callable[..., list[str]]) -> None:
-    with pytest.raises(UnusableRow, match="leaves a tool out, or writes 'weather' otherwise"):
+    with pytest.raises(UnusableRow, match="leaves a tool out, or writes 'weather' differently"):
         supervised_texts(messages_with(called()), CHATML)
     row = messages_with(called())
     del row["tools"]
-    with pytest.raises(UnusableRow, match="leaves a tool call of message 2 out, or writes 'weather' otherwise"):
+    with pytest.raises(UnusableRow, match="leaves a tool call of message 2 out, or writes 'weather' differently"):
         supervised_texts(row, CHATML)
     without_arguments = HERMES.replace("(call.function.arguments | tojson)", "'{}'")
     with pytest.raises(UnusableRow, match="leaves a tool call of message 2 out, or writes 'Köln"):
@@ -173,7 +173,7 @@ def test_the_text_of_a_special_token_in_a_tool_or_call_drops_the_row(
     if where == "name":
         row = messages_with(called())
         row["messages"][2]["name"] = untrusted
-    with pytest.raises(UnusableRow, match=r"a tool, or a call of one, holds the text of the special token <\|im_"):
+    with pytest.raises(UnusableRow, match=r"a tool or tool call contains the text of the special token <\|im_"):
         supervised_texts(row)
 
 
@@ -313,5 +313,5 @@ def test_calls_that_are_not_a_list_are_an_error(calls: Any) -> None:
 def test_a_left_out_argument_of_any_name_drops_the_row(encoded: Callable[..., Example]) -> None:
     row = messages_with(called({"type": "sunny", "city": "Bonn"}))
     partly = HERMES.replace("(call.function.arguments | tojson)", "({'city': call.function.arguments.city} | tojson)")
-    with pytest.raises(UnusableRow, match="leaves a tool call of message 2 out, or writes 'sunny' otherwise"):
+    with pytest.raises(UnusableRow, match="leaves a tool call of message 2 out, or writes 'sunny' differently"):
         encoded(row, partly)

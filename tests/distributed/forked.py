@@ -194,15 +194,15 @@ def _fail_second_reply() -> None:
     """Raise an error while generating the reply to the second prompt."""
     from lora_accel.training import evaluator
 
-    original, calls = evaluator.replies_to, []
+    original, calls = evaluator.generate_replies, []
 
-    def replies_to(*arguments: Any, **options: Any) -> list[str]:
+    def generate_replies(*arguments: Any, **options: Any) -> list[str]:
         calls.append(arguments)
         if len(calls) == 2:
             raise RuntimeError("out of luck")
         return original(*arguments, **options)
 
-    evaluator.replies_to = replies_to
+    evaluator.generate_replies = generate_replies
 
 
 SABOTAGES = {

@@ -18,7 +18,7 @@ from torch.utils.file_baton import FileBaton
 
 from lora_accel.distributed import builds
 from lora_accel.distributed.builds import UNSEEN_SECONDS, is_held, wait_for_builds
-from lora_accel.distributed.launch import wait_for_stale_builds
+from lora_accel.distributed.launch import wait_for_extension_builds
 from lora_accel.errors import ConfigError
 
 LAYOUTS = pytest.mark.parametrize("layout", ["deepspeed_shm_comm", "py311_cpu/deepspeed_shm_comm"])
@@ -221,8 +221,8 @@ def test_local_rank_0_checks_the_folder_that_torch_builds_in(
     assert tmp_path in folder.parents
     lock = locked(folder, died=True).lock_file_path
     monkeypatch.setenv("LOCAL_RANK", "1")
-    wait_for_stale_builds()
+    wait_for_extension_builds()
     assert os.path.exists(lock)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    wait_for_stale_builds()
+    wait_for_extension_builds()
     assert not os.path.exists(lock)

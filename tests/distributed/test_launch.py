@@ -173,11 +173,11 @@ def run_failing(
 @pytest.fixture
 def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ranks print their errors without a delay."""
-    monkeypatch.setattr(console, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(console, "ERROR_DELAY_SECONDS", 0)
 
 
 def test_rank_0_prints_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "PATIENCE_SECONDS", 120)
+    monkeypatch.setattr(console, "ERROR_DELAY_SECONDS", 120)
     code, stderr, seconds = run_failing(ConfigError("training.epochs is wrong"))
     assert (code, stderr) == (2, "error: training.epochs is wrong\n")
     assert seconds < 60
@@ -185,14 +185,14 @@ def test_rank_0_prints_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("rank", [1, 7])
 def test_other_ranks_wait_before_they_print(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
-    monkeypatch.setattr(console, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(console, "ERROR_DELAY_SECONDS", 0.3)
     code, stderr, seconds = run_failing(ConfigError("training.epochs is wrong"), rank)
     assert (code, stderr) == (2, f"error on rank {rank}: training.epochs is wrong\n")
     assert seconds >= 0.3
 
 
 def test_local_rank_0_of_another_machine_prints_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "PATIENCE_SECONDS", 120)
+    monkeypatch.setattr(console, "ERROR_DELAY_SECONDS", 120)
     code, stderr, seconds = run_failing(ConfigError("output_dir is wrong"), rank=8, reports=True)
     assert (code, stderr) == (2, "error on rank 8: output_dir is wrong\n")
     assert seconds < 60
@@ -212,7 +212,7 @@ def test_exit_code_of_an_error(error: LoraAccelError, code: int, rank: int) -> N
 def test_interruption_is_printed_once_and_is_not_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int
 ) -> None:
-    monkeypatch.setattr(console, "PATIENCE_SECONDS", 60)
+    monkeypatch.setattr(console, "ERROR_DELAY_SECONDS", 60)
     stopped, file = Interrupted("stopped by SIGTERM after step 3", code), str(tmp_path / "error.json")
     assert run_command(raises(stopped), rank=0, error_file=file) == code
     assert capsys.readouterr().err == "stopped by SIGTERM after step 3\n"
@@ -233,7 +233,7 @@ def test_success_prints_and_writes_nothing(capsys: pytest.CaptureFixture[str], t
 
 
 def test_keyboard_interrupt_is_not_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "PATIENCE_SECONDS", 120)
+    monkeypatch.setattr(console, "ERROR_DELAY_SECONDS", 120)
     code, stderr, seconds = run_failing(KeyboardInterrupt(), 8, tmp_path / "error.json", reports=True)
     assert code == 130
     assert stderr.startswith("interrupted; ")

@@ -22,13 +22,13 @@ from lora_accel.distributed.launch import exit_process
 from lora_accel.saving import run_folder
 
 TOKENS = torch.arange(5, 37)[None]
-export_adapter = run_folder.export_adapter
+save_final_adapter = run_folder.save_final_adapter
 
 
 @torch.no_grad()
 def export_with_logits(folder: Path, template: Any, accelerator: Any, model: Any, *rest: Any) -> None:
     """Export the adapter, and write the live model's logits."""
-    export_adapter(folder, template, accelerator, model, *rest)
+    save_final_adapter(folder, template, accelerator, model, *rest)
     model.eval()
     logits = model(input_ids=TOKENS.to(accelerator.device), use_cache=False).logits
     if accelerator.is_main_process:
@@ -38,7 +38,7 @@ def export_with_logits(folder: Path, template: Any, accelerator: Any, model: Any
 
 def main(files: list[str]) -> int:
     """Train each config. Every rank calls this."""
-    run_folder.export_adapter = export_with_logits
+    run_folder.save_final_adapter = export_with_logits
     for file in files:
         train.run_training(read_config(file, []))
         AcceleratorState._reset_state()  # keeps the process group

@@ -35,7 +35,7 @@ from lora_accel.inference.prompts import read_prompts
 from lora_accel.model import base as base_module
 from lora_accel.setup.data import prepare_data
 from lora_accel.training import evaluator as evaluation
-from lora_accel.training.evaluator import replies_to
+from lora_accel.training.evaluator import generate_replies
 from tests.conftest import (
     CHATML,
     PATIENCE_SECONDS,
@@ -330,7 +330,7 @@ def test_held_out_rows_score_as_in_training_and_only_they_get_replies(
     for name, rows in contents.items():
         for number, row in enumerate(rows, start=1):
             if row["messages"] and number % 2:
-                (reply,) = replies_to(
+                (reply,) = generate_replies(
                     base, template.tokenizer, [question(row)], ends=template.end_ids, max_new_tokens=3
                 )
                 if reply.strip():
@@ -474,7 +474,7 @@ def test_batched_replies_equal_single_replies(
         alone = load_adapter(AutoModelForCausalLM.from_pretrained(tiny_model()), adapter)
         for prompt, answer in zip(PROMPTS, batched, strict=True):
             ids = template.encode_prompt((Message("system", "hello"), Message("user", prompt)))
-            assert answer[name] == replies_to(alone, tokenizer, [ids], max_new_tokens=10)[0]
+            assert answer[name] == generate_replies(alone, tokenizer, [ids], max_new_tokens=10)[0]
 
 
 def test_a_reply_ends_where_the_template_ends_a_turn(
@@ -485,7 +485,7 @@ def test_a_reply_ends_where_the_template_ends_a_turn(
     ids = tokenizer("hello world").input_ids
     tokens = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :].tolist()
     end = next(x for x in tokens if tokens.index(x) >= 2)
-    (reply,) = replies_to(model, tokenizer, [ids], ends=[end], max_new_tokens=8)
+    (reply,) = generate_replies(model, tokenizer, [ids], ends=[end], max_new_tokens=8)
     assert reply == tokenizer.decode(tokens[: tokens.index(end)], skip_special_tokens=True)
 
 
@@ -676,10 +676,10 @@ def run_chat(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
         def record(model: Any, tokenizer: Any, prompt_ids: list[list[int]], **kwargs: Any) -> Any:
             prompts.append(tokenizer.decode(prompt_ids[0]))
-            return replies_to(model, tokenizer, prompt_ids, **kwargs)
+            return generate_replies(model, tokenizer, prompt_ids, **kwargs)
 
         monkeypatch.setattr("builtins.input", read)
-        monkeypatch.setattr(evaluation, "replies_to", record)
+        monkeypatch.setattr(evaluation, "generate_replies", record)
         chat(**({"max_new_tokens": 4} | options))
         return prompts
 

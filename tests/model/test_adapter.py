@@ -21,7 +21,7 @@ def load_with_adapter(
 ) -> torch.nn.Module:
     model = ModelSection(name_or_path=str(folder))
     quantization = QuantizationSection.model_validate({"bits": bits})
-    base = load_base_model(model, quantization, kept_dtype="auto")  # as stored
+    base = load_base_model(model, quantization, recorded_dtype="auto")  # as stored
     section = AdapterSection.model_validate(adapter)
     return add_adapter(base, section, seed=seed, autocast=autocast)
 

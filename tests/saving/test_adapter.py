@@ -288,8 +288,8 @@ def infinite(state: dict[str, torch.Tensor], name: str) -> None:
         (unexpected, r"0 tensors are missing, 1 do not belong to this adapter \(such as .*norm.weight\)"),
         (renamed, r"1 tensors are missing .*, 1 do not belong"),
         (wrong_shape, r"lora_A.weight has shape \(4, 31\), the model expects \(4, 32\)"),
-        (not_finite, r"lora_A.weight holds values that are not finite"),
-        (infinite, r"lora_A.weight holds values that are not finite"),
+        (not_finite, r"lora_A.weight contains values that are not finite"),
+        (infinite, r"lora_A.weight contains values that are not finite"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -419,13 +419,13 @@ def test_moments_of_other_parameters_raise(three: Path, make: Callable[[int], Pr
 @pytest.mark.parametrize(
     ("moment", "value", "reason"),
     [
-        ("exp_avg.", "nan", "is not finite in float32"),
-        ("exp_avg.", "inf", "is not finite in float32"),
-        ("exp_avg_sq.", "nan", "is not finite in float32"),
-        ("exp_avg.", "float16", "is not finite in float32"),
-        ("exp_avg_sq.", "float64", "is not finite in float32"),
-        ("exp_avg_sq.", "int32", "is not finite in float32"),
-        ("exp_avg_sq.", "-1e-30", "is a mean of squares and has negative values"),
+        ("exp_avg.", "nan", "is not float32, or not finite"),
+        ("exp_avg.", "inf", "is not float32, or not finite"),
+        ("exp_avg_sq.", "nan", "is not float32, or not finite"),
+        ("exp_avg.", "float16", "is not float32, or not finite"),
+        ("exp_avg_sq.", "float64", "is not float32, or not finite"),
+        ("exp_avg_sq.", "int32", "is not float32, or not finite"),
+        ("exp_avg_sq.", "-1e-30", "has negative values, which this moment cannot have"),
         ("exp_avg.", "-1e-30", None),
     ],
 )

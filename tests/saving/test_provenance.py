@@ -21,7 +21,7 @@ from lora_accel.saving.provenance import (
     changes_table,
     is_allowed,
     model_card,
-    options_behind,
+    options_for_key,
     serving_note,
     versions,
 )
@@ -218,7 +218,7 @@ def test_every_change_can_be_allowed_by_an_option() -> None:
     """The option that the error message suggests must be valid in the schema and allow the change."""
     required = {"output_dir": "run", "model": {"name_or_path": "model"}, "data": {"train": [{"path": "rows.jsonl"}]}}
     for _, key in DETECTED:
-        for option in options_behind(key):
+        for option in options_for_key(key):
             RunConfig.model_validate(required | {"checkpoint": {"allow_changes": [option]}})
             assert is_allowed(key, [option])
 

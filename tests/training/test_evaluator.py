@@ -18,7 +18,7 @@ from lora_accel.config.schema import TrainingSection
 from lora_accel.data.chat import Example
 from lora_accel.data.formats import Message
 from lora_accel.setup.data import prepare_data
-from lora_accel.training.evaluator import evaluate, replies_to
+from lora_accel.training.evaluator import evaluate, generate_replies
 from tests.conftest import chat_rows, read_metrics, write_jsonl
 
 FAMILIES = ["llama", "gpt2", "opt", "qwen2"]
@@ -151,10 +151,10 @@ def test_batched_replies_equal_those_of_single_prompts(
     tiny_model: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, family: str
 ) -> None:
     model = load(tiny_model(family))
-    replies = replies_to(model, tokenizer, tokenizer(PROMPTS).input_ids, max_new_tokens=12)
+    replies = generate_replies(model, tokenizer, tokenizer(PROMPTS).input_ids, max_new_tokens=12)
     assert replies == [greedy_reply(model, tokenizer, prompt, 12) for prompt in PROMPTS]
     assert len(set(replies)) > 1
-    assert replies_to(model, tokenizer, tokenizer(PROMPTS[:1]).input_ids, max_new_tokens=12) == replies[:1]
+    assert generate_replies(model, tokenizer, tokenizer(PROMPTS[:1]).input_ids, max_new_tokens=12) == replies[:1]
 
 
 def test_reply_ends_before_the_end_token(
@@ -170,11 +170,11 @@ def test_reply_ends_before_the_end_token(
     data = prepare_data(config, num_ranks=1)
     model = load_adapter(load(tiny_model()), adapter)
     prompts = [data.template.encode_prompt((Message("user", "hello"),))] * 2
-    assert replies_to(model, data.template.tokenizer, prompts, max_new_tokens=30) == ["one two three"] * 2
+    assert generate_replies(model, data.template.tokenizer, prompts, max_new_tokens=30) == ["one two three"] * 2
 
     # Even if the base has a different end token than the chat template.
     model.generation_config.eos_token_id = 2
-    assert replies_to(model, data.template.tokenizer, prompts, max_new_tokens=30) == ["one two three"] * 2
+    assert generate_replies(model, data.template.tokenizer, prompts, max_new_tokens=30) == ["one two three"] * 2
 
 
 def test_replies_are_logged(make_config: Callable[..., RunConfig]) -> None:

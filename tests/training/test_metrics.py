@@ -183,7 +183,7 @@ def test_pace_is_the_mean_of_recent_steps() -> None:
 
 def test_time_before_the_first_step_does_not_count() -> None:
     pace = Pace(0, 10, 0.0)
-    pace.restart(50.0)  # after an evaluation
+    pace.begin_first_step(50.0)  # after an evaluation
     pace.end_step(1, 52.0)
     assert pace.seconds_left(52.0) == 18.0
 

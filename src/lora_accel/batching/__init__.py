@@ -1,1 +1,1 @@
-"""Examples to batches."""
+"""Build each rank's micro-batches from examples."""

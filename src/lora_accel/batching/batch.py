@@ -66,14 +66,14 @@ class StepBatch:
     """One rank's micro-batches of a step or of an evaluation source, and the counts over all ranks."""
 
     micro_batches: Sequence[MicroBatch]
-    """This rank's; every rank has the same number of them."""
+    """Those of this rank; every rank has the same number of them."""
     num_examples: int
     """Over all ranks, like the counts below."""
     num_tokens: int
-    """Real tokens."""
+    """Without padding."""
     num_supervised_tokens: int
     examples: Sequence[Example]
-    """Of all ranks."""
+    """The examples of all ranks."""
 
     @property
     def rows(self) -> str:

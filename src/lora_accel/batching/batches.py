@@ -1,8 +1,8 @@
-"""(seed, epoch, step) -> examples -> micro-batches.
+"""Map each step to its examples, and the examples to micro-batches.
 
-Which examples a step takes depends only on the seed and the step. How they are divided among ranks and micro-batches
-depends on their lengths, the limits and the number of ranks. So neither resuming nor another number of ranks changes
-the order or the mathematics.
+Which examples a step uses depends only on the seed and the step. How they are divided among ranks and micro-batches
+depends on their lengths, the limits and the number of ranks. Neither resuming nor another number of ranks
+changes the order or the mathematics.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lora_accel.randomness import derive_seed
 
 @dataclasses.dataclass(frozen=True)
 class BatchOptions:
-    """How examples become one rank's micro-batches."""
+    """Options for building one rank's micro-batches."""
 
     pad_id: int
     packed: bool
@@ -72,8 +72,8 @@ class Batches:
 def step_batch(examples: Sequence[Example], options: BatchOptions) -> StepBatch:
     """Divide examples among ranks, and this rank's share into micro-batches.
 
-    Every rank gets the same number of micro-batches, the last ones empty if need be: each forward and backward may hold
-    collectives, which must not be called on one rank alone.
+    Every rank gets the same number of micro-batches; the last ones may be placeholders without a target. Forward and
+    backward may run collectives, which all ranks must join.
     """
     # With a limit in examples, ranks get equally many examples; with a limit in tokens, about equally many tokens.
     most = len(examples) if options.max_examples is None else -(-len(examples) // options.num_ranks)

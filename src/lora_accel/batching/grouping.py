@@ -1,4 +1,4 @@
-"""Which rank and which micro-batch an example goes to. Changes neither which examples a step takes nor its loss."""
+"""Assign a step's examples to ranks and micro-batches. The assignment does not change the loss."""
 
 from __future__ import annotations
 

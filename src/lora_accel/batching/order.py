@@ -12,7 +12,7 @@ from lora_accel.randomness import Order, permutation
 def epoch_order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> Order:
     """Return the indices of an epoch's examples in training order, [num_examples].
 
-    A source of weight 2 is seen twice per epoch; of a source of weight 0.25 each epoch takes the next quarter.
+    A source of weight 2 is used twice per epoch; of a source of weight 0.25, each epoch uses the next quarter.
 
     Args:
         sizes, weights: number of examples and weight of each source. Indices count through the sources in order.
@@ -31,5 +31,5 @@ def epoch_order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch
 
 
 def source_count(size: int, weight: float) -> int:
-    """Return how many examples of a source an epoch takes, at least one."""
+    """Return how many examples of a source an epoch uses, at least one."""
     return max(1, round(size * weight))

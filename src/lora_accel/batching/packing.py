@@ -1,4 +1,4 @@
-"""Examples to the tensors of a micro-batch: packed into one row, or padded to one row each."""
+"""Build the tensors of a micro-batch: examples packed into one row, or padded to one row each."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def pack(examples: Sequence[Example]) -> MicroBatch:
     # The last token of an example would predict the first of the next one: it has no target.
     targets = np.concatenate([np.asarray([*example.labels[1:], IGNORE_INDEX], np.int64) for example in examples])
     keys = np.concatenate([token_keys(example.key, length) for example, length in zip(examples, lengths, strict=True)])
-    # transformers takes a 4-D mask as it is and builds none. Packed attention goes by `segments`; a layer that read
-    # this mask would make the loss NaN.
+    # transformers passes a 4-D mask through unchanged. Packed attention ignores it and uses `segments`; if any layer
+    # did read it, the loss would be NaN.
     mask = np.full((1, 1, 1, 1), np.nan, np.float32)
     positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])[None])
     packed = _micro_batch(input_ids[None], mask, targets[None], keys[None])

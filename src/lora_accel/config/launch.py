@@ -33,7 +33,7 @@ UNSUPPORTED_KEYS = (
 LOSS_SCALE = {"loss_scale": 0, "initial_scale_power": 16, "hysteresis": 1, "min_loss_scale": 1}
 """DeepSpeed scales the loss, unscales gradients and skips overflows; training/loss_scale.py sets the scale."""
 LOSS_SCALE_WINDOW = 2**30
-"""Steps until DeepSpeed raises the loss scale itself; never, since it does so before it unscales that step."""
+"""Steps until DeepSpeed raises the loss scale itself: never, because it would raise it before it unscales that step."""
 LAUNCHER = "accelerate launch"
 RUN_CONFIG = "run config"
 
@@ -48,7 +48,7 @@ class Launch:
     deepspeed: dict[str, Any] | None
     """DeepSpeed's config before `auto` is filled; None = no DeepSpeed."""
     source: str
-    """What set it: accelerate launch, or the path of the DeepSpeed JSON."""
+    """Origin of the settings, for messages: accelerate launch, or the path of the DeepSpeed JSON."""
     use_cpu: bool = False
     """Whether to run on the CPU even if there is a GPU."""
 
@@ -183,7 +183,7 @@ def _unless_disabled(precision: Precision, launch: Launch) -> Precision:
 
 
 def _precision_problems(config: RunConfig, launch: Launch, precision: Precision) -> list[str]:
-    """Return what contradicts the mixed precision."""
+    """Return the settings that contradict the mixed precision."""
     value, decided_by, _ = precision
     option = {
         RUN_CONFIG: "training.mixed_precision",
@@ -261,7 +261,7 @@ def _conflicts(config: RunConfig, launch: Launch) -> list[str]:
 
 
 def _unsupported(config: RunConfig, launch: Launch) -> list[str]:
-    """Return what is not supported under DeepSpeed, each with an alternative."""
+    """Return the settings that are not supported under DeepSpeed, each with an alternative."""
     stage = launch.zero_stage
     problems = []
     if stage not in (1, 2, 3):

@@ -18,7 +18,7 @@ class Plan:
     """Examples per epoch, after source weights."""
     num_eval_examples: int
     num_tokens: int
-    """Real tokens per epoch."""
+    """Tokens per epoch, without padding."""
     num_supervised_tokens: int
     batch_size: int
     """Examples per step, over all ranks."""

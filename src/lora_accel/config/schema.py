@@ -269,8 +269,8 @@ class TrainingSection(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     """Maximum gradient norm; larger gradients are clipped to it."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """auto = bf16 or fp16 if accelerate launch sets it; else what the device computes natively: bf16, fp16 on GPUs
-    without bf16, no (float32) on other CPUs. A resumed run keeps the mixed precision of its checkpoint."""
+    """auto = bf16 or fp16 if accelerate launch sets it; else bf16 if the device computes it natively; else fp16 on GPUs
+    with native float16; else no (float32). A resumed run keeps the mixed precision of its checkpoint."""
     activation_checkpointing: bool | Literal["auto"] = False
     """Whether to recompute activations in the backward pass: less memory, a third more time. auto = if they do not
     fit into memory."""

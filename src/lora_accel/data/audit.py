@@ -36,7 +36,7 @@ class SourceLedger:
     tokens_sha256: str = ""
     """Hash of all tokens and masks. Detects a template that inserts the date, or a library that changed."""
     notes: dict[str, int] = dataclasses.field(default_factory=dict)
-    """What was done to rows, and to how many."""
+    """Changes made to rows -> number of rows."""
 
     @property
     def num_rows(self) -> int:

@@ -23,6 +23,8 @@ from lora_accel.errors import DataError, did_you_mean
 from lora_accel.labels import IGNORE_INDEX
 
 BUILT_IN_TEMPLATES = ("alpaca", "chatml", "gemma", "llama-2", "llama-3", "vicuna_v1.1", "zephyr")
+SPECIAL_AS_TEXT = "special tokens in the text are tokenized as plain text"
+"""Note in the ledger."""
 
 
 class Rendered(NamedTuple):
@@ -30,13 +32,13 @@ class Rendered(NamedTuple):
 
     text: str
     spans: list[Span | None]
-    """Of each message's content; None if it is empty, or the template left it out."""
+    """The span of each message's content; None if it is empty, or the template left it out."""
     message_spans: list[list[Span]]
-    """Of each message all its text, reasoning included. The template wrote everything else."""
+    """The spans of each message's text, reasoning included. All other text was written by the template."""
     values: list[dict[str, Any]]
     """The messages as passed to the template."""
     notes: tuple[str, ...] = ()
-    """What the template did to the messages, for the ledger."""
+    """Changes that the template made to the messages, for the ledger."""
 
     @property
     def untrusted(self) -> list[Span]:
@@ -69,11 +71,11 @@ class Example(NamedTuple):
     labels: list[int]
     """The token itself where it is supervised, else -100. The first is always -100: nothing predicts it."""
     key: int = 0
-    """64 bits from which the dropout of its tokens is derived; set when a step takes the example."""
+    """64-bit key from which the dropout masks of its tokens are derived; set when a step uses the example."""
     row: tuple[str, int] = ("", 0)
     """File and number of the row that it comes from."""
     notes: tuple[str, ...] = ()
-    """What was done to the row, for the ledger."""
+    """Changes made to the row, for the ledger."""
 
     @property
     def num_supervised(self) -> int:
@@ -141,13 +143,13 @@ class ChatTemplate:
         rendered = Rendered(plain, contents, message_spans, values)
         rendered.check_tools(messages, tools)
         if self.tokens.find_special("\n".join(message.content + message.reasoning for message in messages)):
-            notes.append("the text of a special token is read as text")
+            notes.append(SPECIAL_AS_TEXT)
         return rendered._replace(notes=tuple(dict.fromkeys(notes)))
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
         """Return the text after which the assistant's next answer is generated.
 
-        For a template without `add_generation_prompt`, it is what the template writes before an answer.
+        For a template without `add_generation_prompt`, it is the text before an answer.
 
         Raises:
             UnusableRow: the template rejects the conversation.
@@ -158,7 +160,7 @@ class ChatTemplate:
         return self._before_answer(messages, tools)
 
     def _before_answer(self, messages: Sequence[Message], tools: Any) -> str:
-        """Return what the template writes before an answer."""
+        """Return the text that the template writes before an answer."""
         probe = self.render((*messages, Message("assistant", "answer")), tools)
         assert probe.spans[-1] is not None
         return probe.text[: probe.spans[-1].start]
@@ -220,7 +222,7 @@ class ChatTemplate:
         ):
             end = -1
         if not messages[number].tool_calls:
-            # What a template writes for an empty answer (such as an empty think block) the model has to write, too.
+            # The model must also generate what a template adds to an empty answer, such as an empty think block.
             is_closed = content is None or end == text_end or text[text_end:end].isspace()
             return Span(start, end + len(self.end_of_turn) if is_closed and end >= 0 else text_end)
         if end < 0:
@@ -300,9 +302,9 @@ class ChatTemplate:
                 continue
             text = json.dumps(data, ensure_ascii=False)
             if RESERVED.search(text):
-                raise UnusableRow("a tool, or a call of one, holds characters of private use area B")
+                raise UnusableRow("a tool or tool call contains characters of Unicode private use area B")
             if token := self.tokens.find_special(text):
-                raise UnusableRow(f"a tool, or a call of one, holds the text of the special token {token}")
+                raise UnusableRow(f"a tool or tool call contains the text of the special token {token}")
 
 
 def encode_record(record: Record, template: ChatTemplate, loss_on: str) -> Example:
@@ -322,12 +324,12 @@ def encode_record(record: Record, template: ChatTemplate, loss_on: str) -> Examp
     prompt, completion = record if isinstance(record, Completion) else ("", record.text)
     untrusted = prompt + completion
     if RESERVED.search(untrusted):
-        raise UnusableRow("the text holds characters of private use area B")
+        raise UnusableRow("the text contains characters of Unicode private use area B")
     text = untrusted + (template.tokenizer.eos_token or "")
     start = 0 if loss_on == "all" else len(prompt)
     tokens = template.tokens.encode(text, [Span(0, len(untrusted))])
     supervised = tokens.within(Span(start, len(text)), [Span(0, start)] if start else [])
-    notes = ("the text of a special token is read as text",) if template.tokens.find_special(untrusted) else ()
+    notes = (SPECIAL_AS_TEXT,) if template.tokens.find_special(untrusted) else ()
     return _make_example(tokens, [supervised], template.tokens.bos_prefix(text), notes)
 
 
@@ -377,7 +379,7 @@ def _check_contains(text: str, value: Any, what: str) -> None:
     for leaf in _leaves(value):
         encoded = json.dumps(leaf, ensure_ascii=False)
         if str(leaf) not in text and encoded.strip('"') not in text:
-            raise UnusableRow(f"the chat template leaves {what} out, or writes {leaf!r:.40} otherwise")
+            raise UnusableRow(f"the chat template leaves {what} out, or writes {leaf!r:.40} differently")
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -24,7 +24,7 @@ from lora_accel.console import Stage, short_names
 from lora_accel.data.audit import DROPPED, USED, SourceLedger
 from lora_accel.data.chat import ChatTemplate, Example, encode_record
 from lora_accel.data.formats import MalformedRow, Record, Row, UnusableRow, check_format, detect_format, parse_row
-from lora_accel.data.overlong import TooLong, shorten
+from lora_accel.data.overlong import TooLong, apply_overlong
 from lora_accel.data.rows import Chunk, Input, find_input
 from lora_accel.data.store import Examples, SerializedExamples, Writer, get_or_build, open_examples
 from lora_accel.errors import DataError
@@ -168,15 +168,15 @@ def _code_hash() -> str:
     return digest.hexdigest()
 
 
-# From rows to a cache folder.
+# Tokenize rows into a cache folder.
 
 
-class PreparedChunk(NamedTuple):
+class TokenizedChunk(NamedTuple):
     """The examples of a chunk, and its counts for the ledger."""
 
     file: str
     rows: list[tuple[int, str, list[int], list[int]]]
-    """Of each row: number, bucket, and the tokens and supervised tokens of each of its examples."""
+    """(number, bucket, lengths, supervised) per row: both lists count tokens of each of its examples."""
     examples: SerializedExamples
     num_ended: int
     num_cut_tokens: int
@@ -193,7 +193,7 @@ def _build(folder: Path, *, source: Input, section: SourceSection, recipe: Recip
         with _locate_errors(first.file, number):
             ledger.format = detect_format(_rename_columns(row, section.columns))
     section = section.model_copy(update={"format": ledger.format})
-    task = functools.partial(prepare, template=recipe.template(), section=section, options=options)
+    task = functools.partial(tokenize_chunk, template=recipe.template(), section=section, options=options)
     writer, files = Writer(folder), list(source.hashes)
     stamps = [(file, file.stat()) for file in source.files]
     with Stage(f"tokenizing {short_names([section.path])[0]}") as stage:
@@ -213,8 +213,8 @@ def _build(folder: Path, *, source: Input, section: SourceSection, recipe: Recip
 
 
 def _map_in_order(
-    task: Callable[[Chunk], PreparedChunk], chunks: Iterator[Chunk], num_workers: int | None
-) -> Iterator[PreparedChunk]:
+    task: Callable[[Chunk], TokenizedChunk], chunks: Iterator[Chunk], num_workers: int | None
+) -> Iterator[TokenizedChunk]:
     """Apply a task to chunks, in several processes; yield results in order, whatever the number of workers."""
     yield from map(task, itertools.islice(chunks, INLINE_CHUNKS))
     num_workers = num_workers or _num_cores()
@@ -224,12 +224,12 @@ def _map_in_order(
         return
     # A forked worker imports nothing again. It only renders and tokenizes.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pending: deque[Future[PreparedChunk]] = deque()
+    pending: deque[Future[TokenizedChunk]] = deque()
     with ProcessPoolExecutor(num_workers, context, initializer=_init_worker, initargs=(os.getpid(), task)) as pool:
         try:
             for chunk in itertools.chain([following], chunks):
                 pending.append(pool.submit(_run_task, chunk))
-                if len(pending) > 3 * num_workers:  # bounds the memory, whatever the size of the file
+                if len(pending) > 3 * num_workers:  # bounds memory for files of any size
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
@@ -245,11 +245,11 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_task: Callable[[Chunk], PreparedChunk]
-"""What a worker does with a chunk. Sent once per worker, since it contains a tokenizer."""
+_task: Callable[[Chunk], TokenizedChunk]
+"""The function that a worker applies to each chunk. Sent once per worker, since it contains a tokenizer."""
 
 
-def _init_worker(parent: int, task: Callable[[Chunk], PreparedChunk]) -> None:
+def _init_worker(parent: int, task: Callable[[Chunk], TokenizedChunk]) -> None:
     """Set up a worker: ignore Ctrl-C, which the parent handles, and exit when the parent dies."""
     global _task
     _task = task
@@ -259,11 +259,13 @@ def _init_worker(parent: int, task: Callable[[Chunk], PreparedChunk]) -> None:
     end_with_parent(parent)
 
 
-def _run_task(chunk: Chunk) -> PreparedChunk:
+def _run_task(chunk: Chunk) -> TokenizedChunk:
     return _task(chunk)
 
 
-def prepare(chunk: Chunk, *, template: ChatTemplate, section: SourceSection, options: DataSection) -> PreparedChunk:
+def tokenize_chunk(
+    chunk: Chunk, *, template: ChatTemplate, section: SourceSection, options: DataSection
+) -> TokenizedChunk:
     """Tokenize the rows of a chunk.
 
     Args:
@@ -284,7 +286,7 @@ def prepare(chunk: Chunk, *, template: ChatTemplate, section: SourceSection, opt
         notes.update({note for example in encoded for note in example.notes})
         examples += [example._replace(row=(chunk.file, number)) for example in encoded]
     num_ended = sum(not end_ids.isdisjoint(example.labels) for example in examples)
-    return PreparedChunk(chunk.file, rows, SerializedExamples.of(examples), num_ended, num_cut_tokens, notes)
+    return TokenizedChunk(chunk.file, rows, SerializedExamples.of(examples), num_ended, num_cut_tokens, notes)
 
 
 @contextlib.contextmanager
@@ -308,7 +310,7 @@ def _encode_row(
             raise UnusableRow("no supervised token")
         if len(example.input_ids) <= options.max_length:
             return USED, [example], 0
-        return shorten(record, example, template, options)
+        return apply_overlong(record, example, template, options)
     except UnusableRow as error:
         return f"{DROPPED}{error}", [], 0
 

@@ -1,6 +1,6 @@
 """Parse a row of any supported format into a record: a conversation, a prompt with its completion, text or tokens.
 
-To add a format: a `_parse_…` function and one line in `FORMATS`.
+To add a format, write a `_parse_…` function and add it to `FORMATS`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Message(NamedTuple):
     """system, user, assistant or tool."""
     content: str
     supervised: bool = True
-    """Of an answer: False = the row excludes it from the loss. Ignored for other roles."""
+    """False = the row excludes this answer from the loss. Ignored for other roles."""
     tool_calls: tuple[dict[str, Any], ...] = ()
     """`{"type": "function", "function": {"name", "arguments"}}`, as chat templates expect them."""
     reasoning: str = ""
@@ -43,7 +43,7 @@ class Conversation(NamedTuple):
     tools: list[dict[str, Any]] | None = None
     """JSON schemas of the functions that the assistant may call."""
     notes: tuple[str, ...] = ()
-    """What was done to the row's turns, for the ledger."""
+    """Changes made to the row's turns, for the ledger."""
 
 
 class Completion(NamedTuple):
@@ -150,14 +150,14 @@ def _parse_sharegpt(row: Row) -> Conversation:
     kept = [m for i, m in enumerate(messages) if m.role != "assistant" or i > first]
     if len(kept) < len(messages):
         if first == len(messages):
-            raise UnusableRow("nothing is asked")
+            raise UnusableRow("no user message")
         notes.append("answers before the first question are left out")
     joined: list[Message] = []
     for message in kept:
         last = joined[-1] if joined else None
         if last and last.role != "tool" and last == message._replace(content=last.content) and not last.tool_calls:
             joined[-1] = last._replace(content=f"{last.content}\n\n{message.content}")
-            notes.append("turns in a row of one role are joined by an empty line")
+            notes.append("consecutive turns of one role are joined with an empty line")
         else:
             joined.append(message)
     return Conversation(_check_usable(joined), _tools(row), tuple(dict.fromkeys(notes)))

@@ -15,7 +15,7 @@ class TooLong(ValueError):
     """A row is too long, and `data.overlong` is `error`."""
 
 
-def shorten(
+def apply_overlong(
     record: Record, example: Example, template: ChatTemplate, options: DataSection
 ) -> tuple[str, list[Example], int]:
     """Apply `data.overlong` to a row that is too long.
@@ -24,8 +24,8 @@ def shorten(
         example: the record, tokenized in full.
 
     Returns:
-        Its bucket, the remaining examples (each with supervised tokens), and the number of tokens cut off, with those
-        of pieces that have no supervised token.
+        Its bucket, the remaining examples (each with supervised tokens), and the number of tokens cut off, including
+        pieces that have no supervised token.
 
     Raises:
         UnusableRow: no supervised token remains, or the row is dropped.

@@ -29,7 +29,7 @@ class Chunk(NamedTuple):
 
     file: str
     numbers: list[int]
-    """Of each row: its line in a JSONL file, else its position, from 1."""
+    """The number of each row: its line in a JSONL file, else its 1-based position."""
     rows: list[bytes] | list[Row]
 
     def parsed(self) -> Iterator[tuple[int, Row]]:

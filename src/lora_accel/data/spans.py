@@ -1,6 +1,6 @@
 """Find where each message is in a rendered text, and verify it.
 
-A conversation is rendered twice: as it is, and with each content between two marks that occur nowhere else. Without
+A conversation is rendered twice: unchanged, and with each content between two marks that occur nowhere else. Without
 its marks, the marked text must equal the plain text from the first character to the last. Then the marks give the
 spans, whatever the template writes around them. Two changes are supported, since current templates make them: white
 space around a content may be stripped, and the reasoning of an answer may be moved or left out. For any other change
@@ -66,7 +66,7 @@ def mark(messages: Sequence[Message], values: Sequence[Mapping[str, Any]]) -> tu
     for i, message in enumerate(messages):
         marked_message = dict(values[i])
         if RESERVED.search(message.content) or RESERVED.search(message.reasoning):
-            raise UnusableRow("a message holds characters of private use area B")
+            raise UnusableRow("a message contains characters of Unicode private use area B")
         if message.reasoning:
             reasoning = add_marks(Part(i, message.reasoning, is_reasoning=True))
             marked_message |= {"reasoning_content": reasoning, "thinking": reasoning}

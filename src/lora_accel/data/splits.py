@@ -49,7 +49,7 @@ class Splits(NamedTuple):
     """The training examples. A source that is held out completely is removed; its ledger is kept."""
     evaluation: list[EvalSource]
     eval_ledgers: list[SourceLedger]
-    """Of data.eval. Held-out rows are counted in the training ledgers."""
+    """The ledgers of data.eval. Held-out rows are counted in the training ledgers."""
 
 
 def load_splits(data: DataSection, seed: int, recipe: Recipe) -> Splits:

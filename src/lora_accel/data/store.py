@@ -187,7 +187,7 @@ def get_or_build(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
             f"data.cache_dir: {cache} cannot be written to: {error.strerror}; set another folder"
         ) from None
     try:
-        if not final.is_dir():  # another process may have built it meanwhile
+        if not final.is_dir():  # another process may have built it
             with _temporary_folder(cache, key) as temporary:
                 build(temporary)
                 temporary.rename(final)

@@ -119,7 +119,7 @@ class TextTokenizer:
                 )
 
     def find_special(self, text: str) -> str | None:
-        """Return the first special token in an untrusted text that will be read as text, if there is one."""
+        """Return the first special token in an untrusted text that is tokenized as plain text, if there is one."""
         match = None if self._parse_special_tokens else self._special.search(text)
         return match[0] if match else None
 

@@ -1,1 +1,1 @@
-"""Processes, backends and launches."""
+"""Launch settings, backends, collectives and builds of DeepSpeed's extensions."""

@@ -1,7 +1,7 @@
-"""What a backend must do: how it averages and scales the loss, and how to read and write its tensors in full.
+"""The `Backend` protocol: average and scale the loss, and read and write full tensors.
 
-The loop and the checkpoints call these methods and know no backend. To add one: implement `Backend` in a module of its
-own and return it from `backend_of`.
+The loop and the checkpoint code use only these methods. To add a backend, implement `Backend` in a
+module of its own and return it from `backend_of`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ Moments = Mapping[torch.nn.Parameter, Mapping[str, torch.Tensor]]
 
 
 class Backend(Protocol):
-    """What differs between backends. Methods that move tensors are collective: every rank calls them, in one order."""
+    """The operations that differ between backends.
+
+    Methods that move tensors are collective: every rank calls them, in the same order.
+    """
 
     keeps_fp32_masters: bool
     """Under mixed precision it casts the trained parameters to 16 bits and keeps float32 masters itself. Otherwise
@@ -45,7 +48,7 @@ class Backend(Protocol):
         """Return the shape of a parameter that may be sharded."""
 
     def full_parameters(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each parameter in full, its float32 master if it has one. A tensor is valid until the next one."""
+        """Yield each parameter in full, its float32 master if it has one. Each is valid until the next is yielded."""
 
     def full_moment(self, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, name: str) -> torch.Tensor:
         """Return a state tensor of the optimizer in full, in float32; zeros before the first update."""
@@ -60,7 +63,7 @@ class Backend(Protocol):
         """Write the optimizer's state, for every trained parameter.
 
         Args:
-            num_updates: updates that the moments have seen.
+            num_updates: number of optimizer updates in the moments.
         """
 
 
@@ -74,7 +77,7 @@ class ReplicatedBackend:
         self._num_ranks = num_ranks
 
     def begin_step(self, optimizer: torch.optim.Optimizer, num_micro_batches: int, loss_scale: float | None) -> float:
-        """DDP averages over ranks, Accelerate over micro-batches."""
+        """Undo the means that DDP takes over ranks and Accelerate over micro-batches."""
         return self._num_ranks * num_micro_batches * (1.0 if loss_scale is None else loss_scale)
 
     def unscale_gradients(self, parameters: Iterable[torch.nn.Parameter], loss_scale: float) -> None:
@@ -83,7 +86,7 @@ class ReplicatedBackend:
         torch._foreach_mul_(gradients, 1 / loss_scale)
 
     def has_master(self, parameter: torch.nn.Parameter) -> bool:
-        """Parameters are in float32 themselves."""
+        """Return False: parameters are in float32 themselves."""
         return False
 
     def full_shape(self, parameter: torch.nn.Parameter) -> torch.Size:

@@ -19,13 +19,13 @@ from lora_accel.logs import logger
 BUILT_OPS = ("deepspeed_shm_comm", "cpu_adam", "async_io", "pin_memory")
 """The extensions that this package can make DeepSpeed compile."""
 UNSEEN_SECONDS = 600
-"""A younger lock may belong to a process that is not visible here: on another machine, in another container."""
+"""Age below which a lock may belong to a process that is not visible here: on another machine, in a container."""
 POLL_SECONDS = 0.5
 NETWORK_FILE_SYSTEMS = (
     *("nfs", "smb", "cifs", "lustre", "gpfs", "beegfs", "ceph", "afs", "glusterfs", "fuse", "9p", "virtiofs"),
 )
 HOST_PID_NAMESPACE = "pid:[4026531836]"
-"""The first one of a Linux kernel (`PROC_PID_INIT_INO`): its processes see all others. A container has its own."""
+"""The initial PID namespace of Linux (`PROC_PID_INIT_INO`), which sees all processes. A container has its own."""
 
 
 def wait_for_builds(root: Path) -> None:
@@ -42,7 +42,7 @@ def wait_for_builds(root: Path) -> None:
 
 
 def _wait_for_build(lock: Path) -> None:
-    """Return when a lock is gone."""
+    """Wait until a lock is gone."""
     is_reported = False
     while (status := _status(lock)) is not None:
         age = time.time() - status.st_mtime
@@ -80,7 +80,7 @@ def is_held(lock: Path) -> bool:
 
 
 def _delete_if_abandoned(lock: Path) -> bool:
-    """Delete a lock that nobody holds; return whether it is gone."""
+    """Delete a lock that no process holds; return whether it is gone."""
     # If several runs find the same lock, one deletes it. The others must not delete the lock of its new build.
     with FileLock(lock.with_name("lora_accel.lock")):
         before = _status(lock)

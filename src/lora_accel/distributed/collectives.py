@@ -1,4 +1,4 @@
-"""Raise on all ranks if one rank fails."""
+"""Propagate an error of one rank to all ranks."""
 
 from __future__ import annotations
 

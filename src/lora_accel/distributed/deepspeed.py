@@ -1,9 +1,9 @@
-"""DeepSpeed ZeRO as a `Backend`: full tensors out of its partitions, and back.
+"""DeepSpeed ZeRO as a `Backend`: read full tensors from its partitions, and write them back.
 
 ZeRO keeps a float32 master of each trained parameter and the optimizer's moments, flattened and partitioned over the
 ranks; ZeRO-3 partitions the parameters themselves too. Reading uses DeepSpeed's `safe_get_…` functions. Writing moments
 into a new engine needs internals, since the optimizer's state does not exist before the first step: `init_moments`
-creates it. tests/distributed/test_deepspeed.py fails where a version of DeepSpeed changes these internals.
+creates it. tests/distributed/test_deepspeed.py fails if a version of DeepSpeed changes these internals.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GATHER_NUMEL = 2**24
 
 
 class DeepSpeedBackend:
-    """ZeRO stages 1 to 3, with and without offload. Optimizers are those that `accelerator.prepare` returned."""
+    """ZeRO stages 1 to 3, with and without offload. Pass the optimizer that `accelerator.prepare` returned."""
 
     keeps_fp32_masters = True
     default_gather = "parameters"
@@ -33,7 +33,7 @@ class DeepSpeedBackend:
         """The engine averages over ranks. Its own gradient accumulation stays at 1, so it divides by nothing else.
 
         DeepSpeed 0.19 would raise the loss scale after the norm and before unscaling, which halves that step's update.
-        So its own rule never raises it (config/launch.py); at the smallest scale it must not end the run either.
+        So that rule is disabled (config/launch.py), and so is the error that DeepSpeed raises at the smallest scale.
         """
         if loss_scale is not None:
             scaler = optimizer.optimizer.loss_scaler
@@ -74,9 +74,9 @@ class DeepSpeedBackend:
         return value
 
     def write_parameter(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-        """Write the master, and what forwards read."""
+        """Write the float32 master, and the parameter that the forward reads."""
         if self.has_master(parameter):
-            _write_master(parameter, value)
+            _write_partition(parameter, value)
         with _gathered([parameter], modifier_rank=0), torch.no_grad():
             parameter.copy_(value.to(parameter.device))
 
@@ -100,7 +100,7 @@ class DeepSpeedBackend:
         _set_update_count(optimizer, num_updates)
         for parameter, values in moments.items():
             for name, value in values.items():
-                _write_master(parameter, value, name)
+                _write_partition(parameter, value, name)
 
     def _groups(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[list[str]]:
         """Yield names in the same order on every rank, as many at a time as fit into GATHER_NUMEL values."""
@@ -142,7 +142,7 @@ def _master(parameter: torch.nn.Parameter) -> torch.Tensor:
     return value
 
 
-def _write_master(parameter: Any, value: torch.Tensor, moment: str | None = None) -> None:
+def _write_partition(parameter: Any, value: torch.Tensor, moment: str | None = None) -> None:
     """Write this rank's partition of a float32 master, or of one of its moments."""
     from deepspeed import utils
 
@@ -153,7 +153,7 @@ def _write_master(parameter: Any, value: torch.Tensor, moment: str | None = None
         else:
             utils.safe_set_full_optimizer_state(parameter, value, moment)
         return
-    # DeepSpeed 0.19 slices a full value past its end where the ranks do not divide it. Partitions are padded.
+    # DeepSpeed 0.19 slices past the end of a value whose size the number of ranks does not divide. Pad it.
     group = parameter.ds_process_group
     size, world = parameter.ds_tensor.ds_numel, torch.distributed.get_world_size(group)
     padded = torch.nn.functional.pad(value.flatten(), (0, size * world - value.numel()))

@@ -108,7 +108,7 @@ def make_accelerator(config: RunConfig, launch: Launch, settings: Settings) -> A
     check_launch(accelerator, launch)
     check_offload(launch.offload)
     if accelerator.is_main_process:
-        logger.info(format_table("how it runs", settings.rows, heads=("setting", "value", "decided by")))
+        logger.info(format_table("launch settings", settings.rows, headers=("setting", "value", "decided by")))
         warn_if_emulated(accelerator)
     return accelerator
 
@@ -156,7 +156,7 @@ def check_launch(accelerator: Accelerator, launch: Launch) -> None:
     """Check that the Accelerator has the number of processes and the backend that the launcher set.
 
     Raises:
-        ConfigError: it has not; training would give wrong results.
+        ConfigError: they differ; training would give wrong results.
     """
     if launch.num_processes != accelerator.num_processes:
         raise ConfigError(
@@ -201,7 +201,7 @@ def _deepspeed_plugin(settings: Settings) -> DeepSpeedPlugin:
     """Return Accelerate's DeepSpeed plugin for this launch, updated with the run config's values."""
     from accelerate.utils import DeepSpeedPlugin
 
-    wait_for_stale_builds()
+    wait_for_extension_builds()
     try:
         plugin = DeepSpeedPlugin(gradient_accumulation_steps=1)
     except ValueError as error:
@@ -210,10 +210,10 @@ def _deepspeed_plugin(settings: Settings) -> DeepSpeedPlugin:
     return plugin
 
 
-def wait_for_stale_builds() -> None:
+def wait_for_extension_builds() -> None:
     """Wait for builds of DeepSpeed's extensions in progress, and delete the locks of those that were killed.
 
-    Every process of this machine would wait for such a lock forever. Only local rank 0 cleans up.
+    Without this, every process of this machine would wait for such a lock forever. Only local rank 0 cleans up.
 
     Raises:
         ConfigError: a lock is older than a build takes, and no process that is visible here holds it.

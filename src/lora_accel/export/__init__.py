@@ -1,1 +1,1 @@
-"""Adapters in the formats of other tools."""
+"""Export adapters to the formats of other tools, and import them."""

@@ -18,11 +18,11 @@ from lora_accel.export.formats import FORMATS, ExportFormat
 from lora_accel.export.tensors import AdapterData, check_tensors, check_written
 from lora_accel.merging.merge import check_out_folder
 from lora_accel.model.base import build_on_meta_device
-from lora_accel.model.tokenizer import check_folder, not_loaded
+from lora_accel.model.tokenizer import check_model_folder, load_error_message
 from lora_accel.saving.adapter import (
     adapter_parameters,
     attach_adapter,
-    check_tensor_names,
+    check_adapter_tensors,
     pop_base_embeddings,
     read_adapter,
 )
@@ -56,7 +56,7 @@ def export_adapter(
         overwrite: whether to replace an existing `out`.
 
     Returns:
-        What was written: format, adapter, out, base, bias, num_tensors, files.
+        A summary of the output: format, adapter, out, base, bias, num_tensors, files.
 
     Raises:
         ConfigError: the format is unknown, or `alpha` is missing, invalid or not allowed.
@@ -118,15 +118,15 @@ def _build_base(adapter: Path, name: Any) -> PreTrainedModel:
     if not isinstance(name, str) or not name:
         raise ArtifactError(f"{adapter}: does not name its base model; pass --base")
     section = ModelSection(name_or_path=name)
-    check_folder(section)
+    check_model_folder(section)
     try:
         return build_on_meta_device(AutoConfig.from_pretrained(name, trust_remote_code=False))
     except Exception as error:  # an invalid config raises many types
-        raise ArtifactError(not_loaded(section, "config", error)) from None
+        raise ArtifactError(load_error_message(section, "config", error)) from None
 
 
 def _attach(adapter: Path, data: AdapterData, model: PreTrainedModel) -> PeftModel:
-    """Attach an adapter in PEFT's format to a base on the meta device, to prove that `load_adapter` accepts it.
+    """Attach an adapter in PEFT's format to a base on the meta device, to verify that `load_adapter` accepts it.
 
     Raises:
         ArtifactError: PEFT rejects the config, or the tensors are not those that it expects.
@@ -140,7 +140,7 @@ def _attach(adapter: Path, data: AdapterData, model: PreTrainedModel) -> PeftMod
     tensors = dict(data.tensors)
     pop_base_embeddings(peft_model, tensors)
     expected = {key: parameter.shape for key, parameter in adapter_parameters(peft_model).items()}
-    check_tensor_names(expected, tensors, str(adapter))
+    check_adapter_tensors(expected, tensors, str(adapter))
     return peft_model
 
 

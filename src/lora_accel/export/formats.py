@@ -1,6 +1,6 @@
 """The formats in which `export_adapter` writes an adapter.
 
-To add a format: one entry in `FORMATS`.
+To add a format, add an entry to `FORMATS`.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ def _lora_layers(file: Path, state: State, model: PreTrainedModel) -> dict[str, 
 
 
 def _matrix_problem(state: State, path: str, layer: torch.nn.Module) -> str | None:
-    """Return what is wrong with the matrices of a module, None if nothing is."""
+    """Return the problem with the matrices of a module, None if there is none."""
     if type(layer) not in LAYERS:
         return f"belongs to a {type(layer).__name__}; only Linear, Conv1D and Embedding are supported"
     if f"{path}.lora_A" not in state or f"{path}.lora_B" not in state:

@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class AdapterData(NamedTuple):
-    """An adapter's tensors and config, both in the names of one format."""
+    """An adapter's tensors and config, both under the names of one format."""
 
     tensors: State
     config: dict[str, Any]
@@ -28,7 +28,7 @@ def read_tensor_file(path: Path) -> State:
     """Read tensors by name, from safetensors or a pickle.
 
     Raises:
-        ArtifactError: the file cannot be read, has anything other than tensors, or fails `check_tensors`.
+        ArtifactError: the file cannot be read, contains anything but tensors, or fails `check_tensors`.
     """
     return check_tensors(path, read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path))
 

@@ -109,16 +109,16 @@ def scores_as_json(scores: list[Score]) -> str:
 
 
 def scores_as_table(scores: list[Score]) -> list[tuple[str, ...]]:
-    """Return scores as rows of a table, the column heads first. Exact match is left out if no row has an answer."""
+    """Return scores as rows of a table, the column headers first. Exact match is left out if no row has an answer."""
     sources, has_answers = list(scores[0].sources), scores[0].exact_match is not None
-    heads = (
+    headers = (
         "model",
         "loss",
         "perplexity",
         *(["exact match"] if has_answers else []),
         *(f"loss on {s}" for s in sources),
     )
-    rows = [heads]
+    rows = [headers]
     for score in scores:
         matches = [] if score.exact_match is None else [f"{score.exact_match:.0%} of {score.rows}"]
         losses = [f"{score.sources[source]['eval_loss']:.4f}" for source in sources]

@@ -110,9 +110,8 @@ class ReplyWriter:
             self._ids = []
             return
         self._ids += ids.flatten().tolist()
-        if not self._decoded().endswith(
-            "\N{REPLACEMENT CHARACTER}"
-        ):  # an incomplete character: wait for its other bytes
+        # Print an incomplete character when its other bytes are complete.
+        if not self._decoded().endswith("\N{REPLACEMENT CHARACTER}"):
             self._print()
 
     def end(self) -> None:
@@ -135,10 +134,10 @@ def stream_reply(
     model: torch.nn.Module, template: ChatTemplate, ids: list[int], max_new_tokens: int, writer: ReplyWriter
 ) -> None:
     """Generate the reply to one prompt and print it while it is generated."""
-    from lora_accel.training.evaluator import replies_to
+    from lora_accel.training.evaluator import generate_replies
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "streamer": writer}
-    replies_to(model, template.tokenizer, [ids], ends=template.end_ids, **options)
+    generate_replies(model, template.tokenizer, [ids], ends=template.end_ids, **options)
 
 
 def reply_in_batches(
@@ -155,7 +154,7 @@ def reply_in_batches(
         name: name of the model, for the progress line.
         prompts: token ids.
     """
-    from lora_accel.training.evaluator import replies_to
+    from lora_accel.training.evaluator import generate_replies
 
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     replies = [""] * len(prompts)
@@ -163,7 +162,9 @@ def reply_in_batches(
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
             batch = [prompts[number] for number in numbers]
-            texts = replies_to(model, template.tokenizer, batch, ends=template.end_ids, max_new_tokens=max_new_tokens)
+            texts = generate_replies(
+                model, template.tokenizer, batch, ends=template.end_ids, max_new_tokens=max_new_tokens
+            )
             for number, text in zip(numbers, texts, strict=True):
                 replies[number] = text
             stage.note(f"({start + len(batch):,} done)")

@@ -45,7 +45,7 @@ def name_adapters(adapters: Sequence[Path]) -> dict[str, Path]:
     for number, own in enumerate(paths):
         others = paths[:number] + paths[number + 1 :]
         if own in others:
-            raise ConfigError(f"--adapter: {adapters[number]} is given twice; leave out one")
+            raise ConfigError(f"--adapter: {adapters[number]} is given twice; remove one of them")
         size = next(n for n in range(1, len(own) + 1) if all(own[-n:] != other[-n:] for other in others))
         folders[f"base + {'/'.join(own[-size:])}"] = adapters[number]
     return folders
@@ -55,7 +55,7 @@ def check_adapters(adapters: Sequence[Path], merged: Path | None) -> None:
     """Check adapters and a merged model as far as possible without loading a model.
 
     Raises:
-        ArtifactError: a file is missing or unreadable, or a value in adapter_config.json is out of bounds.
+        ArtifactError: a file is missing or unreadable, or a value in adapter_config.json is not allowed.
     """
     from lora_accel.saving.adapter import read_adapter
     from lora_accel.saving.discovery import CONFIG
@@ -134,7 +134,7 @@ def _load(section: ModelSection, quantization: QuantizationSection) -> tuple[Pre
 
 @contextlib.contextmanager
 def _preserve_base(base: PreTrainedModel, adapter: Path | None = None) -> Iterator[None]:
-    """Restore the base bit by bit at the end of the block, whatever an adapter has changed.
+    """Restore the base bitwise at the end of the block, including everything that an adapter changes.
 
     PEFT's `unload()` does not undo everything: trained biases, the trained copies of `modules_to_save`, replicated
     layers, a resized vocabulary, and the weights that PiSSA and OLoRA change would remain. And on CPU, bitsandbytes
@@ -172,7 +172,7 @@ def resolve_base(adapters: Sequence[Path], base: str | None) -> str:
     """Return `base` if it is given, else the base model that all adapters name.
 
     Raises:
-        ArtifactError: an adapter names no base.
+        ArtifactError: an adapter does not name its base.
         ConfigError: adapters name different bases.
     """
     from lora_accel.saving.atomic import read_json
@@ -184,7 +184,7 @@ def resolve_base(adapters: Sequence[Path], base: str | None) -> str:
     for adapter in adapters:
         name = read_json(adapter / CONFIG).get("base_model_name_or_path")
         if not name or not isinstance(name, str):
-            raise ArtifactError(f"{adapter}: names no base model; pass --base")
+            raise ArtifactError(f"{adapter}: does not name its base model; pass --base")
         first = first or name
         if os.path.abspath(name) != os.path.abspath(first):
             raise ConfigError(

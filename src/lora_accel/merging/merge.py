@@ -33,7 +33,7 @@ from lora_accel.model.base import (
     quantize_round_trip,
     quantized_names,
 )
-from lora_accel.model.tokenizer import check_folder, load_tokenizer, not_loaded
+from lora_accel.model.tokenizer import check_model_folder, load_error_message, load_tokenizer
 from lora_accel.saving.adapter import PICKLED, keeps_base_weights, load_adapter, read_adapter
 from lora_accel.saving.atomic import atomic_folder, read_json, sha256_of, sync, why_invalid, write_json, write_text
 from lora_accel.saving.discovery import CONFIG, WEIGHTS, list_checkpoints
@@ -82,7 +82,7 @@ class MergeJob(NamedTuple):
     adapter: Path
     out: Path
     provenance: dict[str, Any] | None
-    """Of the adapter; None = it was not saved by this package."""
+    """Provenance of the adapter; None = it was not saved by this package."""
     source: str | dict[str, float]
     """The adapter as the user named it; for a combination, the folders and their weights."""
     combined: dict[str, Any] | None = None
@@ -198,7 +198,7 @@ def merge_checkpoints(
             jobs.append(job)
         else:
             merged[job.out] = existing | {"already": True}
-    options = options._replace(overwrite=True)  # what exists is outdated or incomplete
+    options = options._replace(overwrite=True)  # existing outputs of these jobs are outdated or incomplete
     if jobs:
         merged |= dict(zip([job.out for job in jobs], _merge(jobs, base_model, options), strict=True))
     return [merged[run / "merged" / folder.name] for folder in folders]
@@ -322,7 +322,7 @@ def _merge_loaded(merge: PendingMerge, base: Base, options: MergeOptions) -> lis
     """Load the full base, let PEFT merge, and save.
 
     Returns:
-        The logits of base + adapter, which cost little while both are loaded.
+        The logits of base + adapter, which are cheap to compute while both are loaded.
     """
     stored_dtype = base.config.dtype or torch.float32
     model = load_adapter(_load_base_fp32(base, merge.transform), merge.job.adapter)
@@ -372,7 +372,7 @@ def _verify(
 
 def _load_base_fp32(base: Base, transform: WeightTransform | None) -> PreTrainedModel:
     section = ModelSection(name_or_path=str(base.folder))
-    model = load_base_model(section, QuantizationSection(), kept_dtype="auto")  # `transform` takes weights as stored
+    model = load_base_model(section, QuantizationSection(), recorded_dtype="auto")  # as stored, for `transform`
     if transform is not None:
         for name, parameter in model.named_parameters():
             parameter.data = transform(name, parameter.data)
@@ -435,7 +435,7 @@ def _make_transform(job: MergeJob, base: Base, options: MergeOptions) -> WeightT
 
 
 def _find_base(adapters: Sequence[Path], provenances: Sequence[dict[str, Any] | None], requested: str | None) -> Base:
-    """Return the base of some adapters; downloads it if need be.
+    """Return the base of some adapters; downloads it if necessary.
 
     Args:
         requested: Hub id or folder; None = the base that the first adapter names.
@@ -445,12 +445,12 @@ def _find_base(adapters: Sequence[Path], provenances: Sequence[dict[str, Any] | 
         raise ArtifactError(f"{adapters[0]}: does not name its base model; pass --base")
     revision = None if requested or provenances[0] is None else provenances[0]["base"].get("revision")
     section = ModelSection(name_or_path=name, revision=revision)
-    check_folder(section)
+    check_model_folder(section)
     try:
         folder = _local_folder(name, revision)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # huggingface_hub and transformers raise many types
-        raise ArtifactError(not_loaded(section, "model", error)) from None
+        raise ArtifactError(load_error_message(section, "model", error)) from None
     if getattr(config, "quantization_config", None):
         raise ArtifactError(f"{name}: is a quantized model; pass --base with the model in 16 or 32 bits")
     return Base(name, revision, folder, config)

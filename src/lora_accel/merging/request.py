@@ -96,7 +96,7 @@ def merge_lines(provenances: Sequence[dict[str, Any]], request: MergeRequest) ->
             lines.append(f"note: --force: {merged['base']} is not the base that the adapter was trained on")
         with contextlib.suppress(KeyError, TypeError):  # provenance.json is untrusted
             if provenance["adapter"]["config"]["quantization"]["bits"] == 4 and merged["base_weights"] == "original":
-                lines.append("note: trained on 4-bit weights; --base-weights dequantized is closer to those")
+                lines.append("note: trained on 4-bit weights; --base-weights dequantized merges into those instead")
     return lines
 
 

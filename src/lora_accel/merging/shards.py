@@ -1,6 +1,6 @@
 """Read and write the weight files of a model folder one tensor at a time.
 
-Memory holds one tensor, whatever the size of model and files. Format: https://github.com/huggingface/safetensors
+Only one tensor is in memory at a time. Format: https://github.com/huggingface/safetensors
 (8 bytes with the length of the header, the header in JSON, then the concatenated bytes of the tensors).
 """
 
@@ -153,7 +153,7 @@ class ShardWriter:
 
     def _append(self, data: bytes | memoryview) -> None:
         self._file.write(data)
-        self._hash.update(data)  # of the data in memory: saves a read, and detects a file that was written wrong
+        self._hash.update(data)  # of the data in memory: saves a read, and detects a corrupt write
 
 
 def write_shards(

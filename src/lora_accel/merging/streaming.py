@@ -23,8 +23,8 @@ from lora_accel.model.base import build_on_meta_device
 from lora_accel.saving.adapter import (
     adapter_parameters,
     attach_adapter,
+    check_adapter_tensors,
     check_same_embeddings,
-    check_tensor_names,
     pop_base_embeddings,
     read_adapter,
     resize_vocabulary,
@@ -72,7 +72,7 @@ class MergedTensors:
         self._saved_embeddings = pop_base_embeddings(self._peft, state)
         """Base embeddings that are saved in the adapter's file, which PEFT does after the vocabulary was resized."""
         parameters = adapter_parameters(self._peft)
-        check_tensor_names({key: parameter.shape for key, parameter in parameters.items()}, state, str(adapter))
+        check_adapter_tensors({key: parameter.shape for key, parameter in parameters.items()}, state, str(adapter))
         loaded = {id(p): torch.nn.Parameter(state[key].float(), requires_grad=False) for key, p in parameters.items()}
         for module in self._peft.modules():
             module._parameters |= {name: loaded[id(p)] for name, p in module._parameters.items() if id(p) in loaded}
@@ -164,7 +164,8 @@ class MergedTensors:
             tensor = self._saved_embeddings[name].to(tensor.dtype)
         if tuple(tensor.shape) != self._shapes[name]:
             raise ArtifactError(
-                f"{self._adapter}: {name} has shape {self._shapes[name]} in it and {tuple(tensor.shape)} in the base; "
+                f"{self._adapter}: {name} has shape {self._shapes[name]} in the adapter's model and "
+                f"{tuple(tensor.shape)} in the base; "
                 "is this the base that it was trained on? (After resizing the vocabulary, save both embeddings.)"
             )
         return tensor if self._transform is None else self._transform(name, tensor)

@@ -1,4 +1,4 @@
-"""Whether a merged model gives the logits of base + adapter, up to rounding."""
+"""Verify that a merged model gives the logits of base + adapter, up to rounding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXTS = (
 )
 """The inputs on which logits are compared: prose, arithmetic, code, JSON, other scripts."""
 MAX_TOKENS = 64
-"""Of each text."""
+"""Maximum number of tokens per text."""
 LIMITS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest allowed mean difference of logits, in standard deviations of the logits, by dtype of the merged weights.
 
@@ -39,7 +39,7 @@ class Agreement(NamedTuple):
     """Fraction of positions at which both models have the same most likely token."""
     num_tokens: int
     limit: float
-    """Of `mean_moved`."""
+    """Largest allowed value of `mean_moved`."""
 
     @property
     def is_within_limit(self) -> bool:
@@ -73,7 +73,7 @@ def compare(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor], dt
     Args:
         expected: logits of base + adapter, [tokens, vocab_size] for each row.
         actual: logits of the merged model.
-        dtype: of the merged weights; it sets the limit.
+        dtype: dtype of the merged weights, which determines the limit.
     """
     before, after = torch.cat(list(expected)), torch.cat(list(actual))
     difference = (before - after).abs() / before.std()

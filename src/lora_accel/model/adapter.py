@@ -55,7 +55,7 @@ def add_adapter(
         _train_in_fp32(model, autocast)
     if autocast:
         # Autocast casts the inputs of each matrix product. PEFT would also cast all activations to the adapter's
-        # float32 before dropout, which takes more than half of a step on CPU.
+        # float32 before dropout, which takes more than half of the step time on CPU.
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
                 module.cast_input_dtype_enabled = False

@@ -36,8 +36,8 @@ class Block(NamedTuple):
     first_key: int
 
 
-class Options(NamedTuple):
-    """Options of the attention, see `packed_attention`."""
+class AttentionOptions(NamedTuple):
+    """Arguments of `packed_attention`."""
 
     scaling: float
     sliding_window: int | None
@@ -48,7 +48,11 @@ def can_pack(model: PreTrainedModel) -> bool:
     """Whether a model supports packing: its family does, and its attention is sdpa or eager, without dropout."""
     config = model.config
     has_dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
-    return family_of(config.model_type).packs and config._attn_implementation in ("sdpa", "eager") and not has_dropout
+    return (
+        family_of(config.model_type).supports_packing
+        and config._attn_implementation in ("sdpa", "eager")
+        and not has_dropout
+    )
 
 
 def pack_attention(model: PreTrainedModel) -> None:
@@ -97,7 +101,7 @@ def packed_attention(
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = (x[0].to(dtype) for x in (query, key, value))
-    options = Options(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    options = AttentionOptions(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     sizes = query.shape[-1], value.shape[-1]
     if attention_kernel(detect_device(query.device), dtype, *sizes, softcap=softcap) == "varlen" and flash_kernel():
         return _flash(query, key, value, segments, options)[None]
@@ -121,7 +125,7 @@ def flash_kernel() -> Callable[..., Any] | None:
 
 
 def _flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Iterable[int], options: Options
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Iterable[int], options: AttentionOptions
 ) -> torch.Tensor:
     varlen_attn = flash_kernel()
     assert varlen_attn is not None  # packed_attention checks
@@ -153,7 +157,12 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[Block], options: Options
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        blocks: list[Block],
+        options: AttentionOptions,
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.blocks, ctx.options = blocks, options
@@ -177,14 +186,14 @@ class _Blockwise(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: Options) -> torch.Tensor:
-    """Return the output [N, H, D] of queries [H, N, D] over keys [G, M, D]. The last N keys are at the queries."""
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+    """Return the output [N, H, D] of queries [H, N, D] over keys [G, M, D]. The last N keys align with the queries."""
     _, weights, _ = _attention_weights(query, key, options)
     return (weights @ value).view(*query.shape[:2], -1).transpose(0, 1)
 
 
 def _attend_backward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad: torch.Tensor, options: Options
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad: torch.Tensor, options: AttentionOptions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key and value.
 
@@ -201,7 +210,7 @@ def _attend_backward(
 
 
 def _attention_weights(
-    query: torch.Tensor, key: torch.Tensor, options: Options
+    query: torch.Tensor, key: torch.Tensor, options: AttentionOptions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return the scaled queries [G, H / G * N, D], the weights [G, H / G * N, M], and the derivative of the softcap."""
     (heads, n, width), (groups, m, _) = query.shape, key.shape

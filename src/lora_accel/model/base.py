@@ -18,14 +18,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from lora_accel.config.schema import ModelSection, QuantizationSection
 from lora_accel.errors import ArtifactError, ConfigError, first_line
 from lora_accel.model.device import detect_device, native_dtype
-from lora_accel.model.tokenizer import check_folder, not_loaded
+from lora_accel.model.tokenizer import check_model_folder, load_error_message
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_dtype(
-    section: ModelSection, mixed_precision: str, device: torch.device | None, kept: str | None = None
+    section: ModelSection, mixed_precision: str, device: torch.device | None, recorded: str | None = None
 ) -> torch.dtype | str:
     """Return the dtype of the base; `auto` = as stored.
 
@@ -34,14 +34,14 @@ def choose_dtype(
 
     Args:
         device: the device that computes; None = this machine's accelerator, or its CPU.
-        kept: name of the base's dtype in the checkpoint to resume from (`auto` = as stored); None = a new run.
+        recorded: name of the base's dtype in the checkpoint to resume from (`auto` = as stored); None = a new run.
     """
     if section.dtype != "auto":
         return DTYPES[section.dtype]
     if mixed_precision in AUTOCAST_DTYPES:
         return AUTOCAST_DTYPES[mixed_precision]
-    if kept is not None:
-        return DTYPES.get(kept, "auto")
+    if recorded is not None:
+        return DTYPES.get(recorded, "auto")
     return native_dtype(detect_device(device), stored_dtype(section))
 
 
@@ -56,22 +56,22 @@ def stored_dtype(section: ModelSection) -> torch.dtype:
             section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ArtifactError(not_loaded(section, "config", error)) from None
+        raise ArtifactError(load_error_message(section, "config", error)) from None
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
-def check_zero3_dtype(section: ModelSection, device: torch.device, kept: str | None) -> None:
+def check_zero3_dtype(section: ModelSection, device: torch.device, recorded: str | None) -> None:
     """Check that ZeRO-3 without mixed precision, which loads every base in float32, does not change its dtype.
 
     Args:
-        device, kept: see `choose_dtype`.
+        device, recorded: see `choose_dtype`.
 
     Raises:
         ConfigError: model.dtype is auto, and other backends would load the base in 16 bits.
     """
     if section.dtype != "auto":
         return
-    dtype = choose_dtype(section, "no", device, kept)
+    dtype = choose_dtype(section, "no", device, recorded)
     dtype = stored_dtype(section) if isinstance(dtype, str) else dtype
     if dtype != torch.float32:
         raise ConfigError(
@@ -87,20 +87,20 @@ def load_base_model(
     *,
     mixed_precision: str = "no",
     device: torch.device | None = None,
-    kept_dtype: str | None = None,
+    recorded_dtype: str | None = None,
 ) -> PreTrainedModel:
     """Load the base model, frozen and without key-value cache.
 
     Args:
-        mixed_precision, kept_dtype: decide the dtype, see `choose_dtype`.
+        mixed_precision, recorded_dtype: decide the dtype, see `choose_dtype`.
         device: the device that computes. A quantized model is loaded onto it; others stay on the CPU until `prepare`.
 
     Raises:
         ArtifactError: the model does not exist, its files cannot be read, or its index names files outside its folder.
         ConfigError: the attention implementation or the quantization is not available here.
     """
-    check_folder(section)
-    dtype = choose_dtype(section, mixed_precision, device, kept_dtype)
+    check_model_folder(section)
+    dtype = choose_dtype(section, mixed_precision, device, recorded_dtype)
     options: dict[str, Any] = {"dtype": dtype}
     if section.attention != "auto":
         options["attn_implementation"] = section.attention
@@ -116,9 +116,9 @@ def load_base_model(
             **options,
         )
     except (ImportError, ValueError) as error:
-        raise ConfigError(not_loaded(section, "model", error)) from None
+        raise ConfigError(load_error_message(section, "model", error)) from None
     except (OSError, SafetensorError, UnpicklingError) as error:
-        raise ArtifactError(not_loaded(section, "model", error)) from None
+        raise ArtifactError(load_error_message(section, "model", error)) from None
     model.config.use_cache = False
     model.requires_grad_(False)
     return model
@@ -171,7 +171,7 @@ def quantize_round_trip(
 
 
 def check_index_paths(folder: Path) -> None:
-    """Check that the weight index names only files in its own folder: transformers would read any path.
+    """Check that the weight index names only files in its own folder: transformers would follow any path.
 
     Raises:
         ArtifactError: the index names a file outside its folder, or is not a weight index.

@@ -42,7 +42,7 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def _compile_forward(layer: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-    # Dynamic shapes: else it would recompile for each number of tokens.
+    # With static shapes it would recompile for each number of tokens.
     compiled = torch.compile(original, dynamic=True)
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -16,9 +16,9 @@ from packaging.version import Version
 class Family:
     """Tested properties of a model type."""
 
-    packs: bool = True
+    supports_packing: bool = True
     """Whether it supports packing: examples in a packed row attend only to themselves."""
-    head: bool = True
+    supports_fused_loss: bool = True
     """Whether it supports the fused loss: logits are `head(hidden)`, scaled and capped as in the config."""
     norm: str | None = None
     """Its class that computes `weight * (x / rms(x))` and rounds the quotient first."""
@@ -38,7 +38,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(),
     "glm": Family(norm="GlmRMSNorm"),
     # Before transformers 5.3, GPT-2 does not pass keyword arguments (here: `segments`) to its layers.
-    "gpt2": Family(packs=Version(transformers.__version__) >= Version("5.3")),
+    "gpt2": Family(supports_packing=Version(transformers.__version__) >= Version("5.3")),
     "gpt_neox": Family(),
     "granite": Family(norm="GraniteRMSNorm", gate="GraniteMLP"),
     "helium": Family(gate="HeliumMLP"),
@@ -60,14 +60,14 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(norm="Qwen3MoeRMSNorm"),
     "seed_oss": Family(norm="SeedOssRMSNorm", gate="SeedOssMLP"),
     "smollm3": Family(norm="SmolLM3RMSNorm", gate="SmolLM3MLP"),
-    "stablelm": Family(packs=False),
+    "stablelm": Family(supports_packing=False),
     "starcoder2": Family(),
 }
 """By `model_type` of transformers' configs."""
 
-UNKNOWN = Family(packs=False, head=False)
-PACKING = frozenset(name for name, family in FAMILIES.items() if family.packs)
-HEADS = frozenset(name for name, family in FAMILIES.items() if family.head)
+UNKNOWN = Family(supports_packing=False, supports_fused_loss=False)
+PACKING = frozenset(name for name, family in FAMILIES.items() if family.supports_packing)
+HEADS = frozenset(name for name, family in FAMILIES.items() if family.supports_fused_loss)
 NORMS = frozenset(family.norm for family in FAMILIES.values() if family.norm)
 GATES = frozenset(family.gate for family in FAMILIES.values() if family.gate)
 

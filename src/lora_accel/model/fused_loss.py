@@ -1,4 +1,4 @@
-"""The head and the loss in one: logits are computed chunk by chunk, only at logit positions, and never stored.
+"""Fused head and loss: logits are computed chunk by chunk, only at logit positions, and never materialized in full.
 
 The loss is computed inside the model's forward: DDP and ZeRO synchronize only what a forward computes.
 """
@@ -31,7 +31,7 @@ def patch_fused_loss(base: Any) -> bool:
         Whether the head of this model family is known; otherwise nothing is patched.
     """
     config, original, head = base.config, base.forward, base.get_output_embeddings()
-    if not family_of(config.model_type).head:
+    if not family_of(config.model_type).supports_fused_loss:
         return False
     # Cohere multiplies its logits, Granite divides them, Gemma caps them.
     scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
@@ -88,8 +88,8 @@ def _head_loss(
 class _FusedLoss(torch.autograd.Function):
     """Frozen head and cross-entropy, chunk by chunk. The gradient is computed in forward.
 
-    d loss / d logits = softmax(logits) - onehot(target): once a chunk's logits are computed, nothing else of them is
-    needed, so only [N, H] is saved for backward.
+    d loss / d logits = softmax(logits) - onehot(target), so a chunk's gradient is computed right after its logits, and
+    only [N, H] is saved for backward.
     """
 
     @staticmethod

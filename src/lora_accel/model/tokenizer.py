@@ -31,7 +31,7 @@ def load_tokenizer(section: ModelSection) -> Any:
     """
     from transformers import AutoTokenizer
 
-    check_folder(section)
+    check_model_folder(section)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             section.name_or_path,
@@ -39,7 +39,7 @@ def load_tokenizer(section: ModelSection) -> Any:
             trust_remote_code=section.trust_remote_code,
         )
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise ArtifactError(not_loaded(section, "tokenizer", error)) from None
+        raise ArtifactError(load_error_message(section, "tokenizer", error)) from None
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.unk_token_id:
         if tokenizer.eos_token is None:
             raise ArtifactError(
@@ -73,17 +73,17 @@ def _local_file(section: ModelSection, name: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def check_folder(section: ModelSection) -> None:
+def check_model_folder(section: ModelSection) -> None:
     """Check that the model's folder exists, if its name cannot be a Hub id.
 
     Raises:
         ArtifactError: the folder does not exist.
     """
     if _is_local(section.name_or_path) and not Path(section.name_or_path).is_dir():
-        raise ArtifactError(not_loaded(section, "model", FileNotFoundError()))
+        raise ArtifactError(load_error_message(section, "model", FileNotFoundError()))
 
 
-def not_loaded(section: ModelSection, what: str, error: Exception) -> str:
+def load_error_message(section: ModelSection, what: str, error: Exception) -> str:
     """Return the error message for a model, or a part of it, that cannot be loaded.
 
     Args:

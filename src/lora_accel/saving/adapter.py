@@ -68,7 +68,7 @@ def load_adapter(base: torch.nn.Module, folder: str | Path, *, trainable: bool =
     """Load a saved adapter onto a base model. The file must contain exactly the adapter's tensors.
 
     Args:
-        trainable: Whether the adapter's parameters require gradients; otherwise the model is in eval mode.
+        trainable: whether the adapter's parameters require gradients; otherwise the model is in eval mode.
 
     Raises:
         ArtifactError: the folder is not an adapter, its config is not allowed (see untrusted.py), or its tensors do not
@@ -101,7 +101,7 @@ def attach_adapter(
     Args:
         base: the base model, or a PeftModel that gets one more adapter.
         name: the adapter's name in PEFT.
-        on_meta_device: Whether the base is on the meta device, so that nothing can be computed from its weights.
+        on_meta_device: whether the base is on the meta device, so that nothing can be computed from its weights.
 
     Raises:
         ArtifactError: the config is not allowed, PEFT rejects it, or training began with a change of the base that
@@ -413,7 +413,7 @@ def _peft_state(model: PeftModel, state: Mapping[str, torch.Tensor]) -> State:
     return named | biases
 
 
-def check_tensor_names(expected: Mapping[str, torch.Size], tensors: Mapping[str, torch.Tensor], where: str) -> None:
+def check_adapter_tensors(expected: Mapping[str, torch.Size], tensors: Mapping[str, torch.Tensor], where: str) -> None:
     """Check an adapter's tensors: names, shapes, floating-point dtype, and that they are finite.
 
     Raises:
@@ -432,14 +432,14 @@ def check_tensor_names(expected: Mapping[str, torch.Size], tensors: Mapping[str,
                 f"{MISMATCH_HINT}"
             )
         if not tensor.dtype.is_floating_point:
-            raise ArtifactError(f"{where}: {name} holds {tensor.dtype}, not floating point")
+            raise ArtifactError(f"{where}: {name} is stored as {tensor.dtype}, not as floating point")
         if not torch.isfinite(tensor).all():
-            raise ArtifactError(f"{where}: {name} holds values that are not finite")
+            raise ArtifactError(f"{where}: {name} contains values that are not finite")
 
 
 def _restore(model: PeftModel, state: State, where: str, backend: Backend) -> None:
     parameters = adapter_parameters(model)
-    check_tensor_names({key: backend.full_shape(parameter) for key, parameter in parameters.items()}, state, where)
+    check_adapter_tensors({key: backend.full_shape(parameter) for key, parameter in parameters.items()}, state, where)
     for key, parameter in parameters.items():
         backend.write_parameter(parameter, state[key])
 

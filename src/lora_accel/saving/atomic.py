@@ -1,4 +1,4 @@
-"""Atomic writes of folders and small files, manifests that detect later damage, and cleanup after a crash."""
+"""Atomic writes of folders and small files, manifests that detect later corruption, and cleanup after a crash."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def why_invalid(folder: Path, *, required: tuple[str, ...] = (), hashes: bool = 
 
     Args:
         required: files that the manifest must list.
-        hashes: Whether to read the files and compare their SHA-256; otherwise only names and sizes are compared.
+        hashes: whether to read the files and compare their SHA-256; otherwise only names and sizes are compared.
     """
     if folder.is_symlink():
         return "it is a symbolic link"

@@ -28,7 +28,7 @@ from lora_accel.saving.adapter import (
 )
 from lora_accel.saving.atomic import atomic_folder, write_json
 from lora_accel.saving.discovery import OPTIMIZER, STATE, Checkpoint, prune, step_folders
-from lora_accel.saving.provenance import changes, changes_table, is_allowed, options_behind
+from lora_accel.saving.provenance import changes, changes_table, is_allowed, options_for_key
 
 METADATA_BYTES = 100_000
 """Upper bound for everything in a checkpoint except its tensors."""
@@ -108,7 +108,7 @@ def check_disk_space(
 
 
 def check_changes(checkpoint: Checkpoint, provenance: dict[str, Any], allowed: list[str]) -> list[str]:
-    """Check that nothing that changes the mathematics differs from what the checkpoint was created with.
+    """Check that every input that affects the result is the same as in the checkpoint.
 
     Args:
         allowed: `checkpoint.allow_changes`.
@@ -128,7 +128,7 @@ def check_changes(checkpoint: Checkpoint, provenance: dict[str, Any], allowed: l
         options: list[str] = []
         for key, *_ in rejected:
             if not is_allowed(key, options):
-                options.append(options_behind(key)[0])
+                options.append(options_for_key(key)[0])
         raise ArtifactError(
             f"{checkpoint.folder} was created with different inputs (checkpoint -> now):\n{changes_table(rejected)}\n"
             "Restore them, choose another output_dir, or allow the change and resume: "
@@ -161,7 +161,7 @@ def _moments(
     """Return the optimizer's moments in full, named `exp_avg.<parameter>` and so on.
 
     Args:
-        keep: Whether this rank needs them. Reading them is collective, so every rank calls this.
+        keep: whether this rank needs them. Reading them is collective, so every rank calls this.
     """
     moments: State = {}
     for name, parameter in trainable_parameters(model).items():
@@ -186,9 +186,9 @@ def _restore_moments(
         raise ArtifactError(f"{file}: its tensors are not the moments of the parameters that are trained here")
     for name, tensor in saved.items():
         if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
-            raise ArtifactError(f"{file}: {name} is not finite in float32")
+            raise ArtifactError(f"{file}: {name} is not float32, or not finite")
         if name.split(".")[0] in spec.non_negative and (tensor < 0).any():
-            raise ArtifactError(f"{file}: {name} is a mean of squares and has negative values")
+            raise ArtifactError(f"{file}: {name} has negative values, which this moment cannot have")
     moments = {
         parameter: {moment: saved[f"{moment}.{name}"] for moment in spec.moments} for name, parameter in trained.items()
     }

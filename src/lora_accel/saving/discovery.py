@@ -98,7 +98,7 @@ def _select_newest(folder: Path) -> CheckpointSelection:
     for candidate in reversed(step_folders(folder)):
         reason = why_invalid(candidate, required=FILES)
         if reason is None:
-            checkpoint = _open(candidate)
+            checkpoint = _read_checkpoint(candidate)
             parent_hash, parent_path = checkpoint.state.get("begun_from"), checkpoint.state.get("begun_at")
             return CheckpointSelection(checkpoint, parent_hash, parent_path, corrupt, [])
         corrupt[candidate] = reason
@@ -125,14 +125,14 @@ def _select_named(folder: Path, resume: str) -> CheckpointSelection:
         )
     if reason := why_invalid(named, required=FILES):
         raise ArtifactError(f"checkpoint.resume: {named} cannot be used: {reason}")
-    selection = CheckpointSelection(_open(named), sha256_of(named / MANIFEST), resume, {}, [])
+    selection = CheckpointSelection(_read_checkpoint(named), sha256_of(named / MANIFEST), resume, {}, [])
     for candidate in reversed(step_folders(folder)):
         if candidate.resolve() == named.resolve():
             break  # the named checkpoint descends from all older ones
         if reason := why_invalid(candidate, required=FILES):
             selection.corrupt[candidate] = reason
             continue
-        checkpoint = _open(candidate)
+        checkpoint = _read_checkpoint(candidate)
         if checkpoint.state.get("begun_from") == selection.parent_hash:
             return selection._replace(checkpoint=checkpoint)
         selection.superseded.append(candidate)
@@ -163,7 +163,7 @@ def precision_of_run(folder: Path, resume: str) -> RunPrecision | None:
 
 
 def quarantine(selection: CheckpointSelection, log: Path | None = None) -> list[str]:
-    """Rename what a run does not resume from, so that nothing is overwritten.
+    """Rename the checkpoints that a run does not resume from, so that it does not overwrite them.
 
     Args:
         log: the run's metrics.jsonl. It is renamed too if the run begins from another run's checkpoint, since it
@@ -213,7 +213,7 @@ def list_checkpoints(run: Path, *, hashes: bool) -> list[CheckpointInfo]:
     """List a run's checkpoints, oldest first, quarantined ones last.
 
     Args:
-        hashes: Whether to read all files and compare their SHA-256.
+        hashes: whether to read all files and compare their SHA-256.
 
     Raises:
         ArtifactError: there is no such run.
@@ -262,7 +262,7 @@ def _rename(path: Path, prefix: str) -> str:
     return target.name
 
 
-def _open(folder: Path) -> Checkpoint:
+def _read_checkpoint(folder: Path) -> Checkpoint:
     state = read_json(folder / STATE)
     counts = {key: state.get(key, 0) for key in ("step", "skipped", "overflowed")}
     step, skipped, overflowed = counts.values()

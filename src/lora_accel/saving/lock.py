@@ -60,7 +60,7 @@ def lock_run_folder(folder: Path, *, enabled: bool) -> Iterator[Callable[[], Non
     during setup, the launcher kills this process, and it must not leave a folder behind.
 
     Args:
-        enabled: Whether this process locks; True on the main process.
+        enabled: whether this process locks; True on the main process.
 
     Raises:
         ConfigError: another process has locked the folder, or created it in the meantime.

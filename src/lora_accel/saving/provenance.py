@@ -43,8 +43,8 @@ UNSUPPORTED_BY_VLLM = {
 """Option -> its name in a message."""
 
 # Config keys that may change when a run resumes: they affect where and how it runs, not the result. The pattern matches
-# complete keys, so a key added to the schema counts as harmful until it is listed here.
-HARMLESS = re.compile(
+# complete keys, so a key added to the schema counts as affecting the result until it is listed here.
+MAY_CHANGE_ON_RESUME = re.compile(
     r"output_dir|model\.(name_or_path|revision|attention|chat_template|trust_remote_code)"
     r"|data\.(train|eval|max_dropped|packing|cache_dir|num_workers)"
     r"|training\.(epochs|max_steps|warmup_ratio|warmup_steps|batch_size|micro_batch_tokens|micro_batch_size"
@@ -56,7 +56,7 @@ LOCATION_KEYS = ("path", "revision", "streaming")
 """Keys of a source that locate its rows. The rows themselves are compared by hash."""
 _BATCH = ("training.batch_size", "training.micro_batch_size", "training.gradient_accumulation_steps")
 _LENGTH = ("training.epochs", "training.max_steps")
-# Derived values, and the options of which one in `checkpoint.allow_changes` allows a change.
+# Derived value -> the options that determine it. To allow a change, list one of them in `checkpoint.allow_changes`.
 DERIVED = {
     "plan.batch_size": _BATCH,
     "plan.num_examples": ("data",),
@@ -204,8 +204,8 @@ tokenizer = AutoTokenizer.from_pretrained(".")  # with the chat template of trai
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return the differences of two provenances that change the mathematics, as (key, then, now)."""
-    before, after = _identity(then), _identity(now)
+    """Return the differences of two provenances that affect the result, as (key, then, now)."""
+    before, after = _result_inputs(then), _result_inputs(now)
     return [
         (key, before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
@@ -213,7 +213,7 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, 
     ]
 
 
-def options_behind(key: str) -> tuple[str, ...]:
+def options_for_key(key: str) -> tuple[str, ...]:
     """Return the options of the run config that determine a key's value."""
     return DERIVED.get(key) or (".".join(key.split("[")[0].split(".")[:2]),)  # section.option
 
@@ -227,7 +227,7 @@ def is_allowed(key: str, allowed: Sequence[str]) -> bool:
     """
     return any(
         f"{option}.".startswith(f"{entry}.") or f"{entry}.".startswith(f"{option}.")
-        for option in options_behind(key)
+        for option in options_for_key(key)
         for entry in allowed
     )
 
@@ -299,10 +299,10 @@ def _hash_of_weights(file: Path) -> str:
     return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else sha256_of(file)
 
 
-def _identity(provenance: Mapping[str, Any]) -> dict[str, Any]:
+def _result_inputs(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything that the result depends on, as a flat dict."""
-    config = _completed(provenance["config"])
-    flat = {key: value for key, value in _flat(config) if not HARMLESS.fullmatch(key)}
+    config = _with_defaults(provenance["config"])
+    flat = {key: value for key, value in _flat(config) if not MAY_CHANGE_ON_RESUME.fullmatch(key)}
     plan, sources = provenance["plan"], config["data"]["train"]
     flat |= {f"plan.{key}": plan[key] for key in ("batch_size", "total_steps", "warmup_steps", "num_examples")}
     flat |= {
@@ -319,12 +319,12 @@ def _identity(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a config completed with defaults: one of an older version may lack newer options."""
+def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a config with defaults filled in: one of an older version may lack newer options."""
     try:
         return RunConfig.model_validate(config).model_dump()
     except ValidationError:
-        return config  # of a newer version, or edited: compared unchanged
+        return config  # of a newer version, or edited: compare it unchanged
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

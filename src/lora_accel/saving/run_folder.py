@@ -1,4 +1,4 @@
-"""Write everything of a run besides its checkpoints: config, plan, provenance, data ledger and the final adapter."""
+"""Write the files of a run, except checkpoints: config, plan, provenance, data ledger and the final adapter."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_run_folder(
     )
 
 
-def export_adapter(
+def save_final_adapter(
     folder: Path,
     template: ChatTemplate,
     accelerator: Accelerator,

@@ -11,15 +11,18 @@ from lora_accel.errors import Interrupted
 from lora_accel.saving.atomic import write_json
 
 Note = Callable[[int, "Path | None"], None]
+"""Records the current step and the newest checkpoint in status.json."""
 
 
 @contextlib.contextmanager
-def running(folder: Path, step: int, checkpoint: Path | None, *, pids: Sequence[int], enabled: bool) -> Iterator[Note]:
+def track_status(
+    folder: Path, step: int, checkpoint: Path | None, *, pids: Sequence[int], enabled: bool
+) -> Iterator[Note]:
     """Write status.json during a run: its state is running, then done, preempted (asked to stop) or failed.
 
     Args:
         pids: process ids of all ranks in order, each on the machine that the rank runs on.
-        enabled: Whether this process writes; True on the main process.
+        enabled: whether this process writes; True on the main process.
 
     Yields:
         A function that records the current step and the newest checkpoint.

@@ -21,7 +21,7 @@ MAX_RANK = 1024
 MAX_LAYERS = 1024
 PATTERN_SECONDS = 10
 """Limit for matching all patterns with the module names; some regular expressions take exponential time."""
-MATCH = """
+MATCH_PROGRAM = """
 import json, re, sys
 patterns, names = json.load(sys.stdin)
 for pattern in patterns:
@@ -51,7 +51,7 @@ def check_untrusted_config(path: Path, module_names: Iterable[str]) -> None:
     _check_patterns(path, _patterns(config), module_names)
 
 
-def _is_table(value: Any) -> bool:
+def _is_object(value: Any) -> bool:
     return isinstance(value or {}, dict)
 
 
@@ -84,8 +84,8 @@ DEFAULTS = {"r": 8, "lora_alpha": 8}
 _RANK = f"is not a rank from 1 to {MAX_RANK}"
 CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("peft_type", lambda value: value == "LORA", "is not LORA, the only supported type"),
-    ("rank_pattern", _is_table, "should be an object"),
-    ("alpha_pattern", _is_table, "should be an object"),
+    ("rank_pattern", _is_object, "should be an object"),
+    ("alpha_pattern", _is_object, "should be an object"),
     ("r", _is_rank, _RANK),
     ("rank_pattern", lambda value: all(map(_is_rank, (value or {}).values())), _RANK),
     ("lora_alpha", _is_number, "is not a finite number"),
@@ -94,7 +94,7 @@ CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("layer_replication", _is_layer_list, f"is not a list of [first, end] of at most {MAX_LAYERS} layers"),
     *((key, _is_module_list, "is neither a pattern nor a list of names") for key in MODULE_KEYS),
 )
-"""(key, whether its value is allowed, what the message reports otherwise)."""
+"""(key, check of its value, message if the check fails)."""
 
 
 def _patterns(config: Mapping[str, Any]) -> list[str]:
@@ -120,7 +120,7 @@ def _check_patterns(path: Path, patterns: Sequence[str], module_names: Iterable[
             raise ArtifactError(f"{path}: {pattern[:60]!r} is not a valid pattern: {error}") from None
     try:
         subprocess.run(
-            [sys.executable, "-I", "-c", MATCH],
+            [sys.executable, "-I", "-c", MATCH_PROGRAM],
             input=json.dumps([patterns, list(module_names)]),
             text=True,
             capture_output=True,

@@ -1,1 +1,1 @@
-"""What the loop needs, prepared."""
+"""Prepare what the training loop needs: data, model, provenance, resume point and the `Run`."""

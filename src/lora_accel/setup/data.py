@@ -1,4 +1,4 @@
-"""Rows to examples and the plan: what a run needs before the model is loaded."""
+"""Prepare the examples and the plan of a run, before the model is loaded."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def prepare_data(config: RunConfig, num_ranks: int = 1) -> PreparedData:
 
 
 def log_data(data: PreparedData) -> None:
-    """Log the ledger, how many examples an epoch takes of each source, and the plan."""
+    """Log the ledger, how many examples of each source an epoch uses, and the plan."""
     ledgers, sources = [*data.dataset.ledgers, *data.eval_ledgers], data.dataset.sources
     logger.info(format_table("data", ledger_lines(ledgers)))
     if len(sources) > 1 or any(source.weight != 1 for source in sources):
@@ -75,7 +75,7 @@ def log_data(data: PreparedData) -> None:
         shares = [
             f"{source_count(len(x), weight):,} of {len(x):,} examples (weight {weight:g})" for x, weight, _ in sources
         ]
-        logger.info(format_table("an epoch", zip(names, shares, strict=True)))
+        logger.info(format_table("examples per epoch", zip(names, shares, strict=True)))
     logger.info(format_table("plan", data.plan.table()))
     if any(not ledger.num_ended and ledger.format not in ("text", "tokens") for ledger in data.dataset.ledgers):
         logger.info(

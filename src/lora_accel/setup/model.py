@@ -34,7 +34,7 @@ PROBE_TOKENS = 256
 
 @dataclasses.dataclass(frozen=True)
 class PreparedModel:
-    """What `accelerator.prepare` returned, and what belongs to it."""
+    """The model and the optimizer that `accelerator.prepare` returned, and objects that belong to them."""
 
     model: torch.nn.Module
     """The PeftModel in the backend's wrapper."""
@@ -48,7 +48,7 @@ class PreparedModel:
 
 
 def prepare_model(config: RunConfig, accelerator: Accelerator, *, checkpoint_dtype: str | None = None) -> PreparedModel:
-    """Load the base, add the adapter, patch what this package computes itself, and prepare both.
+    """Load the base, add the adapter, patch the modules that this package reimplements, and prepare both.
 
     Args:
         checkpoint_dtype: dtype of the base in the checkpoint to resume from; None = a new run.
@@ -67,14 +67,14 @@ def prepare_model(config: RunConfig, accelerator: Accelerator, *, checkpoint_dty
             config.quantization,
             mixed_precision=accelerator.mixed_precision,
             device=accelerator.device,
-            kept_dtype=checkpoint_dtype,
+            recorded_dtype=checkpoint_dtype,
         )
     packed = config.data.packing and can_pack(base)
     if packed:
         pack_attention(base)
     elif config.data.packing:
         logger.info(f"note: padding rows: {base.config.model_type} does not support packing with this attention")
-    # torch.compile does what the patches do by hand.
+    # torch.compile fuses the same operations itself.
     (compile_layers if config.training.compile else patch_norms_and_gates)(base)
     model = add_adapter(
         base,

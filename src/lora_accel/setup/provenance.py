@@ -1,4 +1,4 @@
-"""The provenance of a run: what its result is made from."""
+"""The provenance of a run: the inputs that its result depends on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_accel.setup.model import PreparedModel
 def make_provenance(
     config: RunConfig, data: PreparedData, accelerator: Accelerator, prepared: PreparedModel
 ) -> dict[str, Any]:
-    """Return what this run is made from: config, plan, precision, and hashes of base, tokenizer, template and data.
+    """Return the inputs of this run: config, plan, precision, and hashes of base, tokenizer, template and data.
 
     Raises:
         ArtifactError: the base has no weight files.

@@ -1,4 +1,4 @@
-"""What turns the rows of a run into tokens: its tokenizer and chat template, and the hash by which both are known."""
+"""The recipe that tokenizes a run's rows: its tokenizer, its chat template, and a hash that identifies both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_accel.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 
 def make_recipe(config: RunConfig) -> Recipe:
-    """Return the recipe of a run config. The tokenizer is loaded when it is first asked for.
+    """Return the recipe of a run config. The tokenizer is loaded at its first use.
 
     Raises:
         DataError: there is no such template.
@@ -28,5 +28,5 @@ def make_recipe(config: RunConfig) -> Recipe:
     source = template_source(name)
     fingerprint = tokenizer_fingerprint(config.model)
     if fingerprint is None:
-        fingerprint = template().tokenizer.backend_tokenizer.to_str()  # fetched from the Hub just now
+        fingerprint = template().tokenizer.backend_tokenizer.to_str()  # loaded from the Hub just now
     return Recipe(hashlib.sha256(json.dumps([fingerprint, name, source]).encode()).hexdigest(), template)

@@ -1,4 +1,4 @@
-"""Where a run begins: at step 0, or at a checkpoint, which every rank loads."""
+"""Start a run at step 0, or resume it from a checkpoint, which every rank loads."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def resume_run(
     """Clean up after a crash, and load the checkpoint to resume from, if there is one.
 
     Raises:
-        ArtifactError: the checkpoint cannot be used, or was made from something else.
+        ArtifactError: the checkpoint cannot be used, or has different inputs.
         ConfigError: ranks disagree, or the plan ends before the checkpoint.
     """
     folder = Path(config.output_dir)
@@ -94,7 +94,7 @@ def check_ranks_agree(provenance: dict[str, Any], step: int | None) -> None:
         step: of the checkpoint that this rank would resume from.
 
     Raises:
-        ConfigError: on every rank, with what differs.
+        ConfigError: they disagree. Raised on every rank; the message lists the differences.
     """
     mine, *others = gather_object([(provenance, step)])
     for rank, (other, other_step) in enumerate(others, start=1):
@@ -104,5 +104,5 @@ def check_ranks_agree(provenance: dict[str, Any], step: int | None) -> None:
         if differences:
             raise ConfigError(
                 f"ranks 0 and {rank} disagree (rank 0 -> rank {rank}):\n{changes_table(differences)}\n"
-                "Start all of them with one command, and let all machines see the same files and one output_dir."
+                "Start all ranks with the same command, and give all machines the same files and the same output_dir."
             )

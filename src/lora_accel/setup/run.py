@@ -1,4 +1,4 @@
-"""The `Run` that the loop takes: batches, metrics, checkpointer and evaluator of the prepared parts."""
+"""Build the `Run` for the training loop from the prepared parts: batches, metrics, checkpointer and evaluator."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_run(
     stop: Stop,
     note_status: Note,
 ) -> Run:
-    """Connect the prepared parts; opens metrics.jsonl."""
+    """Build the `Run`. Opens metrics.jsonl."""
     options = BatchOptions.from_config(
         config.training,
         pad_id=data.pad_id,

@@ -1,1 +1,1 @@
-"""The loop: it is given modules and batches."""
+"""The training loop. It receives prepared modules and batches."""

@@ -38,7 +38,7 @@ class Checkpointer:
 
     @property
     def folder(self) -> Path:
-        """Where the checkpoints are."""
+        """The folder of the checkpoints."""
         return Path(self.config.output_dir) / "checkpoints"
 
     def save(self, progress: Progress) -> None:
@@ -57,7 +57,7 @@ class Checkpointer:
             "overflowed": progress.overflowed,
             "loss_scale": None if self.loss_scale is None else self.loss_scale.state(),
             "seed": self.config.seed,
-            "begun_from": self.parent_hash,
+            "begun_from": self.parent_hash,  # the stored names of parent_hash and parent_path
             "begun_at": self.parent_path,
             "provenance": self.provenance,
         }

@@ -21,7 +21,7 @@ class Evaluator:
     accelerator: Accelerator
     model: torch.nn.Module
     sources: Mapping[str, StepBatch]
-    """This rank's part of each evaluation source, by name."""
+    """This rank's micro-batches of each evaluation source, by name."""
     tokenizer: Any
     prompts: Sequence[str]
     """`evaluation.prompts`."""
@@ -92,14 +92,14 @@ def sample_replies(
     for prompt in prompts:
         try:
             with accelerator.autocast():  # Accelerate wraps only the outer forward; `generate` calls the inner one
-                replies += replies_to(unwrapped, tokenizer, [prompt], **options)
+                replies += generate_replies(unwrapped, tokenizer, [prompt], **options)
         except Exception as error:
             replies.append(error)
     return replies
 
 
 @torch.no_grad()
-def replies_to(
+def generate_replies(
     model: torch.nn.Module, tokenizer: Any, prompts: Sequence[list[int]], *, ends: Collection[int] = (), **options: Any
 ) -> list[str]:
     """Return the text that the model generates for each prompt, without the end token.

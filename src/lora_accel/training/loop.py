@@ -1,4 +1,4 @@
-"""The training loop: batches in, optimizer steps out. It is given everything, and knows neither files nor prompts."""
+"""The training loop: batches in, optimizer steps out. Everything it uses is passed in; it reads no files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from lora_accel.training.step import Run, train_step
 
 
 def train(run: Run, progress: Progress) -> None:
-    """Make the steps from `progress` to the last one of the plan. A resumed run takes the same path as a new one.
+    """Run the steps from `progress` to the last one of the plan. New and resumed runs take the same code path.
 
     Raises:
-        TrainingError: more than `training.skip_nonfinite` steps were not finite; the weights are as before the last.
+        TrainingError: more than `training.skip_nonfinite` steps were not finite; the last one changed no weight.
         Interrupted: a rank was asked to stop; a checkpoint is saved.
     """
-    # A step is saved before it is evaluated, so nothing is lost meanwhile; a resumed run evaluates first.
+    # The loop saves a checkpoint before it evaluates, so a crash during evaluation loses no step. A run that resumes
+    # from that checkpoint evaluates first.
     evaluate_if_due(run, progress.step)
     run.model.train()
     for step in range(progress.step, run.plan.total_steps):

@@ -1,4 +1,4 @@
-"""Whether activations fit into memory: what a forward saves for backward is measured on a few tokens, not guessed."""
+"""Estimate activation memory: measure what a forward of a few tokens saves for backward, and extrapolate."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def free_bytes(device: torch.device, num_local_ranks: int) -> int:
         num_local_ranks: processes that share the machine's memory, if the device is the CPU.
     """
     if device.type != "cpu":
-        # torch.accelerator's own is new in torch 2.10.
+        # torch.accelerator.get_memory_info exists from torch 2.10 on.
         memory = getattr(torch.accelerator, "get_memory_info", None) or torch.get_device_module(device).mem_get_info
         free, _ = memory(device)
         cached = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
         return int(free + cached)
     free = psutil.virtual_memory().available
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))  # a container's
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))  # limits of a container
     if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
         free = min(free, int(limit.read_text()) - int(used.read_text()))
     return int(free) // num_local_ranks

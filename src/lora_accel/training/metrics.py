@@ -49,8 +49,8 @@ class Pace:
             self._is_warm = True
         self._ends.append((step, now))
 
-    def restart(self, now: float) -> None:
-        """Record that the first step begins now."""
+    def begin_first_step(self, now: float) -> None:
+        """Record that the first step begins now. Later calls have no effect."""
         if not self._is_warm:
             self._ends[0] = (self._ends[0][0], now)
 
@@ -190,10 +190,10 @@ class Metrics:
     def begin(self) -> None:
         """Record that the next step begins now."""
         self._step_time = time.perf_counter()
-        self._pace.restart(self._step_time)
+        self._pace.begin_first_step(self._step_time)
 
     def note_micro_batch(self, done: int, count: int) -> None:
-        """Move the bar within a step. After the first micro-batch of all, estimate the time per step (CPU only).
+        """Move the bar within a step. After the first micro-batch of the run, estimate the time per step (CPU only).
 
         Args:
             done: micro-batches of the step that are done.

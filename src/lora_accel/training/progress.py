@@ -1,4 +1,4 @@
-"""The state of a run that is counted, and the result of one step."""
+"""The step counters of a run, and the result of one step."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Run:
 
 
 def train_step(run: Run, step: int) -> StepResult:
-    """Make one optimizer step in which every supervised token of every rank has the same weight.
+    """Run one optimizer step in which every supervised token of every rank has the same weight.
 
     If the loss or the gradient norm is not finite on any rank, no rank updates its weights.
     """
@@ -64,10 +64,10 @@ def train_step(run: Run, step: int) -> StepResult:
         total_steps=run.plan.total_steps,
     )
     set_learning_rate(run.optimizer, rate)
-    torch.manual_seed(derive_seed(run.seed, step))  # for the base's own dropout, where a model has some
+    torch.manual_seed(derive_seed(run.seed, step))  # for dropout in the base model, if it has any
     accelerator.step, accelerator.gradient_accumulation_steps = 0, len(batch.micro_batches)
 
-    # The mean over the step's supervised tokens: the backend's averages over ranks and micro-batches are undone.
+    # The loss is the mean over the step's supervised tokens: undo the backend's means over ranks and micro-batches.
     factor = run.backend.begin_step(run.optimizer, len(batch.micro_batches), scale.value if scale else None)
     weight = factor / batch.num_supervised_tokens
 
@@ -86,9 +86,9 @@ def train_step(run: Run, step: int) -> StepResult:
     norm = accelerator.clip_grad_norm_(run.trainable, run.training.max_grad_norm)
     # The only synchronization of the step: no weight may change before loss and norm are known to be finite. (A
     # DeepSpeed engine has clipped and stepped in the last backward; it skips a step whose gradient is not finite.)
-    # A rank's request to stop travels with its loss, so all ranks stop after the same step at no extra cost.
-    asked = torch.full_like(loss_sum, run.stop.cause() is not None)
-    sums = accelerator.reduce(torch.stack([loss_sum, asked]))
+    # Stop requests are reduced together with the loss, so all ranks stop after the same step at no extra cost.
+    stop_requested = torch.full_like(loss_sum, run.stop.cause() is not None)
+    sums = accelerator.reduce(torch.stack([loss_sum, stop_requested]))
     norm = torch.as_tensor(norm, dtype=sums.dtype, device=sums.device)
     loss, stops, norm = torch.cat([sums, norm[None]]).tolist()
 

@@ -33,7 +33,7 @@ class Stop:
         self._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
 
     def cause(self) -> str | None:
-        """Return the signal or option that asked this process to stop; None if there is none."""
+        """Return the signal or option that asked this process to stop; None if none did."""
         if self._cause is None and self._deadline is not None and time.monotonic() >= self._deadline:
             self._cause, self._since = "training.max_hours", self._deadline
         return self._cause
@@ -91,7 +91,7 @@ def handle_stop_signals(max_hours: float | None, *, reports: bool = False) -> It
 
     Args:
         max_hours: training time after which to stop.
-        reports: whether this process prints what a signal does.
+        reports: whether this process prints the effect of a signal.
     """
     stop = Stop(max_hours, reports=reports)
     with signal_handler(stop.handle):
