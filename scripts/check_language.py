@@ -65,6 +65,9 @@ BANNED: dict[str, str] = {
     r"\bbut for\b": "except for",
     r"\bin (PEFT|FastChat|transformers)'s words\b": "under the names of ...",
     r"\*words\b": "*args",
+    r"\bif need be\b": "if necessary",
+    r"\btravels?\b": "is sent, is reduced together with",
+    r"\b(is|are|was|were) made from\b": "depends on; the inputs of",
 }
 """Pattern -> the terms to use instead. Case is ignored; `_` counts as a space, so names are checked too."""
 

@@ -7,6 +7,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from lora_accel.model.families import FAMILIES
+
+PACKING = sorted(name for name, family in FAMILIES.items() if family.supports_packing)
+FUSED_LOSS = sorted(name for name, family in FAMILIES.items() if family.supports_fused_loss)
+
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 32,

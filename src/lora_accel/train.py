@@ -13,12 +13,18 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_accel.config.files import read_config
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import Stage, run_command, show_logs, silence_libraries
-from lora_accel.distributed.launch import exit_process, exit_with_launcher, make_accelerator, resolve_launch
+from lora_accel.distributed.launch import (
+    exit_process,
+    exit_with_launcher,
+    is_local_rank_0,
+    make_accelerator,
+    resolve_launch,
+)
 from lora_accel.faults import active_fault
 from lora_accel.logs import logger
 from lora_accel.saving.discovery import RunPrecision, precision_of_run
@@ -29,6 +35,7 @@ from lora_accel.training.stopping import abort_on_signal
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from lora_accel.saving.provenance import Provenance
     from lora_accel.setup.data import PreparedData
     from lora_accel.setup.model import PreparedModel
     from lora_accel.setup.resume import ResumePoint
@@ -53,11 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reports=is_local_rank_0(),
         error_file=os.environ.get("TORCHELASTIC_ERROR_FILE"),
     )
-
-
-def is_local_rank_0() -> bool:
-    """Whether this process is local rank 0, which reports progress and errors."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def run_training(config: RunConfig, *, silence: bool = False) -> Path:
@@ -128,7 +130,7 @@ def run_in_folder(
     start = resume_run(config, accelerator, prepared, provenance, data.plan)
     create_folder()
     if is_main:
-        keep_last = max(2, config.checkpoint.keep_last)
+        keep_last = config.checkpoint.keep_while_training
         check_disk_space(accelerator, prepared.model, folder / "checkpoints", keep_last, config.training.optimizer)
         ledgers = {"train": data.dataset.ledgers, "eval": data.eval_ledgers}
         write_run_folder(folder, config, data.plan, ledgers, provenance)
@@ -140,7 +142,7 @@ def train_and_export(
     data: PreparedData,
     accelerator: Accelerator,
     prepared: PreparedModel,
-    provenance: dict[str, Any],
+    provenance: Provenance,
     start: ResumePoint,
 ) -> Path:
     """Train from the resume point to the last step, and save the final adapter. Updates status.json and the log."""

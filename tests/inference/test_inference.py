@@ -33,9 +33,9 @@ from lora_accel.inference.generation import generate
 from lora_accel.inference.models import load_template, name_adapters
 from lora_accel.inference.prompts import read_prompts
 from lora_accel.model import base as base_module
+from lora_accel.model.generation import generate_replies
 from lora_accel.setup.data import prepare_data
 from lora_accel.training import evaluator as evaluation
-from lora_accel.training.evaluator import generate_replies
 from tests.conftest import (
     CHATML,
     PATIENCE_SECONDS,
@@ -679,7 +679,7 @@ def run_chat(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             return generate_replies(model, tokenizer, prompt_ids, **kwargs)
 
         monkeypatch.setattr("builtins.input", read)
-        monkeypatch.setattr(evaluation, "generate_replies", record)
+        monkeypatch.setattr("lora_accel.model.generation.generate_replies", record)
         chat(**({"max_new_tokens": 4} | options))
         return prompts
 

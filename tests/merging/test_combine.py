@@ -75,5 +75,7 @@ def test_invalid_method_or_density_raises(adapters: Callable[..., list[Path]], t
         merge_weighted(pairs, tmp_path / "merged", how="median")
     with pytest.raises(ConfigError, match="needs a density above 0 and up to 1"):
         merge_weighted(pairs, tmp_path / "merged", how="ties")
+    with pytest.raises(ConfigError, match="an adapter is given twice"):
+        merge_weighted([pairs[0], pairs[1], pairs[0]], tmp_path / "merged")
     with pytest.raises(ConfigError, match="takes no density"):
         merge_weighted(pairs, tmp_path / "merged", how="linear", density=0.5)

@@ -15,8 +15,7 @@ from lora_accel.batching.packing import pack
 from lora_accel.data.chat import Example
 from lora_accel.model import attention
 from lora_accel.model.attention import can_pack, pack_attention, packed_attention
-from lora_accel.model.families import PACKING
-from tests.families import SIZES, model_of
+from tests.families import PACKING, SIZES, model_of
 
 MOE_FAMILIES = {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
 """An expert multiplies all of its tokens at once, so rounding depends on their number."""
@@ -44,7 +43,7 @@ def test_flash_kernel_needs_torch_2_12() -> None:
     assert (attention.flash_kernel() is not None) == (Version(torch.__version__) >= Version("2.12"))
 
 
-@pytest.mark.parametrize("family", sorted(PACKING))
+@pytest.mark.parametrize("family", PACKING)
 def test_packed_logits_and_gradients_equal_those_of_single_examples(family: str) -> None:
     model = model_of(family)
     torch.manual_seed(1)
@@ -68,7 +67,7 @@ def test_packed_logits_and_gradients_equal_those_of_single_examples(family: str)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", sorted(PACKING))
+@pytest.mark.parametrize("family", PACKING)
 def test_examples_do_not_affect_each_other(family: str, dtype: torch.dtype) -> None:
     model = model_of(family).to(dtype)
     pack_attention(model)

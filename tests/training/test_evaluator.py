@@ -17,8 +17,9 @@ from lora_accel.batching.batches import BatchOptions, step_batch
 from lora_accel.config.schema import TrainingSection
 from lora_accel.data.chat import Example
 from lora_accel.data.formats import Message
+from lora_accel.model.generation import generate_replies
 from lora_accel.setup.data import prepare_data
-from lora_accel.training.evaluator import evaluate, generate_replies
+from lora_accel.training.evaluator import evaluate
 from tests.conftest import chat_rows, read_metrics, write_jsonl
 
 FAMILIES = ["llama", "gpt2", "opt", "qwen2"]

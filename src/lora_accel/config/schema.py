@@ -336,6 +336,11 @@ class CheckpointSection(Section):
     gather: Literal["auto", "state_dict", "parameters"] = "auto"
     """How to gather sharded weights before saving. auto = the backend's default."""
 
+    @property
+    def keep_while_training(self) -> int:
+        """Return how many checkpoints a run keeps while it trains: the newest may turn out to be corrupt."""
+        return max(2, self.keep_last)
+
 
 class EvaluationSection(Section):
     """Evaluation during training."""

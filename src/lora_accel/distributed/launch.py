@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from accelerate.utils import DeepSpeedPlugin
 
 
+def is_local_rank_0() -> bool:
+    """Whether this process is local rank 0, which reports progress and errors."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def resolve_launch(config: RunConfig, checkpoint_precision: str | None) -> tuple[Launch, Settings]:
     """Read the launcher's settings, and resolve those that it shares with the run config.
 
@@ -220,7 +225,7 @@ def wait_for_extension_builds() -> None:
     """
     from torch.utils.cpp_extension import get_default_build_root
 
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_local_rank_0():
         wait_for_builds(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
 
 

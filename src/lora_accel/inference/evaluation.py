@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +67,7 @@ def evaluate(
     from lora_accel.data.splits import examples_by_name, load_evaluation
     from lora_accel.setup.recipe import make_recipe
     from lora_accel.training.evaluator import evaluate_sources
+    from lora_accel.training.loss import perplexity
 
     accelerator = Accelerator(cpu=None)
     recipe = make_recipe(config)
@@ -91,7 +91,7 @@ def evaluate(
             Score(
                 name,
                 eval_loss=values["eval_loss"],
-                eval_perplexity=math.exp(min(values["eval_loss"], 700.0)),
+                eval_perplexity=perplexity(values["eval_loss"]),
                 eval_tokens=values["eval_tokens"],
                 exact_match=matches / len(questions) if questions else None,
                 rows=len(questions),

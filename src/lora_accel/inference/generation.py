@@ -120,7 +120,7 @@ class ReplyWriter:
         print()
 
     def _decoded(self) -> str:
-        from lora_accel.training.evaluator import decode_reply
+        from lora_accel.model.generation import decode_reply
 
         return decode_reply(self._template.tokenizer, self._ids or [], self._template.end_ids)
 
@@ -134,7 +134,7 @@ def stream_reply(
     model: torch.nn.Module, template: ChatTemplate, ids: list[int], max_new_tokens: int, writer: ReplyWriter
 ) -> None:
     """Generate the reply to one prompt and print it while it is generated."""
-    from lora_accel.training.evaluator import generate_replies
+    from lora_accel.model.generation import generate_replies
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "streamer": writer}
     generate_replies(model, template.tokenizer, [ids], ends=template.end_ids, **options)
@@ -154,7 +154,7 @@ def reply_in_batches(
         name: name of the model, for the progress line.
         prompts: token ids.
     """
-    from lora_accel.training.evaluator import generate_replies
+    from lora_accel.model.generation import generate_replies
 
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     replies = [""] * len(prompts)

@@ -175,16 +175,13 @@ def resolve_base(adapters: Sequence[Path], base: str | None) -> str:
         ArtifactError: an adapter does not name its base.
         ConfigError: adapters name different bases.
     """
-    from lora_accel.saving.atomic import read_json
-    from lora_accel.saving.discovery import CONFIG
+    from lora_accel.saving.discovery import named_base
 
     if base:
         return base
     first = ""
     for adapter in adapters:
-        name = read_json(adapter / CONFIG).get("base_model_name_or_path")
-        if not name or not isinstance(name, str):
-            raise ArtifactError(f"{adapter}: does not name its base model; pass --base")
+        name = named_base(adapter)
         first = first or name
         if os.path.abspath(name) != os.path.abspath(first):
             raise ConfigError(
@@ -206,11 +203,12 @@ def load_template(adapter: Path, section: ModelSection) -> ChatTemplate:
     from lora_accel.config.files import read_config
     from lora_accel.data.chat import ChatTemplate
     from lora_accel.model.tokenizer import load_tokenizer
+    from lora_accel.saving.discovery import run_of
     from lora_accel.setup.recipe import make_recipe
 
     folders = [adapter]
-    if adapter.resolve().parent.name == "checkpoints":
-        folders.append(adapter.resolve().parent.parent / "adapter")
+    if (run := run_of(adapter)) is not None:
+        folders.append(run / "adapter")
     for folder in folders:
         if (folder / "tokenizer_config.json").is_file():
             return _saved_template(folder)

@@ -36,7 +36,7 @@ from lora_accel.model.base import (
 from lora_accel.model.tokenizer import check_model_folder, load_error_message, load_tokenizer
 from lora_accel.saving.adapter import PICKLED, keeps_base_weights, load_adapter, read_adapter
 from lora_accel.saving.atomic import atomic_folder, read_json, sha256_of, sync, why_invalid, write_json, write_text
-from lora_accel.saving.discovery import CONFIG, WEIGHTS, list_checkpoints
+from lora_accel.saving.discovery import CONFIG, WEIGHTS, list_checkpoints, named_base, run_of
 from lora_accel.saving.provenance import base_hashes, merged_card, sha256_of_text, versions
 
 PROVENANCE = "provenance.json"
@@ -160,6 +160,8 @@ def merge_weighted(
         read_adapter(folder)
     base_model = _find_base(folders, provenances, base)
     weights = {str(folder): weight for folder, (_, weight) in zip(folders, adapters, strict=True)}
+    if len(weights) < len(folders):
+        raise ConfigError("--adapter: an adapter is given twice; add up its weights")
     with combined_adapter(list(weights.items()), base_model.config, how=how, density=density) as combined:
         with_tokenizer = next((folder for folder in folders if (folder / TOKENIZER).is_file()), None)
         if with_tokenizer is not None:
@@ -211,8 +213,8 @@ def provenance_of(adapter: Path) -> dict[str, Any] | None:
         ArtifactError: it does not name the base.
     """
     files = [adapter / PROVENANCE]
-    if adapter.absolute().parent.name == "checkpoints":
-        files.append(adapter.absolute().parent.parent / PROVENANCE)
+    if (run := run_of(adapter)) is not None:
+        files.append(run / PROVENANCE)
     file = next((file for file in files if file.exists()), None)
     if file is None:
         return None
@@ -440,9 +442,7 @@ def _find_base(adapters: Sequence[Path], provenances: Sequence[dict[str, Any] | 
     Args:
         requested: Hub id or folder; None = the base that the first adapter names.
     """
-    name = requested or read_json(adapters[0] / CONFIG).get("base_model_name_or_path")
-    if not name or not isinstance(name, str):
-        raise ArtifactError(f"{adapters[0]}: does not name its base model; pass --base")
+    name = requested or named_base(adapters[0])
     revision = None if requested or provenances[0] is None else provenances[0]["base"].get("revision")
     section = ModelSection(name_or_path=name, revision=revision)
     check_model_folder(section)
@@ -508,7 +508,7 @@ def _base_difference(provenance: dict[str, Any], name: str, hashes: dict[str, st
 
 
 def _existing_merge(job: MergeJob, base: Base, options: MergeOptions) -> dict[str, Any] | None:
-    """Return the provenance of a job's output if it exists, is valid and was made from the same adapter and base."""
+    """Return the provenance of a job's output if it exists, is valid, and has the same adapter and base."""
     if not (job.out / PROVENANCE).is_file() or why_invalid(job.out, hashes=False) is not None:
         return None
     with contextlib.suppress(ArtifactError, KeyError, TypeError):
@@ -524,9 +524,9 @@ def _load_adapter_tokenizer(job: MergeJob, base: Base) -> Any:
 
     A checkpoint has no tokenizer: use that of the run's adapter, or else the base's with the chat template of the run.
     """
-    run = job.adapter.absolute().parent.parent
-    for folder in (job.adapter, run / "adapter"):
-        if (folder / TOKENIZER).is_file() and (folder == job.adapter or job.provenance is not None):
+    run = run_of(job.adapter)
+    for folder in (job.adapter, *([run / "adapter"] if run is not None and job.provenance is not None else [])):
+        if (folder / TOKENIZER).is_file():
             return load_tokenizer(ModelSection(name_or_path=str(folder)))
     tokenizer = load_tokenizer(ModelSection(name_or_path=str(base.folder)))
     if job.provenance is not None:

@@ -66,8 +66,6 @@ FAMILIES: dict[str, Family] = {
 """By `model_type` of transformers' configs."""
 
 UNKNOWN = Family(supports_packing=False, supports_fused_loss=False)
-PACKING = frozenset(name for name, family in FAMILIES.items() if family.supports_packing)
-HEADS = frozenset(name for name, family in FAMILIES.items() if family.supports_fused_loss)
 NORMS = frozenset(family.norm for family in FAMILIES.values() if family.norm)
 GATES = frozenset(family.gate for family in FAMILIES.values() if family.gate)
 

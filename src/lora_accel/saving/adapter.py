@@ -330,11 +330,6 @@ def check_all_trained_is_saved(model: PeftModel) -> None:
         raise ArtifactError(f"adapter: {len(lost)} parameters would be trained and not saved, {lost[0]} among them")
 
 
-def adapter_state(model: PeftModel) -> State:
-    """Return an adapter's tensors by their names in the file, without copying. For unsharded models only."""
-    return {key: parameter.detach() for key, parameter in adapter_parameters(model).items()}
-
-
 def unwrap_peft_model(accelerator: Accelerator, model: torch.nn.Module) -> PeftModel:
     """Return the PeftModel inside the wrapper of DDP, DeepSpeed or torch.compile.
 

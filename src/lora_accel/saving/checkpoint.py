@@ -28,7 +28,7 @@ from lora_accel.saving.adapter import (
 )
 from lora_accel.saving.atomic import atomic_folder, write_json
 from lora_accel.saving.discovery import OPTIMIZER, STATE, Checkpoint, prune, step_folders
-from lora_accel.saving.provenance import changes, changes_table, is_allowed, options_for_key
+from lora_accel.saving.provenance import Provenance, changes, changes_table, is_allowed, options_for_key
 
 METADATA_BYTES = 100_000
 """Upper bound for everything in a checkpoint except its tensors."""
@@ -107,7 +107,7 @@ def check_disk_space(
         )
 
 
-def check_changes(checkpoint: Checkpoint, provenance: dict[str, Any], allowed: list[str]) -> list[str]:
+def check_changes(checkpoint: Checkpoint, provenance: Provenance, allowed: list[str]) -> list[str]:
     """Check that every input that affects the result is the same as in the checkpoint.
 
     Args:

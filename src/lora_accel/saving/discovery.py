@@ -236,6 +236,24 @@ def list_checkpoints(run: Path, *, hashes: bool) -> list[CheckpointInfo]:
     return infos
 
 
+def named_base(adapter: Path) -> str:
+    """Return the base model that an adapter names, a Hub id or a path.
+
+    Raises:
+        ArtifactError: it names none.
+    """
+    name = read_json(adapter / CONFIG).get("base_model_name_or_path")
+    if not name or not isinstance(name, str):
+        raise ArtifactError(f"{adapter}: does not name its base model; pass --base")
+    return name
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """Return the run folder of a checkpoint; None if the folder is not in one."""
+    folders = (checkpoint.absolute(), checkpoint.resolve())  # a link may point into a run
+    return next((folder.parent.parent for folder in folders if folder.parent.name == "checkpoints"), None)
+
+
 def step_folders(folder: Path) -> list[Path]:
     """Return the folders that are named like checkpoints, oldest first."""
     if not folder.is_dir():

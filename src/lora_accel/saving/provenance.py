@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from huggingface_hub import snapshot_download
@@ -68,6 +68,48 @@ DERIVED = {
 }
 
 
+class BaseProvenance(TypedDict):
+    """The base model of a run."""
+
+    name_or_path: str
+    revision: str | None
+    sha256: dict[str, str]
+    """Of each weight file, by its name."""
+    config_sha256: str
+
+
+class DataProvenance(TypedDict):
+    """A training source of a run."""
+
+    path: str
+    num_files: int
+    sha256: str
+    """Of the file, or of the hashes of several files."""
+    tokens_sha256: str | None
+    """Of all its token ids and masks."""
+
+
+class Provenance(TypedDict):
+    """What the result of a run depends on: the content of provenance.json.
+
+    A dict, not a dataclass, since it is read back from files of other versions too.
+    """
+
+    packages: dict[str, str]
+    num_threads: int
+    base: BaseProvenance
+    tokenizer_sha256: str
+    chat_template_sha256: str
+    data: list[DataProvenance]
+    """In the order of data.train."""
+    seed: int
+    mixed_precision: str
+    base_dtype: str
+    config_sha256: str
+    config: dict[str, Any]
+    plan: dict[str, Any]
+
+
 def describe_run(
     config: RunConfig,
     plan: Plan,
@@ -79,7 +121,7 @@ def describe_run(
     ledgers: list[SourceLedger],
     base: dict[str, str],
     base_config: str,
-) -> dict[str, Any]:
+) -> Provenance:
     """Return the provenance of a run.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +17,7 @@ from lora_accel.distributed.collectives import on_all_ranks
 from lora_accel.faults import fault_point
 from lora_accel.saving.adapter import gather_adapter, unwrap_peft_model, write_adapter
 from lora_accel.saving.atomic import atomic_folder, write_json, write_text
-from lora_accel.saving.provenance import model_card
+from lora_accel.saving.provenance import Provenance, model_card
 
 
 def write_run_folder(
@@ -26,7 +25,7 @@ def write_run_folder(
     config: RunConfig,
     plan: Plan,
     ledgers: Mapping[str, Sequence[SourceLedger]],
-    provenance: dict[str, Any],
+    provenance: Provenance,
 ) -> None:
     """Write the run's config, plan, provenance and data ledger.
 
@@ -48,7 +47,7 @@ def save_final_adapter(
     template: ChatTemplate,
     accelerator: Accelerator,
     model: torch.nn.Module,
-    provenance: dict[str, Any],
+    provenance: Provenance,
     gather: str,
 ) -> None:
     """Save the final adapter with its tokenizer, chat template, provenance and model card. Every rank calls this.

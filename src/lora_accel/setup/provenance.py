@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from accelerate import Accelerator
 
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import Stage
-from lora_accel.saving.provenance import base_hashes, config_hash, describe_run
+from lora_accel.saving.provenance import Provenance, base_hashes, config_hash, describe_run
 from lora_accel.setup.data import PreparedData
 from lora_accel.setup.model import PreparedModel
 
 
 def make_provenance(
     config: RunConfig, data: PreparedData, accelerator: Accelerator, prepared: PreparedModel
-) -> dict[str, Any]:
+) -> Provenance:
     """Return the inputs of this run: config, plan, precision, and hashes of base, tokenizer, template and data.
 
     Raises:

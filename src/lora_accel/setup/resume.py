@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -16,7 +15,7 @@ from lora_accel.logs import logger
 from lora_accel.saving.atomic import recover_all
 from lora_accel.saving.checkpoint import check_changes, load_checkpoint
 from lora_accel.saving.discovery import find_checkpoint, quarantine
-from lora_accel.saving.provenance import changes, changes_table
+from lora_accel.saving.provenance import Provenance, changes, changes_table
 from lora_accel.setup.model import PreparedModel
 from lora_accel.training.loss_scale import LossScale
 from lora_accel.training.progress import Progress
@@ -38,7 +37,7 @@ class ResumePoint:
 
 
 def resume_run(
-    config: RunConfig, accelerator: Accelerator, prepared: PreparedModel, provenance: dict[str, Any], plan: Plan
+    config: RunConfig, accelerator: Accelerator, prepared: PreparedModel, provenance: Provenance, plan: Plan
 ) -> ResumePoint:
     """Clean up after a crash, and load the checkpoint to resume from, if there is one.
 
@@ -87,7 +86,7 @@ def resume_run(
     )
 
 
-def check_ranks_agree(provenance: dict[str, Any], step: int | None) -> None:
+def check_ranks_agree(provenance: Provenance, step: int | None) -> None:
     """Check that all ranks have the same config, data, base and checkpoint: machines may see different files.
 
     Args:

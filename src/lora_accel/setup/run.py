@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
 from lora_accel.batching.batches import Batches, BatchOptions, step_batch
 from lora_accel.config.schema import RunConfig
+from lora_accel.saving.provenance import Provenance
 from lora_accel.saving.status import Note
 from lora_accel.setup.data import PreparedData
 from lora_accel.setup.model import PreparedModel
@@ -25,7 +25,7 @@ def make_run(
     data: PreparedData,
     accelerator: Accelerator,
     prepared: PreparedModel,
-    provenance: dict[str, Any],
+    provenance: Provenance,
     start: ResumePoint,
     stop: Stop,
     note_status: Note,
@@ -40,24 +40,24 @@ def make_run(
     )
     metrics = Metrics(accelerator, Path(config.output_dir), data.plan, start.progress.step)
     evaluator = Evaluator(
-        accelerator,
-        prepared.model,
-        {name: step_batch(examples, options) for name, examples in data.eval_sources.items()},
-        data.template.tokenizer,
-        config.evaluation.prompts,
-        data.prompts,
-        config.evaluation.max_new_tokens,
+        accelerator=accelerator,
+        model=prepared.model,
+        sources={name: step_batch(examples, options) for name, examples in data.eval_sources.items()},
+        tokenizer=data.template.tokenizer,
+        prompts=config.evaluation.prompts,
+        prompt_ids=data.prompts,
+        max_new_tokens=config.evaluation.max_new_tokens,
     )
     checkpointer = Checkpointer(
-        accelerator,
-        prepared.model,
-        prepared.optimizer,
-        start.loss_scale,
-        config,
-        data.plan,
-        provenance,
-        start.parent_hash,
-        start.parent_path,
+        accelerator=accelerator,
+        model=prepared.model,
+        optimizer=prepared.optimizer,
+        loss_scale=start.loss_scale,
+        config=config,
+        plan=data.plan,
+        provenance=provenance,
+        parent_hash=start.parent_hash,
+        parent_path=start.parent_path,
         sync_log=metrics.sync,
         note=note_status,
     )

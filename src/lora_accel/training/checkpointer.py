@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from lora_accel.config.plan import Plan
 from lora_accel.config.schema import RunConfig
 from lora_accel.saving.checkpoint import save_checkpoint
+from lora_accel.saving.provenance import Provenance
 from lora_accel.saving.status import Note
 from lora_accel.training.loss_scale import LossScale
 from lora_accel.training.progress import Progress
@@ -28,7 +29,7 @@ class Checkpointer:
     loss_scale: LossScale | None
     config: RunConfig
     plan: Plan
-    provenance: dict[str, Any]
+    provenance: Provenance
     parent_hash: str | None
     parent_path: str | None
     sync_log: Callable[[], None]
@@ -68,7 +69,7 @@ class Checkpointer:
             self.folder,
             state,
             optimizer_name=self.config.training.optimizer,
-            keep_last=max(2, section.keep_last),
+            keep_last=section.keep_while_training,
             gather=section.gather,
             protected=section.resume,
         )

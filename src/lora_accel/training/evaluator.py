@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from lora_accel.batching.batch import StepBatch
+from lora_accel.model.generation import generate_replies
 from lora_accel.training.loss import summed_token_loss
 from lora_accel.training.metrics import Metrics
 
@@ -96,38 +97,3 @@ def sample_replies(
         except Exception as error:
             replies.append(error)
     return replies
-
-
-@torch.no_grad()
-def generate_replies(
-    model: torch.nn.Module, tokenizer: Any, prompts: Sequence[list[int]], *, ends: Collection[int] = (), **options: Any
-) -> list[str]:
-    """Return the text that the model generates for each prompt, without the end token.
-
-    Args:
-        prompts: token ids, padded on the left to one batch.
-        ends: ids of end tokens, in addition to those of the tokenizer and of the model.
-        options: keyword arguments of transformers' `generate`; greedy by default.
-    """
-    model.eval()
-    width, pad, device = max(map(len, prompts)), tokenizer.pad_token_id, next(model.parameters()).device
-    config: Any = model.generation_config
-    model_ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = {*ends, *model_ends, tokenizer.eos_token_id} - {None}
-    output = model.generate(  # type: ignore[operator]
-        input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device),
-        attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device),
-        pad_token_id=pad,
-        eos_token_id=sorted(ends) or None,
-        use_cache=True,
-        **({"do_sample": False} | options),
-    )
-    return [decode_reply(tokenizer, ids, ends) for ids in output[:, width:].tolist()]
-
-
-def decode_reply(tokenizer: Any, ids: Sequence[int], ends: Collection[int]) -> str:
-    """Return the text of a reply, up to its first end or pad token."""
-    stops = {*ends, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    length = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-    text: str = tokenizer.decode(ids[:length], skip_special_tokens=True)
-    return text

@@ -6,7 +6,7 @@ import signal
 
 from accelerate.utils import gather_object
 
-from lora_accel.errors import Interrupted, TrainingError
+from lora_accel.errors import Interrupted, TrainingError, exit_code_of
 from lora_accel.faults import fault_point
 from lora_accel.training.progress import Progress, StepResult
 from lora_accel.training.step import Run, train_step
@@ -83,5 +83,5 @@ def interrupted(run: Run, done: int) -> Interrupted:
     run.metrics.log_event(done, "stopped", cause=cause)
     return Interrupted(
         f"stopped by {cause} on rank {rank} after step {done}; checkpoint saved. Run the same command to resume",
-        exit_code=128 + (signal.SIGINT if cause == "SIGINT" else signal.SIGTERM),
+        exit_code=exit_code_of(signal.SIGINT if cause == "SIGINT" else signal.SIGTERM),
     )

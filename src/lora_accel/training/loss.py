@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ def summed_token_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
         logits = model(**batch.inputs).logits[:, batch.logit_positions]  # [B, P, V]; materializes [B, T, V]
     logits, targets = logits.flatten(0, 1).float(), batch.targets.flatten()
     return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), with losses over 700 capped: exp would overflow."""
+    return math.exp(min(loss, 700.0))
 
 
 def forward_takes(model: Any, argument: str) -> bool:

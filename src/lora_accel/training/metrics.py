@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import resource
 import shutil
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from lora_accel.config.plan import Plan
 from lora_accel.console import format_seconds
 from lora_accel.saving.atomic import write_bytes
+from lora_accel.training.loss import perplexity
 from lora_accel.training.progress import StepResult
 
 REFRESH_SECONDS = 1.0
@@ -274,7 +274,7 @@ class Metrics:
         replies = values.pop("replies", [])
         if "eval_loss" in values:
             self.eval_loss = values["eval_loss"]
-            values["eval_perplexity"] = math.exp(min(values["eval_loss"], 700.0))
+            values["eval_perplexity"] = perplexity(values["eval_loss"])
             self._write({"kind": "eval", "step": step, **values})
             self.print(f"step {step}: eval loss {values['eval_loss']:.4f}")
             for name, source in values.get("sources", {}).items():

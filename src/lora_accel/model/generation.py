@@ -1,0 +1,43 @@
+"""Replies to prompts by transformers' `generate`, cut at the end of the turn."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def generate_replies(
+    model: torch.nn.Module, tokenizer: Any, prompts: Sequence[list[int]], *, ends: Collection[int] = (), **options: Any
+) -> list[str]:
+    """Return the text that the model generates for each prompt, without the end token.
+
+    Args:
+        prompts: token ids, padded on the left to one batch.
+        ends: ids of end tokens, in addition to those of the tokenizer and of the model.
+        options: keyword arguments of transformers' `generate`; greedy by default.
+    """
+    model.eval()
+    width, pad, device = max(map(len, prompts)), tokenizer.pad_token_id, next(model.parameters()).device
+    config: Any = model.generation_config
+    model_ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = {*ends, *model_ends, tokenizer.eos_token_id} - {None}
+    output = model.generate(  # type: ignore[operator]
+        input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device),
+        attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device),
+        pad_token_id=pad,
+        eos_token_id=sorted(ends) or None,
+        use_cache=True,
+        **({"do_sample": False} | options),
+    )
+    return [decode_reply(tokenizer, ids, ends) for ids in output[:, width:].tolist()]
+
+
+def decode_reply(tokenizer: Any, ids: Sequence[int], ends: Collection[int]) -> str:
+    """Return the text of a reply, up to its first end or pad token."""
+    stops = {*ends, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    length = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    text: str = tokenizer.decode(ids[:length], skip_special_tokens=True)
+    return text
