@@ -79,7 +79,6 @@ def plan(
     if config is None:
         raise ConfigError("--config FILE is missing (or pass --schema)")
     run_config = read_config(config, overrides or [])
-    silence_libraries()
     from lora_accel.setup.data import log_data, prepare_data
 
     data = prepare_data(run_config, ranks)
@@ -121,7 +120,6 @@ def inspect(
     from lora_accel.config.files import read_config
 
     run_config = read_config(config, overrides or [])
-    silence_libraries()
     from lora_accel.preview import inspect as print_preview
 
     print_preview(run_config, rows=rows, source=source, html=html, as_json=as_json)

@@ -642,7 +642,7 @@ def test_a_saved_template_adds_bos_as_in_training(
 def test_chat_reads_stdin_until_end_of_file(adapters: list[Path]) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "lora_accel.cli", "chat", "--adapter", str(adapters[0]), "--max-new-tokens", "6"],
-        input="hello\nsay alpha\n",
+        input="hello\nrepeat alpha\n",
         capture_output=True,
         text=True,
         timeout=PATIENCE_SECONDS,

@@ -328,7 +328,7 @@ def test_signal_saves_after_the_step_and_the_run_resumes_bitwise(
     with pytest.raises(Interrupted) as caught:
         run_training(stopped)
     assert caught.value.exit_code == code
-    assert str(caught.value).startswith(f"stopped by {number.name} on rank 0 after step 3; checkpoint saved_state")
+    assert str(caught.value).startswith(f"stopped by {number.name} on rank 0 after step 3; checkpoint saved")
     assert signal.getsignal(number) == before
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000003"]
     assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3]
