@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from lora_accel.batching.batches import Batches, BatchOptions, step_batch
+from lora_accel.config.schedules import learning_rate
 from lora_accel.config.schema import RunConfig
 from lora_accel.saving.provenance import Provenance
 from lora_accel.saving.status import Note
@@ -71,6 +73,13 @@ def make_run(
         training=config.training,
         plan=data.plan,
         seed=config.seed,
+        learning_rate=functools.partial(
+            learning_rate,
+            peak=config.training.learning_rate,
+            scheduler=config.training.scheduler,
+            warmup_steps=data.plan.warmup_steps,
+            total_steps=data.plan.total_steps,
+        ),
         batches=Batches(data.dataset, data.plan, options, seed=config.seed),
         evaluator=evaluator,
         checkpointer=checkpointer,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 
 from lora_accel.batching.batches import Batches
 from lora_accel.config.plan import Plan
-from lora_accel.config.schedules import learning_rate
 from lora_accel.config.schema import TrainingSection
 from lora_accel.distributed.backend import Backend
 from lora_accel.faults import fault_point
@@ -39,6 +39,8 @@ class Run:
     training: TrainingSection
     plan: Plan
     seed: int
+    learning_rate: Callable[[int], float]
+    """Of a 0-based step."""
     batches: Batches
     evaluator: Evaluator
     checkpointer: Checkpointer
@@ -56,13 +58,7 @@ def train_step(run: Run, step: int) -> StepResult:
     """
     fault_point("step.begin")
     accelerator, batch, scale = run.accelerator, run.batches.step(step), run.loss_scale
-    rate = learning_rate(
-        step,
-        peak=run.training.learning_rate,
-        scheduler=run.training.scheduler,
-        warmup_steps=run.plan.warmup_steps,
-        total_steps=run.plan.total_steps,
-    )
+    rate = run.learning_rate(step)
     set_learning_rate(run.optimizer, rate)
     torch.manual_seed(derive_seed(run.seed, step))  # for dropout in the base model, if it has any
     accelerator.step, accelerator.gradient_accumulation_steps = 0, len(batch.micro_batches)
