@@ -75,7 +75,7 @@ BRITISH = (
     r"\w*(quanti|tokeni|synchroni|initiali|seriali|normali|materiali|recogni|organi|summari|optimi|minimi|maximi|"
     r"speciali|generali|utili|customi|visuali|penali|randomi|categori)s(e|es|ed|ing|ation|er)\b"
     r"|\b(colour|honour|behaviour|favour|neighbour|labour)\w*|\b(centre|catalogue|grey|licence|programme)s?\b"
-    r"|\b(labell|cancell|modell|travell)(ed|ing)\b|\banalyse[sd]?\b|\bjudgement\b"
+    r"|\b(label|cancel|model|travel)l(ed|ing)\b|\banalyse[sd]?\b|\bjudgement\b"
 )
 
 

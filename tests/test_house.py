@@ -105,8 +105,8 @@ def test_a_data_format_is_one_entry(
     for name in (None, "toy"):
         data = prepare_data(make_config(data={"train": [{"path": str(rows), "format": name}]}))
         assert data.dataset.ledgers[0].format == "toy"
-    with pytest.raises(ConfigError, match=r"should be .*'toy', not 'toi' \(did you mean toy\?\)"):
-        prepare_data(make_config(data={"train": [{"path": str(rows), "format": "toi"}]}))
+    with pytest.raises(ConfigError, match=r"should be .*'toy', not 'toyy' \(did you mean toy\?\)"):
+        prepare_data(make_config(data={"train": [{"path": str(rows), "format": "toyy"}]}))
 
 
 def test_an_export_format_is_one_entry(

@@ -186,7 +186,8 @@ def merge(
     request = parse_merge(folders, adapters or [], run, lora_path, target_model_path, max_shard_size)
     silence_libraries()
     keep_freed_memory()
-    from lora_accel.merging.merge import MergeKeywords, merge_adapter, merge_checkpoints, merge_weighted
+    from lora_accel.merging.job import MergeKeywords
+    from lora_accel.merging.merge import merge_adapter, merge_checkpoints, merge_weighted
 
     options: MergeKeywords = {
         "base_weights": base_weights,

@@ -380,7 +380,7 @@ def test_merge_with_wrong_logits_is_not_written(
 def test_model_too_large_for_memory_is_not_verified(
     trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
     provenance = merge_adapter(trained(), tmp_path / "merged")
     assert provenance["merged"]["agreement"] is None
     assert "It was not compared" in (tmp_path / "merged" / "README.md").read_text()

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from lora_accel import merge_adapter
 from lora_accel.errors import ArtifactError
-from lora_accel.merging import merge, streaming
+from lora_accel.merging import streaming, write
 from lora_accel.merging.shards import Weights
 from lora_accel.merging.streaming import MergedTensors
 from tests.families import model_of
@@ -159,7 +159,7 @@ def test_every_family_except_mixture_of_experts_is_streamed(folder: Path, monkey
     def fail(*_: object) -> None:
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr(merge, "_merge_loaded", fail)
+    monkeypatch.setattr(write, "_merge_loaded", fail)
     for family in set(TARGETS) - {"mixtral"}:
         save_base_and_adapter(model_of(family), folder, target_modules=TARGETS[family])
         merge_and_load(folder)

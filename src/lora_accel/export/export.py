@@ -16,7 +16,7 @@ from lora_accel.errors import ArtifactError, ConfigError, did_you_mean
 from lora_accel.export import loralib
 from lora_accel.export.formats import FORMATS, ExportFormat
 from lora_accel.export.tensors import AdapterData, check_tensors, check_written
-from lora_accel.merging.merge import check_out_folder
+from lora_accel.merging.job import check_out_folder
 from lora_accel.model.base import build_on_meta_device
 from lora_accel.model.tokenizer import check_model_folder, load_error_message
 from lora_accel.saving.adapter import (

@@ -1,0 +1,124 @@
+"""What to merge and where to: options, jobs, and what an adapter's folder provides."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+from lora_accel.errors import ArtifactError
+from lora_accel.merging.streaming import WeightTransform
+from lora_accel.saving.adapter import PICKLED
+from lora_accel.saving.atomic import read_json, sha256_of, why_invalid
+from lora_accel.saving.discovery import WEIGHTS, run_of
+
+PROVENANCE = "provenance.json"
+TOKENIZER = "tokenizer_config.json"
+
+
+class MergeOptions(NamedTuple):
+    """The options of a merge."""
+
+    base_weights: str = "original"
+    """original | dequantized: quantized to 4 bits and dequantized, as a QLoRA run computes with them."""
+    verify: bool | None = None
+    """Whether to compare the merged model with base + adapter; None = if memory is sufficient."""
+    max_shard_bytes: int | None = None
+    """Size limit of a weight file; None = the files of the base."""
+    overwrite: bool = False
+    """Whether to replace an existing output folder."""
+    force: bool = False
+    """Whether to accept a base that the adapter was not trained on."""
+
+
+class MergeKeywords(TypedDict, total=False):
+    """The fields of `MergeOptions` as keyword arguments."""
+
+    base_weights: str
+    verify: bool | None
+    max_shard_bytes: int | None
+    overwrite: bool
+    force: bool
+
+
+class MergeJob(NamedTuple):
+    """One adapter to merge."""
+
+    adapter: Path
+    out: Path
+    provenance: dict[str, Any] | None
+    """Provenance of the adapter; None = it was not saved by this package."""
+    source: str | dict[str, float]
+    """The adapter as the user named it; for a combination, the folders and their weights."""
+    combined: dict[str, Any] | None = None
+    """Method and density of a combination."""
+
+
+class PendingMerge(NamedTuple):
+    """A merged model that is being written."""
+
+    job: MergeJob
+    folder: Path
+    """The temporary folder."""
+    hashes: dict[str, str]
+    """SHA-256 of the files that have been written and synced."""
+    tokenizer: Any
+    transform: WeightTransform | None
+
+
+def provenance_of(adapter: Path) -> dict[str, Any] | None:
+    """Return an adapter's provenance; that of a checkpoint is in its run. None if there is none.
+
+    Raises:
+        ArtifactError: it does not name the base.
+    """
+    files = [adapter / PROVENANCE]
+    if (run := run_of(adapter)) is not None:
+        files.append(run / PROVENANCE)
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        return None
+    provenance = read_json(file)
+    base = provenance.get("base")
+    if (
+        not isinstance(base, dict)
+        or not isinstance(base.get("revision"), (str, type(None)))
+        or not isinstance(base.get("name_or_path"), str)
+        or not isinstance(base.get("sha256"), dict)
+    ):
+        raise ArtifactError(f"{file}: does not name the base that the adapter was trained on")
+    return provenance
+
+
+def check_out_folder(out: Path, sources: dict[str, Path], *, overwrite: bool) -> None:
+    """Check that an output folder can be created, and that replacing it would not delete its sources.
+
+    Args:
+        sources: folders that are read, by what they contain.
+
+    Raises:
+        ArtifactError: `out` is a file, exists although `overwrite` is False, or contains a source.
+    """
+    if out.exists() and not out.is_dir():
+        raise ArtifactError(f"{out}: is a file; choose a folder")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ArtifactError(f"{out}: already exists; choose another folder, or pass --overwrite")
+    for what, source in sources.items():
+        if source.is_dir() and source.resolve().is_relative_to(out.resolve()):
+            raise ArtifactError(f"{out}: contains the {what}; choose another folder")
+
+
+def existing_merge(job: MergeJob, base: str, options: MergeOptions) -> dict[str, Any] | None:
+    """Return the provenance of a job's output if it exists, is valid, and has the same adapter and base."""
+    if not (job.out / PROVENANCE).is_file() or why_invalid(job.out, hashes=False) is not None:
+        return None
+    with contextlib.suppress(ArtifactError, KeyError, TypeError):
+        existing = read_json(job.out / PROVENANCE)
+        inputs = [existing["merged"][key] for key in ("adapter_sha256", "base", "base_weights")]
+        if inputs == [adapter_hash(job.adapter), base, options.base_weights]:
+            return existing
+    return None
+
+
+def adapter_hash(adapter: Path) -> str:
+    return sha256_of(next(path for name in (WEIGHTS, PICKLED) if (path := adapter / name).is_file()))
