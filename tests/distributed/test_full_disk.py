@@ -99,7 +99,8 @@ def test_full_disk_ends_the_run_and_loses_nothing(runs: Runs, tmp_path: Path, pr
         assert "No space left on device" in runs.forks.log()
         check_newest(runs, 3)
 
-        assert set(runs.train(preset)) - {-15, 1} == {2}, "the check before the first step fails"
+        # A rank that the launcher ends exits with -15, 1, or 143 if it still handled the signal.
+        assert set(runs.train(preset)) - {-15, 1, 143} == {2}, "the check before the first step fails"
         assert "MB free, but 3 checkpoints of" in runs.forks.log()
         check_newest(runs, 3)
 
