@@ -22,6 +22,7 @@ MAX_COLUMNS = 120
 ALLOWED = {
     "scripts/make_quickstart_data.py": ("price", "grey", "want"),  # rows of the demonstration
     "tests/conftest.py": ("say",),  # a chat behind the reference losses
+    "tests/test_house.py": ("goes on", "refuse", "quantised"),  # what this check has to find
 }
 """Phrases that are data, by file."""
 

@@ -16,9 +16,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from scripts.check_language import hits
 from transformers import AutoModelForCausalLM
 
-from lora_accel import RunConfig, run_training, save_adapter
+from lora_accel import RunConfig, logs, run_training, save_adapter
 from lora_accel.config.optimizers import OPTIMIZERS, OptimizerSpec
 from lora_accel.config.schedules import SCHEDULES
 from lora_accel.data import formats
@@ -60,6 +61,36 @@ def test_readme_lists_the_top_level() -> None:
     listed = {line.split()[0] for line in inside if line.startswith("  ") and not line.startswith("   ")}
     entries = {f"{path.name}/" if path.is_dir() else path.name for path in PACKAGE.iterdir()}
     assert listed == entries - {"__init__.py", "__pycache__/", "py.typed"}
+
+
+# Language and messages
+
+
+@pytest.mark.parametrize(
+    ("line", "phrase"),
+    [
+        ("the run goes on from there", "goes on"),
+        ("def refuse_output() -> None:", "refuse"),
+        ("weights are quantised", "quantised"),
+        ("a resumed run continues", None),
+    ],
+)
+def test_banned_phrases_are_found_in_prose_and_names(line: str, phrase: str | None) -> None:
+    assert [found for _, found, _ in hits(f"first\n{line}\n", ".py")] == ([] if phrase is None else [phrase])
+
+
+def test_long_prose_is_found_but_not_long_tables() -> None:
+    assert [number for number, *_ in hits(f"{'word ' * 30}\n| {'word ' * 30} |\n", ".md")] == [1]
+
+
+def test_only_rank_0_logs_and_every_rank_warns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in (0, 1):
+        monkeypatch.setattr(logs, "_rank", lambda rank=rank: rank)
+        logs.logger.info("information of rank %d", rank)
+        logs.logger.warning("warning of rank %d", rank)
+    assert capsys.readouterr() == ("information of rank 0\n", "warning of rank 0\nwarning of rank 1\n")
 
 
 # A new entry in each table, from here, where nothing else knows it.
