@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
+import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pytest
 
@@ -94,3 +97,156 @@ def test_an_invalid_line_in_a_later_chunk_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"n": 1}\n' * 700 + '{"n": \n' + '{"n": 1}\n' * 700)
     with pytest.raises(DataError, match=r"a\.jsonl, line 701: not valid JSON"):
         read(tmp_path / "a.jsonl")
+
+
+# JSON
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_json_lines_in_a_json_file_are_read_as_lines(tmp_path: Path, end: str) -> None:
+    lines = ["\ufeff", '{"text": "one\u2028"}', "", '{"text": "two"}', '  {"text": {"data": []}} ']
+    (tmp_path / "a.json").write_bytes(end.join(lines).encode())
+    rows = [(number, row["text"]) for _, number, row in read(tmp_path / "a.json")]
+    assert rows == [(2, "one\u2028"), (4, "two"), (5, {"data": []})]
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+def test_one_json_line_in_a_json_file_is_a_row(tmp_path: Path, end: str) -> None:
+    (tmp_path / "a.json").write_text('{"text": "one"}' + end)
+    assert read(tmp_path / "a.json") == [(str(tmp_path / "a.json"), 1, {"text": "one"})]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"text": "one"}\n{"text": ', "line 2: not valid JSON: Expecting value at column 10"),
+        ('{"text": "one"}\n{"text": "a", "text": "b"}', "line 2: key 'text' appears twice in one object"),
+        ('{"text": "a", "text": "b"}\n{"text": "one"}', "line 1: key 'text' appears twice in one object"),
+        ('{"text": "one"}\n["two"]', "row 2: should be an object, not a list; for one list of all rows, name the file"),
+        ('{"text": \n{"text": "one"}', "a.json, line 2: not valid JSON: "),
+        ('[{"text": "one"},\n {"text": }]', "a.json, line 2: not valid JSON: Expecting value"),
+        ('[{"text": "one"}] more', "a.json: not valid JSON: Extra data at column 19"),
+        ('{\n"text": "one"\n}', "a.json: should be a list of rows, or one object per line"),
+        ('{"data": {"text": "one"}}', "a.json: should be a list of rows"),
+        ('"text"', "a.json: should be a list of rows, or one object per line"),
+        ("", "a.json: not valid JSON: "),
+    ],
+)
+def test_a_broken_json_file_is_an_error(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / "a.json")
+    assert message in str(caught.value)
+
+
+# Tables
+
+
+@pytest.mark.parametrize(
+    ("name", "from_table"), [("a.parquet", True), ("a.arrow", True), ("a.jsonl", False), ("a.json", False)]
+)
+def test_chunks_of_tables_are_marked(tmp_path: Path, name: str, from_table: bool) -> None:
+    rows = datasets.Dataset.from_list([{"text": str(i)} for i in range(3)])
+    if name == "a.arrow":
+        rows.save_to_disk(tmp_path)
+    else:
+        getattr(rows, {"a.parquet": "to_parquet"}.get(name, "to_json"))(tmp_path / name)
+    for limit in (None, 2):
+        source = find_input(SourceSection(path=str(tmp_path)))
+        assert [chunk.from_table for chunk in source.chunks(limit)] == [from_table]
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this release of datasets has no Json")
+def test_json_in_a_table_is_parsed(tmp_path: Path) -> None:
+    """It holds values of several types, which Arrow itself cannot: here a text and a list of parts."""
+    rows = [{"messages": [{"content": "a"}, {"content": [{"type": "text", "text": "b"}]}]}]
+    table = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+    table.save_to_disk(tmp_path / "saved")
+    table.to_parquet(tmp_path / "a.parquet")
+    for path in ("saved", "a.parquet"):
+        assert [row for _, _, row in read(tmp_path / path)] == rows
+
+
+# Files of one source that differ
+
+TEXT, CHAT = {"text": "a"}, {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+
+
+def check_files(folder: Path, first_format: str) -> list[str]:
+    source = find_input(SourceSection(path=str(folder)))
+    return [Path(chunk.file).name for chunk in source.check_files(source.chunks(None), first_format, dict)]
+
+
+@pytest.mark.parametrize(
+    ("files", "first_format", "odd"),
+    [
+        ({"a.txt": None, "b.jsonl": CHAT}, "text", "a.txt"),
+        ({"a.jsonl": CHAT, "b.txt": None}, "messages", "b.txt"),
+        ({"a.txt": None, "b.txt": None, "c.jsonl": CHAT}, "text", "c.jsonl"),
+        ({"a.jsonl": TEXT, "b.jsonl": CHAT, "c.jsonl": CHAT}, "text", "a.jsonl"),
+        ({"a.jsonl": CHAT, "b.jsonl": TEXT, "c.jsonl": CHAT}, "messages", "b.jsonl"),
+        ({"a.jsonl": CHAT, "b.jsonl": TEXT}, "messages", "b.jsonl"),
+        ({"a.jsonl": CHAT, "b.json": {"score": 1}, "c.jsonl": CHAT}, "messages", "b.json"),
+    ],
+)
+def test_the_file_that_is_not_like_the_others_is_named(
+    tmp_path: Path, files: dict[str, dict[str, Any] | None], first_format: str, odd: str
+) -> None:
+    for name, row in files.items():
+        (tmp_path / name).write_text(f"{json.dumps(row)}\n" if row else "text")
+    with pytest.raises(DataError, match=f"^{tmp_path / odd}[:,] .*(its rows are of format|no known format)"):
+        check_files(tmp_path, first_format)
+
+
+def test_files_that_all_have_the_format_are_not_compared(tmp_path: Path) -> None:
+    """Other keys than those of the format may differ: the second file alone would be read as `messages`."""
+    both = CHAT | TEXT
+    for name, row in (("a.jsonl", TEXT), ("b.jsonl", both), ("c.jsonl", TEXT), ("empty.jsonl", None)):
+        (tmp_path / name).write_text(f"{json.dumps(row)}\n" if row else "")
+    (tmp_path / "d.txt").write_text("text")
+    assert check_files(tmp_path, "text") == ["a.jsonl", "b.jsonl", "c.jsonl", "d.txt"]
+
+
+# Datasets on the Hub: the library reads a local folder in the same way.
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """Write a dataset with two configurations, as a repository on the Hub has them."""
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("chat", "math"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name in ("chat", "math"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_configuration_of_a_hub_dataset_is_read(
+    repository: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "find_files", lambda source: {})
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **kwargs: argparse.Namespace(sha="abc"))
+    hashes = set()
+    for name in ("chat", "math"):
+        assert read(repository, name=name, streaming=streaming) == [(str(repository), 1, {"text": name})]
+        source = find_input(SourceSection(path=str(repository), name=name, streaming=streaming))
+        assert [chunk.from_table for chunk in source.chunks(None)] == [True]
+        hashes |= set(source.hashes.values())
+    assert len(hashes) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"has several configurations; set name to one of \['chat', 'math'\]$"),
+        ({"name": "code"}, r"has no configuration 'code'; set name to one of \['chat', 'math'\]$"),
+        ({"name": "chat", "split": "test"}, r"split: Unknown split \"test\"\. Should be one of \['train'\]$"),
+        ({"name": "chat", "split": "test", "streaming": True}, r"split: Bad split: test\. .*\['train'\]$"),
+    ],
+)
+def test_a_configuration_or_split_that_is_missing_is_an_error_with_those_there_are(
+    repository: Path, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "find_files", lambda source: {})
+    with pytest.raises(DataError, match=f"^{repository}: {message}"):
+        read(repository, **options)

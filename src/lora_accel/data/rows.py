@@ -6,20 +6,21 @@ JSONL, parquet and arrow files are streamed; json, csv and txt files are loaded 
 from __future__ import annotations
 
 import csv
-import glob
-import hashlib
 import io
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_accel.config.schema import SourceSection
-from lora_accel.data.formats import Row
+from lora_accel.data.files import COMPRESSED, file_type, find_files, sha256
+from lora_accel.data.formats import MalformedRow, Row, UnusableRow, detect_format, parse_row
 from lora_accel.errors import DataError, first_line
 
-FILE_TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
-COMPRESSED = (".gz", ".zst")
+TABLES = (".parquet", ".arrow")
 MAX_FIELD = 2**31 - 1  # characters in a CSV field; the csv module's default of 131,072 is too short for documents
 MAX_CHUNK_ROWS, MAX_CHUNK_BYTES = 500, 1 << 20
 
@@ -31,6 +32,8 @@ class Chunk(NamedTuple):
     numbers: list[int]
     """The number of each row: its line in a JSONL file, else its 1-based position."""
     rows: list[bytes] | list[Row]
+    from_table: bool = False
+    """Whether the rows come from a table, which fills in null for keys that a row does not have."""
 
     def parsed(self) -> Iterator[tuple[int, Row]]:
         """Yield (number, row), parsing lines of JSON.
@@ -43,7 +46,8 @@ class Chunk(NamedTuple):
                 row = _json_line(row, f"{self.file}, line {number}")
             if not isinstance(row, dict):
                 kind = "null" if row is None else f"a {type(row).__name__}"
-                raise DataError(f"{self.file}, row {number}: should be an object, not {kind}")
+                hint = "; for one list of all rows, name the file .json" if isinstance(row, list) else ""
+                raise DataError(f"{self.file}, row {number}: should be an object, not {kind}{hint}")
             yield number, row
 
 
@@ -51,9 +55,9 @@ class Input(NamedTuple):
     """The files of a source, or its Hub dataset."""
 
     files: list[Path]
-    """Sorted; empty for a Hub dataset."""
+    """Local files, in order; empty for a Hub dataset."""
     hashes: dict[str, str]
-    """Name -> SHA-256 of the bytes of each file, in order (for a Hub dataset, its fingerprint)."""
+    """Name (path or URL) -> SHA-256 of the bytes of each file, in order (for a Hub dataset, its fingerprint)."""
     hub: Any = None
     """An open Hub dataset."""
 
@@ -69,7 +73,7 @@ class Input(NamedTuple):
                 yield chunk
                 continue
             if len(chunk.numbers) >= remaining:
-                yield Chunk(chunk.file, chunk.numbers[:remaining], chunk.rows[:remaining])
+                yield chunk._replace(numbers=chunk.numbers[:remaining], rows=chunk.rows[:remaining])
                 return
             remaining -= len(chunk.numbers)
             yield chunk
@@ -77,12 +81,62 @@ class Input(NamedTuple):
     def _all_chunks(self) -> Iterator[Chunk]:
         if self.hub is not None:
             (name,) = self.hashes
-            yield from _group_rows(name, enumerate(self.hub, start=1))
-        for file in self.files:
-            try:
-                yield from _group_rows(str(file), _read_rows(file))
-            except OSError as error:
-                raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+            yield from _group_rows(name, enumerate(self.hub, start=1), from_table=True)
+        for file, name in zip(self.files, self.hashes, strict=False):
+            yield from _file_chunks(file, name)
+
+    def check_files(self, chunks: Iterable[Chunk], data_format: str, rename: Callable[[Row], Row]) -> Iterator[Chunk]:
+        """Yield chunks, and check that the first row of each file has the format of the first file.
+
+        Args:
+            chunks: chunks of this input.
+            data_format: format of the first row.
+            rename: gives the keys of a row their names in the format.
+
+        Raises:
+            DataError: a file is not like the others. The message names the one that differs from most.
+        """
+        file = None
+        for chunk in chunks:
+            if chunk.file != file:
+                file = chunk.file
+                _, row = next(chunk.parsed())
+                try:
+                    parse_row(rename(row), data_format)
+                except MalformedRow:
+                    self._check_formats(rename)
+                except UnusableRow:
+                    pass
+            yield chunk
+
+    def _check_formats(self, rename: Callable[[Row], Row]) -> None:
+        """Check that the first rows of all files have one format."""
+        formats: dict[str, str] = {}
+        for file, name in zip(self.files, self.hashes, strict=False):
+            chunk = next(_file_chunks(file, name), None)
+            for number, row in itertools.islice(chunk.parsed(), 1) if chunk else ():
+                try:
+                    formats[name] = detect_format(rename(row))
+                except MalformedRow as error:
+                    raise DataError(f"{name}, row {number}: {error}") from None
+        counts = Counter(formats.values())
+        # Of two files, a .txt file is the odd one: its row has no keys of its own.
+        with_keys = {known for name, known in formats.items() if file_type(name) != ".txt"}
+        usual = max(counts, key=lambda known: (counts[known], known in with_keys))
+        like = next(name for name, known in formats.items() if known == usual)
+        for name, known in formats.items():
+            if known != usual:
+                raise DataError(
+                    f"{name}: its rows are of format {known!r}, and those of {like} are {usual!r}; "
+                    "move it to another folder, or list the files as separate sources"
+                )
+
+
+def _file_chunks(file: Path, name: str) -> Iterator[Chunk]:
+    try:
+        yield from _group_rows(name, _read_rows(file, name), from_table=file_type(file.name) in TABLES)
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from None
 
 
 def find_input(source: SourceSection) -> Input:
@@ -91,10 +145,10 @@ def find_input(source: SourceSection) -> Input:
     Raises:
         DataError: there is no such file, folder, pattern or dataset, or it cannot be read.
     """
-    files = _find_files(source.path)
+    files = find_files(source)
     if not files:
         return _open_hub_dataset(source)
-    return Input(files, {str(file): _sha256(file) for file in files})
+    return Input(list(files.values()), {name: sha256(file, name) for name, file in files.items()})
 
 
 def _open_hub_dataset(source: SourceSection) -> Input:
@@ -103,72 +157,34 @@ def _open_hub_dataset(source: SourceSection) -> Input:
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(
-            source.path, split=source.split, revision=source.revision, streaming=source.streaming
+            source.path, source.name, split=source.split, revision=source.revision, streaming=source.streaming
         )
         fingerprint = rows._fingerprint if not source.streaming else _hub_commit(source)
     except Exception as error:
-        reason = first_line(error)
-        raise DataError(
-            f"{source.path}: no such file or folder, and not available as a dataset on the Hub: {reason}"
-        ) from None
+        raise DataError(_explain_hub_error(source, error)) from None
     return Input([], {source.path: fingerprint}, rows)
+
+
+def _explain_hub_error(source: SourceSection, error: Exception) -> str:
+    """Return a message with the way out: datasets' own message lists the configurations, or the splits."""
+    reason, text = first_line(error), str(error)
+    if "Config name is missing" in text or "BuilderConfig" in text:
+        what = "has several configurations" if source.name is None else f"has no configuration {source.name!r}"
+        known = re.search(r"\[.*?\]", text)
+        return f"{source.path}: {what}; set name to one of {known[0]}" if known else f"{source.path}: {what}: {reason}"
+    if reason.startswith(("Unknown split", "Bad split")):
+        return f"{source.path}: split: {reason}"
+    return f"{source.path}: no such file or folder, and not available as a dataset on the Hub: {reason}"
 
 
 def _hub_commit(source: SourceSection) -> str:
     from huggingface_hub import HfApi
 
-    return f"{HfApi().dataset_info(source.path, revision=source.revision).sha} {source.split}"
+    commit = HfApi().dataset_info(source.path, revision=source.revision).sha
+    return " ".join([str(commit), *([source.name] if source.name else []), source.split])
 
 
-def _find_files(pattern: str) -> list[Path]:
-    """Return the data files of a file, folder or glob pattern, sorted; none if it can only be a Hub id.
-
-    Raises:
-        DataError: the path does not exist and is not a possible Hub id, or there is no data file in it.
-    """
-    path = Path(pattern)
-    try:
-        path.exists()
-    except OSError as error:
-        raise DataError(f"{pattern}: cannot be read: {error.strerror}") from None
-    if path.is_file():
-        if _file_type(path) not in FILE_TYPES:
-            known = f"{', '.join(FILE_TYPES)}, each with {' or '.join(COMPRESSED)}"
-            raise DataError(f"{pattern}: unknown file type {path.suffix!r}; known are {known}")
-        return [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _file_type(file) in FILE_TYPES and file.is_file())
-    elif glob.has_magic(pattern):
-        matches = map(Path, glob.glob(pattern, recursive=True))
-        files = sorted(file for file in matches if _file_type(file) in FILE_TYPES)
-    else:
-        looks_like_hub_id = pattern.count("/") <= 1 and not pattern.startswith((".", "/", "~")) and not path.suffix
-        if looks_like_hub_id:
-            return []
-        raise DataError(f"{pattern}: no such file; paths are relative to the working directory")
-    if not files:
-        where = "in this folder" if path.is_dir() else "matches this pattern"
-        raise DataError(f"{pattern}: no {', '.join(FILE_TYPES)} file {where}")
-    return files
-
-
-def _file_type(file: Path) -> str:
-    """Return the ending of a file's name without compression: `.jsonl` for `rows.jsonl.gz`."""
-    return (file.with_suffix("") if file.suffix in COMPRESSED else file).suffix
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-
-
-def _group_rows(file: str, rows: Iterable[tuple[int, bytes | Row]]) -> Iterator[Chunk]:
+def _group_rows(file: str, rows: Iterable[tuple[int, bytes | Row]], *, from_table: bool) -> Iterator[Chunk]:
     """Group rows into chunks of limited number and, for rows that are still bytes, limited size."""
     numbers: list[int] = []
     group: list[Any] = []
@@ -178,57 +194,60 @@ def _group_rows(file: str, rows: Iterable[tuple[int, bytes | Row]]) -> Iterator[
         group.append(row)
         size += len(row) if isinstance(row, bytes) else 0
         if len(group) == MAX_CHUNK_ROWS or size >= MAX_CHUNK_BYTES:
-            yield Chunk(file, numbers, group)
+            yield Chunk(file, numbers, group, from_table)
             numbers, group, size = [], [], 0
     if group:
-        yield Chunk(file, numbers, group)
+        yield Chunk(file, numbers, group, from_table)
 
 
-def _read_rows(file: Path) -> Iterator[tuple[int, bytes | Row]]:
-    """Yield (number, row) of a file. Empty lines are counted, but not yielded."""
+def _read_rows(file: Path, name: str) -> Iterator[tuple[int, bytes | Row]]:
+    """Yield (number, row) of a file. Empty lines are counted, but not yielded.
+
+    Args:
+        name: the file in messages.
+    """
     import pyarrow as pa
 
-    file_type = _file_type(file)
+    kind = file_type(file.name)
     try:
-        if file_type in (".jsonl", ".ndjson"):
+        if kind in (".jsonl", ".ndjson"):
             # Lines end at "\n" only: U+2028, at which str.splitlines splits, is valid in a JSON string.
             with _open(file) as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        yield number, line.rstrip(b"\r\n")
-        elif file_type in (".parquet", ".arrow"):
-            yield from enumerate(_table_rows(file, file_type), start=1)
+                yield from _json_lines(lines)
+        elif kind in TABLES:
+            yield from enumerate(_table_rows(file, kind), start=1)
         else:
             with _open(file) as stream:
-                text = _decode(stream.read(), file)
-            if file_type == ".json":
-                yield from enumerate(_json_rows(file, text), start=1)
-            elif file_type == ".txt":
+                text = _decode(stream.read(), name)
+            if kind == ".json":
+                yield from _json_rows(name, text)
+            elif kind == ".txt":
                 yield 1, {"text": text}
             else:
-                yield from enumerate(_csv_rows(file, text, "\t" if file_type == ".tsv" else ","), start=1)
+                yield from enumerate(_csv_rows(name, text, "\t" if kind == ".tsv" else ","), start=1)
     except pa.ArrowInvalid as error:
-        raise DataError(f"{file}: not a {file_type[1:]} file: {first_line(error)}") from None
+        raise DataError(f"{name}: not a {kind[1:]} file: {first_line(error)}") from None
 
 
 def _open(file: Path) -> io.BufferedReader:
     """Open a file for reading, decompressing it if necessary."""
-    if file.suffix not in COMPRESSED:
+    suffix = file.suffix.lower()
+    if suffix not in COMPRESSED:
         return file.open("rb")
     import pyarrow as pa
 
-    stream: Any = pa.input_stream(str(file), compression={".gz": "gzip", ".zst": "zstd"}[file.suffix])
+    stream: Any = pa.input_stream(str(file), compression={".gz": "gzip", ".zst": "zstd"}[suffix])
     return io.BufferedReader(stream)
 
 
-def _table_rows(file: Path, file_type: str) -> Iterator[Row]:
+def _table_rows(file: Path, kind: str) -> Iterator[Row]:
     """Yield the rows of a parquet or arrow file, one record batch in memory at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if file_type == ".parquet":
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1000):
-            yield from batch.to_pylist()
+    if kind == ".parquet":
+        table = pq.ParquetFile(file)
+        yield from _batch_rows(table.schema_arrow, table.iter_batches(batch_size=1000))
         return
     with pa.memory_map(str(file)) as source:
         try:
@@ -236,12 +255,24 @@ def _table_rows(file: Path, file_type: str) -> Iterator[Row]:
             batches = map(reader.get_batch, range(reader.num_record_batches))
         except pa.ArrowInvalid:  # the streaming format
             source.seek(0)
-            batches = iter(pa.ipc.open_stream(source))
+            batches = reader = pa.ipc.open_stream(source)
+        yield from _batch_rows(reader.schema, batches)
+
+
+def _batch_rows(schema: Any, batches: Iterable[Any]) -> Iterator[Row]:
+    """Yield the rows of record batches. JSON text that the `datasets` library stored for a `Json` feature is parsed."""
+    if b'"_type": "Json"' not in (schema.metadata or {}).get(b"huggingface", b""):
         for batch in batches:
             yield from batch.to_pylist()
+        return
+    import datasets
+
+    features = datasets.Features.from_arrow_schema(schema)
+    for batch in batches:
+        yield from map(features.decode_example, batch.to_pylist())
 
 
-def _decode(data: bytes, file: Path) -> str:
+def _decode(data: bytes, file: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -257,16 +288,36 @@ def _json_line(line: bytes, where: str) -> Any:
     return _json(text, where)
 
 
-def _json_rows(file: Path, text: str) -> list[Any]:
-    rows = _json(text, str(file))
+def _json_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield number, line.rstrip(b"\r\n")
+
+
+def _json_rows(file: str, text: str) -> Iterator[tuple[int, bytes | Row]]:
+    """Yield the rows of a .json file: a list of rows, also as the value of `data`, or JSON lines."""
+    first, _, others = text.strip().partition("\n")
+    if others and _is_json_object(first):  # then all of the text is not one JSON value
+        yield from _json_lines(line.encode() for line in text.split("\n"))
+        return
+    rows = _json(text, file)
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):
         rows = rows["data"]
+    elif isinstance(rows, dict) and "data" not in rows and not others:  # JSON lines, of one line
+        rows = [rows]
     if not isinstance(rows, list):
-        raise DataError(f"{file}: should be a list of rows; for one object per line, name the file .jsonl")
-    return rows
+        raise DataError(f"{file}: should be a list of rows, or one object per line")
+    yield from enumerate(rows, start=1)
 
 
-def _csv_rows(file: Path, text: str, delimiter: str) -> Iterator[dict[str, Any]]:
+def _is_json_object(text: str) -> bool:
+    try:
+        return text.startswith("{") and isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _csv_rows(file: str, text: str, delimiter: str) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(MAX_FIELD)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     number = 0
