@@ -1,93 +1,54 @@
 """Parse a row of any supported format into a record: a conversation, a prompt with its completion, text or tokens.
 
-To add a format, write a `_parse_…` function and add it to `FORMATS`.
+To add a format, write a `_parse_…` function and add it to `FORMATS`; keys that it may also have go to `OPTIONAL_KEYS`.
+No key is ignored silently: it is used, it is an error, or the record has a note that it is not used.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
+from lora_accel.data.messages import (
+    SHAREGPT_KEYS,
+    check_media,
+    has_value,
+    parse_flag,
+    parse_messages,
+    unused_keys,
+)
+from lora_accel.data.nulls import NULLS_LEFT_OUT, drop_null_members
+from lora_accel.data.records import (
+    Completion,
+    Conversation,
+    MalformedRow,
+    Message,
+    PlainText,
+    Pretokenized,
+    Record,
+    Row,
+    UnusableRow,
+)
+from lora_accel.data.tools import parse_json, parse_tools
 from lora_accel.errors import ConfigError, did_you_mean, join_or
 
-
-class Message(NamedTuple):
-    """One turn of a conversation."""
-
-    role: str
-    """system, user, assistant or tool."""
-    content: str
-    supervised: bool = True
-    """False = the row excludes this answer from the loss. Ignored for other roles."""
-    tool_calls: tuple[dict[str, Any], ...] = ()
-    """`{"type": "function", "function": {"name", "arguments"}}`, as chat templates expect them."""
-    reasoning: str = ""
-    """The reasoning before an answer, if the row stores it separately."""
-    name: str = ""
-    """Name of the tool whose result this is, or of the speaker."""
-    tool_call_id: str = ""
-
-    def for_template(self) -> dict[str, Any]:
-        """Return the message as passed to a chat template, without empty values."""
-        values = {"role": self.role, "content": self.content, "tool_calls": list(self.tool_calls)}
-        values |= {"reasoning_content": self.reasoning, "thinking": self.reasoning}  # two names that templates read
-        values |= {"name": self.name, "tool_call_id": self.tool_call_id}
-        return {key: value for key, value in values.items() if value or key in ("role", "content")}
-
-
-class Conversation(NamedTuple):
-    """Messages, to be rendered by a chat template."""
-
-    messages: tuple[Message, ...]
-    tools: list[dict[str, Any]] | None = None
-    """JSON schemas of the functions that the assistant may call."""
-    notes: tuple[str, ...] = ()
-    """Changes made to the row's turns, for the ledger."""
-
-
-class Completion(NamedTuple):
-    """A prompt and its completion, used without a template."""
-
-    prompt: str
-    completion: str
-
-
-class PlainText(NamedTuple):
-    """Text in which every token is supervised."""
-
-    text: str
-
-
-class Pretokenized(NamedTuple):
-    """Token ids and labels, used as they are."""
-
-    input_ids: list[int]
-    labels: list[int]
-    """The token itself, or -100."""
-
-
-Record: TypeAlias = Conversation | Completion | PlainText | Pretokenized
-Row: TypeAlias = Mapping[str, Any]
-
-
-class MalformedRow(ValueError):
-    """A row does not match its format. The message is the reason, without file and row."""
-
-
-class UnusableRow(ValueError):
-    """A well-formed row that cannot be trained on. The message is the reason in the ledger."""
-
-
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "bot", "ai", "chatgpt", "bing", "bard"), "assistant"),
-    **dict.fromkeys(("function_call", "tool_call"), "assistant"),  # an answer that is a tool call
-    **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response", "ipython"), "tool"),
-}
-"""Role names found in datasets, in lower case, and the four roles they map to."""
-CALL_ROLES = ("function_call", "tool_call")
+__all__ = [  # the records, too, so that users of a format need one import
+    "FORMATS",
+    "NULLS_LEFT_OUT",
+    "Completion",
+    "Conversation",
+    "MalformedRow",
+    "Message",
+    "PlainText",
+    "Pretokenized",
+    "Record",
+    "Row",
+    "UnusableRow",
+    "check_format",
+    "detect_format",
+    "drop_null_members",
+    "parse_row",
+]
 
 
 def detect_format(row: Row) -> str:
@@ -96,13 +57,15 @@ def detect_format(row: Row) -> str:
     Raises:
         MalformedRow: no supported format has these keys.
     """
-    for name, (keys, _) in FORMATS.items():
-        if all(key in row for key in keys):
-            return name
+    with_value = {key for key, value in row.items() if value is not None}
+    for given in (with_value, row.keys()):  # in a table, a row has the keys of all rows
+        for name, (keys, _) in FORMATS.items():
+            if given >= {*keys}:
+                return name
     known = "; ".join(f"{name}: {' + '.join(keys)}" for name, (keys, _) in FORMATS.items())
     raise MalformedRow(
         f"no known format has the keys {sorted(row)}; known are {known}. "
-        "Map other names with columns: {known name: name in the file}"
+        f"Map other names with columns: {{known name: name in the file}}{_suggest_columns(row)}"
     )
 
 
@@ -126,26 +89,40 @@ def parse_row(row: Row, data_format: str) -> Record:
     """Parse a row of a format into a record.
 
     Raises:
-        MalformedRow: a key is missing, a value has the wrong type, or a role is unknown.
+        MalformedRow: a key is missing, a value has the wrong type, a role is unknown, two values contradict each other,
+            or a key that changes the meaning of the row is not supported.
         UnusableRow: the row has nothing to train on.
     """
     keys, parse = FORMATS[data_format]
     for key in keys:
         if key not in row:
+            other = next((name for name, (keys, _) in FORMATS.items() if row.keys() >= {*keys}), None)
+            hint = f". This row is of format: {other}" if other else _suggest_columns(row)
             raise MalformedRow(
-                f"key {key!r} of format {data_format} is missing; the row has {sorted(row)}. "
-                "Fix the row, or map other names with columns: {known name: name in the file}"
+                f"key {key!r} of format {data_format} is missing; the row has {sorted(row)}. Fix the row, or map "
+                f"other names with columns: {{known name: name in the file}}{hint}"
             )
-    return parse(row)
+    if data_format not in ("text", "tokens"):
+        check_media(row)
+        _check_label(row)
+    record = parse(row)
+    unknown = row.keys() - OPTIONAL_KEYS.get(data_format, frozenset()).union(keys)
+    if isinstance(record, Conversation):
+        unknown -= CONVERSATION_KEYS
+    if has_value(row.get("loss_mask")) and ("loss_mask" in unknown or data_format == "alpaca"):
+        raise MalformedRow(
+            f"key 'loss_mask' is not supported in format {data_format}, only beside a list of messages; remove it"
+        )
+    if unknown:
+        record = record._replace(notes=(*record.notes, *unused_keys(row, unknown)))
+    return record
 
 
 def _parse_sharegpt(row: Row) -> Conversation:
     """Parse scraped turns: drop answers before the first question, and join consecutive turns of one role."""
-    turns = _messages(row["conversations"], "conversations", ("from", "role"), ("value", "content"))
-    system = _text(row, "system", default="")
-    messages, notes = list(turns), []
-    if system:
-        messages.insert(0, Message("system", system))
+    notes: list[str] = []
+    mask = _loss_mask(row, row["conversations"])
+    messages = parse_messages(row["conversations"], "conversations", notes, SHAREGPT_KEYS, mask)
     first = next((i for i, message in enumerate(messages) if message.role in ("user", "tool")), len(messages))
     kept = [m for i, m in enumerate(messages) if m.role != "assistant" or i > first]
     if len(kept) < len(messages):
@@ -153,46 +130,60 @@ def _parse_sharegpt(row: Row) -> Conversation:
             raise UnusableRow("no user message")
         notes.append("answers before the first question are left out")
     joined: list[Message] = []
-    for message in kept:
+    for message in _add_system(row, kept):
         last = joined[-1] if joined else None
-        if last and last.role != "tool" and last == message._replace(content=last.content) and not last.tool_calls:
-            joined[-1] = last._replace(content=f"{last.content}\n\n{message.content}")
+        if last and last.role != "tool" and last == message._replace(content=last.content) and _is_plain(last):
+            texts = [text for text in (last.content, message.content) if text.strip()]
+            joined[-1] = last._replace(content="\n\n".join(texts))
             notes.append("consecutive turns of one role are joined with an empty line")
         else:
             joined.append(message)
-    return Conversation(_check_usable(joined), _tools(row), tuple(dict.fromkeys(notes)))
+    return _conversation(row, joined, notes)
+
+
+def _is_plain(message: Message) -> bool:
+    return not (message.tool_calls or message.unsupervised)
 
 
 def _parse_messages(row: Row) -> Conversation:
-    return Conversation(_check_usable(_messages(row["messages"], "messages")), _tools(row))
+    notes: list[str] = []
+    messages = parse_messages(row["messages"], "messages", notes, loss_mask=_loss_mask(row, row["messages"]))
+    return _conversation(row, _add_system(row, messages), notes)
 
 
 def _parse_alpaca(row: Row) -> Conversation:
     """Parse an instruction; its input, if there is one, follows it under Alpaca's heading."""
     question, extra = _text(row, "instruction"), _text(row, "input", default="")
-    if extra:
-        question += f"\n\n### Input:\n{extra}"
-    system = _text(row, "system", default="")
-    turns = [Message("system", system)] if system else []
-    history = row.get("history") or []
-    if not isinstance(history, list):
+    if extra.strip():
+        question = f"{question}\n\n### Input:\n{extra}" if question.strip() else extra
+    turns = []
+    history = row.get("history")
+    if isinstance(history, str):  # a column of a csv file
+        history = parse_json(history, "key 'history'") if history.strip() else None
+    if not isinstance(history or [], list):
         raise MalformedRow(f"history should be a list of [question, answer] pairs, not {history!r:.60}")
-    for pair in history:
+    for pair in history or []:
         if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(x, str) for x in pair)):
             raise MalformedRow(f"history should contain [question, answer] pairs, not {pair!r:.60}")
         turns += [Message("user", pair[0]), Message("assistant", pair[1])]
     turns += [Message("user", question), Message("assistant", _text(row, "output"))]
-    return Conversation(_check_usable(turns))
+    return _conversation(row, _add_system(row, turns), [])
 
 
 def _parse_prompt_completion(row: Row) -> Record:
     """Parse strings, or lists of messages, in which only the completion's answers are supervised."""
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        context = [m._replace(supervised=m.role != "assistant") for m in _messages(prompt, "prompt")]
-        return Conversation(_check_usable([*context, *_messages(completion, "completion")]), _tools(row))
+        notes: list[str] = []
+        mask = _loss_mask(row, [*prompt, *completion]) or []
+        context = parse_messages(prompt, "prompt", notes, loss_mask=mask[: len(prompt)])
+        context = [m._replace(supervised=m.role != "assistant") for m in context]
+        answer = parse_messages(completion, "completion", notes, loss_mask=mask[len(prompt) :])
+        if context or answer:
+            _check_answers(answer)
+        return _conversation(row, [*_add_system(row, context), *answer], notes)
     prompt, completion = _text(row, "prompt"), _text(row, "completion")
-    if not completion:
+    if not completion.strip():
         raise UnusableRow("empty completion")
     return Completion(prompt, completion)
 
@@ -212,6 +203,8 @@ def _parse_tokens(row: Row) -> Pretokenized:
         )
     if any(label not in (-100, token) for token, label in zip(input_ids, labels, strict=True)):
         raise MalformedRow("each label should be the token at its position or -100; labels are not shifted")
+    if has_value(mask := row.get("attention_mask")) and mask != [1] * len(input_ids):
+        raise MalformedRow("attention_mask should be 1 for every token of input_ids; remove the padding from the row")
     if not input_ids:
         raise UnusableRow("no tokens")
     return Pretokenized(input_ids, labels)
@@ -226,128 +219,143 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row], Record]]] = {
     "prompt_completion": (("prompt", "completion"), _parse_prompt_completion),
     "text": (("text",), _parse_text),
 }
+OPTIONAL_KEYS = {"alpaca": frozenset(("input", "history")), "tokens": frozenset(("attention_mask",))}
+"""Keys that a row of the format may also have."""
+SYSTEM_KEYS = ("system", "system_prompt")
+CONVERSATION_KEYS = frozenset((*SYSTEM_KEYS, "tools", "functions", "loss_mask", "chat_template_kwargs"))
+"""Keys that a row of messages may also have, in any format."""
+PROMPT_NAMES = ("instruction", "prompt", "question", "query", "problem")
+ANSWER_NAMES = ("output", "completion", "response", "answer", "solution", "chosen")
+"""Names of public datasets for a question and its answer, to suggest `columns`."""
+RENDERING_KEYS = frozenset(("messages", "tools", "add_generation_prompt"))
+"""Variables of a chat template that a row cannot set, since rendering does."""
 
 
-def _messages(
-    value: Any, key: str, role_keys: tuple[str, ...] = ("role",), content_keys: tuple[str, ...] = ("content",)
-) -> list[Message]:
-    if not isinstance(value, list):
-        raise MalformedRow(f"{key} should be a list of messages, not a {type(value).__name__}")
-    messages = []
-    for number, item in enumerate(value, start=1):
-        where = f"{key}, message {number}"
-        if not isinstance(item, Mapping):
-            raise MalformedRow(f"{where}: should be an object, not a {type(item).__name__}")
-        role_key = next((key for key in role_keys if key in item), None)
-        if role_key is None:
-            raise MalformedRow(f"{where}: key {role_keys[0]!r} is missing; the message has {sorted(item)}")
-        role = item[role_key]
-        if not isinstance(role, str) or role.lower() not in ROLES:
-            raise MalformedRow(f"{where}: unknown role {role!r}; known are {', '.join(ROLES)}")
-        content_key = next((key for key in content_keys if key in item), content_keys[0])
-        messages.append(_message(item, role.lower(), content_key, where))
-    return messages
+def _conversation(row: Row, messages: list[Message], notes: list[str]) -> Conversation:
+    """Return the conversation of a row: its messages, and the keys beside them."""
+    if not messages:
+        raise UnusableRow("empty conversation")
+    if messages[-1].role != "assistant" and has_value(row.get("chosen")):
+        raise MalformedRow(
+            "the answer to the last message is in 'chosen': preference data is not supported; append the chosen "
+            "answer to the messages"
+        )
+    _check_answers(messages)
+    for number, message in enumerate(messages):
+        if message.role == "assistant" and message.supervised and _is_empty(message):
+            messages[number] = message._replace(supervised=False)
+            notes.append("an empty answer is not supervised")
+    return Conversation(tuple(messages), parse_tools(row), tuple(dict.fromkeys(notes)), _template_kwargs(row))
 
 
-def _message(item: Mapping[str, Any], role: str, content_key: str, where: str) -> Message:
-    content, calls = item.get(content_key), item.get("tool_calls")
-    if not calls and isinstance(item.get("function_call"), Mapping):  # OpenAI's older name
-        calls = [item["function_call"]]
-    if role in CALL_ROLES and isinstance(content, str):
-        calls, content = _json(content, f"{where}: {content_key!r}"), ""
-        calls = calls if isinstance(calls, list) else [calls]
-    if calls and not isinstance(calls, list):
-        raise MalformedRow(f"{where}: 'tool_calls' should be a list, not {calls!r:.60}")
-    if calls and content is None:
-        content = ""
-    if calls and ROLES[role] != "assistant":
-        raise MalformedRow(f"{where}: only an assistant may have tool_calls")
-    reasoning_keys = ("reasoning_content", "reasoning", "thinking")
-    reasoning = next((item[key] for key in reasoning_keys if isinstance(item.get(key), str)), "")
-    name, call_id = item.get("name"), item.get("tool_call_id")
-    return Message(
-        ROLES[role],
-        _content(content, f"{where}: {content_key!r}"),
-        supervised=_is_supervised(item, where),
-        tool_calls=tuple(_tool_call(call, where) for call in calls or ()),
-        reasoning=reasoning,
-        name=name if isinstance(name, str) else "",
-        tool_call_id=call_id if isinstance(call_id, str) else "",
+def _is_empty(message: Message) -> bool:
+    return not (message.content.strip() or message.tool_calls or message.reasoning)
+
+
+def _check_answers(messages: Sequence[Message]) -> None:
+    """Check that the messages contain an answer that is not empty."""
+    answers = [message for message in messages if message.role == "assistant"]
+    if not answers:
+        raise UnusableRow("no assistant turn")
+    if all(map(_is_empty, answers)):
+        raise UnusableRow("empty answer")
+
+
+def _add_system(row: Row, messages: Sequence[Message]) -> list[Message]:
+    """Put the system text of a row before its messages."""
+    texts = {key: text for key in SYSTEM_KEYS if key in row and (text := _text(row, key, default="")).strip()}
+    if len(set(texts.values())) > 1:
+        raise MalformedRow("keys 'system' and 'system_prompt' differ; keep one of them")
+    if not texts:
+        return list(messages)
+    key, text = next(iter(texts.items()))
+    own = messages[0].content if messages and messages[0].role == "system" else None
+    if own is not None and own.strip() not in ("", text.strip()):
+        raise MalformedRow(
+            f"key {key!r} is {text!r:.60}, but the messages begin with the system text {own!r:.60}; keep one of them"
+        )
+    return [Message("system", text), *messages[0 if own is None else 1 :]]
+
+
+def _loss_mask(row: Row, messages: Any) -> list[bool] | None:
+    """Return for each message whether the row includes it in the loss; None without a `loss_mask`."""
+    mask = row.get("loss_mask")
+    if not has_value(mask):
+        return None
+    if not isinstance(mask, list) or not isinstance(messages, list) or len(mask) != len(messages):
+        raise MalformedRow(
+            f"key 'loss_mask' should be a list of 0 or 1, one for each of the messages, not {mask!r:.60}; other masks "
+            "are not supported"
+        )
+    flags = [parse_flag(flag, "each item of 'loss_mask'") for flag in mask]
+    if None in flags:
+        raise MalformedRow(f"each item of 'loss_mask' should be 0 or 1, not null: {mask!r:.60}")
+    return [bool(flag) for flag in flags]
+
+
+def _template_kwargs(row: Row) -> dict[str, Any] | None:
+    """Return the variables that a row sets for its chat template, given as an object or as its JSON text."""
+    kwargs = row.get("chat_template_kwargs")
+    if isinstance(kwargs, str) and kwargs.strip():
+        kwargs = parse_json(kwargs, "key 'chat_template_kwargs'")
+    if not kwargs or not has_value(kwargs):
+        return None
+    if not isinstance(kwargs, Mapping):
+        raise MalformedRow(f"key 'chat_template_kwargs' should be an object, not {kwargs!r:.60}")
+    if reserved := RENDERING_KEYS & kwargs.keys():
+        raise MalformedRow(f"key 'chat_template_kwargs' may not set {sorted(reserved)}; remove it from there")
+    return dict(kwargs)
+
+
+def _check_label(row: Row) -> None:
+    """Check that the row is no example of what a model should not answer."""
+    for key in ("label", "kto_tag"):
+        if row.get(key) is False:
+            raise MalformedRow(
+                f"key {key!r} is false, which marks an answer as undesirable in preference data (KTO); such answers "
+                "are not supported: remove these rows, or the key if it means something else"
+            )
+
+
+def _suggest_columns(row: Row) -> str:
+    """Return how to read a row whose names are not of the format, or an empty string."""
+    named = [key for key, value in row.items() if _is_message_list(value)]
+    texts = [key for key, value in row.items() if isinstance(value, str)]
+    prompts = [key for key in PROMPT_NAMES if key in texts] or [key for key in texts if key == "input"]
+    answers = [key for key in ANSWER_NAMES if key in texts]
+    if "chosen" in named and "prompt" in named:
+        columns = "columns: {completion: chosen}"
+    elif "chosen" in named or len(named) == 1:
+        key = "chosen" if "chosen" in named else named[0]
+        columns = _columns({"conversations" if "from" in row[key][0] else "messages": key})
+    elif len(prompts) == len(answers) == 1:
+        chat = _columns({"instruction": prompts[0], "output": answers[0]})
+        raw = _columns({"prompt": prompts[0], "completion": answers[0]})
+        columns = f"{chat} with the chat template, {raw} without"
+    else:
+        columns = ""
+    if "chosen" in row and "rejected" in row:
+        how = f"to train on the chosen answers, use {columns}" if columns else "only the chosen answers can be used"
+        return f". Preference data is not supported; {how}"
+    return f". For this row: {columns}" if columns else ""
+
+
+def _is_message_list(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, Mapping) and any(
+        {*pair} <= first.keys() for pair in (("role", "content"), ("from", "value"))
     )
 
 
-def _content(value: Any, where: str) -> str:
-    """Return the text of a content: a string, or OpenAI's list of text parts, joined without a separator."""
-    if isinstance(value, list):
-        parts = [part.get("text") if isinstance(part, Mapping) else part for part in value]
-        texts = [part for part in parts if isinstance(part, str)]
-        if len(texts) < len(parts):
-            raise MalformedRow(f"{where} has a part that is not text: {value!r:.60}")
-        return "".join(texts)
-    if not isinstance(value, str):
-        raise MalformedRow(f"{where} should be text, not {value!r:.40}")
-    return value
-
-
-def _is_supervised(item: Mapping[str, Any], where: str) -> bool:
-    """Whether the message may be supervised: OpenAI's `weight` of 0 or 1, or `train`."""
-    for key in ("weight", "train"):
-        value = item.get(key)
-        if value is not None:
-            if value not in (0, 1):
-                raise MalformedRow(f"{where}: {key!r} should be 0 or 1, true or false, not {value!r:.40}")
-            return bool(value)
-    return True
-
-
-def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise MalformedRow(f"{where}: a tool call should be an object with name and arguments, not {call!r:.60}")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):  # OpenAI stores them as JSON text; templates expect an object
-        arguments = _json(arguments or "{}", f"{where}: the arguments of a tool call")
-    call_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    return {"type": "function", **call_id, "function": {"name": function["name"], "arguments": arguments}}
-
-
-def _tools(row: Row) -> list[dict[str, Any]] | None:
-    """Return the row's tools, given as a list or as its JSON."""
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        tools = _json(tools, "key 'tools'") if tools.strip() else None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise MalformedRow(f"key 'tools' should be a list of functions' JSON schemas, not {tools!r:.60}")
-    return [dict(tool) for tool in tools]
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise MalformedRow(f"{where} contains an unpaired surrogate, which is not a character") from None
-    except (ValueError, RecursionError) as error:
-        raise MalformedRow(f"{where} should be JSON: {error}") from None
-    return value
+def _columns(names: dict[str, str]) -> str:
+    renamed = ", ".join(f"{name}: {key}" for name, key in names.items() if name != key)
+    return f"columns: {{{renamed}}}"
 
 
 def _integers(value: Any, key: str) -> list[int]:
     if not isinstance(value, list) or not all(type(item) is int for item in value):
         raise MalformedRow(f"key {key!r} should be a list of integers, not {value!r:.60}")
     return value
-
-
-def _check_usable(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Check that the messages contain an answer, and return them."""
-    if not messages:
-        raise UnusableRow("empty conversation")
-    answers = [m for m in messages if m.role == "assistant" and (m.content.strip() or m.tool_calls)]
-    if not answers:
-        raise UnusableRow("no assistant turn")
-    return tuple(messages)
 
 
 def _text(row: Row, key: str, default: str | None = None) -> str:
