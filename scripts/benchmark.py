@@ -79,6 +79,7 @@ def run_config(args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
             "batch_size": 16,
             "micro_batch_tokens": 2048,
             "learning_rate": 2e-4,
+            "warmup_from_zero": True,  # as the other trainers
             "mixed_precision": "bf16",
         },
         "logging": {"trackers": []},

@@ -69,6 +69,7 @@ def comparison_config(
                 "micro_batch_tokens": 1024,
                 "learning_rate": learning_rate,
                 "warmup_steps": 2,
+                "warmup_from_zero": True,
                 "weight_decay": 0.01,
                 "max_grad_norm": 1.0,
                 "mixed_precision": "no",

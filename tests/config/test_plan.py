@@ -41,6 +41,7 @@ def plan_of(num_examples: int = 21, num_ranks: int = 1, num_eval_examples: int =
         ({"batch_size": 4, "epochs": 0.5}, 1, 4, 6, 3),
         ({"batch_size": 4, "epochs": 0.01}, 1, 4, 6, 1),
         ({"batch_size": 4, "epochs": 1.5}, 1, 4, 6, 9),
+        ({"batch_size": 4, "epochs": 1.51}, 1, 4, 6, 10),  # rounded up
         ({"batch_size": 4, "epochs": 3, "max_steps": 5}, 1, 4, 6, 5),  # max_steps wins
         ({"batch_size": 4, "epochs": 1, "max_steps": 100}, 1, 4, 6, 100),
         ({"micro_batch_size": 2, "epochs": 1}, 1, 2, 11, 11),
@@ -68,6 +69,27 @@ def test_steps(training: dict[str, Any], num_ranks: int, batch_size: int, per_ep
 )
 def test_warm_up(warmup: dict[str, Any], total: int, steps: int) -> None:
     assert plan_of(training={"max_steps": total, **warmup}).warmup_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("epochs", "per_epoch", "total"), [(1.1, 100, 110), (1.1, 10, 11), (2.2, 100, 220), (1.101, 100, 111)]
+)
+def test_part_of_an_epoch_is_not_rounded_up_by_a_float(epochs: float, per_epoch: int, total: int) -> None:
+    """1.1 * 100 is 110.00000000000001 in floats."""
+    assert plan_of(per_epoch, training={"batch_size": 1, "epochs": epochs}).total_steps == total
+
+
+@pytest.mark.parametrize(
+    ("ratio", "total", "steps"), [(0.07, 100, 7), (0.07, 101, 8), (0.14, 50, 7), (0.29, 100, 29), (0.55, 100, 55)]
+)
+def test_warm_up_is_not_rounded_up_by_a_float(ratio: float, total: int, steps: int) -> None:
+    """0.07 * 100 is 7.000000000000001 in floats."""
+    assert plan_of(training={"max_steps": total, "warmup_ratio": ratio}).warmup_steps == steps
+
+
+def test_table_shows_a_warm_up_longer_than_the_run() -> None:
+    table = dict(plan_of(training={"batch_size": 4, "max_steps": 3, "warmup_steps": 10}).table())
+    assert table["steps"].endswith("10 warm-up steps, so the learning rate does not reach its peak")
 
 
 @pytest.mark.parametrize(

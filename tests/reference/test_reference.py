@@ -30,7 +30,13 @@ RELATIVE_TOLERANCE = 1e-6  # another CPU, or another number of threads, sums in 
 def test_losses_match_the_reference(make_config: Callable[..., RunConfig], request: pytest.FixtureRequest) -> None:
     config = make_config(
         model={"dtype": "float32"},
-        training={"epochs": 2, "warmup_steps": 2, "learning_rate": 5e-3, "mixed_precision": "no"},
+        training={
+            "epochs": 2,
+            "warmup_steps": 2,
+            "warmup_from_zero": True,
+            "learning_rate": 5e-3,
+            "mixed_precision": "no",
+        },
     )
     metrics = run_training(config).parent / "metrics.jsonl"
     losses = read_losses(metrics)

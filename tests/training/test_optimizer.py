@@ -1,4 +1,4 @@
-"""The learning-rate schedules equal those of transformers, and weight decay applies to matrices only."""
+"""Every step has a useful learning rate, or that of transformers; weight decay applies to matrices only."""
 
 from __future__ import annotations
 
@@ -34,11 +34,15 @@ def rate(step: int, training: TrainingSection, plan: Plan) -> float:
         scheduler=training.scheduler,
         warmup_steps=plan.warmup_steps,
         total_steps=plan.total_steps,
+        from_zero=training.warmup_from_zero,
     )
 
 
-def plan_of(total_steps: int, warmup_steps: int, scheduler: str = "cosine") -> tuple[TrainingSection, Plan]:
+def plan_of(
+    total_steps: int, warmup_steps: int | None, scheduler: str = "cosine", *, from_zero: bool = False
+) -> tuple[TrainingSection, Plan]:
     training = {"max_steps": total_steps, "warmup_steps": warmup_steps, "scheduler": scheduler, "learning_rate": PEAK}
+    training |= {"warmup_from_zero": from_zero}
     config = RunConfig.model_validate(
         {"output_dir": "x", "model": {"name_or_path": "x"}, "data": {"train": [{"path": "x"}]}, "training": training}
     )
@@ -46,28 +50,74 @@ def plan_of(total_steps: int, warmup_steps: int, scheduler: str = "cosine") -> t
     return config.training, plan
 
 
-@pytest.mark.parametrize(
-    ("total", "warmup"), [(1, 0), (1, 1), (2, 1), (10, 0), (10, 3), (100, 7), (97, 97), (1000, 30)]
-)
-@pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant"])
-def test_schedule_equals_that_of_transformers(scheduler: str, total: int, warmup: int) -> None:
-    training, plan = plan_of(total, warmup, scheduler)
+def rates_of(total: int, warmup: int | None, scheduler: str = "cosine", *, from_zero: bool = False) -> list[float]:
+    training, plan = plan_of(total, warmup, scheduler, from_zero=from_zero)
+    return [rate(step, training, plan) for step in range(total)]
+
+
+def rates_of_transformers(total: int, warmup: int, scheduler: str) -> list[float]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
     schedule = TRANSFORMERS_SCHEDULES[scheduler](optimizer, warmup, total)
-    for step in range(total):
-        assert rate(step, training, plan) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12, abs=1e-18), step
+    rates = []
+    for _ in range(total):
+        rates.append(float(schedule.get_last_lr()[0]))
         optimizer.step()
         schedule.step()
+    return rates
 
 
-def test_cosine_rises_from_zero_to_the_peak_and_decays_to_nearly_zero() -> None:
-    training, plan = plan_of(100, 10)
-    rates = [rate(step, training, plan) for step in range(100)]
-    assert rates[0] == 0
-    assert rates[10] == max(rates) == PEAK
-    assert rates[:11] == sorted(rates[:11])
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert 0 < rates[-1] < 1e-3 * PEAK
+LENGTHS = [(1, 0), (1, 1), (2, 1), (2, 2), (3, 1), (10, 0), (10, 3), (100, 7), (97, 97), (1000, 30), (4, 9)]
+"""(steps, warm-up steps)"""
+
+
+@pytest.mark.parametrize(("total", "warmup"), LENGTHS)
+@pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant"])
+def test_schedule_from_zero_equals_that_of_transformers(scheduler: str, total: int, warmup: int) -> None:
+    rates = rates_of(total, warmup, scheduler, from_zero=True)
+    assert rates == pytest.approx(rates_of_transformers(total, warmup, scheduler), rel=1e-12, abs=1e-18)
+
+
+@pytest.mark.parametrize(("total", "warmup"), LENGTHS)
+@pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant"])
+def test_schedule_is_that_of_transformers_without_its_step_at_zero(scheduler: str, total: int, warmup: int) -> None:
+    longer = rates_of_transformers(total + 1, warmup, scheduler)[1:] if warmup else None
+    expected = longer or rates_of_transformers(total, warmup, scheduler)
+    assert rates_of(total, warmup, scheduler) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("total", [1, 2, 3, 4, 10, 97])
+def test_every_step_has_a_useful_learning_rate(scheduler: str, total: int) -> None:
+    """Also with as many warm-up steps as steps, with more, and with the default ratio."""
+    for warmup in (None, *range(total + 3), 10 * total):
+        rates = rates_of(total, warmup, scheduler)
+        # The smallest one is the last of a cosine: it would reach 0 one step later.
+        assert min(rates) > PEAK / (3 * max(total, warmup or 0) ** 2)
+        top = rates.index(max(rates))
+        assert rates[: top + 1] == sorted(rates[: top + 1])
+        assert rates[top:] == sorted(rates[top:], reverse=True)
+        num_warmup = plan_of(total, warmup)[1].warmup_steps
+        if num_warmup <= total:
+            assert max(rates) == PEAK, "the peak is reached"
+            assert top == max(num_warmup - 1, 0)
+        else:
+            assert rates == pytest.approx([PEAK * (step + 1) / num_warmup for step in range(total)])
+
+
+@pytest.mark.parametrize(
+    ("total", "warmup", "scheduler", "expected"),
+    [
+        (1, 1, "cosine", [1.0]),
+        (2, 1, "cosine", [1.0, 0.5]),
+        (2, 2, "linear", [0.5, 1.0]),
+        (3, 2, "linear", [0.5, 1.0, 0.5]),
+        (4, 0, "linear", [1.0, 0.75, 0.5, 0.25]),
+        (4, 2, "constant", [0.5, 1.0, 1.0, 1.0]),
+        (2, 4, "cosine", [0.25, 0.5]),
+    ],
+)
+def test_values_of_short_runs(total: int, warmup: int, scheduler: str, expected: list[float]) -> None:
+    assert rates_of(total, warmup, scheduler) == pytest.approx([PEAK * factor for factor in expected])
 
 
 def parameters() -> list[torch.nn.Parameter]:

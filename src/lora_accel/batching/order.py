@@ -31,5 +31,5 @@ def epoch_order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch
 
 
 def source_count(size: int, weight: float) -> int:
-    """Return how many examples of a source an epoch uses, at least one."""
-    return max(1, round(size * weight))
+    """Return how many examples of a source an epoch uses: at least one, unless there are none."""
+    return max(1, round(size * weight)) if size else 0

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+from lora_accel.config.counts import scale
 from lora_accel.config.schema import RunConfig
 
 
@@ -58,6 +59,11 @@ class Plan:
         """Return the fields as plain values."""
         return dataclasses.asdict(self)
 
+    def _describe_warmup(self) -> str:
+        if self.warmup_steps <= self.total_steps:
+            return f"{self.warmup_steps} warm-up step(s)"
+        return f"{self.warmup_steps} warm-up steps, so the learning rate does not reach its peak"
+
     def table(self) -> list[tuple[str, str]]:
         """Return (name, value) rows to print."""
         share = self.num_supervised_tokens / max(1, self.num_tokens)
@@ -69,7 +75,7 @@ class Plan:
             (
                 "steps",
                 f"{self.total_steps:,} = {self.total_steps / self.steps_per_epoch:.4g} epoch(s) of "
-                f"{self.steps_per_epoch:,} steps; {self.warmup_steps} warm-up step(s)",
+                f"{self.steps_per_epoch:,} steps; {self._describe_warmup()}",
             ),
             ("checkpoints", f"every {self.save_every} steps and after the last step"),
             ("evaluation", f"{when} after the last step" if self.evaluates else "none"),
@@ -95,10 +101,10 @@ def make_plan(
     training = config.training
     batch_size = training.examples_per_step(num_ranks)
     steps_per_epoch = math.ceil(num_examples / batch_size)
-    total_steps = training.max_steps or math.ceil(training.epochs * steps_per_epoch)
+    total_steps = training.max_steps or math.ceil(scale(training.epochs, steps_per_epoch))
     warmup_steps = training.warmup_steps
     if warmup_steps is None:
-        warmup_steps = math.ceil(training.warmup_ratio * total_steps)
+        warmup_steps = math.ceil(scale(training.warmup_ratio, total_steps))
     return Plan(
         num_ranks=num_ranks,
         num_examples=num_examples,

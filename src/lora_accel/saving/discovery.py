@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_accel.config.recorded import with_defaults
 from lora_accel.errors import ArtifactError
 from lora_accel.saving.atomic import MANIFEST, read_json, remove_folder, sha256_of, why_invalid
 
@@ -43,12 +44,13 @@ class Checkpoint(NamedTuple):
         return int(self.state["overflowed"])
 
 
-class RunPrecision(NamedTuple):
-    """The precision that a checkpoint was trained in."""
+class KeptSettings(NamedTuple):
+    """The settings of a checkpoint that a resumed run keeps unless its config sets them."""
 
     mixed_precision: str
     base_dtype: str
     """Name of the dtype; `auto` = as stored, for older checkpoints that do not record it."""
+    warmup_from_zero: bool
 
 
 class CheckpointSelection(NamedTuple):
@@ -139,8 +141,8 @@ def _select_named(folder: Path, resume: str) -> CheckpointSelection:
     return selection
 
 
-def precision_of_run(folder: Path, resume: str) -> RunPrecision | None:
-    """Return the precision of the checkpoint that a run will resume from, None for a new run.
+def kept_settings(folder: Path, resume: str) -> KeptSettings | None:
+    """Return the settings of the checkpoint that a run will resume from, None for a new run.
 
     Compares only names and sizes: the checkpoint is selected, and read in full, after the data is loaded.
 
@@ -158,7 +160,8 @@ def precision_of_run(folder: Path, resume: str) -> RunPrecision | None:
             precision = provenance["mixed_precision"]
             descends = named in (None, candidate) or state.get("begun_at") == resume
             if descends and precision in ("no", "bf16", "fp16"):
-                return RunPrecision(precision, str(provenance.get("base_dtype", "auto")))
+                warmup_from_zero = with_defaults(provenance["config"])["training"]["warmup_from_zero"]
+                return KeptSettings(precision, str(provenance.get("base_dtype", "auto")), warmup_from_zero is True)
     return None
 
 
