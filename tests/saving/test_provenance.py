@@ -69,7 +69,6 @@ DETECTED: list[tuple[Change, str]] = [
     ((("config", "quantization", "bits"), 4), "quantization.bits"),
     ((("config", "model", "dtype"), "bfloat16"), "model.dtype"),
     ((("config", "data", "max_length"), 64), "data.max_length"),
-    ((("config", "data", "overlong"), "drop"), "data.overlong"),
     ((("config", "data", "loss_on"), "all"), "data.loss_on"),
     ((("config", "data", "eval_fraction"), 0.5), "data.eval_fraction"),
     ((("config", "data", "train", 0, "weight"), 2.0), "data.train[0].weight"),
@@ -81,6 +80,7 @@ DETECTED: list[tuple[Change, str]] = [
     ((("config", "training", "learning_rate"), 1.0), "training.learning_rate"),
     ((("config", "training", "scheduler"), "linear"), "training.scheduler"),
     ((("config", "training", "weight_decay"), 0.1), "training.weight_decay"),
+    ((("config", "training", "warmup_from_zero"), True), "training.warmup_from_zero"),
     ((("config", "training", "max_grad_norm"), 0.1), "training.max_grad_norm"),
     ((("plan", "batch_size"), 5), "plan.batch_size"),
     ((("plan", "total_steps"), 99), "plan.total_steps"),
@@ -111,6 +111,7 @@ HARMLESS: list[Change] = [
     (("config", "model", "chat_template"), "same.jinja"),  # detected by the hash of the template
     (("config", "model", "trust_remote_code"), True),
     (("config", "data", "train", 0, "path"), "moved.jsonl"),  # detected by the hash of the rows
+    (("config", "data", "overlong"), "drop"),  # detected by the hash of the tokens
     (("config", "data", "eval"), [{"path": "eval.jsonl"}]),
     (("config", "data", "max_dropped"), 0.5),
     (("config", "data", "cache_dir"), "elsewhere"),
@@ -142,6 +143,7 @@ HARMLESS: list[Change] = [
     (("plan", "save_every"), 9),
     (("packages",), {"torch": "9"}),
     (("num_threads",), 999),
+    (("prompt_format",), "raw"),  # detected by the hash of the tokens
 ]
 
 
@@ -158,6 +160,13 @@ def test_option_missing_in_an_older_checkpoint_counts_as_its_default(provenance:
     assert changes(older, provenance) == []
     now = changed(provenance, (("config", "training", "weight_decay"), 0.5))
     assert changes(older, now) == [("training.weight_decay", 0.0, 0.5)]
+
+
+def test_a_checkpoint_without_warmup_from_zero_was_trained_from_zero(provenance: dict[str, Any]) -> None:
+    older = copy.deepcopy(provenance)
+    del older["config"]["training"]["warmup_from_zero"], older["prompt_format"]
+    assert changes(older, provenance) == [("training.warmup_from_zero", True, False)]
+    assert changes(older, changed(provenance, (("config", "training", "warmup_from_zero"), True))) == []
 
 
 def test_every_config_key_is_either_detected_or_harmless(provenance: dict[str, Any]) -> None:
@@ -296,3 +305,14 @@ def test_hash_of_a_file_in_the_hub_cache_is_its_name(tmp_path: Path) -> None:
 )
 def test_serving_note(adapter: dict[str, object], expected: str) -> None:
     assert expected in serving_note(adapter)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "RoPE scaling that the base's config.json lacks"),
+        ({"add_tokens": {"tokens": ["<tool>"]}}, "added tokens"),
+    ],
+)
+def test_serving_note_of_a_changed_base(model: dict[str, object], reason: str) -> None:
+    assert serving_note({"r": 8}, model) == f"merge the adapter first: vLLM does not support {reason}"

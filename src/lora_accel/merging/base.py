@@ -13,7 +13,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_accel.config.schema import ModelSection, QuantizationSection, RunConfig
-from lora_accel.data.chat import template_source
+from lora_accel.data.template import template_source
 from lora_accel.errors import ArtifactError, ConfigError, DataError
 from lora_accel.merging.job import TOKENIZER, MergeJob, MergeOptions
 from lora_accel.merging.streaming import WeightTransform
@@ -24,9 +24,10 @@ from lora_accel.model.base import (
     quantize_round_trip,
     quantized_names,
 )
+from lora_accel.model.sizes import load_config, scale_rope
 from lora_accel.model.tokenizer import check_model_folder, load_error_message, load_tokenizer
 from lora_accel.saving.discovery import named_base, run_of
-from lora_accel.saving.provenance import sha256_of_text
+from lora_accel.saving.provenance import recorded_changes, sha256_of_text
 
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 """Files of a base to download; pickles only if there are no safetensors."""
@@ -39,6 +40,8 @@ class Base(NamedTuple):
     revision: str | None
     folder: Path
     config: PretrainedConfig
+    rope_scaling: dict[str, Any] | None = None
+    """`model.rope_scaling` with which the adapters were trained."""
 
 
 def find_base(adapters: Sequence[Path], provenances: Sequence[dict[str, Any] | None], requested: str | None) -> Base:
@@ -46,7 +49,20 @@ def find_base(adapters: Sequence[Path], provenances: Sequence[dict[str, Any] | N
 
     Args:
         requested: Hub id or folder; None = the base that the first adapter names.
+
+    Raises:
+        ArtifactError: the base cannot be read or is quantized, or the adapters were trained with different values of
+            model.rope_scaling.
+        ConfigError: the base does not support the adapters' rope_scaling.
     """
+    rope_scaling, *others = [
+        recorded_changes(provenance, str(adapter)).rope_scaling
+        for adapter, provenance in zip(adapters, provenances, strict=True)
+    ]
+    if any(other != rope_scaling for other in others):
+        raise ArtifactError(
+            "the adapters were trained with different values of model.rope_scaling; merge them separately"
+        )
     name = requested or named_base(adapters[0])
     revision = None if requested or provenances[0] is None else provenances[0]["base"].get("revision")
     section = ModelSection(name_or_path=name, revision=revision)
@@ -58,7 +74,9 @@ def find_base(adapters: Sequence[Path], provenances: Sequence[dict[str, Any] | N
         raise ArtifactError(load_error_message(section, "model", error)) from None
     if getattr(config, "quantization_config", None):
         raise ArtifactError(f"{name}: is a quantized model; pass --base with the model in 16 or 32 bits")
-    return Base(name, revision, folder, config)
+    if rope_scaling is not None:
+        scale_rope(config, rope_scaling)
+    return Base(name, revision, folder, config, rope_scaling)
 
 
 def _local_folder(name: str, revision: str | None) -> Path:
@@ -72,13 +90,13 @@ def _local_folder(name: str, revision: str | None) -> Path:
 
 def read_base_config(base: Base) -> PretrainedConfig:
     """Return a new config object, since building a model from a config modifies it."""
-    config: PretrainedConfig = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+    config = load_config(ModelSection(name_or_path=str(base.folder), rope_scaling=base.rope_scaling))
     config.use_cache = True
     return config
 
 
 def load_base_fp32(base: Base, transform: WeightTransform | None) -> PreTrainedModel:
-    section = ModelSection(name_or_path=str(base.folder))
+    section = ModelSection(name_or_path=str(base.folder), rope_scaling=base.rope_scaling)
     model = load_base_model(section, QuantizationSection(), recorded_dtype="auto")  # as stored, for `transform`
     if transform is not None:
         for name, parameter in model.named_parameters():
@@ -144,7 +162,8 @@ def load_adapter_tokenizer(job: MergeJob, base: Base) -> Any:
     for folder in (job.adapter, *([run / "adapter"] if run is not None and job.provenance is not None else [])):
         if (folder / TOKENIZER).is_file():
             return load_tokenizer(ModelSection(name_or_path=str(folder)))
-    tokenizer = load_tokenizer(ModelSection(name_or_path=str(base.folder)))
+    added = recorded_changes(job.provenance, str(job.adapter)).add_tokens
+    tokenizer = load_tokenizer(ModelSection(name_or_path=str(base.folder), add_tokens=added))
     if job.provenance is not None:
         try:
             source = template_source(job.provenance["config"]["model"]["chat_template"]) or tokenizer.chat_template

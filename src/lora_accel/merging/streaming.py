@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from transformers import PretrainedConfig
 
 from lora_accel.errors import ArtifactError
@@ -66,7 +66,7 @@ class MergedTensors:
         self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
         self._check_names(model.state_dict().keys())
         state = read_adapter(adapter)
-        resize_vocabulary(model, state)
+        resize_vocabulary(model, adapter, state)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._peft = attach_adapter(model, adapter, on_meta_device=True)
         self._saved_embeddings = pop_base_embeddings(self._peft, state)
@@ -162,6 +162,9 @@ class MergedTensors:
         if name in self._saved_embeddings:
             check_same_embeddings(tensor, self._saved_embeddings[name], f"{self._adapter}: {name}")
             tensor = self._saved_embeddings[name].to(tensor.dtype)
+        if len(tensor) < self._shapes[name][0] and self._trains_new_rows(name):
+            missing = self._shapes[name][0] - len(tensor)
+            tensor = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])  # the adapter replaces them
         if tuple(tensor.shape) != self._shapes[name]:
             raise ArtifactError(
                 f"{self._adapter}: {name} has shape {self._shapes[name]} in the adapter's model and "
@@ -169,6 +172,11 @@ class MergedTensors:
                 "is this the base that it was trained on? (After resizing the vocabulary, save both embeddings.)"
             )
         return tensor if self._transform is None else self._transform(name, tensor)
+
+    def _trains_new_rows(self, name: str) -> bool:
+        """Whether the adapter has all rows of a weight that the base lacks; `resize_vocabulary` checks it."""
+        module = self._base.get_submodule(name.rpartition(".")[0])
+        return isinstance(module, TrainableTokensWrapper)
 
     def _to_stored_dtype(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         rounded = tensor.detach().to(self._spec(name).dtype)

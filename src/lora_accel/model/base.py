@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -18,6 +18,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from lora_accel.config.schema import ModelSection, QuantizationSection
 from lora_accel.errors import ArtifactError, ConfigError, first_line
 from lora_accel.model.device import detect_device, native_dtype
+from lora_accel.model.sizes import load_config
 from lora_accel.model.tokenizer import check_model_folder, load_error_message
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,13 +52,8 @@ def stored_dtype(section: ModelSection) -> torch.dtype:
     Raises:
         ArtifactError: the model does not exist.
     """
-    try:
-        config = AutoConfig.from_pretrained(
-            section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ArtifactError(load_error_message(section, "config", error)) from None
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    dtype = load_config(section).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def check_zero3_dtype(section: ModelSection, device: torch.device, recorded: str | None) -> None:
@@ -97,13 +93,15 @@ def load_base_model(
 
     Raises:
         ArtifactError: the model does not exist, its files cannot be read, or its index names files outside its folder.
-        ConfigError: the attention implementation or the quantization is not available here.
+        ConfigError: the attention implementation, the quantization or the RoPE scaling is not available here.
     """
     check_model_folder(section)
     dtype = choose_dtype(section, mixed_precision, device, recorded_dtype)
     options: dict[str, Any] = {"dtype": dtype}
     if section.attention != "auto":
         options["attn_implementation"] = section.attention
+    if section.rope_scaling is not None:
+        options["config"] = load_config(section)
     if quantization.bits is not None:
         options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
         options["device_map"] = {"": device or torch.device("cpu")}

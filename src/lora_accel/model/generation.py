@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from lora_accel.model.sizes import sizes_of_model
+from lora_accel.model.tokenizer import padding_id
+
 
 @torch.no_grad()
 def generate_replies(
@@ -17,10 +20,15 @@ def generate_replies(
     Args:
         prompts: token ids, padded on the left to one batch.
         ends: ids of end tokens, in addition to those of the tokenizer and of the model.
-        options: keyword arguments of transformers' `generate`; greedy by default.
+        options: keyword arguments of transformers' `generate`; greedy by default. `max_new_tokens` is reduced if the
+            model's table of positions ends earlier.
     """
     model.eval()
-    width, pad, device = max(map(len, prompts)), tokenizer.pad_token_id, next(model.parameters()).device
+    width, device = max(map(len, prompts)), next(model.parameters()).device
+    sizes = sizes_of_model(model)
+    pad = padding_id(tokenizer, sizes.vocab_size)
+    if sizes.num_positions is not None and width + options.get("max_new_tokens", 0) > sizes.num_positions:
+        options["max_new_tokens"] = max(1, sizes.num_positions - width)
     config: Any = model.generation_config
     model_ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ends = {*ends, *model_ends, tokenizer.eos_token_id} - {None}

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from lora_accel.config.schema import ModelSection
+from lora_accel.config.schema import AddedTokens, ModelSection
 from lora_accel.errors import ArtifactError, first_line
 
 FILES = (
@@ -21,7 +21,7 @@ QUICKSTART_MODEL = "SmolLM2-135M-Instruct"
 
 
 def load_tokenizer(section: ModelSection) -> Any:
-    """Load the tokenizer of the base, with a pad token.
+    """Load the tokenizer of the base, with a pad token and the tokens of `model.add_tokens`.
 
     If it has no pad token, its end token is used: the vocabulary keeps its size, and end tokens within examples stay
     supervised, since labels are masked by position. The unknown token is never used, since real text may contain it.
@@ -47,19 +47,42 @@ def load_tokenizer(section: ModelSection) -> Any:
             )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    if section.add_tokens is not None:
+        _add_tokens(tokenizer, section.add_tokens)
     return tokenizer
+
+
+def _add_tokens(tokenizer: Any, added: AddedTokens) -> None:
+    """Add tokens to a tokenizer. A text that is already in its vocabulary keeps its id, and is no longer divided."""
+    from transformers import AddedToken
+
+    tokens = [AddedToken(text, special=added.special, normalized=False) for text in added.tokens]
+    tokenizer.add_tokens(tokens, special_tokens=added.special)
+
+
+def padding_id(tokenizer: Any, vocab_size: int) -> int:
+    """Return the token that pads rows: the tokenizer's pad token, or else any token that the model has.
+
+    Padding is masked, so its token does not change the result.
+
+    Args:
+        vocab_size: rows of the model's embeddings.
+    """
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in candidates if token is not None and token < vocab_size), 0)
 
 
 def tokenizer_fingerprint(section: ModelSection) -> str | None:
     """Return a hash of the tokenizer's files; None if they are not downloaded yet."""
     digest = hashlib.sha256()
-    files = [(name, file) for name in FILES if (file := _local_file(section, name)) is not None]
+    files = [(name, file) for name in FILES if (file := local_file(section, name)) is not None]
     for name, file in files:
         digest.update(f"{name} {file.stat().st_size} ".encode() + file.read_bytes())
     return digest.hexdigest() if files else None
 
 
-def _local_file(section: ModelSection, name: str) -> Path | None:
+def local_file(section: ModelSection, name: str) -> Path | None:
+    """Return a file of a model: in its folder, or in the cache of the Hub; None if it is in neither."""
     folder = Path(section.name_or_path)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None

@@ -77,7 +77,7 @@ def load_adapter(base: torch.nn.Module, folder: str | Path, *, trainable: bool =
     folder = Path(folder)
     state = read_adapter(folder)
     rows = {name: len(weight) for name, weight in _embeddings(base).items()}
-    resize_vocabulary(base, state)
+    resize_vocabulary(base, folder, state)
     model = attach_adapter(base, folder, trainable=trainable)
     # PEFT's from_pretrained would load base tensors from the file over the base, and only warn afterwards.
     for name, tensor in pop_base_embeddings(model, state).items():
@@ -129,13 +129,37 @@ def keeps_base_weights(folder: Path) -> bool:
     return read_json(folder / CONFIG).get("init_lora_weights") not in REPEATABLE_INITS
 
 
-def resize_vocabulary(base: torch.nn.Module, state: State) -> None:
-    """Resize a base's embeddings to the vocabulary size in an adapter's file."""
+def resize_vocabulary(base: torch.nn.Module, folder: Path, state: State) -> None:
+    """Resize a base's embeddings to the vocabulary of an adapter: to the rows in its file, or those that it trains.
+
+    Args:
+        folder: of the adapter.
+        state: its tensors.
+
+    Raises:
+        ArtifactError: the adapter trains some rows that the base lacks, and not all of them.
+    """
+    vocab_size = len(base.get_input_embeddings().weight)  # type: ignore[operator]
+    trained = _trained_rows(folder)
+    if trained and (size := max(trained) + 1) > vocab_size:
+        if sum(row >= vocab_size for row in trained) < size - vocab_size:  # bounds the size of an untrusted adapter
+            raise ArtifactError(
+                f"{folder / CONFIG}: trainable_token_indices has {max(trained)}, but the base has {vocab_size:,} "
+                "tokens and the adapter does not train all in between; is this the base that it was trained on?"
+            )
+        base.resize_token_embeddings(size, mean_resizing=False)  # type: ignore[operator]
     for name, weight in _embeddings(base).items():
         rows = [state[key].shape[0] for key in _plain_keys(name) if key in state]
         rows += [state[key].shape[1] for key in (f"{PREFIX}{name}.lora_embedding_A",) if key in state]
         if rows and rows[0] != len(weight):
             base.resize_token_embeddings(rows[0], mean_resizing=False)  # type: ignore[operator]
+
+
+def _trained_rows(folder: Path) -> set[int]:
+    """Return the rows of the embeddings that an adapter trains: `trainable_token_indices` of its config."""
+    indices = read_json(folder / CONFIG).get("trainable_token_indices") or []
+    lists = list(indices.values()) if isinstance(indices, dict) else [indices]
+    return {row for rows in lists if isinstance(rows, list) for row in rows if type(row) is int and row >= 0}
 
 
 def pop_base_embeddings(model: PeftModel, state: State) -> State:

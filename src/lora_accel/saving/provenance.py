@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from transformers.utils import cached_file
 
 from lora_accel.config.plan import Plan
-from lora_accel.config.schema import RunConfig
+from lora_accel.config.recorded import with_defaults
+from lora_accel.config.schema import ModelSection, RunConfig
 from lora_accel.data.audit import SourceLedger
 from lora_accel.errors import ArtifactError
 from lora_accel.saving.atomic import sha256_of
@@ -46,7 +47,7 @@ UNSUPPORTED_BY_VLLM = {
 # complete keys, so a key added to the schema counts as affecting the result until it is listed here.
 MAY_CHANGE_ON_RESUME = re.compile(
     r"output_dir|model\.(name_or_path|revision|attention|chat_template|trust_remote_code)"
-    r"|data\.(train|eval|max_dropped|packing|cache_dir|num_workers)"
+    r"|data\.(train|eval|overlong|max_dropped|packing|cache_dir|num_workers)"
     r"|training\.(epochs|max_steps|warmup_ratio|warmup_steps|batch_size|micro_batch_tokens|micro_batch_size"
     r"|gradient_accumulation_steps|mixed_precision|activation_checkpointing"  # compared by their effect on the plan
     r"|compile|max_hours|skip_nonfinite)"
@@ -105,6 +106,9 @@ class Provenance(TypedDict):
     seed: int
     mixed_precision: str
     base_dtype: str
+    prompt_format: str
+    """raw = every training example was tokenized without a chat template; else template. Earlier versions did not
+    record it."""
     config_sha256: str
     config: dict[str, Any]
     plan: dict[str, Any]
@@ -155,6 +159,7 @@ def describe_run(
         "seed": config.seed,
         "mixed_precision": precision,
         "base_dtype": base_dtype,
+        "prompt_format": "raw" if all(ledger.num_raw == ledger.num_examples for ledger in ledgers) else "template",
         "config_sha256": sha256_of_text(json.dumps(config.model_dump(), sort_keys=True)),
         "config": config.model_dump(),
         "plan": plan.as_dict(),
@@ -189,21 +194,45 @@ model = AutoPeftModelForCausalLM.from_pretrained(".")
 tokenizer = AutoTokenizer.from_pretrained(".")  # with the chat template of training
 ```
 
-`lora-accel merge . OUT` merges it into the base model. Serving: {serving_note(adapter)}
-
+`lora-accel merge . OUT` merges it into the base model. Serving: {serving_note(adapter, config["model"])}
+{_base_notes(config["model"])}
 `provenance.json` records the config, package versions, and hashes of base model, tokenizer, template and data.
 """
 
 
-def serving_note(adapter: Mapping[str, Any]) -> str:
+def recorded_changes(provenance: Mapping[str, Any] | None, where: str) -> ModelSection:
+    """Return a model section with the base's changes in the run that trained an adapter: rope_scaling and add_tokens.
+
+    Args:
+        provenance: of the adapter; None = it has none.
+        where: the adapter, for the message.
+
+    Raises:
+        ArtifactError: a value is invalid.
+    """
+    try:
+        model = ((provenance or {}).get("config") or {}).get("model") or {}
+        values = {key: model.get(key) for key in ("rope_scaling", "add_tokens")}
+        return ModelSection.model_validate({"name_or_path": "base", **values})
+    except (ValidationError, AttributeError):
+        raise ArtifactError(f"{where}: its provenance has an invalid model.rope_scaling or model.add_tokens") from None
+
+
+def serving_note(adapter: Mapping[str, Any], model: Mapping[str, Any] | None = None) -> str:
     """Return how to serve an adapter with vLLM: directly, or after merging.
 
     vLLM's checks: https://docs.vllm.ai/en/latest/api/vllm/lora/peft_helper/ (as of 2026-11).
 
     Args:
         adapter: the section `adapter` of a run config, or a PEFT config.
+        model: the section `model` of a run config; None = unknown.
     """
     unsupported = [name for key, name in UNSUPPORTED_BY_VLLM.items() if adapter.get(key)]
+    model = model or {}
+    if model.get("rope_scaling"):
+        unsupported.append("RoPE scaling that the base's config.json lacks")
+    if model.get("add_tokens"):
+        unsupported.append("added tokens")
     if adapter.get("bias", "none") != "none":
         unsupported.append(f"biases ({adapter['bias']})")
     if unsupported:
@@ -211,6 +240,28 @@ def serving_note(adapter: Mapping[str, Any]) -> str:
     rank = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
     option = "" if rank <= VLLM_RANK else f" --max-lora-rank {rank}"
     return f"vLLM can load this adapter directly: vllm serve BASE --enable-lora{option} --lora-modules NAME=DIR"
+
+
+def _base_notes(model: Mapping[str, Any]) -> str:
+    """Return what must be changed in the base before PEFT's adapter fits it.
+
+    Args:
+        model: the section `model` of a run config.
+    """
+    notes = ""
+    if model.get("rope_scaling"):
+        notes += f"""
+It was trained with the RoPE scaling `{json.dumps(model["rope_scaling"])}`, which PEFT does not store.
+lora_accel applies it, and the merged model has it in its config.json. With the code above, set it as `rope_parameters`
+of the base's config.
+"""
+    if added := model.get("add_tokens"):
+        notes += f"""
+It adds the tokens {", ".join(f"`{token}`" for token in added["tokens"])}.
+lora_accel and the merged model have them. With PEFT, load the base, call `resize_token_embeddings` with the tokenizer's
+number of tokens if the base has fewer, and then `PeftModel.from_pretrained`.
+"""
+    return notes
 
 
 def merged_card(provenance: Mapping[str, Any]) -> str:
@@ -343,7 +394,7 @@ def _hash_of_weights(file: Path) -> str:
 
 def _result_inputs(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything that the result depends on, as a flat dict."""
-    config = _with_defaults(provenance["config"])
+    config = with_defaults(provenance["config"])
     flat = {key: value for key, value in _flat(config) if not MAY_CHANGE_ON_RESUME.fullmatch(key)}
     plan, sources = provenance["plan"], config["data"]["train"]
     flat |= {f"plan.{key}": plan[key] for key in ("batch_size", "total_steps", "warmup_steps", "num_examples")}
@@ -359,14 +410,6 @@ def _result_inputs(provenance: Mapping[str, Any]) -> dict[str, Any]:
         flat[f"data.train[{number}].bytes"] = data["sha256"]
         flat[f"data.train[{number}].tokens"] = data["tokens_sha256"]
     return flat
-
-
-def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a config with defaults filled in: one of an older version may lack newer options."""
-    try:
-        return RunConfig.model_validate(config).model_dump()
-    except ValidationError:
-        return config  # of a newer version, or edited: compare it unchanged
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from lora_accel.config.files import config_to_yaml
 from lora_accel.config.plan import Plan
 from lora_accel.config.schema import RunConfig
 from lora_accel.data.audit import SourceLedger
-from lora_accel.data.chat import ChatTemplate
+from lora_accel.data.template import ChatTemplate
 from lora_accel.distributed.collectives import on_all_ranks
 from lora_accel.faults import fault_point
 from lora_accel.saving.adapter import gather_adapter, unwrap_peft_model, write_adapter

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from lora_accel.batching.order import source_count
 from lora_accel.config.plan import Plan, make_plan
-from lora_accel.config.schema import RunConfig
+from lora_accel.config.schema import DataSection, RunConfig
 from lora_accel.console import format_table, short_names
-from lora_accel.data.audit import SourceLedger, ledger_lines
-from lora_accel.data.chat import ChatTemplate, Example
-from lora_accel.data.dataset import Dataset, Recipe
+from lora_accel.data.audit import USED, SourceLedger, ledger_lines
+from lora_accel.data.chat import Example
+from lora_accel.data.dataset import Dataset, Recipe, Source
 from lora_accel.data.formats import Message
 from lora_accel.data.splits import examples_by_name, load_splits
+from lora_accel.data.template import ChatTemplate
 from lora_accel.logs import logger
+from lora_accel.model.tokenizer import padding_id
 from lora_accel.setup.recipe import make_recipe
+from lora_accel.setup.sizes import check_examples, check_prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +30,13 @@ class PreparedData:
     eval_sources: dict[str, list[Example]]
     """Evaluation examples by the name of their source."""
     eval_ledgers: list[SourceLedger]
+    sources: list[Source]
+    """One for each of data.train. If all its rows are held out, it has no examples and is not in `dataset`."""
     prompts: list[list[int]]
     """Token ids of `evaluation.prompts`."""
     plan: Plan
+    vocab_size: int
+    """Tokens that the model has."""
 
     @property
     def template(self) -> ChatTemplate:
@@ -38,8 +46,7 @@ class PreparedData:
     @property
     def pad_id(self) -> int:
         """The padding token."""
-        pad_id: int = self.template.tokenizer.pad_token_id
-        return pad_id
+        return padding_id(self.template.tokenizer, self.vocab_size)
 
 
 def prepare_data(config: RunConfig, num_ranks: int = 1) -> PreparedData:
@@ -49,10 +56,12 @@ def prepare_data(config: RunConfig, num_ranks: int = 1) -> PreparedData:
         num_ranks: number of processes that will train.
 
     Raises:
-        DataError: a file, a row or the template is wrong, or too many rows are unusable.
+        DataError: a file, a row or the template is wrong, too many rows are unusable, or the model lacks a token.
+        ConfigError: an example is longer than the model supports.
     """
     recipe = make_recipe(config)
-    dataset, evaluation, eval_ledgers = load_splits(config.data, config.seed, recipe)
+    train, evaluation, eval_ledgers = load_splits(config.data, config.seed, recipe)
+    dataset = train._replace(sources=[source for source in train.sources if len(source.examples)])
     eval_sources = examples_by_name(evaluation)
     plan = make_plan(
         config,
@@ -62,22 +71,69 @@ def prepare_data(config: RunConfig, num_ranks: int = 1) -> PreparedData:
         num_supervised_tokens=sum(round(x.weight * int(x.examples.num_supervised.sum())) for x in dataset.sources),
         num_eval_examples=sum(map(len, eval_sources.values())),
     )
-    prompts = [recipe.template().encode_prompt((Message("user", prompt),)) for prompt in config.evaluation.prompts]
-    return PreparedData(recipe, dataset, eval_sources, eval_ledgers, prompts, plan)
+    is_raw = all(ledger.num_raw == ledger.num_examples for ledger in dataset.ledgers)
+    prompts = [_encode_prompt(prompt, recipe.template(), is_raw=is_raw) for prompt in config.evaluation.prompts]
+    examples = [*(source.examples for source in dataset.sources), *(source.examples for source in evaluation)]
+    sizes = check_examples(config, recipe.template, examples)
+    named_prompts = {f"evaluation.prompts[{number}]": ids for number, ids in enumerate(prompts)}
+    if prompts:
+        check_prompts(config.model, recipe.template().tokenizer, named_prompts, sizes)
+    return PreparedData(recipe, dataset, eval_sources, eval_ledgers, train.sources, prompts, plan, sizes.vocab_size)
 
 
-def log_data(data: PreparedData) -> None:
-    """Log the ledger, how many examples of each source an epoch uses, and the plan."""
-    ledgers, sources = [*data.dataset.ledgers, *data.eval_ledgers], data.dataset.sources
-    logger.info(format_table("data", ledger_lines(ledgers)))
-    if len(sources) > 1 or any(source.weight != 1 for source in sources):
-        names = short_names([path for *_, path in sources])
-        shares = [
-            f"{source_count(len(x), weight):,} of {len(x):,} examples (weight {weight:g})" for x, weight, _ in sources
-        ]
-        logger.info(format_table("examples per epoch", zip(names, shares, strict=True)))
+def _encode_prompt(prompt: str, template: ChatTemplate, *, is_raw: bool) -> list[int]:
+    return template.encode_text(prompt) if is_raw else template.encode_prompt((Message("user", prompt),))
+
+
+def log_data(config: RunConfig, data: PreparedData) -> None:
+    """Log the ledger, how many examples of each source an epoch uses, the plan, and what the data does not teach."""
+    logger.info(format_table("data", ledger_lines([*data.dataset.ledgers, *data.eval_ledgers])))
+    if len(data.sources) > 1 or any(source.weight != 1 for source in data.sources):
+        names = short_names([source.path for source in data.sources])
+        logger.info(format_table("examples per epoch", zip(names, map(describe_share, data.sources), strict=True)))
     logger.info(format_table("plan", data.plan.table()))
-    if any(not ledger.num_ended and ledger.format not in ("text", "tokens") for ledger in data.dataset.ledgers):
-        logger.info(
-            "note: the chat template ends a turn without a special token, so the adapter will not learn to stop"
-        )
+    for note in (*end_notes(data.dataset.ledgers, config.data), *raw_notes(data.dataset.ledgers)):
+        logger.info(f"note: {note}")
+
+
+def describe_share(source: Source) -> str:
+    """Return how many examples of a source an epoch uses."""
+    size = len(source.examples)
+    if not size:
+        return "0 (data.eval_fraction holds out all its rows)"
+    return f"{source_count(size, source.weight):,} of {size:,} examples (weight {source.weight:g})"
+
+
+def end_notes(ledgers: Sequence[SourceLedger], options: DataSection) -> list[str]:
+    """Return a note for each source from which the model does not learn where an answer ends, with the reason."""
+    notes = []
+    for name, ledger in zip(short_names([ledger.path for ledger in ledgers]), ledgers, strict=True):
+        if ledger.num_ended or ledger.format in ("text", "tokens"):
+            continue
+        if USED not in ledger.buckets and ledger.num_cut_tokens:
+            limit = f"data.max_length={options.max_length}"
+            reason = f"no example keeps the end of an answer: all are truncated at {limit}; raise it"
+            if ledger.can_split and options.overlong != "split":
+                reason += ", or set data.overlong=split"
+        elif ledger.num_raw == ledger.num_examples:
+            reason = "the tokenizer has no end token (eos_token), so the adapter will not learn to stop"
+        else:
+            reason = "the chat template ends a turn without a special token, so the adapter will not learn to stop"
+        notes.append(f"{name}: {reason}")
+    return notes
+
+
+def raw_notes(ledgers: Sequence[SourceLedger]) -> list[str]:
+    """Return a note if examples were tokenized without a chat template: `generate` and `chat` have to do the same."""
+    num_raw, num_examples = (sum(getattr(x, name) for x in ledgers) for name in ("num_raw", "num_examples"))
+    if not num_raw:
+        return []
+    if num_raw == num_examples:
+        return [
+            "rows are trained without a chat template: generate and chat pass prompts without it too (--template "
+            "applies it)"
+        ]
+    return [
+        f"{num_raw:,} of {num_examples:,} examples are trained without a chat template, but generate and chat apply it "
+        "(--raw passes prompts without it)"
+    ]

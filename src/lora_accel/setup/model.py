@@ -13,6 +13,7 @@ from lora_accel.config.schema import RunConfig
 from lora_accel.console import Stage, short_names
 from lora_accel.data.chat import Example
 from lora_accel.distributed.backend import Backend, backend_of
+from lora_accel.errors import ConfigError
 from lora_accel.logs import logger
 from lora_accel.model.adapter import add_adapter, count_parameters, key_dropout, trainable_parameters
 from lora_accel.model.attention import can_pack, pack_attention
@@ -22,6 +23,8 @@ from lora_accel.model.device import detect_device, has_fused_adamw
 from lora_accel.model.dropout import DropoutKeys
 from lora_accel.model.fused_loss import patch_fused_loss
 from lora_accel.model.kernels import patch_norms_and_gates
+from lora_accel.model.new_tokens import extend_vocabulary, train_new_tokens
+from lora_accel.model.tokenizer import load_tokenizer
 from lora_accel.saving.adapter import check_all_trained_is_saved
 from lora_accel.saving.provenance import serving_note
 from lora_accel.setup.data import PreparedData
@@ -59,7 +62,10 @@ def prepare_model(config: RunConfig, accelerator: Accelerator, *, checkpoint_dty
     """
     backend = backend_of(accelerator)
     is_mixed = accelerator.mixed_precision != "no"
-    if getattr(accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3 and not is_mixed:
+    is_zero3 = getattr(accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3
+    if is_zero3 and config.model.add_tokens is not None:
+        raise ConfigError("model.add_tokens is not supported under ZeRO-3; use ZeRO-2, or a backend without DeepSpeed")
+    if is_zero3 and not is_mixed:
         check_zero3_dtype(config.model, accelerator.device, checkpoint_dtype)
     with Stage(f"loading {short_names([config.model.name_or_path])[0]}", enabled=accelerator.is_local_main_process):
         base = load_base_model(
@@ -69,6 +75,10 @@ def prepare_model(config: RunConfig, accelerator: Accelerator, *, checkpoint_dty
             device=accelerator.device,
             recorded_dtype=checkpoint_dtype,
         )
+    adapter = config.adapter
+    if config.model.add_tokens is not None:
+        extend_vocabulary(base, config.model)
+        adapter = train_new_tokens(adapter, base, config.model.add_tokens, load_tokenizer(config.model))
     packed = config.data.packing and can_pack(base)
     if packed:
         pack_attention(base)
@@ -78,14 +88,14 @@ def prepare_model(config: RunConfig, accelerator: Accelerator, *, checkpoint_dty
     (compile_layers if config.training.compile else patch_norms_and_gates)(base)
     model = add_adapter(
         base,
-        config.adapter,
+        adapter,
         seed=config.seed,
         autocast=is_mixed and not backend.keeps_fp32_masters,
         masters=is_mixed and backend.keeps_fp32_masters,
     )
     trained, total = count_parameters(model)
     logger.info(f"trainable: {trained:,} of {total:,} parameters ({trained / total:.3%})")
-    logger.info(f"serving: {serving_note(config.adapter.model_dump())}")
+    logger.info(f"serving: {serving_note(config.adapter.model_dump(), config.model.model_dump())}")
     check_all_trained_is_saved(model)
     patch_fused_loss(model.get_base_model())
     optimizer = make_optimizer(

@@ -7,8 +7,8 @@ import hashlib
 import json
 
 from lora_accel.config.schema import RunConfig
-from lora_accel.data.chat import ChatTemplate, template_source
 from lora_accel.data.dataset import Recipe
+from lora_accel.data.template import ChatTemplate, template_source
 from lora_accel.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 
@@ -18,15 +18,18 @@ def make_recipe(config: RunConfig) -> Recipe:
     Raises:
         DataError: there is no such template.
     """
-    name = config.model.chat_template
+    name, variables = config.model.chat_template, config.model.chat_template_kwargs
 
     @functools.cache
     def template() -> ChatTemplate:
         tokenizer = load_tokenizer(config.model)
-        return ChatTemplate(tokenizer, name, parse_special_tokens=config.data.parse_special_tokens)
+        parse_special_tokens = config.data.parse_special_tokens
+        return ChatTemplate(tokenizer, name, parse_special_tokens=parse_special_tokens, variables=variables)
 
     source = template_source(name)
     fingerprint = tokenizer_fingerprint(config.model)
     if fingerprint is None:
         fingerprint = template().tokenizer.backend_tokenizer.to_str()  # loaded from the Hub just now
-    return Recipe(hashlib.sha256(json.dumps([fingerprint, name, source]).encode()).hexdigest(), template)
+    added = config.model.add_tokens and config.model.add_tokens.model_dump(include={"tokens", "special"})
+    inputs = json.dumps([fingerprint, name, source, variables, added])
+    return Recipe(hashlib.sha256(inputs.encode()).hexdigest(), template)

@@ -79,6 +79,7 @@ def make_run(
             scheduler=config.training.scheduler,
             warmup_steps=data.plan.warmup_steps,
             total_steps=data.plan.total_steps,
+            from_zero=config.training.warmup_from_zero,
         ),
         batches=Batches(data.dataset, data.plan, options, seed=config.seed),
         evaluator=evaluator,
