@@ -285,7 +285,7 @@ def test_row_error_contains_file_and_line(
         ({"text": "x"}, ("columns: {text: body}",), ("row 1: columns maps 'text' to 'body'", "the row has ['text']")),
         ({"messages": []}, (), ("1 of 1 rows cannot be used", "rows.jsonl, row 1: empty conversation")),
         (turns(("user", "x")), (), ("1 of 1 rows", "rows.jsonl, row 1: no assistant turn")),
-        (turns(("user", "x"), ("assistant", "  ")), (), ("rows.jsonl, row 1: no assistant turn",)),
+        (turns(("user", "x"), ("assistant", "  ")), (), ("rows.jsonl, row 1: empty answer",)),
         (turns(("user", "\U00100000"), ("assistant", "a")), (), ("rows.jsonl, row 1", "private use area")),
         ({"text": "   "}, (), ("rows.jsonl, row 1: empty text",)),
         ({"prompt": "p", "completion": ""}, (), ("rows.jsonl, row 1: empty completion",)),

@@ -18,7 +18,7 @@ from lora_accel.errors import ArtifactError
 from lora_accel.model.base import choose_dtype
 from lora_accel.model.device import detect_device, native_dtypes, native_precision
 from lora_accel.saving.atomic import write_manifest
-from lora_accel.saving.discovery import RunPrecision, precision_of_run
+from lora_accel.saving.discovery import KeptSettings, kept_settings
 from tests.conftest import read_metrics
 
 NATIVE = native_dtypes(detect_device(torch.device("cpu")))
@@ -60,8 +60,8 @@ def test_resumed_run_keeps_the_precision_of_its_checkpoint(
     events = [(line["event"], line["step"]) for line in read_metrics(tmp_path / "resumed", "event")]
     assert ("resume", 2) in events
     assert losses(config("resumed", "auto")) == losses(config("uninterrupted", precision))
-    kept = precision_of_run(tmp_path / "resumed" / "checkpoints", "auto")
-    assert kept == precision_of_run(tmp_path / "uninterrupted" / "checkpoints", "auto")
+    kept = kept_settings(tmp_path / "resumed" / "checkpoints", "auto")
+    assert kept == kept_settings(tmp_path / "uninterrupted" / "checkpoints", "auto")
     assert kept is not None
     assert kept.mixed_precision == precision
 
@@ -74,7 +74,7 @@ def test_precision_comes_from_the_checkpoint_to_resume_from(
         run_training(make_config(output_dir=str(tmp_path / name), training=training))
         AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
     checkpoint = str(tmp_path / "first" / "checkpoints" / "step-00000002")
-    kept = precision_of_run(tmp_path / "second" / "checkpoints", checkpoint)
+    kept = kept_settings(tmp_path / "second" / "checkpoints", checkpoint)
     assert kept is not None
     assert kept.mixed_precision == "no"
 
@@ -112,7 +112,7 @@ def test_checkpoint_without_dtype_was_trained_as_stored(
     del state["provenance"]["base_dtype"], state["overflowed"], state["loss_scale"]
     state_file.write_text(json.dumps(state))
     write_manifest(state_file.parent)
-    assert precision_of_run(state_file.parent.parent, "auto") == RunPrecision("no", "auto")
+    assert kept_settings(state_file.parent.parent, "auto") == KeptSettings("no", "auto", warmup_from_zero=False)
     run_training(config)
     provenance = json.loads((Path(config.output_dir) / "provenance.json").read_text())
     assert provenance["base_dtype"] == "bfloat16"

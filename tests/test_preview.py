@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from lora_accel import cli
 from lora_accel.config.files import read_config
@@ -117,7 +117,7 @@ def test_json_has_every_example_and_matching_sums(
     assert (result.code, result.err) == (0, "")
     *examples, last = result.lines
     assert list(last) == ["audit"]
-    fields = ["source", "split", "held_out", "file", "row", "text", "input_ids", "labels"]
+    fields = ["source", "split", "held_out", "file", "row", "text", "input_ids", "labels", "answer"]
     assert all(list(x) == fields for x in examples)
     assert not any(x["held_out"] for x in examples)
     for example in examples:
@@ -125,6 +125,12 @@ def test_json_has_every_example_and_matching_sums(
         assert len(example["labels"]) == len(example["input_ids"])
         assert all(label in (-100, i) for i, label in zip(example["input_ids"], example["labels"], strict=True))
         assert example["text"] == tokenizer.decode(example["input_ids"], skip_special_tokens=False)
+        if example["answer"] is not None:
+            start, end = example["answer"]
+            assert example["labels"][start - 1] == -100
+            assert example["labels"][start:end] == example["input_ids"][start:end]
+    assert {x["source"] for x in examples if x["answer"] is not None} >= {"rows.jsonl", "eval.jsonl"}
+    assert all(x["answer"] is None for x in examples if x["source"] == "others.jsonl"), "text has no prompt"
     audit = last["audit"]
     assert [ledger["path"] for ledger in audit["train"]] == ["rows.jsonl", "others.jsonl"]
     assert [ledger["path"] for ledger in audit["eval"]] == ["eval.jsonl"]
@@ -174,9 +180,10 @@ HOLDING_OUT = ("data.eval=[]", "data.eval_fraction=0.3")
 def test_held_out_examples_match_training(inspect: Inspect, folder: Path) -> None:
     """In JSON, text and the HTML page, with any `--source`. Every row is still in exactly one ledger."""
     write_jsonl(folder / "rows.jsonl", [*chat_rows(4), {"messages": []}, *chat_rows(12)[4:]])
-    args = (*HOLDING_OUT, "data.overlong=split", "data.max_dropped=0.1", "seed=1")
+    args = (*HOLDING_OUT, "data.overlong=split", "data.max_dropped=0.1", "seed=3")
     *examples, last = inspect("--json", *args).lines
     held_out = [x for x in examples if x["held_out"]]
+    AutoConfig.for_model("llama", vocab_size=1000).save_pretrained(folder / "model")  # training needs its sizes
     data = prepare_data(read_config(folder / "run.yaml", args), num_ranks=1)
     expected = [(*x.row, x.input_ids) for x in data.eval_sources["data.eval_fraction"]]
     assert [(x["file"], x["row"], x["input_ids"]) for x in held_out] == expected
@@ -208,7 +215,7 @@ def test_held_out_examples_match_training(inspect: Inspect, folder: Path) -> Non
 def test_holding_out_too_much_is_an_error(inspect: Inspect, folder: Path) -> None:
     result = inspect(*HOLDING_OUT, "data.train=[{path: eval.jsonl}]")
     assert (result.code, result.out) == (2, "")
-    assert "data.eval_fraction=0.3 leaves no training example of 1" in result.err
+    assert "data.eval_fraction=0.3 leaves no training row of 1" in result.err
     write_jsonl(folder / "rows.jsonl", [{"messages": []}])
     result = inspect(*HOLDING_OUT, "data.train=[{path: rows.jsonl}]")
     assert result.code == 2
@@ -224,10 +231,12 @@ def headings(out: str) -> list[str]:
 
 
 def test_text_output_marks_supervised_tokens(inspect: Inspect) -> None:
+    start, end = inspect("--json", "--source", "eval.jsonl").lines[0]["answer"]
     result = inspect("--source", "eval.jsonl")
     assert result.code == 0
+    assert end - start > 1
     assert (
-        "\neval.jsonl (eval), row 1, 33 tokens, 4 supervised\n"
+        f"\neval.jsonl (eval), row 1, 33 tokens, 4 supervised, last answer after {start} tokens of prompt\n"
         "│ <|im_start|>user⏎\n"
         "│ hello<|im_end|>⏎\n"
         "│ <|im_start|>assistant⏎\n"

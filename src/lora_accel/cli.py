@@ -32,6 +32,10 @@ DtypeOption = Annotated[
         "--dtype", help="Compute dtype. auto = as stored, or float32 where the device only emulates that dtype."
     ),
 ]
+RawOption = Annotated[
+    Optional[bool],  # noqa: UP045
+    typer.Option("--raw/--template", help="Pass prompts without, or with, the chat template. Default: as in training."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 # typer evaluates these annotations at run time, so they must be valid on Python 3.10.
 
@@ -85,7 +89,7 @@ def plan(
     if as_json:
         print(json.dumps(data.plan.as_dict(), indent=2))
     else:
-        log_data(data)
+        log_data(run_config, data)
 
 
 @app.command()
@@ -261,6 +265,7 @@ def generate(
     merged: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Merged model, to compare its replies.")] = None,  # noqa: UP045
     compare: Annotated[bool, typer.Option("--compare", help="Also show the replies of the base model.")] = False,
     system: Annotated[Optional[str], typer.Option(metavar="TEXT", help="System message.")] = None,  # noqa: UP045
+    raw: RawOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum reply length in tokens.")] = 128,
     streamed: Annotated[
@@ -281,7 +286,15 @@ def generate(
         )
     silence_libraries()
     if streamed:
-        stream(conversations, adapter=adapter[0], base=base, system=system, max_new_tokens=max_new_tokens, dtype=dtype)
+        stream(
+            conversations,
+            adapter=adapter[0],
+            base=base,
+            system=system,
+            raw=raw,
+            max_new_tokens=max_new_tokens,
+            dtype=dtype,
+        )
         return
     answers = generate_replies(
         conversations,
@@ -290,6 +303,7 @@ def generate(
         merged=merged,
         compare=compare or merged is not None,
         system=system,
+        raw=raw,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         dtype=dtype,
@@ -314,6 +328,7 @@ def chat(
         typer.Option(metavar="DIR", help="Merged model to chat with, instead of base + adapter."),
     ] = None,
     system: Annotated[Optional[str], typer.Option(metavar="TEXT", help="System message.")] = None,  # noqa: UP045
+    raw: RawOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum reply length in tokens.")] = 512,
     dtype: DtypeOption = "auto",
 ) -> None:
@@ -321,7 +336,15 @@ def chat(
     silence_libraries()
     from lora_accel.inference.chat import chat as start_chat
 
-    start_chat(adapter=adapter, base=base, merged=merged, system=system, max_new_tokens=max_new_tokens, dtype=dtype)
+    start_chat(
+        adapter=adapter,
+        base=base,
+        merged=merged,
+        system=system,
+        raw=raw,
+        max_new_tokens=max_new_tokens,
+        dtype=dtype,
+    )
 
 
 @app.command()

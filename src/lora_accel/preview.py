@@ -189,6 +189,7 @@ def json_lines(parts: Sequence[Part], tokenizer: Any, rows: int | None) -> Itera
                 "text": _decode(tokenizer, example.input_ids),
                 "input_ids": example.input_ids,
                 "labels": example.labels,
+                "answer": example.answer,
             }
     eval_parts = [part for part in parts if part.split == "eval" and not part.held_out]
     audit: dict[str, Any] = {
@@ -225,6 +226,8 @@ def _heading(example: Example, part: Part, bucket: str | None) -> str:
     prefix = f"{file}, " if file != part.section.path else ""
     counts = f"{len(example.input_ids):,} tokens, {example.num_supervised:,} supervised"
     remarks = [bucket] if bucket else []
+    if example.answer is not None:
+        remarks.append(f"last answer after {example.answer[0]:,} tokens of prompt")
     remarks += [f"held out by {HELD_OUT}"] if part.held_out else []
     return make_visible(", ".join([f"{part.section.path} ({part.split}), {prefix}row {row}, {counts}", *remarks]))
 

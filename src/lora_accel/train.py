@@ -27,7 +27,7 @@ from lora_accel.distributed.launch import (
 )
 from lora_accel.faults import active_fault
 from lora_accel.logs import logger
-from lora_accel.saving.discovery import RunPrecision, precision_of_run
+from lora_accel.saving.discovery import KeptSettings, kept_settings
 from lora_accel.saving.lock import check_output_folder, lock_run_folder
 from lora_accel.summary import finished_lines, is_finished, summary_lines
 from lora_accel.training.stopping import abort_on_signal
@@ -76,8 +76,11 @@ def run_training(config: RunConfig, *, silence: bool = False) -> Path:
     folder = Path(config.output_dir)
     check_output_folder(folder)
     active_fault()
-    precision = precision_of_run(folder / "checkpoints", config.checkpoint.resume)
-    launch, settings = resolve_launch(config, precision.mixed_precision if precision else None)
+    kept = kept_settings(folder / "checkpoints", config.checkpoint.resume)
+    if kept is not None and "warmup_from_zero" not in config.training.model_fields_set:
+        training = config.training.model_copy(update={"warmup_from_zero": kept.warmup_from_zero})
+        config = config.model_copy(update={"training": training})
+    launch, settings = resolve_launch(config, kept.mixed_precision if kept else None)
     with Stage("importing PyTorch and transformers", enabled=is_local_rank_0()):
         import transformers  # noqa: F401
 
@@ -87,30 +90,31 @@ def run_training(config: RunConfig, *, silence: bool = False) -> Path:
     with Stage(f"starting {starting}", enabled=is_local_rank_0()):
         accelerator = make_accelerator(config, launch, settings)
     with lock_run_folder(folder, enabled=accelerator.is_main_process) as create_folder:
-        return run_in_folder(config, accelerator, folder, precision, create_folder)
+        return run_in_folder(config, accelerator, folder, kept, create_folder)
 
 
 def run_in_folder(
     config: RunConfig,
     accelerator: Accelerator,
     folder: Path,
-    precision: RunPrecision | None,
+    kept: KeptSettings | None,
     create_folder: Callable[[], None],
 ) -> Path:
     """Prepare data, model and resume point, then train, in a locked run folder.
 
     Args:
-        precision: of the checkpoint to resume from.
+        kept: settings of the checkpoint to resume from.
         create_folder: creates and locks the folder if it does not exist; nothing is written before this call.
     """
     from accelerate.utils import gather_object
 
     from lora_accel.setup.data import log_data, prepare_data
+    from lora_accel.setup.sizes import resolve_rope_scaling
 
-    is_main = accelerator.is_main_process
+    is_main, config = accelerator.is_main_process, resolve_rope_scaling(config)
     data = prepare_data(config, accelerator.num_processes)
     if is_main:
-        log_data(data)
+        log_data(config, data)
     identity = {"template": data.template.source, "mixed_precision": accelerator.mixed_precision}
     if gather_object([is_main and is_finished(folder, config, data.plan, data.dataset.ledgers, **identity)])[0]:
         lines = finished_lines(folder, data.plan.total_steps, can_evaluate=bool(data.eval_sources))
@@ -123,7 +127,7 @@ def run_in_folder(
         from lora_accel.setup.model import enable_activation_checkpointing, prepare_model
         from lora_accel.setup.provenance import make_provenance
         from lora_accel.setup.resume import resume_run
-    prepared = prepare_model(config, accelerator, checkpoint_dtype=precision.base_dtype if precision else None)
+    prepared = prepare_model(config, accelerator, checkpoint_dtype=kept.base_dtype if kept else None)
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     enable_activation_checkpointing(config, data, accelerator, prepared, num_local_ranks)
     provenance = make_provenance(config, data, accelerator, prepared)

@@ -396,7 +396,7 @@ def test_weighted_sources_have_the_same_order_on_any_number_of_processes(
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
     monkeypatch.setenv("COLUMNS", "1000")  # no line breaks in the table
-    log_data(prepare_data(three_sources(), 1))
+    log_data(three_sources(), prepare_data(three_sources(), 1))
     output = capsys.readouterr().out
     assert "24 of 12 examples (weight 2)" in output
     assert "5 of 20 examples (weight 0.25)" in output

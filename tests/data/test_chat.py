@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lora_accel.data.chat import BUILT_IN_TEMPLATES, ChatTemplate, Example, encode_record, question_of
+from lora_accel.data.chat import Example, encode_record
 from lora_accel.data.formats import Completion, Conversation, MalformedRow, Message, PlainText, UnusableRow, parse_row
 from lora_accel.data.spans import FIRST_MARK, Span
+from lora_accel.data.template import BUILT_IN_TEMPLATES, ChatTemplate
 from lora_accel.errors import DataError
 from lora_accel.labels import IGNORE_INDEX
 from tests.conftest import CHATML
@@ -75,7 +77,8 @@ def supervised_texts(example: Example, tokenizer: PreTrainedTokenizerFast) -> li
 
 
 def supervised_of(template: ChatTemplate, messages: tuple[Message, ...], loss_on: str = "assistant") -> list[str]:
-    return supervised_texts(encode_record(Conversation(messages), template, loss_on), template.tokenizer)
+    (example,) = encode_record(Conversation(messages), template, loss_on)
+    return supervised_texts(example, template.tokenizer)
 
 
 # The built-in templates.
@@ -156,7 +159,7 @@ def test_the_prompt_equals_the_training_text_before_the_answer(
         span = rendered.spans[-1]
         assert span is not None
         # The prompts of vicuna and llama-2 end before a space, which the model generates.
-        assert template.prompt(messages[: end - 1]) == rendered.text[: span.start].rstrip(" ")
+        assert template.prompt(Conversation(messages[: end - 1])) == rendered.text[: span.start].rstrip(" ")
 
 
 @pytest.mark.parametrize(
@@ -189,8 +192,6 @@ def test_a_role_that_a_template_does_not_support_is_an_error(tokenizer_factory: 
         ("alpaca", {"eos_token": "</s>", "pad_token": "</s>"}, "</s>"),
         ("llama-2", {"eos_token": "</s>", "pad_token": "</s>"}, " </s>"),
         ("zephyr", {"eos_token": "</s>", "pad_token": "</s>"}, "</s>"),
-        ("llama-3", {}, "<|eot_id|>"),  # not a special token of this tokenizer, but it ends every turn
-        ("gemma", {}, "<end_of_turn>"),
     ],
 )
 def test_only_answers_and_their_end_of_turn_are_supervised(
@@ -199,18 +200,45 @@ def test_only_answers_and_their_end_of_turn_are_supervised(
     template = template_of(tokenizer_factory, name, **options)
     messages = chat(("user", "hello"), ("assistant", "QX 1."), ("user", "QX 1."), ("assistant", "YZ"))
     assert template.end_of_turn == end
-    # The prompts of vicuna and llama-2 end before a space, which the model generates.
-    space = " " if name in ("vicuna_v1.1", "llama-2") else ""
+    # The prompts of vicuna, llama-2 and this own template end before a space, which the model generates.
+    space = " " if name in ("vicuna_v1.1", "llama-2") or options.get("chat_template") == STRIPPING else ""
     assert supervised_of(template, messages) == [f"{space}QX 1.{end}", f"{space}YZ{end}"]
     assert supervised_of(template, messages, "last_assistant") == [f"{space}YZ{end}"]
-    example = encode_record(Conversation(messages), template, "all")
+    (example,) = encode_record(Conversation(messages), template, "all")
     assert example.labels == [IGNORE_INDEX, *example.input_ids[1:]]
 
 
-def test_without_an_end_of_turn_only_the_answer_is_supervised(tokenizer_factory: Factory) -> None:
+@pytest.mark.parametrize(("name", "end"), [("llama-3", "<|eot_id|>"), ("gemma", "<end_of_turn>")])
+def test_eos_follows_an_end_of_turn_that_is_no_special_token(tokenizer_factory: Factory, name: str, end: str) -> None:
+    """Inference could not stop at the end of turn."""
+    template = template_of(tokenizer_factory, name)
+    messages = chat(("user", "hello"), ("assistant", "QX 1."), ("user", "QX 1."), ("assistant", "YZ"))
+    assert template.end_of_turn == end
+    examples = encode_record(Conversation(messages), template, "assistant")
+    texts = [supervised_texts(example, template.tokenizer) for example in examples]
+    assert texts == [[f"QX 1.{end}<|im_end|>"], [f"YZ{end}<|im_end|>"]]
+    for number, example in zip((1, 3), examples, strict=True):
+        assert example.answer is not None
+        assert example.input_ids[: example.answer[0]] == template.encode_prompt(messages[:number])
+    (everything,) = encode_record(Conversation(messages), template, "all")
+    assert everything.input_ids == examples[1].input_ids
+    assert everything.labels == [IGNORE_INDEX, *everything.input_ids[1:]]
+
+
+def test_without_an_end_of_turn_eos_ends_every_answer(tokenizer_factory: Factory) -> None:
+    """Within its row, an earlier answer would teach to write the next question."""
     template = template_of(tokenizer_factory, chat_template=PLAIN)
     assert template.end_of_turn == ""
-    assert supervised_of(template, chat(("user", "hello"), ("assistant", "QX"))) == ["QX"]
+    messages = chat(("user", "hello"), ("assistant", "QX"), ("user", "hello"), ("assistant", "YZ"))
+    examples = encode_record(Conversation(messages), template, "assistant")
+    assert [supervised_texts(example, template.tokenizer) for example in examples] == [
+        [" QX<|im_end|>"],
+        [" YZ<|im_end|>"],
+    ]
+    assert [template.tokenizer.decode(example.input_ids) for example in examples] == [
+        "user: hello\nassistant: QX<|im_end|>",
+        "user: hello\nassistant: QX\nuser: hello\nassistant: YZ<|im_end|>",
+    ]
 
 
 def test_a_token_shared_by_answer_and_template_is_supervised(tokenizer_factory: Factory) -> None:
@@ -241,7 +269,7 @@ def test_a_token_shared_by_answer_and_template_is_supervised(tokenizer_factory: 
 def test_unusual_answers_are_supervised_exactly(tokenizer_factory: Factory, template: str, content: str) -> None:
     chosen = template_of(tokenizer_factory, chat_template=template)
     text = content.strip() if template == STRIPPING else content
-    example = encode_record(Conversation(chat(("user", "hello"), ("assistant", content))), chosen, "assistant")
+    (example,) = encode_record(Conversation(chat(("user", "hello"), ("assistant", content))), chosen, "assistant")
     # The answer's own end-of-turn text is plain text, and supervised like the rest.
     assert "".join(supervised_texts(example, chosen.tokenizer)) in (
         text + chosen.end_of_turn,
@@ -252,7 +280,7 @@ def test_unusual_answers_are_supervised_exactly(tokenizer_factory: Factory, temp
 def test_an_answer_that_repeats_the_question_is_found(tokenizer: PreTrainedTokenizerFast) -> None:
     template = ChatTemplate(tokenizer)
     messages = chat(("user", "echo"), ("assistant", "echo"), ("user", "echo"), ("assistant", "echo"))
-    example = encode_record(Conversation(messages), template, "assistant")
+    (example,) = encode_record(Conversation(messages), template, "assistant")
     text = template.render(messages).text
     first = text.index("assistant\necho") + len("assistant\n")
     supervised_tokens = [i for i, label in enumerate(example.labels) if label != IGNORE_INDEX]
@@ -271,7 +299,10 @@ def test_an_empty_answer_does_not_make_its_neighbors_supervised(tokenizer_factor
     template = template_of(tokenizer_factory, chat_template=BARE)
     messages = chat(("user", "hello ans"), ("assistant", ""), ("user", "wer. "), ("assistant", "QX"))
     assert " answer" in [template.tokenizer.decode([i]) for i in template.tokenizer("hello answer").input_ids]
-    assert supervised_of(template, messages) == ["QX"]
+    row = {"messages": [{"role": message.role, "content": message.content} for message in messages]}
+    (example,) = encode_record(parse_row(row, "messages"), template, "assistant")
+    assert supervised_texts(example, template.tokenizer) == ["QX<|im_end|>"]
+    assert example.input_ids == template.tokenizer("hello answer. QX<|im_end|>").input_ids
 
 
 # BOS and end-of-turn tokens.
@@ -286,10 +317,10 @@ def test_built_in_templates_leave_bos_to_the_tokenizer_in_training_and_inference
     if adds_bos:
         add_bos(tokenizer)
     template = ChatTemplate(tokenizer, name)
-    trained = encode_record(Conversation(chat(*TWO_ROUNDS)), template, "assistant")
+    (trained,) = encode_record(Conversation(chat(*TWO_ROUNDS)), template, "assistant")
     assert trained.input_ids.count(tokenizer.bos_token_id) == adds_bos
     assert (trained.input_ids[0] == tokenizer.bos_token_id) == adds_bos
-    prompt, _ = question_of(Conversation(chat(*TWO_ROUNDS)), template) or ([], "")
+    prompt = template.encode_prompt(chat(*TWO_ROUNDS[:3]))
     assert trained.input_ids[: len(prompt)] == prompt
 
 
@@ -298,7 +329,7 @@ def test_a_template_that_writes_bos_gets_it_once(tokenizer_factory: Factory, add
     tokenizer = tokenizer_factory(bos_token="<s>", chat_template=WITH_BOS)
     if adds_bos:
         add_bos(tokenizer)
-    example = encode_record(Conversation(chat(*TWO_ROUNDS)), ChatTemplate(tokenizer), "assistant")
+    (example,) = encode_record(Conversation(chat(*TWO_ROUNDS)), ChatTemplate(tokenizer), "assistant")
     assert example.input_ids.count(1) == 1
     assert example.input_ids[0] == 1
     assert supervised_texts(example, tokenizer) == ["a1<|im_end|>", "a2<|im_end|>"]
@@ -314,7 +345,7 @@ def test_text_gets_bos_once_if_the_tokenizer_adds_it(
         add_bos(tokenizer)
     for given_record in (record, type(record)("<s>" + record[0], *record[1:])):
         # BOS in the text is plain text.
-        example = encode_record(given_record, ChatTemplate(tokenizer), "assistant")
+        (example,) = encode_record(given_record, ChatTemplate(tokenizer), "assistant")
         assert example.input_ids.count(1) == adds_bos
         assert (example.input_ids[0] == 1) == adds_bos
         assert example.input_ids.count(2) == 1
@@ -323,13 +354,13 @@ def test_text_gets_bos_once_if_the_tokenizer_adds_it(
 
 def test_all_of_a_text_and_the_completion_after_a_prompt_are_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
     template = ChatTemplate(tokenizer)
-    text = encode_record(PlainText("hello world"), template, "assistant")
+    (text,) = encode_record(PlainText("hello world"), template, "assistant")
     assert text.labels == [IGNORE_INDEX, *text.input_ids[1:]]
     assert tokenizer.decode(text.input_ids) == "hello world<|im_end|>"
-    completion = encode_record(Completion("hello", " world"), template, "assistant")
+    (completion,) = encode_record(Completion("hello", " world"), template, "assistant")
     assert tokenizer.decode(completion.input_ids) == "hello world<|im_end|>"
     assert supervised_texts(completion, tokenizer) == [" world<|im_end|>"]
-    everything = encode_record(Completion("hello", " world"), template, "all")
+    (everything,) = encode_record(Completion("hello", " world"), template, "all")
     assert everything.labels == [IGNORE_INDEX, *everything.input_ids[1:]]
 
 
@@ -339,13 +370,11 @@ def test_all_of_a_text_and_the_completion_after_a_prompt_are_supervised(tokenize
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        (CHATML.replace("m['content']", "m['content'] | upper"), "changes or repeats message 1"),
-        (CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m['content'] }}"), "changes or repeats message 1"),
-        (CHATML.replace("m['content']", "m['content'][:2]"), "changes or repeats message 1"),
-        (CHATML.replace("m['content']", "m['content'] | replace('q', 'Q')"), "changes or repeats message 1"),
+        (CHATML.replace("m['content']", "m['content'] | upper"), "changes the text of message 2"),
+        (CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m['content'] }}"), "changes the text of message 2"),
+        (CHATML.replace("m['content']", "m['content'][:2]"), "changes message 1"),
+        (CHATML.replace("m['content']", "m['content'] | replace('a', 'A')"), "changes the text of message 2"),
         (CHATML.replace("m['content']", "m['content'] if m['role'] == 'assistant' else ''"), "leaves message 1 out"),
-        ("{% for m in messages[:3] %}{{ m['content'] }}{% endfor %}", "leaves message 4 out"),
-        ("{% for m in messages | reverse %}{{ m['content'] }}|{% endfor %}", None),
         ("{% for m in messages %}{{ m['content'] | length }}:{{ m['content'] }};{% endfor %}", "changes the text"),
         ("{{ messages[0].content | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "changes the text"),
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}{{ messages | string | length }}", "changes"),
@@ -361,23 +390,60 @@ def test_all_of_a_text_and_the_completion_after_a_prompt_are_supervised(tokenize
     ],
 )  # fmt: skip
 def test_a_template_whose_spans_cannot_be_verified_makes_the_row_unusable(
-    tokenizer_factory: Factory, source: str, reason: str | None
+    tokenizer_factory: Factory, source: str, reason: str
 ) -> None:
     template = template_of(tokenizer_factory, chat_template=source)
-    if reason is None:  # an unusual order can be verified
-        rendered = template.render(chat(*TWO_ROUNDS))
-        assert rendered.text == "a2|q2|a1|q1|"
-        assert rendered.spans == [Span(9, 11), Span(6, 8), Span(3, 5), Span(0, 2)]
-        return
     with pytest.raises(UnusableRow, match=reason):
-        template.render(chat(*TWO_ROUNDS))
+        encode_record(Conversation(chat(*TWO_ROUNDS)), template, "assistant")
+
+
+def test_an_unusual_order_of_messages_can_be_verified(tokenizer_factory: Factory) -> None:
+    source = "{% for m in messages | reverse %}{{ m['content'] }}|{% endfor %}"
+    rendered = template_of(tokenizer_factory, chat_template=source).render(chat(*TWO_ROUNDS))
+    assert rendered.text == "a2|q2|a1|q1|"
+    assert rendered.spans == [Span(9, 11), Span(6, 8), Span(3, 5), Span(0, 2)]
+
+
+@pytest.mark.parametrize(
+    "question", ["m['content'] | replace('q', 'Q')", "m['content'] | upper", "m['content'] + ', ' + m['content']"]
+)
+def test_a_template_may_rewrite_or_repeat_messages_that_are_not_supervised(
+    tokenizer_factory: Factory, question: str
+) -> None:
+    source = CHATML.replace("m['content']", f"({question}) if m['role'] == 'user' else m['content']")
+    template = template_of(tokenizer_factory, chat_template=source)
+    (example,) = encode_record(Conversation(chat(*TWO_ROUNDS)), template, "assistant")
+    assert supervised_texts(example, template.tokenizer) == ["a1<|im_end|>", "a2<|im_end|>"]
+    prompt = template.encode_prompt(chat(*TWO_ROUNDS[:3]))
+    assert example.answer is not None
+    assert example.input_ids[: example.answer[0]] == prompt
+
+
+def test_only_the_answer_that_a_template_changes_is_left_out(tokenizer_factory: Factory) -> None:
+    source = CHATML.replace("m['content']", "m['content'] | replace('a1', 'A1')")
+    template = template_of(tokenizer_factory, chat_template=source)
+    (example,) = encode_record(Conversation(chat(*TWO_ROUNDS)), template, "assistant")
+    assert supervised_texts(example, template.tokenizer) == ["a2<|im_end|>"]
+    (note,) = example.notes
+    assert note.startswith("an answer is left out: the chat template changes the text of message 2")
+
+
+def test_a_row_that_a_template_rejects_keeps_its_earlier_answers(tokenizer_factory: Factory) -> None:
+    source = "{% if messages | length > 3 %}{{ raise_exception('too many') }}{% endif %}" + CHATML
+    template = template_of(tokenizer_factory, chat_template=source)
+    (example,) = encode_record(Conversation(chat(*TWO_ROUNDS)), template, "assistant")
+    assert supervised_texts(example, template.tokenizer) == ["a1<|im_end|>"]
+    assert example.notes == (f"an answer is left out: {REJECTED}too many",)
+    (example,) = encode_record(Conversation(chat(*TWO_ROUNDS[:3], ("user", "q3"))), template, "assistant")
+    assert supervised_texts(example, template.tokenizer) == ["a1<|im_end|>"]
+    assert example.notes == (), "no answer is left out"
 
 
 def test_a_template_may_leave_out_the_system_message(tokenizer_factory: Factory) -> None:
     template = template_of(tokenizer_factory, chat_template=NO_SYSTEM)
     messages = chat(("system", "s"), *TWO_ROUNDS)
     assert template.render(messages).spans[0] is None
-    assert supervised_of(template, messages) == ["a1</s>", "a2</s>"]
+    assert supervised_of(template, messages) == [" a1</s>", " a2</s>"]
 
 
 def test_a_content_with_reserved_characters_makes_the_row_unusable(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -411,12 +477,23 @@ def test_a_template_file_is_used(tokenizer: PreTrainedTokenizerFast, tmp_path: P
     assert ChatTemplate(tokenizer, str(file)).render(chat(*TWO_ROUNDS)).text == "[q1][a1][q2][a2]"
 
 
-def test_the_question_of_a_record_is_the_prompt_of_its_last_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_answer_of_an_example_follows_the_prompt_of_inference(tokenizer: PreTrainedTokenizerFast) -> None:
     template = ChatTemplate(tokenizer)
-    prompt = tokenizer(template.prompt(chat(*TWO_ROUNDS[:3]))).input_ids
-    assert question_of(Conversation(chat(*TWO_ROUNDS, ("user", "q3"))), template) == (prompt, "a2")
-    assert question_of(Completion("p", "c"), template) == (tokenizer("p").input_ids, "c")
-    assert question_of(PlainText("t"), template) is None
+    for record, prompt, answer in (
+        (
+            Conversation(chat(*TWO_ROUNDS, ("user", "q3"))),
+            template.encode_prompt(chat(*TWO_ROUNDS[:3])),
+            "a2<|im_end|>",
+        ),
+        (Completion("p", "c"), template.encode_text("p"), "c<|im_end|>"),
+    ):
+        (example,) = encode_record(record, template, "assistant")
+        assert example.answer is not None
+        start, end = example.answer
+        assert example.input_ids[:start] == prompt
+        assert tokenizer.decode(example.input_ids[start:end]) == answer
+    (text,) = encode_record(PlainText("t"), template, "assistant")
+    assert text.answer is None
 
 
 # Ends and boundaries that only some templates and tokenizers have.
@@ -425,14 +502,17 @@ def test_the_question_of_a_record_is_the_prompt_of_its_last_answer(tokenizer: Pr
 def test_the_end_of_another_turn_is_not_supervised(tokenizer_factory: Factory) -> None:
     ends_last_answer = CHATML.replace("<|im_end|>\n", "{% if loop.last or m.role == 'user' %}<|im_end|>{% endif %}\n")
     template = template_of(tokenizer_factory, chat_template=ends_last_answer)
-    messages = chat(("user", "q"), ("assistant", ""), ("user", ""), ("assistant", "x"))
-    assert supervised_of(template, messages) == ["x<|im_end|>"]
+    messages = chat(("user", "q"), ("assistant", "y"), ("user", ""), ("assistant", "x"))
+    examples = encode_record(Conversation(messages), template, "assistant")
+    # The first answer has no end in the row, so it is trained as it is rendered where it is the last message.
+    assert [supervised_texts(example, template.tokenizer) for example in examples] == [["y<|im_end|>"], ["x<|im_end|>"]]
+    assert template.tokenizer.decode(examples[1].input_ids) == template.render(messages).text
 
 
 def test_the_end_of_reasoning_without_an_answer_is_supervised(tokenizer_factory: Factory) -> None:
     reasoning = "<think>\nso\n</think>\n\n"
     template = template_of(tokenizer_factory, chat_template=BARE)
-    assert "".join(supervised_of(template, chat(("user", "q."), ("assistant", reasoning)))) == reasoning
+    assert supervised_of(template, chat(("user", "q."), ("assistant", reasoning))) == [f"{reasoning}<|im_end|>"]
 
 
 def test_a_special_token_that_covers_white_space_of_an_answer_is_not_supervised(tokenizer_factory: Factory) -> None:
@@ -447,7 +527,7 @@ def test_characters_normalized_before_an_answer_do_not_change_its_mask(tokenizer
     tokenizer = tokenizer_factory(chat_template=BARE)
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     template = ChatTemplate(tokenizer)
-    assert "".join(supervised_of(template, chat(("user", "he\u0301"), ("assistant", "x yes")))) == "x yes"
+    assert "".join(supervised_of(template, chat(("user", "he\u0301"), ("assistant", "x yes")))) == "x yes<|im_end|>"
 
 
 # Random conversations.
@@ -518,41 +598,69 @@ def test_no_content_can_move_a_mask(
     plain, trimming = probed_templates[name]
     try:
         record = parse_row(row, "messages")
-        example = encode_record(record, plain, "assistant")
+        examples = encode_record(record, plain, "assistant")
     except (UnusableRow, MalformedRow, DataError):
         has_marks = any(ord(character) >= 0x100000 for _, content in turns for character in content)
         assert has_marks or not any(content.strip() for role, content in turns if role == "assistant")
         return
     assert isinstance(record, Conversation)
-    assert example == encode_record(record, trimming, "assistant")
+    messages = record.messages
+    assert examples == encode_record(record, trimming, "assistant")
 
-    text, spans = concatenate(name, record.messages)
+    text, spans = concatenate(name, messages)
+    reserved = next((i for i, m in enumerate(messages) if any(ord(x) >= 0x100000 for x in m.content)), len(messages))
+    answers = [i for i, m in enumerate(messages[:reserved]) if m.role == "assistant" and m.supervised]
+    before = 1 if name in ("vicuna_v1.1", "strip") else 0  # the space after the prompt, which the model generates
+    eos = "" if end else "<|im_end|>"
+    generated = {i: text[spans[i][1] - before : spans[i][2]] + end + eos for i in answers}
+    prompts = {i: plain.encode_prompt(messages[:i]) for i in answers}
+
+    trained: list[int] = []
+    for example in examples:
+        supervised = [i for i, label in enumerate(example.labels) if label != IGNORE_INDEX]
+        starts = [i for i in supervised if i - 1 not in supervised]
+        stops = [i + 1 for i in supervised if i + 1 not in supervised]
+        numbers = []
+        for start, stop in zip(starts, stops, strict=True):
+            # Each run begins where the prompt of an answer ends, and is this answer to the end of its turn.
+            start = 0 if start == 1 and [] in prompts.values() else start  # nothing predicts the first token
+            number = next(i for i in answers if prompts[i] == example.input_ids[:start])
+            assert bytes_of(example.input_ids[start:stop], plain) == generated[number].encode()
+            numbers.append(number)
+        assert example.answer == (len(prompts[number]), stops[-1])
+        trained += numbers
+        # No byte is lost, and no special token is within message text.
+        own_text = text[: spans[number][1] - before] + generated[number]
+        is_own = bytes_of(example.input_ids, plain) == own_text.encode()
+        assert is_own or bytes_of(example.input_ids, plain) == text.encode()
+        in_text = spans[: number + 1] if is_own else spans
+        message_text = {i for _, *span in in_text for i in range(*(len(text[:edge].encode()) for edge in span))}
+        position = 0
+        for token in example.input_ids:
+            size = len(bytes_of([token], plain))
+            assert token >= 5 or not message_text & set(range(position, position + size))
+            position += size
+    assert sorted(trained) == answers
+
     untrusted = "".join(text[start:stop] for _, start, stop in spans)
     if not any(token in untrusted for token in ("<|im_start|>", "<|im_end|>", "</s>", "<s>", "<unk>")):
-        assert example.input_ids == plain.tokenizer(text, add_special_tokens=False).input_ids
-
-    # The position of each token, from its bytes: no byte is lost, and no special token is within message text.
-    byte_table = byte_level_table()
-    before = 1 if name == "vicuna_v1.1" else 0  # the space after the prompt, which the model generates
-    expected = {i for role, a, b in spans if role == "assistant" for i in range(a - before, b + len(end))}
-    others = {i for role, start, stop in spans if role != "assistant" for i in range(start, stop)}
-    message_text = {i for _, start, stop in spans for i in range(start, stop)}
-    characters = [i for i, character in enumerate(text) for _ in character.encode()]
-    position = 0
-    for i, token in enumerate(example.input_ids):
-        is_special = token < 5
-        piece = plain.tokenizer.convert_ids_to_tokens(token)
-        token_bytes = piece.encode() if is_special else bytes(byte_table[character] for character in piece)
-        size = len(token_bytes)
-        assert text.encode()[position : position + size] == token_bytes
-        covered = set(characters[position : position + size])
-        assert not (is_special and covered & message_text)
-        is_supervised = example.labels[i] != IGNORE_INDEX
-        assert is_supervised == (i > 0 and bool(covered & expected) and not covered & others)
-        position += size
-    assert position == len(text.encode())
+        row_ids = plain.tokenizer(text, add_special_tokens=False).input_ids
+        in_row = [i for i in answers if row_ids[: len(prompts[i])] == prompts[i] and end and reserved == len(messages)]
+        assert len(examples) == len(answers) - len(in_row) + bool(in_row)
+        assert [example.input_ids for example in examples].count(row_ids) >= bool(in_row)
 
 
+def bytes_of(ids: list[int], template: ChatTemplate) -> bytes:
+    """Return the text of tokens, as bytes: a token may be a part of a character."""
+    pieces = template.tokenizer.convert_ids_to_tokens(ids)
+    table = byte_level_table()
+    return b"".join(
+        piece.encode() if token < 5 else bytes(table[character] for character in piece)
+        for token, piece in zip(ids, pieces, strict=True)
+    )
+
+
+@functools.cache
 def byte_level_table() -> dict[str, int]:
     """Return the byte of each character of a byte-level token (GPT-2's table)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

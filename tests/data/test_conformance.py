@@ -15,13 +15,14 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jinja2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lora_accel.data.chat import BUILT_IN_TEMPLATES, ChatTemplate, Example, encode_record, template_source
+from lora_accel.data.chat import Example, encode_record
 from lora_accel.data.formats import (
     FORMATS,
     Conversation,
@@ -31,6 +32,8 @@ from lora_accel.data.formats import (
     detect_format,
     parse_row,
 )
+from lora_accel.data.spans import Span
+from lora_accel.data.template import BUILT_IN_TEMPLATES, ChatTemplate, template_source
 from lora_accel.data.tokens import FIRST_ALIAS
 from lora_accel.errors import DataError
 from lora_accel.labels import IGNORE_INDEX
@@ -239,10 +242,13 @@ def _section(family: str, text: str, offset: int) -> list[Unit]:
 def as_decoded(family: str, text: str) -> str:
     """Return a text after encoding and decoding."""
     if family == "unigram":
+        text = text.replace("▁", " ")
         return re.sub("␀+", "<unk>", "".join(a if a == " " or a in _unigram_alphabet() else "␀" for a in text))
     if family == "sentencepiece, llama-2":  # a space is added after each special token
         text = re.sub(f"({SPECIAL.pattern})(?=.)", r"\1 ", text)
-    return unicodedata.normalize("NFC", text) if family == "bytes, NFC" else text
+    if family == "bytes, NFC":
+        return unicodedata.normalize("NFC", text)
+    return text if family.startswith("bytes") else text.replace("▁", " ")
 
 
 @functools.cache
@@ -479,7 +485,7 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[Message, ...]]] = {
     "messages, spaces": (openai(*SPACES), chat(*SPACES)),
     "messages, no question": (openai("a: A greeting.", *TWO_ROUNDS), chat("a: A greeting.", *TWO_ROUNDS)),
     "messages, two answers": (openai(*TWO_ROUNDS, "a: One more."), chat(*TWO_ROUNDS, "a: One more.")),
-    "messages, an empty answer": (openai("u: Hm?", "a: ", *TWO_ROUNDS), chat("u: Hm?", "a: ", *TWO_ROUNDS)),
+    "messages, an empty answer": (openai("u: Hm?", "a: ", *TWO_ROUNDS), chat("u: Hm?", "x: ", *TWO_ROUNDS)),
     "messages, a tool": (
         openai(*TWO_ROUNDS[:2], "t: A result.", "a: So it is."),
         chat(*TWO_ROUNDS[:2], "t: A result.", "a: So it is."),
@@ -542,72 +548,208 @@ TWO_ANSWERS, NO_QUESTION = "messages, two answers", "messages, no question"
 OTHER_ROLES = ("messages, a tool", "messages, late system")
 REJECTED = "the chat template rejects it: "
 UNSUPPORTED_ROLE = rf"{REJECTED}.*\ba (tool|system|assistant) message .*here"
-NOT_THE_PROMPT = "the text before message . is not the prompt that the chat template makes for it"
 ALTERNATE = f"{REJECTED}Conversation roles must alternate"
-NO_REASONING = {"messages, separate reasoning": "the chat template leaves the reasoning of message 4 out"}
-DROPPED: dict[str, dict[str, str]] = {
+SEPARATE_REASONING = "messages, separate reasoning"
+NO_REASONING = {SEPARATE_REASONING: "the chat template .*leaves out the reasoning of message [24]"}
+LEFT_OUT: dict[str, dict[str, str]] = {
     **dict.fromkeys(STYLES, NO_REASONING),
-    "alpaca": NO_REASONING | {TWO_ANSWERS: NOT_THE_PROMPT} | dict.fromkeys(OTHER_ROLES, UNSUPPORTED_ROLE),
+    "alpaca": NO_REASONING | dict.fromkeys(OTHER_ROLES, UNSUPPORTED_ROLE),
     "gemma": NO_REASONING | dict.fromkeys((*WITH_SYSTEM, NO_QUESTION, TWO_ANSWERS, *OTHER_ROLES), UNSUPPORTED_ROLE),
     "llama-2": NO_REASONING | dict.fromkeys((NO_QUESTION, TWO_ANSWERS, *OTHER_ROLES), UNSUPPORTED_ROLE),
     "vicuna_v1.1": NO_REASONING | dict.fromkeys(OTHER_ROLES, UNSUPPORTED_ROLE),
     "zephyr": NO_REASONING | {"messages, a tool": UNSUPPORTED_ROLE},
     "system in the question": NO_REASONING | dict.fromkeys(OTHER_ROLES, UNSUPPORTED_ROLE),
-    "strips reasoning": {TWO_ANSWERS: NOT_THE_PROMPT},
-    # The prompt of this template matches only answers that start with reasoning.
-    "prompts for reasoning": dict.fromkeys(ROWS.keys() - {"messages, reasoning"}, NOT_THE_PROMPT) | NO_REASONING,
+    "strips reasoning": {},
+    "prompts for reasoning": {},
     "raises": NO_REASONING
     | dict.fromkeys(WITH_SYSTEM, f"{REJECTED}System role not supported")
     | dict.fromkeys((NO_QUESTION, TWO_ANSWERS, *OTHER_ROLES), ALTERNATE),
 }
-"""Rows that a template does not support, with the reason; all others are encoded."""
+"""Rows with answers that a template does not support, with the reason; all others are supervised."""
 
 
-def answer_by(style: str, messages: Sequence[Message], number: int) -> str:
-    """Return what the model generates for an answer with this template, its end of turn included."""
-    message, template = messages[number], STYLES[style]
+# What the rule requires.
+
+
+class Text(NamedTuple):
+    """A rendered text."""
+
+    text: str
+    specials: list[tuple[int, int]]
+    """Spans of the special tokens that the template wrote."""
+    untrusted: list[tuple[int, int]]
+    """Spans of message text that may look like special tokens."""
+
+    def has_special_as_text(self) -> bool:
+        return any(SPECIAL.search(self.text, start, end) for start, end in self.untrusted)
+
+    def encode(self, template: ChatTemplate) -> list[int]:
+        """Return the tokens as transformers makes them. It cannot if message text looks like a special token."""
+        if self.has_special_as_text():
+            return template.tokens.encode(self.text, [Span(*span) for span in self.untrusted]).ids
+        ids: list[int] = template.tokenizer(self.text, add_special_tokens=False).input_ids
+        return ids
+
+
+def trusted(text: str) -> Text:
+    """Return a text in which only the template wrote special tokens."""
+    return Text(text, [match.span() for match in SPECIAL.finditer(text)], [])
+
+
+class Answer(NamedTuple):
+    """A supervised answer of a row."""
+
+    number: int
+    """0-based index of its message."""
+    prompt: Text
+    """What inference feeds."""
+    complete: Text
+    """The prompt, and what the model has to generate: the answer and its end of turn."""
+    is_in_row: bool
+    """Whether the text of the row begins with `complete`."""
+
+    @property
+    def generated(self) -> str:
+        return self.complete.text[len(self.prompt.text) :]
+
+
+def check_examples(
+    template: ChatTemplate,
+    kind: tuple[str, str, str],
+    examples: Sequence[Example],
+    messages: Sequence[Message],
+    row: Text | None,
+    answers: Sequence[Answer],
+) -> set[int]:
+    """Check that the examples of a row are exactly those that the rule requires; return the answers that they have.
+
+    The tokens that inference feeds are a prefix, and everything after them to the end of the turn is supervised. An
+    answer is in the example of its row if the tokens of the row begin with its prompt, else in one of its own.
+
+    Args:
+        kind: style, family and begin of the template.
+        row: the complete row; None if the template rejects it.
+    """
+    style, family, begin = kind
+    prefix = bos_before(style, begin)
+    prompts: dict[int, list[int]] = {}
+    for answer in answers:
+        assert template.prompt(Conversation(tuple(messages[: answer.number]))) == answer.prompt.text
+        prompts[answer.number] = prefix + answer.prompt.encode(template)
+        assert answer.number == 0 or prompts[answer.number] == template.encode_prompt(messages[: answer.number])
+        covered(family, begin, prompts[answer.number][len(prefix) :], answer.prompt.text, answer.prompt.specials)
+    row_ids = prefix + row.encode(template) if row is not None else []
+    in_row = [a for a in answers if a.is_in_row and row_ids[: len(prompts[a.number])] == prompts[a.number]]
+    found: list[int] = []
+    last_numbers = []
+    for example in examples:
+        ids = example.input_ids
+        if row is not None and in_row and ids == row_ids:
+            chars = covered(family, begin, ids[len(prefix) :], row.text, row.specials)
+            present = [a for a in in_row if example.labels[max(1, len(prompts[a.number]))] != IGNORE_INDEX]
+            spans = []
+            for answer in present:
+                end = sum(min(token_chars) < len(answer.complete.text) for token_chars in chars) + len(prefix)
+                spans.append((len(prompts[answer.number]), end))
+        else:
+            own = (a for a in answers if a not in in_row and ids[: len(prompts[a.number])] == prompts[a.number])
+            present = [next(a for a in own if _covers(family, begin, ids[len(prefix) :], a.complete))]
+            spans = [(len(prompts[present[0].number]), len(ids))]
+            if family == "bytes" and not present[0].complete.has_special_as_text():
+                rest = template.tokenizer(present[0].generated, add_special_tokens=False).input_ids
+                assert ids[spans[0][0] :] == rest
+        labels = [IGNORE_INDEX] * len(ids)
+        for (start, end), answer in zip(spans, present, strict=True):
+            labels[start:end] = ids[start:end]
+            ends_unknown = family == "unigram" and answer.prompt.text[-1:] not in {*_unigram_alphabet(), " "}
+            if not answer.complete.has_special_as_text() and not ends_unknown:
+                decoded = template.tokenizer.decode(ids[start:end])
+                assert decoded.strip() == as_decoded(family, answer.generated).strip()
+        assert example.labels == [IGNORE_INDEX, *labels[1:]]  # nothing predicts the first token
+        assert example.answer == spans[-1]
+        assert ids[: len(prefix)] == prefix
+        assert ids[:2] != [1, 1]
+        found += [answer.number for answer in present]
+        last_numbers.append(present[-1].number)
+    assert len(found) == len(set(found))
+    assert last_numbers == sorted(last_numbers), "the last example of a row has its last answer"
+    return set(found)
+
+
+def bos_before(style: str, begin: str) -> list[int]:
+    """Return the token that the tokenizer adds before the text of a template."""
+    return [1] if begin == "BOS added" and style in BUILT_IN_TEMPLATES else []
+
+
+def _covers(family: str, begin: str, ids: Sequence[int], text: Text) -> bool:
+    try:
+        covered(family, begin, ids, text.text, text.specials)
+    except (AssertionError, IndexError):
+        return False
+    return True
+
+
+def is_closed(style: str) -> bool:
+    """Whether a special token ends the answers of a template. Otherwise EOS is added."""
+    return STYLES[style].end.endswith(tuple(SPECIALS))
+
+
+def generated_by(style: str, messages: Sequence[Message]) -> str:
+    """Return what the model generates for the last message, its end of turn included."""
+    message, template = messages[-1], STYLES[style]
     content = message.content.strip() if template.strips else message.content
-    if style == "strips reasoning":
-        reasoning, content = message.reasoning, message.content
+    if style == "strips reasoning" and has_question(messages):
+        reasoning = message.reasoning
         if "</think>" in content:
             reasoning, content = content.removeprefix("<think>\n").split("\n</think>\n\n")
-        if number == len(messages) - 1:
-            content = f"<think>\n{reasoning}\n</think>\n\n" + content.lstrip("\n")
-    if style == "prompts for reasoning":
-        content = content.removeprefix("<think>\n")  # is in the prompt
-    return template.before * has_question(messages, number) + content + template.end
+        content = f"<think>\n{reasoning}\n</think>\n\n" + content.lstrip("\n")
+    if style == "prompts for reasoning":  # the prompt opens a thought
+        is_thought = content.startswith("<think>\n")
+        content = content.removeprefix("<think>\n") if is_thought else f"{message.reasoning}\n</think>\n\n{content}"
+    return template.before + content + template.end
 
 
-def find_answers(style: str, text: str, messages: Sequence[Message]) -> tuple[list[tuple[int, int]], set[int]]:
-    """Return the spans of the supervised answers, and the characters of all other messages."""
-    answers, others, position = [], set(), 0
-    for i, message in enumerate(messages):
-        if message.role == "assistant" and message.supervised:
-            has_header = has_question(messages, i)
-            if style == "system in the question" and messages[i - 1].role == "assistant":
-                has_header = False  # this template writes nothing between two answers
-            header, answer = STYLES[style].header * has_header, answer_by(style, messages, i)
-            start = text.index(header + answer, position) + len(header)
-            position = start + len(answer)
-            answers.append((start, position))
-        else:
-            content = message.content if message.content in text else message.content.strip()
-            start = text.find(content)  # contents are unique and not empty; a system text may be left out
-            others |= set(range(start, start + len(content))) if start >= 0 else set()
-    return answers, others
+def answers_of(
+    style: str, template: ChatTemplate, name: str, messages: Sequence[Message], loss_on: str = "assistant"
+) -> tuple[Text | None, list[Answer]]:
+    """Return the text of a row and its answers, as transformers renders them. Those that it rejects are left out."""
+
+    def apply(count: int, **options: Any) -> str | None:
+        values = [message.for_template() for message in messages[:count]]
+        try:
+            text: str = template.tokenizer.apply_chat_template(
+                values, chat_template=template.source, tokenize=False, **options
+            )
+        except jinja2.TemplateError:
+            return None
+        return text
+
+    numbers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    numbers = [i for i in numbers[-1 if loss_on == "last_assistant" else 0 :] if messages[i].supervised]
+    if name in NO_REASONING and LEFT_OUT[style].get(name) == NO_REASONING[name]:
+        numbers = []
+    text, answers = apply(len(messages)), []
+    end = "" if is_closed(style) else "</s>"
+    for number in numbers:
+        rendered = apply(number + 1)
+        if rendered is None:
+            continue
+        generated = generated_by(style, messages[: number + 1])
+        has_prompt = "add_generation_prompt" in template.source and number > 0
+        prompt = apply(number, add_generation_prompt=True) if has_prompt else None
+        if prompt is None:  # the text before the answer; the empty thought of one template is only in its prompt
+            written = generated.removeprefix("\n</think>\n\n")
+            prompt = rendered[: rendered.rindex(written)] + ("<think>\n" if written != generated else "")
+        is_in_row = bool(text and text.startswith(prompt + generated)) and (not end or number == len(messages) - 1)
+        answers.append(Answer(number, trusted(prompt), trusted(prompt + generated + end), is_in_row))
+    if end and answers and answers[-1].is_in_row:
+        return answers[-1].complete, answers
+    return trusted(text) if text else None, answers
 
 
-def has_question(messages: Sequence[Message], number: int) -> bool:
-    """Whether a user or a tool message precedes this message."""
-    return any(message.role in ("user", "tool") for message in messages[:number])
-
-
-def merge_adjacent(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Merge spans that have no characters between them."""
-    merged: list[tuple[int, int]] = []
-    for start, end in spans:
-        merged = [*merged[:-1], (merged[-1][0], end)] if merged and merged[-1][1] == start else [*merged, (start, end)]
-    return merged
+def has_question(messages: Sequence[Message]) -> bool:
+    """Whether there is a user or a tool message."""
+    return any(message.role in ("user", "tool") for message in messages)
 
 
 def supervised_runs(example: Example) -> list[list[int]]:
@@ -626,91 +768,87 @@ def test_every_format_is_detected_and_parsed() -> None:
 
 
 @pytest.mark.parametrize("begin", BEGINS)
-@pytest.mark.parametrize("style", [style for style in STYLES if style != "contents only"])
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exactly_the_answers_and_their_ends_are_supervised(family: str, style: str, begin: str) -> None:
     template = template_of(family, style, begin)
-    tokenizer = template.tokenizer
     for name, (row, messages) in ROWS.items():
         record = parse_row(row, detect_format(row))
-        if name in DROPPED[style]:
-            with pytest.raises(UnusableRow, match=f"^{DROPPED[style][name]}"):
-                encode_record(record, template, "assistant")
-            continue
-        example = encode_record(record, template, "assistant")
-
-        # The text is what transformers renders, and its tokens are the tokenizer's, after at most one BOS.
-        values = [message.for_template() for message in messages]
-        text = tokenizer.apply_chat_template(values, chat_template=template.source, tokenize=False)
-        tokens = tokenizer(text, add_special_tokens=False).input_ids
-        prefix = [1] if begin == "BOS added" and style in BUILT_IN_TEMPLATES else []
-        assert example.input_ids == prefix + tokens
-        assert example.input_ids.count(1) == len(prefix) + text.count("<s>")
-        assert example.input_ids[:2] != [1, 1]
-        assert (example.input_ids[0] == 1) == (prefix == [1] or text.startswith("<s>"))
-
-        # Supervised is what the model generates, and no token of another message.
-        answers, others = find_answers(style, text, messages)
-        chars = covered(family, begin, tokens, text, [match.span() for match in SPECIAL.finditer(text)])
-        answer_chars = {i for start, end in answers for i in range(start, end)}
-        labels = [IGNORE_INDEX] * len(prefix) + [
-            token if token_chars & answer_chars and not token_chars & others else IGNORE_INDEX
-            for token, token_chars in zip(tokens, chars, strict=True)
-        ]
-        assert example.labels == [IGNORE_INDEX, *labels[1:]]
-        decoded = [tokenizer.decode(run) for run in supervised_runs(example)]
-        start = 0 if prefix else max(chars[0]) + 1  # nothing predicts the first token
-        # A template and an answer may share a token, so it may start before the answer does.
-        token_starts = {i: min(token_chars) for token_chars in chars for i in token_chars}
-        expected = [text[max(start, token_starts[a]) : b] for a, b in merge_adjacent(answers)]
-        assert [run.strip() for run in decoded] == [as_decoded(family, run).strip() for run in expected]
-
-        # The prompt at inference is the text before an answer.
-        supervised = [i for i, message in enumerate(messages) if message.role == "assistant" and message.supervised]
-        for i, (start, _) in zip(supervised, answers, strict=True):
-            if not has_question(messages, i):
+        reason = LEFT_OUT[style].get(name)
+        for loss_on in ("assistant", "last_assistant"):
+            text, answers = answers_of(style, template, name, messages, loss_on)
+            if not answers:
+                with pytest.raises(UnusableRow, match=f"^{reason}"):
+                    encode_record(record, template, loss_on)
                 continue
-            assert template.prompt(messages[:i]) == text[:start]
-            is_shared = any(min(token_chars) < start <= max(token_chars) for token_chars in chars)
-            prompt = template.encode_prompt(messages[:i])
-            assert is_shared or example.input_ids[: len(prompt)] == prompt
+            examples = encode_record(record, template, loss_on)
+            found = check_examples(template, (style, family, begin), examples, messages, text, answers)
+            assert found == {answer.number for answer in answers}
+            left_out = [note for note in examples[0].notes if note.startswith("an answer is left out: ")]
+            assert bool(left_out) == (reason is not None and loss_on == "assistant")
+            assert all(re.match(f"an answer is left out: {reason}", note) for note in left_out)
 
-        last = encode_record(record, template, "last_assistant")
-        everything = encode_record(record, template, "all")
-        assert last.input_ids == everything.input_ids == example.input_ids
-        assert [tokenizer.decode(run).strip() for run in supervised_runs(last)] == [
-            as_decoded(family, text[token_starts[start] : end]).strip() for start, end in answers[-1:]
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_but_the_excluded_answers_is_supervised_with_loss_on_all(family: str, style: str) -> None:
+    begin = "BOS added"
+    template = template_of(family, style, begin)
+    for name, (row, messages) in ROWS.items():
+        text, answers = answers_of(style, template, name, messages, "last_assistant")
+        if not answers:
+            continue
+        (example,) = encode_record(parse_row(row, detect_format(row)), template, "all")
+        (last,) = encode_record(parse_row(row, detect_format(row)), template, "last_assistant")
+        assert example.input_ids == last.input_ids
+        assert example.answer == last.answer
+        assert last.answer is not None
+        is_row = text is not None and answers[0].is_in_row
+        trained = text.text if text and is_row else answers[0].complete.text
+        excluded: set[int] = set()
+        for message in messages:
+            if message.role == "assistant" and not message.supervised and message.content:
+                start = trained.index(message.content)
+                excluded |= set(range(start, start + len(message.content)))
+        prefix = bos_before(style, begin)
+        chars = covered(family, begin, example.input_ids[len(prefix) :], trained, trusted(trained).specials)
+        labels = [
+            IGNORE_INDEX if token_chars & excluded else token
+            for token, token_chars in zip(example.input_ids[len(prefix) :], chars, strict=True)
         ]
-        assert everything.labels == [IGNORE_INDEX, *everything.input_ids[1:]]
+        assert example.labels == [IGNORE_INDEX, *(prefix + labels)[1:]]
 
 
 @pytest.mark.parametrize("begin", BEGINS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_without_messages_do_not_depend_on_the_template(family: str, begin: str) -> None:
     prefix = [1] if begin in ("BOS added", "BOS written") else []
-    for style, (prompt, completion) in itertools.product(
-        STYLES, (("", "A text."), ("So </s> it", " is."), ("a:\n", "\n b "))
-    ):
+    pairs = (("", "A text."), ("So </s> it", " is."), ("a:\n", "\n b "), ("Answer: ", "one"), ("Answer:", " one"))
+    for style, (prompt, completion) in itertools.product(STYLES, pairs):
         template = template_of(family, style, begin)
         row = {"prompt": prompt, "completion": completion} if prompt else {"text": completion}
-        example = encode_record(parse_row(row, detect_format(row)), template, "assistant")
+        (example,) = encode_record(parse_row(row, detect_format(row)), template, "assistant")
         text = prompt + completion + "</s>"
         assert example.input_ids[: len(prefix)] == prefix
         tokens = example.input_ids[len(prefix) :]
-        if "</s>" not in prompt:
-            assert tokens == template.tokenizer(text, add_special_tokens=False).input_ids
-        chars = covered(family, begin, tokens, text, [(len(prompt + completion), len(text))])
-        labels = [
-            token if min(token_chars) >= len(prompt) else IGNORE_INDEX
-            for token, token_chars in zip(tokens, chars, strict=True)
-        ]
-        assert example.labels == [IGNORE_INDEX, *(len(prefix) * [IGNORE_INDEX] + labels)[1:]]
+        covered(family, begin, tokens, text, [(len(prompt + completion), len(text))])
+        fed = template.encode_text(prompt) if prompt else prefix
+        assert example.input_ids[: len(fed)] == fed
+        assert example.labels == [IGNORE_INDEX, *([IGNORE_INDEX] * len(fed) + example.input_ids[len(fed) :])[1:]]
+        assert example.answer == ((len(fed), len(example.input_ids)) if prompt else None)
         assert example.labels[-1] == 2
-        if any(min(token_chars) == len(prompt) for token_chars in chars):
-            prompt_ids = template.encode_text(prompt)
-            assert example.input_ids[: len(prompt_ids)] == prompt_ids
+        if "</s>" not in prompt:
+            tokenizer = template.tokenizer
+            assert fed == prefix + tokenizer(prompt, add_special_tokens=False).input_ids
+            together = prefix + tokenizer(text, add_special_tokens=False).input_ids
+            is_prefix = together[: len(fed)] == fed
+            assert is_prefix == (example.input_ids == together)
+            if not is_prefix and family == "bytes":
+                assert example.input_ids == fed + tokenizer(completion + "</s>", add_special_tokens=False).input_ids
         tokens_row = {"input_ids": example.input_ids, "labels": example.labels}
-        assert encode_record(parse_row(tokens_row, "tokens"), template, "assistant") == example._replace(notes=())
+        assert encode_record(parse_row(tokens_row, "tokens"), template, "assistant") == [
+            example._replace(notes=(), answer=None)
+        ]
 
 
 # Random conversations.
@@ -778,8 +916,7 @@ def mistral_pieces(messages: Sequence[Message]) -> list[Piece] | None:
                 pieces += [Piece(system, 0), Piece("\n\n")]
             pieces += [Piece(message.content, i), Piece("[/INST]")]
         elif message.role == "assistant":
-            before = Piece(" ", answer=i if has_question(messages, i) else None)
-            pieces += [before, Piece(message.content, i, i), Piece("</s>", answer=i)]
+            pieces += [Piece(" ", answer=i), Piece(message.content, i, i), Piece("</s>", answer=i)]
         else:
             return None
     return pieces
@@ -792,8 +929,7 @@ def vicuna_pieces(messages: Sequence[Message]) -> list[Piece] | None:
         if message.role == "user":
             pieces += [Piece("USER: "), Piece(message.content, i), Piece(" ")]
         elif message.role == "assistant":
-            before = Piece(" ", answer=i if has_question(messages, i) else None)
-            pieces += [Piece("ASSISTANT:"), before, Piece(message.content, i, i), Piece("</s>", answer=i)]
+            pieces += [Piece("ASSISTANT:"), Piece(" ", answer=i), Piece(message.content, i, i), Piece("</s>", answer=i)]
         elif message.role == "system" and i == 0:
             pieces += [Piece(message.content, i), Piece(" ")]
         else:
@@ -815,9 +951,8 @@ def qwen_3_pieces(messages: Sequence[Message]) -> list[Piece]:
             reasoning = content.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
             content = content.split("</think>")[-1].lstrip("\n")
         if i > last_query and (i == len(messages) - 1 or reasoning):
-            answer = i if has_question(messages, i) else None
-            pieces += [Piece("<think>\n", answer=answer), Piece(reasoning.strip("\n"), i, answer)]
-            pieces += [Piece("\n</think>\n\n", answer=answer)]
+            pieces += [Piece("<think>\n", answer=i), Piece(reasoning.strip("\n"), i, i)]
+            pieces += [Piece("\n</think>\n\n", answer=i)]
             content = content.lstrip("\n")
         pieces += [Piece(content, i, i), Piece("<|im_end|>", answer=i), Piece("\n")]
     return pieces
@@ -842,6 +977,8 @@ UNTRUSTED = [
     *("😀", "👩‍👩‍👧", "日本", "e\u0301", "\u0301", "가", "\u1100\u1161", "\ud7ff", "\ue000", "\U000f0000", "\ufffd"),
     *("the answer", "question", "a", "word ", " word", ".", "\U00108000" * 4),
 ]
+RESERVED = "\U00100000"
+"""First character that a row must not have."""
 CONTENTS = st.lists(st.sampled_from(UNTRUSTED) | st.text(max_size=3), max_size=4).map("".join)
 ROUNDS = st.integers(1, 3).map(lambda count: ["user", "assistant"] * count)
 ROLES = st.one_of(
@@ -895,72 +1032,98 @@ def test_no_conversation_can_move_a_mask_or_write_a_special_token(style: str, fa
     assert sum(outcomes) > len(outcomes) / 4, "most rows are dropped, so the test proves little"
 
 
-def check_row(template: ChatTemplate, style: str, family: str, begin: str, row: dict[str, Any]) -> bool:
-    """Check the tokens and labels of a row; return whether it was encoded."""
-    pieces: list[Piece] | None = None
-    try:
-        record = parse_row(row, "messages")
-        assert isinstance(record, Conversation)
-        messages = record.messages
-        pieces = EXPECTED_PIECES[style](messages)
-        example = encode_record(record, template, "assistant")
-    except (UnusableRow, MalformedRow, DataError) as error:
-        contents = [
-            "".join(part if isinstance(part, str) else part["text"] for part in m["content"]) for m in row["messages"]
-        ]
-        text = "".join(contents)
-        only_reasoning = any(re.fullmatch(r"\s*<think>.*</think>\s*", text, re.DOTALL) for text in contents)
-        documented = (
-            ("changes the text around message", only_reasoning),  # the template may strip white space after it
-            ("private use area B", any(letter >= "\U00100000" for letter in text)),
-            ("no assistant turn", True),
-            (REJECTED, pieces is None),
-            (NOT_THE_PROMPT, style == "strips reasoning"),
-            ("the chat template", style == "strips reasoning" and ("think>" in text or "\n" in text)),
-        )
-        if not any(re.search(reason, str(error)) and is_possible for reason, is_possible in documented):
-            raise
-        return False
-    assert pieces is not None
-    only_reasoning = any(re.fullmatch(r"\s*<think>.*</think>\s*", m.content, re.DOTALL) for m in messages)
-    if style == "contents only" and only_reasoning:
-        return False  # without an end of turn, the closing think tag of an empty answer is not supervised
-
-    pieces = [Piece("<s>")] * (begin == "BOS written") + pieces
-    text, specials, answer_chars, others, message_text = "", [], set(), set(), ""
-    starts: dict[int, int] = {}
+def text_of(pieces: Iterable[Piece]) -> Text:
+    """Return the text of some pieces."""
+    text, specials, untrusted = "", [], []
     for piece in pieces:
-        start = len(text)
-        text += piece.text
+        start, text = len(text), text + piece.text
         if piece.message is None:
             specials += [(start + match.start(), start + match.end()) for match in SPECIAL.finditer(piece.text)]
-        else:
-            message_text += piece.text + "\n"
-        if piece.answer is not None and messages[piece.answer].supervised:
-            answer_chars |= set(range(start, len(text)))
-            starts.setdefault(piece.answer, start)
-        elif piece.message is not None:
-            others |= set(range(start, len(text)))
-    prefix = [1] if begin == "BOS added" and style in BUILT_IN_TEMPLATES else []
-    tokens = example.input_ids[len(prefix) :]
-    assert example.input_ids[: len(prefix)] == prefix
-    if not SPECIAL.search(message_text):
-        assert tokens == template.tokenizer(text, add_special_tokens=False).input_ids
-    chars = covered(family, begin, tokens, text, specials)
-    labels = [
-        token if token_chars & answer_chars and not token_chars & others else IGNORE_INDEX
-        for token, token_chars in zip(tokens, chars, strict=True)
-    ]
-    assert example.labels == [IGNORE_INDEX, *([IGNORE_INDEX] * len(prefix) + labels)[1:]]
-    for number, start in starts.items():
-        if has_question(messages, number):
-            assert template.prompt(messages[:number]) == text[:start]
-            is_shared = any(min(token_chars) < start <= max(token_chars) for token_chars in chars)
-            prompt = template.encode_prompt(messages[:number])
-            assert is_shared or example.input_ids[: len(prompt)] == prompt
-            before = [span for span in specials if span[1] <= start]
-            covered(family, begin, prompt[len(prefix) :], text[:start], before)
-    return True
+        elif piece.text:
+            untrusted.append((start, len(text)))
+    return Text(text, specials, untrusted)
+
+
+def expected_answer(style: str, messages: Sequence[Message], first: list[Piece]) -> tuple[Text, Text] | None:
+    """Return the prompt of the last message, and the prompt with it; None if the template does not support it.
+
+    Args:
+        first: what the template writes before the messages.
+    """
+    pieces = EXPECTED_PIECES[style](messages)
+    if pieces is None:
+        return None
+    number = len(messages) - 1
+    start = next(i for i, piece in enumerate(pieces) if piece.answer == number)
+    generated = [piece for piece in pieces if piece.answer == number]
+    prompt = pieces[:start]
+    if style == "strips reasoning":  # the last message before the answer may be another answer
+        prompt = [*qwen_3_pieces(messages[:-1]), Piece("<|im_start|>"), Piece("assistant\n")]
+    if not is_closed(style):
+        generated.append(Piece("</s>"))
+    return text_of([*first, *prompt]), text_of([*first, *prompt, *generated])
+
+
+def check_row(template: ChatTemplate, style: str, family: str, begin: str, row: dict[str, Any]) -> bool:
+    """Check the examples of a row; return whether there are any."""
+    try:
+        record = parse_row(row, "messages")
+    except (UnusableRow, MalformedRow) as error:
+        if not re.search("no assistant turn|empty answer|empty conversation", str(error)):
+            raise
+        return False
+    assert isinstance(record, Conversation)
+    messages, first = record.messages, [Piece("<s>")] * (begin == "BOS written")
+
+    def may_fail(end: int) -> bool:
+        """Whether the first messages may be impossible to render, or changed by the template."""
+        contents = [message.content for message in messages[:end]]
+        only_reasoning = any(re.fullmatch(r"\s*<think>.*</think>\s*", content, re.DOTALL) for content in contents)
+        splits_content = style == "strips reasoning" and any("think>" in content for content in contents)
+        is_supported = EXPECTED_PIECES[style](messages[:end]) is not None
+        return not is_supported or only_reasoning or splits_content or max("".join(contents), default="") >= RESERVED
+
+    def fails(end: int, use: Callable[[Sequence[Message]], Any]) -> bool:
+        try:
+            use(messages[:end])
+        except (UnusableRow, DataError):
+            assert may_fail(end)
+            return True
+        return False
+
+    pieces = EXPECTED_PIECES[style](messages)
+    is_usable = not fails(len(messages), template.render) and pieces is not None
+    text = text_of([*first, *pieces]) if is_usable and pieces is not None else None
+    answers = []
+    for number, message in enumerate(messages):
+        can_ask = number == 0 or not fails(number, template.encode_prompt)
+        if message.role == "assistant" and message.supervised and can_ask:
+            expected = expected_answer(style, messages[: number + 1], first)
+            if expected is not None:
+                ends_row = number == len(messages) - 1
+                is_in_row = text is not None and (
+                    text.text.startswith(expected[1].text) if is_closed(style) else ends_row
+                )
+                answers.append(Answer(number, *expected, is_in_row))
+    if answers and answers[-1].is_in_row and not is_closed(style):
+        text = answers[-1].complete
+
+    try:
+        examples = encode_record(record, template, "assistant")
+    except UnusableRow as error:
+        examples, reasons = [], [str(error)]
+    else:
+        start = "an answer is left out: "
+        notes = examples[0].notes if examples else ()
+        reasons = [note.removeprefix(start) for note in notes if note.startswith(start)]
+    found = check_examples(template, (style, family, begin), examples, messages, text, answers)
+    supervised = {i for i, message in enumerate(messages) if message.role == "assistant" and message.supervised}
+    missing = supervised - found
+    assert bool(missing) == bool(reasons) or not supervised
+    assert all(may_fail(number + 1) for number in missing)
+    documented = (REJECTED, "private use area B", r"the chat template (changes|leaves out)( the (text|reasoning))?")
+    assert all(any(re.search(reason, note) for reason in documented) for note in reasons), reasons
+    return bool(examples)
 
 
 # Regressions.
@@ -968,14 +1131,14 @@ def check_row(template: ChatTemplate, style: str, family: str, begin: str, row: 
 
 def test_the_reasoning_of_an_answer_without_a_question_is_supervised() -> None:
     template = template_of("bytes", "chatml", "no BOS")
-    example = encode_record(Conversation(chat(f"a: {REASONED_ANSWERS[0]}")), template, "assistant")
+    (example,) = encode_record(Conversation(chat(f"a: {REASONED_ANSWERS[0]}")), template, "assistant")
     assert [template.tokenizer.decode(run) for run in supervised_runs(example)] == [f"{REASONED_ANSWERS[0]}<|im_end|>"]
 
 
 @pytest.mark.parametrize("style", ["alpaca", "vicuna_v1.1"])
 def test_bos_is_added_before_a_text_that_starts_like_bos(style: str) -> None:
     template = template_of("bytes", style, "BOS added")
-    example = encode_record(Conversation(chat("s: <s>Be brief.", *TWO_ROUNDS)), template, "assistant")
+    (example,) = encode_record(Conversation(chat("s: <s>Be brief.", *TWO_ROUNDS)), template, "assistant")
     assert example.input_ids[0] == 1
     assert example.input_ids.count(1) == 1
 
@@ -986,7 +1149,7 @@ def test_no_text_can_write_a_special_token(key: str) -> None:
     for number, token in itertools.product(range(len(SPECIALS)), SPECIALS):
         row = {"prompt": "So", key: chr(FIRST_ALIAS + number) * len(token)}
         try:
-            example = encode_record(parse_row(row, detect_format(row)), template, "assistant")
+            (example,) = encode_record(parse_row(row, detect_format(row)), template, "assistant")
         except UnusableRow:
             continue
         assert min(example.input_ids[:-1]) >= len(SPECIALS)
@@ -999,9 +1162,40 @@ def test_a_prompt_that_ends_with_newlines_has_the_tokens_of_training() -> None:
     config["model"]["merges"].append(["Ċ", "Ċ"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(config)), eos_token="</s>")
     template = ChatTemplate(tokenizer, "llama-3")
-    example = encode_record(Conversation(chat(*TWO_ROUNDS)), template, "assistant")
-    prompt = template.encode_prompt(chat(*TWO_ROUNDS[:1]))
+    examples = encode_record(Conversation(chat(*TWO_ROUNDS)), template, "assistant")
+    for number, example in zip((1, 3), examples, strict=True):
+        prompt = template.encode_prompt(chat(*TWO_ROUNDS[:number]))
+        assert tokenizer.convert_ids_to_tokens(prompt[-1]) == "ĊĊ"
+        assert example.input_ids[: len(prompt)] == prompt
+        assert tokenizer.decode(example.input_ids[len(prompt) :]) == f"{TWO_ROUNDS[number][3:]}<|eot_id|>"
+        assert example.labels == [IGNORE_INDEX] * len(prompt) + example.input_ids[len(prompt) :]
+
+
+def test_an_answer_that_joins_its_prompt_to_one_token_is_an_example_of_its_own() -> None:
+    """Training on the joined token would teach what inference never feeds."""
+    template = template_of("bytes, NFC", "prompts for reasoning", "no BOS")
+    tokenizer = template.tokenizer
+    messages = chat("u: First?", "a: <think>\n\n</think>\n\nOne.", "u: Second?", "a: <think>\nHm.\n</think>\n\nTwo.")
+    assert tokenizer("<think>\n\n</think>").tokens() == ["<think>", "ĊĊ", "</think>"]
+    prompts = [template.encode_prompt(messages[:number]) for number in (1, 3)]
+    own, row = encode_record(Conversation(messages), template, "assistant")
+    assert own.input_ids[: len(prompts[0])] == prompts[0]
+    assert own.labels == [IGNORE_INDEX] * len(prompts[0]) + own.input_ids[len(prompts[0]) :]
+    assert tokenizer.decode(own.input_ids[len(prompts[0]) :]) == "\n</think>\n\nOne.<|im_end|>"
+    assert row.input_ids == tokenizer(template.apply(messages), add_special_tokens=False).input_ids
+    assert row.input_ids[: len(prompts[1])] == prompts[1]
+    assert [tokenizer.decode(run) for run in supervised_runs(row)] == ["Hm.\n</think>\n\nTwo.<|im_end|>"]
+
+
+def test_the_header_of_an_answer_is_not_supervised_after_an_empty_one() -> None:
+    """This template writes an empty answer differently in the prompt, and with the same header."""
+    template = template_of("bytes", "strips reasoning", "no BOS")
+    messages = chat("u: q", "x: ", "a: An answer.")
+    (example,) = encode_record(Conversation(messages), template, "assistant")
+    prompt = template.encode_prompt(messages[:2])
     assert example.input_ids[: len(prompt)] == prompt
+    runs = [template.tokenizer.decode(run) for run in supervised_runs(example)]
+    assert runs == ["<think>\n\n</think>\n\nAn answer.<|im_end|>"]
 
 
 def test_a_special_token_that_starts_with_another_is_distinguished_from_it() -> None:
@@ -1009,7 +1203,7 @@ def test_a_special_token_that_starts_with_another_is_distinguished_from_it() -> 
     backend.add_special_tokens(["</s></s>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     tokenizer.chat_template = OPEN + "{{ m.content }}</s></s>" + CLOSE
-    example = encode_record(Conversation(chat("u: a</s></s>", "a: b")), ChatTemplate(tokenizer), "assistant")
+    (example,) = encode_record(Conversation(chat("u: a</s></s>", "a: b")), ChatTemplate(tokenizer), "assistant")
     end = tokenizer.convert_tokens_to_ids("</s></s>")
     assert example.input_ids.count(end) == 2
     assert example.input_ids.count(2) == 0
@@ -1022,7 +1216,7 @@ def test_characters_do_not_merge_into_a_special_token() -> None:
     backend.train_from_iterator(["<s> </s> ab"] * 9, trainers.BpeTrainer(special_tokens=["<unk>"]))
     assert "</s>" in backend.encode("</s>").tokens, "the vocabulary merges the characters"
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>")
-    example = encode_record(parse_row({"text": "<s>ab </s>"}, "text"), ChatTemplate(tokenizer), "assistant")
+    (example,) = encode_record(parse_row({"text": "<s>ab </s>"}, "text"), ChatTemplate(tokenizer), "assistant")
     assert example.input_ids.count(tokenizer.bos_token_id) == 0
     assert example.input_ids.count(tokenizer.eos_token_id) == 1
     assert tokenizer.decode(example.input_ids).replace(" ", "") == "<s>ab</s></s>"
@@ -1031,14 +1225,19 @@ def test_characters_do_not_merge_into_a_special_token() -> None:
 @pytest.mark.parametrize(
     ("turns", "supervised"),
     [
-        (TWO_ROUNDS, ["First answer.", "Second answer.<|im_end|>"]),
-        (("u: q", "a: First answer.", "u: ", "a: Second answer."), ["First answer.", "Second answer.<|im_end|>"]),
-        (("u: q", "a: ", "u: q", "a: Second answer."), ["Second answer.<|im_end|>"]),
+        (TWO_ROUNDS, [["First answer.<|im_end|>"], ["Second answer.<|im_end|>"]]),
+        (
+            ("u: q", "a: First answer.", "u: ", "a: Second answer."),
+            [["First answer.<|im_end|>"], ["Second answer.<|im_end|>"]],
+        ),
+        (("u: q", "x: ", "u: q", "a: Second answer."), [["Second answer.<|im_end|>"]]),
     ],
 )
-def test_the_end_of_another_turn_is_not_supervised(turns: tuple[str, ...], supervised: list[str]) -> None:
+def test_the_end_of_another_turn_is_not_supervised(turns: tuple[str, ...], supervised: list[list[str]]) -> None:
+    """An answer that only ends where it is the last message is an example of its own."""
     tokenizer = copy.copy(tokenizer_of("bytes", "pad = eos"))
     turn = TURN.replace("<|im_end|>", "{% if m.role == 'user' or loop.last %}<|im_end|>{% endif %}")
     tokenizer.chat_template = OPEN + turn + CLOSE + GENERATION_PROMPT
-    example = encode_record(Conversation(chat(*turns)), ChatTemplate(tokenizer), "assistant")
-    assert [tokenizer.decode(run) for run in supervised_runs(example)] == supervised
+    examples = encode_record(Conversation(chat(*turns)), ChatTemplate(tokenizer), "assistant")
+    runs = [[tokenizer.decode(run) for run in supervised_runs(example)] for example in examples]
+    assert runs == supervised

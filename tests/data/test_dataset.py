@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_accel.config.schema import DataSection, SourceSection
 from lora_accel.data.audit import SourceLedger, ledger_lines
-from lora_accel.data.chat import ChatTemplate, Example
-from lora_accel.data.dataset import Dataset, Recipe, load_dataset, read_records
-from lora_accel.data.formats import PlainText
+from lora_accel.data.chat import Example
+from lora_accel.data.dataset import Dataset, Recipe, find_rows, load_dataset
+from lora_accel.data.template import ChatTemplate
 from lora_accel.errors import DataError
 from lora_accel.labels import IGNORE_INDEX
 from tests.conftest import chat_rows, write_jsonl
@@ -158,14 +158,23 @@ def test_an_explicit_format_is_not_detected(tmp_path: Path, load: Load, template
     assert texts(load(tmp_path / "a.jsonl", format="text"), template) == ["t"]
 
 
-def test_records_are_read_by_row_and_in_the_format_of_the_source(tmp_path: Path) -> None:
-    """The first row determines the format: another row may have the keys of several."""
+def test_every_row_is_read_in_the_format_of_the_first_one(tmp_path: Path, load: Load, template: ChatTemplate) -> None:
+    """Another row may have the keys of several formats."""
     rows = [{"text": "one"}, {"text": " "}, {"text": "two", "prompt": "p", "completion": "c"}, {"text": "three"}]
     file = write_jsonl(tmp_path / "a.jsonl", rows)
+    dataset = load(file, limit=3)
+    assert texts(dataset, template) == ["one", "two"]
+    assert [example.row for example in dataset.examples] == [(str(file), 1), (str(file), 3)]
+    assert dataset.ledgers[0].dropped == {"empty text": [(str(file), 2)]}
+
+
+def test_rows_are_found_by_file_and_number(tmp_path: Path) -> None:
+    rows = [{"text": "one"}, {"text": " "}, {"text": "two"}, {"text": "three"}]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
     section = SourceSection(path=str(file), limit=3)
-    rows_to_read = {(str(file), number) for number in (3, 4)}
-    assert list(read_records(section, "text", rows_to_read)) == [PlainText("two")]
-    assert list(read_records(section, "text", ())) == []
+    chunks = list(find_rows(section, {(str(file), number) for number in (1, 3, 4)}))
+    assert [row for chunk in chunks for row in chunk.parsed()] == [(1, rows[0]), (3, rows[2])]
+    assert list(find_rows(section, ())) == []
 
 
 # data.overlong.

@@ -1,8 +1,8 @@
-"""Held-out examples, and the rows that are evaluated by exact match."""
+"""Rows held out for evaluation."""
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,41 +10,78 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lora_accel.config.schema import DataSection, SourceSection
-from lora_accel.data.chat import ChatTemplate, Example
-from lora_accel.data.dataset import Dataset, Recipe, Source, load_dataset
-from lora_accel.data.formats import Conversation
-from lora_accel.data.splits import HELD_OUT, Splits, examples_by_name, hold_out, load_evaluation, load_splits
+from lora_accel.config.schema import DataSection
+from lora_accel.data.audit import DROPPED
+from lora_accel.data.chat import Example
+from lora_accel.data.dataset import Dataset, Recipe, Source
+from lora_accel.data.splits import (
+    EVAL_SPLIT,
+    HELD_OUT,
+    Splits,
+    examples_by_name,
+    load_evaluation,
+    load_splits,
+    split_train,
+)
 from lora_accel.data.store import Examples
+from lora_accel.data.template import ChatTemplate
 from lora_accel.errors import DataError
 from lora_accel.labels import IGNORE_INDEX
+from lora_accel.randomness import permutation
 from tests.conftest import chat_rows, write_jsonl
 
 
-def numbered(*sizes: int) -> Dataset:
+def numbered(*sizes: int, examples_per_row: int = 1) -> Dataset:
+    """Return sources of these numbers of rows. The tokens of an example are the number of its row, from 0."""
     sources, first = [], 0
-    for size in sizes:
-        examples = [Example([i, i], [IGNORE_INDEX, i]) for i in range(first, first + size)]
+    for number, size in enumerate(sizes):
+        examples = [
+            Example([row] * 2, [IGNORE_INDEX, row], row=(f"{number}.jsonl", row - first + 1))
+            for row in range(first, first + size)
+            for _ in range(examples_per_row)
+        ]
         sources.append(Source(Examples.of(examples), weight=float(size)))
         first += size
     return Dataset(sources, [])
 
 
+def hold_out(dataset: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:
+    data = DataSection.model_validate({"train": [{"path": "rows.jsonl"}], "eval_fraction": fraction})
+    train, held = split_train(dataset, data, seed)
+    assert held is not None
+    return train, held
+
+
+@pytest.mark.parametrize("examples_per_row", [1, 3])
 @pytest.mark.parametrize(("fraction", "count"), [(0.001, 1), (0.1, 1), (0.34, 3), (0.5, 5), (0.9, 9)])
-def test_holding_out_splits_the_examples(fraction: float, count: int) -> None:
-    dataset = numbered(4, 6)
-    order = [7, 2, 9, 0, 5, 1, 8, 3, 6, 4]
-    train, held = hold_out(dataset, fraction, order)
-    assert [example.input_ids[0] for example in held.examples] == sorted(order[:count])
-    assert sorted(train.examples + held.examples) == sorted(dataset.examples)
-    for source in (*train.sources, *held.sources):
-        assert all((example.input_ids[0] < 4) == (source.weight == 4) for example in source.examples)
+def test_holding_out_splits_the_rows(fraction: float, count: int, examples_per_row: int) -> None:
+    """The same rows as if each had one example."""
+    dataset = numbered(4, 6, examples_per_row=examples_per_row)
+    for seed in range(5):
+        train, held = hold_out(dataset, fraction, seed)
+        rows = [example.input_ids[0] for example in held.examples]
+        expected = sorted(permutation(10, seed, EVAL_SPLIT)[:count].tolist())
+        assert rows == [row for row in expected for _ in range(examples_per_row)]
+        assert sorted(train.examples + held.examples) == sorted(dataset.examples)
+        for source in (*train.sources, *held.sources):
+            assert all((example.input_ids[0] < 4) == (source.weight == 4) for example in source.examples)
+
+
+def test_a_row_that_two_sources_share_is_held_out_of_both() -> None:
+    """The same file with another weight or limit."""
+    (source,) = numbered(10).sources
+    shared = Dataset([source, source._replace(weight=2.0), *numbered(10, 10).sources[1:]], [])
+    for seed in range(10):
+        train, held = hold_out(shared, 0.3, seed)
+        assert {example.row for example in train.examples}.isdisjoint(example.row for example in held.examples)
+        assert len({example.row for example in held.examples}) == 6, "of 20 rows"
 
 
 @pytest.mark.parametrize(("size", "fraction"), [(1, 0.1), (2, 0.9), (10, 0.96)])
 def test_holding_out_everything_is_an_error(size: int, fraction: float) -> None:
-    with pytest.raises(DataError, match=rf"data.eval_fraction={fraction} leaves no training example of {size}"):
-        hold_out(numbered(size), fraction, list(range(size)))
+    message = rf"data.eval_fraction={fraction} leaves no training row of {size}; lower it"
+    with pytest.raises(DataError, match=message):
+        hold_out(numbered(size, examples_per_row=2), fraction)
 
 
 Load = Callable[..., Splits]
@@ -63,15 +100,16 @@ def rows_of(examples: list[Example]) -> list[int]:
     return [example.row[1] for example in examples]
 
 
-def test_a_source_that_is_held_out_completely_is_removed_but_keeps_its_ledger(tmp_path: Path, load: Load) -> None:
+def test_a_source_that_is_held_out_completely_has_no_examples_but_a_ledger(tmp_path: Path, load: Load) -> None:
     one, many = write_jsonl(tmp_path / "one.jsonl", chat_rows(1)), write_jsonl(tmp_path / "many.jsonl", chat_rows(9))
     data = {"train": [{"path": str(one)}, {"path": str(many), "weight": 2.0}], "eval_fraction": 0.1}
     held = {}
     for seed in range(40):
         splits = load(seed=seed, **data)
-        held[splits.evaluation[0].examples.row_ids != set()] = splits
-    assert [(source.path, source.weight) for source in held[True].train.sources] == [(str(many), 2.0)]
-    assert [source.path for source in held[False].train.sources] == [str(one), str(many)]
+        held[len(splits.evaluation[0].examples) > 0] = splits
+    for is_held, splits in held.items():
+        sources = [(source.path, source.weight, len(source.examples) > 0) for source in splits.train.sources]
+        assert sources == [(str(one), 1.0, not is_held), (str(many), 2.0, True)]
     assert [ledger.path for ledger in held[True].train.ledgers] == [str(one), str(many)]
 
 
@@ -118,56 +156,26 @@ def uneven(count: int, tag: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("overlong", ["truncate", "drop", "split"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_records_are_the_rows_of_which_nothing_is_trained_on(
-    tmp_path: Path, load: Load, tokenizer: PreTrainedTokenizerFast, overlong: str, seed: int
-) -> None:
+def test_no_row_is_both_trained_on_and_held_out(tmp_path: Path, load: Load, overlong: str, seed: int) -> None:
     """With rows dropped, truncated or split, and with several sources, weights and limits."""
-    contents = {name: uneven(size, name) for name, size in {"a": 30, "b": 40, "c": 12}.items()}
-    files = {name: write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in contents.items()}
+    files = {
+        name: str(write_jsonl(tmp_path / f"{name}.jsonl", uneven(size, name)))
+        for name, size in {"a": 30, "b": 40, "[c]": 12}.items()
+    }
     train = [
-        {"path": str(files["a"]), "limit": 17, "weight": 2.0},
-        {"path": str(files["b"]), "weight": 0.25},
-        {"path": str(files["a"]), "limit": 8},  # the same rows as another source
-        {"path": str(tmp_path / "[c].jsonl")},
+        {"path": files["a"], "limit": 17, "weight": 2.0},
+        {"path": files["b"], "weight": 0.25},
+        {"path": files["a"], "limit": 8},  # the same rows as another source
+        {"path": files["[c]"]},
     ]
-    data: dict[str, Any] = {"train": train, "eval_fraction": 0.5, "overlong": overlong, "max_length": 90}
-    splits = load(seed=seed, **data)
-    num_evaluated = num_skipped = 0
-    for number, source in enumerate(splits.evaluation):
-        name = "abac"[number]
-        # The examples of this source by row, as without holding out.
-        options = DataSection.model_validate(data | {"eval_fraction": 0.0, "train": [train[number]]})
-        recipe = Recipe("tiny", lambda: ChatTemplate(tokenizer))
-        (alone,) = load_dataset([SourceSection.model_validate(train[number])], recipe, options).sources
-        full: dict[int, list[Example]] = {}
-        held: dict[int, list[Example]] = {}
-        for by_row, examples in ((full, alone.examples), (held, source.examples)):
-            for example in examples:
-                by_row.setdefault(example.row[1], []).append(example)
-        assert all(example in full[row] for row, examples in held.items() for example in examples)
-        expected = [row for row, examples in sorted(held.items()) if len(examples) == len(full[row])]
-        records = list(source.records())
-        assert all(isinstance(record, Conversation) for record in records)
-        assert [record.messages[-1].content for record in records if isinstance(record, Conversation)] == [
-            contents[name][row - 1]["messages"][-1]["content"] for row in expected
-        ]
-        num_evaluated += len(expected)
-        num_skipped += len(held) - len(expected)
-    assert num_evaluated > 10
-    assert (num_skipped > 0) == (overlong == "split"), "a row is skipped if a part of it is trained on"
-    kept = sum(len(source.examples) for source in splits.train.sources)
-    assert kept + sum(len(source.examples) for source in splits.evaluation) == sum(
-        x.num_examples for x in splits.train.ledgers
-    )
-
-
-def test_records_of_evaluation_rows_are_all_that_are_usable(tmp_path: Path, load: Load) -> None:
-    rows = uneven(10, "a")
-    files = [write_jsonl(tmp_path / "rows.jsonl", rows), write_jsonl(tmp_path / "train.jsonl", chat_rows(2))]
-    splits = load(train=[{"path": str(files[1])}], eval=[{"path": str(files[0])}], overlong="split", max_length=90)
-    (source,) = splits.evaluation
-    usable = [row for row in rows if row["messages"]]
-    contents = [[m.content for m in record.messages] for record in source.records() if isinstance(record, Conversation)]
-    assert contents == [[turn["content"] for turn in row["messages"]] for row in usable]
-    assert len(source.examples) > len(usable), "some rows were split"
-    assert json.loads(files[0].read_text().splitlines()[0]) == rows[0]
+    splits = load(seed=seed, train=train, eval_fraction=0.5, overlong=overlong, max_length=90)
+    trained = [example for source in splits.train.sources for example in source.examples]
+    held = [example for source in splits.evaluation for example in source.examples]
+    assert {example.row for example in trained}.isdisjoint(example.row for example in held)
+    buckets = [item for ledger in splits.train.ledgers for item in ledger.buckets.items()]
+    usable = {row for bucket, rows in buckets for row in rows if not bucket.startswith(DROPPED)}
+    assert len({example.row for example in held}) == round(0.5 * len(usable))
+    assert len(trained) + len(held) == sum(ledger.num_examples for ledger in splits.train.ledgers)
+    num_split = sum(count > 1 for count in Counter(example.row for example in held).values())
+    if overlong == "split":
+        assert num_split > 0, "a row of several examples is held out"

@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerFast
 from lora_accel.config.files import config_to_yaml
 from lora_accel.config.schema import DataSection, RunConfig
 from lora_accel.data import rows
-from lora_accel.data.chat import ChatTemplate, Example
+from lora_accel.data.chat import Example
 from lora_accel.data.dataset import Dataset, Recipe, load_dataset
 from lora_accel.data.store import Examples, get_or_build
+from lora_accel.data.template import ChatTemplate
 from lora_accel.errors import ConfigError, DataError
 from lora_accel.labels import IGNORE_INDEX
 from lora_accel.setup.data import prepare_data

@@ -64,6 +64,31 @@ class Section(BaseModel):
     )
 
 
+class AddedTokens(Section):
+    """Tokens to add to the vocabulary, and how to train them."""
+
+    tokens: list[str] = Field(min_length=1)
+    """Their texts. A token that the model already has is trained, too."""
+    special: bool = False
+    """Whether they are special tokens: only the chat template can write them, and replies omit them. false = their text
+    is the token wherever it occurs."""
+    train: Literal["rows", "embeddings"] = "rows"
+    """What to train: the rows of these tokens, or all rows of the embeddings and the head."""
+    like: dict[str, str] = {}
+    """{token: text}: the token begins as the mean of the embeddings of this text. Default: of its own text."""
+
+    @model_validator(mode="after")
+    def _check_tokens(self) -> Self:
+        if any(not token.strip() for token in self.tokens) or len(set(self.tokens)) < len(self.tokens):
+            raise ValueError("tokens should be different texts that are not empty")
+        for token, text in self.like.items():
+            if token not in self.tokens:
+                raise ValueError(f"like: {token!r} is not one of tokens{did_you_mean(token, self.tokens)}")
+            if not text:
+                raise ValueError(f"like: the text for {token!r} is empty")
+        return self
+
+
 class ModelSection(Section):
     """The frozen base model."""
 
@@ -79,8 +104,41 @@ class ModelSection(Section):
     chat_template: str | None = None
     """null = the tokenizer's own | a built-in template (alpaca, chatml, gemma, llama-2, llama-3, vicuna_v1.1, zephyr) |
     a .jinja file."""
+    rope_scaling: dict[str, Any] | None = None
+    """Scaling of rotary embeddings, in transformers' names: {rope_type: linear, factor: 2.0} | yarn | llama3. linear
+    without a factor = data.max_length / max_position_embeddings, rounded up. null = the model's own."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables of the chat template, such as {enable_thinking: false}. Used in training and inference alike."""
+    add_tokens: AddedTokens | None = None
+    """Tokens to add to the vocabulary: {tokens: [<tool>], special: false, train: rows | embeddings, like: {<tool>:
+    text}}, or only the list. null = none."""
     trust_remote_code: bool = False
     """Whether to run Python code from the model's repository."""
+
+    @field_validator("add_tokens", mode="before")
+    @classmethod
+    def _accept_list_of_tokens(cls, value: object) -> object:
+        return {"tokens": value} if isinstance(value, list) else value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _check_chat_template_kwargs(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if reserved := value.keys() & {"messages", "tools", "add_generation_prompt"}:
+            raise ValueError(f"{join_or(sorted(reserved))} is set for each row; remove it")
+        return value
+
+    @field_validator("rope_scaling")
+    @classmethod
+    def _check_rope_scaling(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        value = {"rope_type" if key == "type" else key: item for key, item in value.items()}  # FastChat's name
+        if not isinstance(value.get("rope_type"), str):
+            raise ValueError("rope_type is missing; set a mapping such as {rope_type: linear, factor: 2.0}")
+        factor = value.get("factor", 1)
+        if factor is not None and (not isinstance(factor, (int, float)) or isinstance(factor, bool) or factor < 1):
+            raise ValueError(f"factor={factor!r}: should be a number of at least 1")
+        return value
 
 
 class QuantizationSection(Section):
@@ -186,11 +244,13 @@ class SourceSection(Section):
     """One source of rows."""
 
     path: str = Field(min_length=1)
-    """A file, a folder, a glob, or a dataset id on the Hub."""
+    """A file, a folder, a glob, a URL (https://, s3://, gs://, hf://, …), or a dataset id on the Hub."""
     format: str | None = None
     """Format of the rows. null = detected from the keys of the first row."""
     split: str = "train"
-    """Split of a Hub dataset."""
+    """Split of a folder or a Hub dataset. A folder without names of splits is all train."""
+    name: str | None = None
+    """Configuration of a Hub dataset. null = its only one, or its default."""
     revision: str | None = None
     """Branch, tag or commit of a Hub dataset. null = the default branch."""
     streaming: bool = False
@@ -214,8 +274,8 @@ class DataSection(Section):
     """Share of the training examples to hold out for evaluation, selected by the seed."""
     max_length: int = Field(2048, ge=2)
     """Maximum length of an example, in tokens."""
-    overlong: Literal["truncate", "drop", "split", "error"] = "truncate"
-    """What to do with longer examples."""
+    overlong: Literal["auto", "truncate", "drop", "split", "error"] = "auto"
+    """What to do with longer examples. auto = split .txt files, which are documents, and truncate rows."""
     loss_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     """Which tokens are supervised: those of all assistant turns, of the last one, or all tokens. The end token of a
     turn belongs to the turn."""
@@ -259,11 +319,14 @@ class TrainingSection(Section):
     optimizer: _name_in(OPTIMIZERS) = "adamw"  # type: ignore[valid-type]
     """The optimizer. Its state is part of every checkpoint."""
     scheduler: _name_in(SCHEDULES) = "cosine"  # type: ignore[valid-type]
-    """Learning-rate schedule after warm-up: decay to 0 over the run, or constant."""
+    """Learning-rate schedule after warm-up: decay toward 0 over the run, or constant."""
     warmup_ratio: float = Field(0.03, ge=0, le=1)
-    """Share of the steps over which the learning rate rises from 0 to its peak."""
+    """Share of the steps over which the learning rate rises to its peak."""
     warmup_steps: int | None = Field(None, ge=0)
     """Number of warm-up steps; overrides warmup_ratio. null = use warmup_ratio."""
+    warmup_from_zero: bool = False
+    """Whether the first warm-up step has a learning rate of 0, as in transformers: it changes no weight. Unless this is
+    set, a resumed run keeps the value of its checkpoint."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of matrices; biases and norms have none."""
     max_grad_norm: float = Field(1.0, gt=0)
@@ -396,6 +459,10 @@ class RunConfig(Section):
                 "adapter.modules_to_save with quantization.bits would train quantized weights; "
                 "train them on a base that is not quantized"
             )
+        if self.model.add_tokens is not None and self.adapter.trainable_token_indices is not None:
+            problems.append("model.add_tokens and adapter.trainable_token_indices: set one of them")
+        if self.model.add_tokens is not None and self.model.add_tokens.train == "embeddings" and self.quantization.bits:
+            problems.append("model.add_tokens.train=embeddings with quantization.bits is not supported; set train=rows")
         for option in self.checkpoint.allow_changes:
             section: Any = RunConfig
             for name in option.split("."):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from lora_accel.config.counts import scale
 from lora_accel.console import short_names
 from lora_accel.errors import DataError
 
 USED, TRUNCATED, SPLIT = "used", "truncated", "split"
 DROPPED = "dropped:"
+TEMPLATE = "the chat template"
+"""Names a chat template in the reason of a dropped row."""
+MAX_CUT = 0.05
+"""Share of a source's tokens that may be cut off before its summary begins with it."""
 
 
 @dataclasses.dataclass
@@ -31,6 +36,8 @@ class SourceLedger:
     longest: int = 0
     num_ended: int = 0
     """Examples in which the end of an answer is supervised. From these a model learns to stop."""
+    num_raw: int = 0
+    """Examples that were tokenized without a chat template."""
     num_cut_tokens: int = 0
     """Tokens cut off by data.max_length."""
     tokens_sha256: str = ""
@@ -42,6 +49,11 @@ class SourceLedger:
     def num_rows(self) -> int:
         """Return the number of rows read."""
         return sum(map(len, self.buckets.values()))
+
+    @property
+    def can_split(self) -> bool:
+        """Whether `data.overlong: split` can divide these rows: not a prompt and completion without a template."""
+        return self.format != "prompt_completion" or not self.num_raw
 
     @property
     def dropped(self) -> dict[str, list[tuple[str, int]]]:
@@ -75,7 +87,7 @@ class SourceLedger:
         num_dropped = sum(map(len, self.dropped.values()))
         if self.num_rows == 0:
             raise DataError(f"{self.path}: has no rows; use a file with rows, or remove this source")
-        if num_dropped <= max_dropped * self.num_rows and num_dropped < self.num_rows:
+        if num_dropped <= scale(max_dropped, self.num_rows) and num_dropped < self.num_rows:
             return
         reasons = "\n".join(
             f"  {name_rows(rows)}: {reason}"
@@ -87,7 +99,7 @@ class SourceLedger:
             alternative = ", or raise data.max_dropped to train without them"
         raise DataError(
             f"{self.path}: {num_dropped} of {self.num_rows} rows cannot be used{limit}\n{reasons}\n"
-            f"Fix these rows{alternative}."
+            f"{_remedy(self.dropped)}{alternative}."
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -154,13 +166,32 @@ def ledger_lines(ledgers: list[SourceLedger]) -> list[tuple[str, str]]:
         lines.append(
             (
                 name,
-                f"{ledger.format}, {ledger.num_rows:,} rows: {len(ledger.buckets.get(USED, [])):,} used"
+                _cut_warning(ledger)
+                + f"{ledger.format}, {ledger.num_rows:,} rows: {len(ledger.buckets.get(USED, [])):,} used"
                 + "".join(f", {item}" for item in others)
                 + f"; {ledger.num_examples:,} examples, {ledger.num_tokens:,} tokens{cut}, {share:.1%} supervised, "
                 f"end of turn in {ended:.1%} of examples, longest {ledger.longest:,}",
             )
         )
     return lines
+
+
+def _remedy(reasons: Collection[str]) -> str:
+    """Return what to do about dropped rows."""
+    blamed = [reason for reason in reasons if TEMPLATE in reason]
+    template = "set model.chat_template to a template that supports these rows (or set model.chat_template_kwargs)"
+    if not blamed:
+        return "Fix these rows"
+    return f"Fix these rows, or {template}" if len(blamed) < len(reasons) else f"S{template[1:]}, or change the rows"
+
+
+def _cut_warning(ledger: SourceLedger) -> str:
+    """Return a warning if truncation cuts off many tokens, or nothing. Split rows lose only what is not supervised."""
+    share = ledger.num_cut_tokens / max(1, ledger.num_tokens + ledger.num_cut_tokens)
+    if share <= MAX_CUT or TRUNCATED not in ledger.buckets:
+        return ""
+    split = ", or set data.overlong: split" if ledger.can_split else ""
+    return f"{share:.0%} of the tokens are cut off at data.max_length (raise it{split}); "
 
 
 def _parse_ranges(ranges: str) -> Iterator[int]:

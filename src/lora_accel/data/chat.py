@@ -1,67 +1,35 @@
-"""Render messages with a chat template, tokenize the text, and mark the supervised tokens.
+"""Tokenize records, and mark the tokens that are supervised.
 
-An answer is supervised from where its prompt ends (the prompt that `generate` passes to the model) to the token that
-ends its turn. For every supervised answer, the training text is checked to start with exactly that prompt. Masks come
-from character spans, so they do not depend on token ids.
+One rule holds for training and inference: the tokens that inference feeds are a prefix of the tokens of training, and
+everything after that prefix up to the end of the turn is supervised. A row usually gives one example. An answer gets an
+example of its own if its prompt is not a prefix of the row's tokens: because the template renders it differently there
+(`data/turns.py`), or because one token would cover the end of the prompt and the beginning of the answer.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-from collections.abc import Iterator, Sequence
-from importlib import resources
-from pathlib import Path
-from typing import Any, NamedTuple
+import bisect
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import jinja2
-
-from lora_accel.data.formats import Completion, Conversation, MalformedRow, Message, Pretokenized, Record, UnusableRow
-from lora_accel.data.spans import RESERVED, Span, locate, mark
-from lora_accel.data.tokens import TextTokenizer, Tokens, special_tokens
-from lora_accel.errors import DataError, did_you_mean
+from lora_accel.data.formats import (
+    Completion,
+    Conversation,
+    MalformedRow,
+    Message,
+    PlainText,
+    Pretokenized,
+    Record,
+    UnusableRow,
+)
+from lora_accel.data.spans import RESERVED, Span
+from lora_accel.data.template import SPECIAL_AS_TEXT, ChatTemplate
+from lora_accel.data.tokens import Tokens
+from lora_accel.data.turns import Turn, find_turn_alone, find_turn_in_row
 from lora_accel.labels import IGNORE_INDEX
 
-BUILT_IN_TEMPLATES = ("alpaca", "chatml", "gemma", "llama-2", "llama-3", "vicuna_v1.1", "zephyr")
-SPECIAL_AS_TEXT = "special tokens in the text are tokenized as plain text"
-"""Note in the ledger."""
-
-
-class Rendered(NamedTuple):
-    """A rendered conversation, with the span of each message."""
-
-    text: str
-    spans: list[Span | None]
-    """The span of each message's content; None if it is empty, or the template left it out."""
-    message_spans: list[list[Span]]
-    """The spans of each message's text, reasoning included. All other text was written by the template."""
-    values: list[dict[str, Any]]
-    """The messages as passed to the template."""
-    notes: tuple[str, ...] = ()
-    """Changes that the template made to the messages, for the ledger."""
-
-    @property
-    def untrusted(self) -> list[Span]:
-        """Return the spans of all message text, in order."""
-        return sorted(span for spans in self.message_spans for span in spans)
-
-    def check_tools(self, messages: Sequence[Message], tools: Any) -> None:
-        """Check that the template wrote every tool and every tool call.
-
-        Raises:
-            UnusableRow: one is missing. Message text that mentions it does not count.
-        """
-        edges = [0, *(edge for span in self.untrusted for edge in span), len(self.text)]
-        written = "\0".join(self.text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True))
-        for tool in tools or ():
-            _check_contains(written, tool.get("function", tool).get("name") or tool.get("type"), "a tool")
-        for number, message in enumerate(messages):
-            if message.tool_calls:
-                start = max((s.end for spans in self.message_spans[: number + 1] for s in spans), default=0)
-                following = (s.start for spans in self.message_spans[number + 1 :] for s in spans)
-                until_next = self.text[start : min(following, default=len(self.text))]
-                calls = [call["function"] for call in message.tool_calls]
-                _check_contains(until_next, calls, f"a tool call of message {number + 1}")
+NOT_TOKENIZED = "an answer cannot be tokenized after its prompt"
+"""Reason in the ledger."""
 
 
 class Example(NamedTuple):
@@ -76,6 +44,9 @@ class Example(NamedTuple):
     """File and number of the row that it comes from."""
     notes: tuple[str, ...] = ()
     """Changes made to the row, for the ledger."""
+    answer: tuple[int, int] | None = None
+    """First and end token of its last supervised answer: inference feeds what is before it, and should get it.
+    None = the row has no answer to a prompt, or only a part of it."""
 
     @property
     def num_supervised(self) -> int:
@@ -83,280 +54,27 @@ class Example(NamedTuple):
         return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
-class ChatTemplate:
-    """A chat template and its tokenizer. Renders conversations and finds each message in the text."""
-
-    def __init__(self, tokenizer: Any, name: str | None = None, *, parse_special_tokens: bool = False) -> None:
-        """Load a template.
-
-        Args:
-            tokenizer: a fast transformers tokenizer (character offsets are needed).
-            name: None = the tokenizer's own template, a built-in name, or the path of a .jinja file.
-            parse_special_tokens: parse special tokens in the text of messages, too.
-
-        Raises:
-            DataError: the template does not exist, or the tokenizer has no offsets.
-        """
-        self.tokenizer = tokenizer
-        self.tokens = TextTokenizer(tokenizer, parse_special_tokens=parse_special_tokens)
-        self._is_built_in = name in BUILT_IN_TEMPLATES
-        self.source = template_source(name) or _own_template(tokenizer)
-        self._special_tokens_map: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        self._has_generation_prompt = "add_generation_prompt" in self.source
-        self.end_of_turn = self._find_end_of_turn() if self.source else ""
-
-    @property
-    def end_ids(self) -> set[int]:
-        """Return the tokens that end an answer: the end-of-turn token, if it is a special one, and EOS."""
-        ends = {self.tokenizer.eos_token, self.end_of_turn.strip()} & special_tokens(self.tokenizer)
-        return {self.tokenizer.convert_tokens_to_ids(token) for token in ends}
-
-    def render(
-        self, messages: Sequence[Message], tools: Any = None, *, add_generation_prompt: bool = False
-    ) -> Rendered:
-        """Render a conversation and find each message in the text.
-
-        Args:
-            tools: JSON schemas of functions, for templates that support them.
-            add_generation_prompt: end the text where the assistant's next answer begins.
-
-        Raises:
-            UnusableRow: the template rejects the conversation, or changes a message so that its span cannot be
-                verified.
-        """
-        values = [message.for_template() for message in messages]
-        plain = self._apply_template(values, tools, add_generation_prompt)
-        marked, parts = mark(messages, values)
-        self._check_tool_text(messages, tools)
-        spans = locate(plain, self._apply_template(marked, tools, add_generation_prompt), parts, messages)
-        contents: list[Span | None] = [None] * len(messages)
-        message_spans: list[list[Span]] = [[] for _ in messages]
-        notes = []
-        for part, span in zip(parts, spans, strict=True):
-            if not part.is_reasoning:
-                contents[part.message] = span
-            if span is not None:
-                message_spans[part.message].append(span)
-            else:
-                what = "reasoning of an earlier answer" if part.is_reasoning else "system text"
-                notes.append(f"the template leaves out the {what}")
-        rendered = Rendered(plain, contents, message_spans, values)
-        rendered.check_tools(messages, tools)
-        if self.tokens.find_special("\n".join(message.content + message.reasoning for message in messages)):
-            notes.append(SPECIAL_AS_TEXT)
-        return rendered._replace(notes=tuple(dict.fromkeys(notes)))
-
-    def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
-        """Return the text after which the assistant's next answer is generated.
-
-        For a template without `add_generation_prompt`, it is the text before an answer.
-
-        Raises:
-            UnusableRow: the template rejects the conversation.
-        """
-        if self._has_generation_prompt:
-            values = [message.for_template() for message in messages]
-            return self._apply_template(values, tools, add_generation_prompt=True)
-        return self._before_answer(messages, tools)
-
-    def _before_answer(self, messages: Sequence[Message], tools: Any) -> str:
-        """Return the text that the template writes before an answer."""
-        probe = self.render((*messages, Message("assistant", "answer")), tools)
-        assert probe.spans[-1] is not None
-        return probe.text[: probe.spans[-1].start]
-
-    def encode_prompt(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
-        """Return the tokens after which the assistant's next answer is generated, the same as in training.
-
-        Raises:
-            DataError: the template rejects the conversation.
-        """
-        try:
-            prompt = self.prompt(messages, tools)
-            rendered = self.render(messages, tools, add_generation_prompt=self._has_generation_prompt)
-        except UnusableRow as error:
-            last = messages[-1].content if messages else ""
-            raise DataError(f"prompt {last!r:.60}: {error}; fix the prompt or the template") from None
-        return self.bos_prefix(prompt) + self.tokens.encode_prompt(prompt, rendered.untrusted)
-
-    def encode_text(self, text: str) -> list[int]:
-        """Return the tokens of a prompt without a template: the prompt of a completion."""
-        return self.tokens.bos_prefix(text) + self.tokens.encode_prompt(text, [Span(0, len(text))])
-
-    def bos_prefix(self, text: str) -> list[int]:
-        """Return the tokens before a rendered text: BOS if the template does not write it, else nothing.
-
-        A tokenizer's own template, or a file, writes what its model needs. The built-in templates serve many models and
-        leave BOS to the tokenizer, as FastChat does.
-        """
-        return self.tokens.bos_prefix(text) if self._is_built_in else []
-
-    def answer_span(self, messages: Sequence[Message], number: int, rendered: Rendered, tools: Any = None) -> Span:
-        """Return the span that the model has to generate for an answer, from the end of its prompt to its end of turn.
-
-        Args:
-            number: 0-based index of the answer in `messages`.
-
-        Raises:
-            UnusableRow: the text before the answer is not the prompt of `generate`, or the answer's end cannot be
-                verified.
-        """
-        text, content = rendered.text, rendered.spans[number]
-        if self._has_generation_prompt and any(message.role in ("user", "tool") for message in messages[:number]):
-            prompt = self._apply_template(rendered.values[:number], tools, add_generation_prompt=True)
-        else:
-            prompt = self._before_answer(messages[:number], tools)
-        if not text.startswith(prompt):
-            raise UnusableRow(
-                f"the text before message {number + 1} is not the prompt that the chat template makes for it"
-            )
-        start = len(prompt)
-        text_end = max([start, *(span.end for span in rendered.message_spans[number])])
-        next_start = min((span.start for span in rendered.untrusted if span.end > text_end), default=len(text))
-        end = text.find(self.end_of_turn, text_end, next_start) if self.end_of_turn else -1
-        if (
-            end >= 0
-            and number + 1 < len(messages)
-            and not rendered.message_spans[number + 1]
-            and not self._ends_turn(messages, number, rendered, tools, end + len(self.end_of_turn))
-        ):
-            end = -1
-        if not messages[number].tool_calls:
-            # The model must also generate what a template adds to an empty answer, such as an empty think block.
-            is_closed = content is None or end == text_end or text[text_end:end].isspace()
-            return Span(start, end + len(self.end_of_turn) if is_closed and end >= 0 else text_end)
-        if end < 0:
-            raise UnusableRow(f"nothing ends message {number + 1}, so the span of its tool calls cannot be verified")
-        return Span(start, end + len(self.end_of_turn))
-
-    def _ends_turn(self, messages: Sequence[Message], number: int, rendered: Rendered, tools: Any, end: int) -> bool:
-        """Whether the end-of-turn token before `end` belongs to this answer, if the next message has no text.
-
-        With tool calls, it does if the text up to it is the same when the answer is the last message. Otherwise, it
-        does if the token also follows another content in place of the answer's.
-        """
-        if messages[number].tool_calls:
-            alone = self._apply_template(rendered.values[: number + 1], tools, add_generation_prompt=False)
-            return alone[:end] == rendered.text[:end]
-        probe = self.render([*messages[:number], Message("assistant", "answer"), *messages[number + 1 :]], tools)
-        span = probe.spans[number]
-        return span is not None and probe.text.startswith(self.end_of_turn, span.end)
-
-    def _apply_template(self, messages: Sequence[dict[str, Any]], tools: Any, add_generation_prompt: bool) -> str:
-        if not self.source:
-            raise DataError(
-                "the tokenizer has no chat template; set model.chat_template to one of "
-                f"{', '.join(BUILT_IN_TEMPLATES)} or to a .jinja file"
-            )
-        try:
-            text = self._jinja.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens_map,
-            )
-        except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"model.chat_template: not valid Jinja, line {error.lineno}: {error.message}") from None
-        except Exception as error:  # templates are untrusted programs that may raise anything
-            raise UnusableRow(f"the chat template rejects it: {error}") from None
-        return text
-
-    @property
-    def _jinja(self) -> jinja2.Template:
-        """The template as transformers compiles it: sandboxed, and cached.
-
-        The public `render_jinja_template` copies every message at every rendering, for messages that are rich objects.
-        Messages here are plain, and are rendered once per answer.
-        """
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-
-        template: jinja2.Template = _compile_jinja_template(self.source)
-        return template
-
-    def _find_end_of_turn(self) -> str:
-        """Return what ends an assistant turn: a special token with the white space before it, if there is one.
-
-        Otherwise, the text that the template writes after every answer, whether or not it is the last message.
-        """
-        probe = (Message("user", "question"), Message("assistant", "answer"))
-        try:
-            tails = []
-            for messages in (probe, (*probe, Message("user", "another"))):
-                rendered = self.render(messages)
-                assert rendered.spans[1] is not None
-                tails.append(rendered.text[rendered.spans[1].end :])
-        except UnusableRow:
-            return ""
-        after_last = tails[0]
-        for token in sorted(special_tokens(self.tokenizer), key=len, reverse=True):
-            if after_last.lstrip().startswith(token):
-                return after_last[: len(after_last) - len(after_last.lstrip()) + len(token)]
-        common = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*tails, strict=False))
-        return "".join(letter for letter, _ in common).rstrip()
-
-    def _check_tool_text(self, messages: Sequence[Message], tools: Any) -> None:
-        """Check that tools and calls contain no special token: templates write them where no marks can be added."""
-        for data in (tools, *((m.tool_calls, m.name, m.tool_call_id) for m in messages)):
-            if not data or not any(data):
-                continue
-            text = json.dumps(data, ensure_ascii=False)
-            if RESERVED.search(text):
-                raise UnusableRow("a tool or tool call contains characters of Unicode private use area B")
-            if token := self.tokens.find_special(text):
-                raise UnusableRow(f"a tool or tool call contains the text of the special token {token}")
-
-
-def encode_record(record: Record, template: ChatTemplate, loss_on: str) -> Example:
-    """Tokenize a record in full and mark its supervised tokens (there may be none).
+def encode_record(record: Record, template: ChatTemplate, loss_on: str) -> list[Example]:
+    """Tokenize a record in full and mark its supervised tokens.
 
     Args:
         loss_on: assistant, last_assistant or all (`data.loss_on`).
 
+    Returns:
+        The examples, each with supervised tokens; none if nothing of the record is supervised.
+
     Raises:
-        UnusableRow: the template rejects the record, or its mask cannot be verified.
+        UnusableRow: the template rejects the record, or no answer can be supervised.
         MalformedRow: a token id is outside the vocabulary.
     """
     if isinstance(record, Pretokenized):
-        return _encode_pretokenized(record, len(template.tokenizer))
-    if isinstance(record, Conversation):
-        return _encode_conversation(record, template, loss_on)
-    prompt, completion = record if isinstance(record, Completion) else ("", record.text)
-    untrusted = prompt + completion
-    if RESERVED.search(untrusted):
-        raise UnusableRow("the text contains characters of Unicode private use area B")
-    text = untrusted + (template.tokenizer.eos_token or "")
-    start = 0 if loss_on == "all" else len(prompt)
-    tokens = template.tokens.encode(text, [Span(0, len(untrusted))])
-    supervised = tokens.within(Span(start, len(text)), [Span(0, start)] if start else [])
-    notes = (SPECIAL_AS_TEXT,) if template.tokens.find_special(untrusted) else ()
-    return _make_example(tokens, [supervised], template.tokens.bos_prefix(text), notes)
-
-
-def question_of(record: Record, template: ChatTemplate) -> tuple[list[int], str] | None:
-    """Return the prompt tokens of a record's last answer, and the answer; None for records without an answer."""
-    if isinstance(record, Completion):
-        return template.encode_text(record.prompt), record.completion
-    if not isinstance(record, Conversation):
-        return None
-    last = max(i for i, message in enumerate(record.messages) if message.role == "assistant")
-    return template.encode_prompt(record.messages[:last], record.tools), record.messages[last].content
-
-
-def _encode_conversation(record: Conversation, template: ChatTemplate, loss_on: str) -> Example:
-    messages = record.messages
-    rendered = template.render(messages, record.tools)
-    tokens = template.tokens.encode(rendered.text, rendered.untrusted)
-    prefix, notes = template.bos_prefix(rendered.text), (*record.notes, *rendered.notes)
-    if loss_on == "all":
-        return _make_example(tokens, [range(len(tokens.ids))], prefix, notes)
-    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    if loss_on == "last_assistant":
-        answers = answers[-1:]
-    answers = [i for i in answers if messages[i].supervised]
-    answer_spans = [template.answer_span(messages, i, rendered, record.tools) for i in answers]
-    excluded = [span for i, spans in enumerate(rendered.message_spans) if i not in answers for span in spans]
-    return _make_example(tokens, [tokens.within(span, excluded) for span in answer_spans], prefix, notes)
+        examples = [_encode_pretokenized(record, len(template.tokenizer))]
+    elif isinstance(record, Conversation):
+        examples = _encode_conversation(record, template, loss_on)
+    else:
+        examples = [_encode_text(record, template, loss_on)]
+    notes = dict.fromkeys((*record.notes, *(note for example in examples for note in example.notes)))
+    return [example._replace(notes=tuple(notes)) for example in examples if example.num_supervised]
 
 
 def _encode_pretokenized(record: Pretokenized, vocab_size: int) -> Example:
@@ -366,61 +84,242 @@ def _encode_pretokenized(record: Pretokenized, vocab_size: int) -> Example:
     return Example(record.input_ids, [IGNORE_INDEX, *record.labels[1:]])
 
 
-def _make_example(tokens: Tokens, supervised: Sequence[range], prefix: list[int], notes: tuple[str, ...]) -> Example:
-    labels = [IGNORE_INDEX] * len(tokens.ids)
-    for run in supervised:
-        labels[run.start : run.stop] = tokens.ids[run.start : run.stop]
-    input_ids, labels = prefix + tokens.ids, [IGNORE_INDEX] * len(prefix) + labels
-    return Example(input_ids, [IGNORE_INDEX, *labels[1:]], notes=notes)
+def _encode_text(record: Completion | PlainText, template: ChatTemplate, loss_on: str) -> Example:
+    """Tokenize a text, or a prompt with its completion: no template is applied."""
+    prompt, completion = (record.prompt, record.completion) if isinstance(record, Completion) else ("", record.text)
+    untrusted = prompt + completion
+    if RESERVED.search(untrusted):
+        raise UnusableRow("the text contains characters of Unicode private use area B")
+    notes = (SPECIAL_AS_TEXT,) if template.tokens.find_special(untrusted) else ()
+    text = untrusted + _missing_end(untrusted, template)
+    prefix = template.tokens.bos_prefix(text)
+    if isinstance(record, PlainText):
+        ids = prefix + template.tokens.encode(text, [Span(0, len(untrusted))]).ids
+        return Example(ids, [IGNORE_INDEX, *ids[1:]], notes=notes)
+    spans, span = [Span(0, len(untrusted))], Span(len(prompt), len(text))
+    turn = Turn(text, spans, span, content=None, is_closed=True, message_spans=[], is_rendered=False)
+    return _encode_turn(turn, template, is_all=loss_on == "all")._replace(notes=notes)
 
 
-def _check_contains(text: str, value: Any, what: str) -> None:
-    """Check that a text contains every string and number of a value, as it is or in JSON."""
-    for leaf in _leaves(value):
-        encoded = json.dumps(leaf, ensure_ascii=False)
-        if str(leaf) not in text and encoded.strip('"') not in text:
-            raise UnusableRow(f"the chat template leaves {what} out, or writes {leaf!r:.40} differently")
+def _missing_end(text: str, template: ChatTemplate) -> str:
+    """Return the EOS token, or nothing if a text already ends with an end token that is parsed."""
+    eos: str = template.tokenizer.eos_token or ""
+    is_parsed = not template.tokens.find_special(text)
+    return "" if is_parsed and text.rstrip().endswith(tuple({*template.end_tokens, eos} - {""})) else eos
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        for item in value.values():
-            yield from _leaves(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        yield value
-
-
-def _own_template(tokenizer: Any) -> str:
-    own = tokenizer.chat_template
-    return own if isinstance(own, str) else (own or {}).get("default", "")
-
-
-def template_source(name: str | None) -> str:
-    """Return the text of a built-in template or a file; empty for None, the tokenizer's own.
+def encode_context(record: Conversation, template: ChatTemplate) -> Example:
+    """Tokenize a conversation of which nothing is supervised.
 
     Raises:
-        DataError: the template does not exist, is empty, or is not UTF-8.
+        UnusableRow: the template rejects it.
     """
-    if name is None:
-        return ""
-    if name in BUILT_IN_TEMPLATES:
-        return (resources.files("lora_accel.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
-    if not name.endswith((".jinja", ".jinja2")):
-        raise DataError(
-            f"model.chat_template: unknown template {name!r}{did_you_mean(name, BUILT_IN_TEMPLATES)}; "
-            f"built in are {', '.join(BUILT_IN_TEMPLATES)}; a file ends in .jinja"
-        )
+    rendered = template.render(record.messages, record.tools, record.template_kwargs)
+    ids = template.bos_prefix(rendered.text) + template.tokens.encode(rendered.text, rendered.untrusted).ids
+    return Example(ids, [IGNORE_INDEX] * len(ids))
+
+
+def _encode_conversation(record: Conversation, template: ChatTemplate, loss_on: str) -> list[Example]:
+    """Tokenize a conversation: one example for the answers in the text of the row, one for each other answer."""
+    numbers = [i for i, message in enumerate(record.messages) if message.role == "assistant"]
+    is_all = loss_on == "all"
+    if loss_on != "assistant":
+        numbers = numbers[-1:]
+    numbers = [number for number in numbers if record.messages[number].supervised]
+    in_row: dict[int, Turn] = {}
+    alone: dict[int, Example] = {}
+    problems: list[UnusableRow] = []
+
+    def add_alone(number: int) -> None:
+        turn = in_row.get(number) or find_turn_alone(template, record, number)
+        excluded = _excluded_spans(record.messages[:number], turn.message_spans) if is_all else ()
+        alone[number] = _encode_turn(turn, template, record.messages[number], is_all=is_all, excluded=excluded)
+
+    template.check_tools(record)
+    rendered = None
     try:
-        text = Path(name).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(
-            f"model.chat_template: {name}: no such file; paths are relative to the working directory"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"model.chat_template: {name} cannot be read as UTF-8 text: {error}") from None
-    if not text.strip():
-        raise DataError(f"model.chat_template: {name} is empty; use a template, or null for the tokenizer's own")
-    return text
+        rendered = template.render(record.messages, record.tools, record.template_kwargs)
+    except UnusableRow as error:  # an earlier answer may be usable
+        problems.append(error)
+    untrusted = rendered.untrusted if rendered else []
+    for number in numbers:
+        try:
+            turn = find_turn_in_row(template, record, rendered, untrusted, number) if rendered else None
+            if turn is None:
+                add_alone(number)
+                continue
+            if rendered:
+                rendered.check_calls(record.messages, max(in_row, default=0), number)
+            in_row[number] = turn
+        except UnusableRow as error:
+            problems.append(error)
+    row = _RowTokens(template, rendered.text, untrusted, list(in_row.values())) if rendered else None
+    for number, turn in in_row.items():
+        try:
+            if row and not row.add(turn, record.messages[number]):
+                add_alone(number)
+        except UnusableRow as error:
+            problems.append(error)
+    examples = [alone[number] for number in sorted(alone)]
+    if row and row.answer is not None and not is_all:
+        # The last example of a row has its last answer.
+        position = sum(number < max(in_row.keys() - alone.keys()) for number in alone)
+        examples.insert(position, row.example())
+    elif rendered and row and is_all and not alone and not problems:
+        examples = [row.example_of_all(_excluded_spans(record.messages, rendered.message_spans))]
+    if problems and not examples:
+        raise problems[0]
+    left_out = problems if rendered else problems[1:]  # the first one is that of the complete row
+    notes = (*(rendered.notes if rendered else ()), *(f"an answer is left out: {problem}" for problem in left_out))
+    return [example._replace(notes=(*example.notes, *notes)) for example in examples]
+
+
+class _RowTokens:
+    """The tokens of a row, and labels for the answers that are supervised in it."""
+
+    def __init__(self, template: ChatTemplate, text: str, untrusted: list[Span], turns: Sequence[Turn]) -> None:
+        """Tokenize a rendered row.
+
+        Args:
+            untrusted: spans of message text, in order.
+            turns: the answers in this text, in order. EOS is added if the last one ends the text without an end token.
+        """
+        if turns and not turns[-1].is_closed:
+            text = text[: turns[-1].span.end] + (template.tokenizer.eos_token or "")
+        self.answer: tuple[int, int] | None = None
+        """First and end token of the last supervised answer."""
+        self._template, self._text, self._untrusted = template, text, untrusted
+        self._tokens = template.tokens.encode(text, untrusted)
+        self._labels = [IGNORE_INDEX] * len(self._tokens.ids)
+        self._specials: list[int] | None = None
+
+    def add(self, turn: Turn, message: Message) -> bool:
+        """Supervise an answer. Return False if the tokens of its prompt are not a prefix of the tokens of the row."""
+        tokens, start = self._tokens, turn.span.start
+        special = self._last_special(start)
+        for tail in dict.fromkeys((self._template.tokens.split_before(self._text, special, start), special)):
+            first = self._first_token(turn, tail)
+            if first is not None:
+                break
+        else:
+            return False
+        end = len(tokens.ids) if not turn.is_closed else tokens.token_after(turn.span.end)
+        self._labels[first:end] = tokens.ids[first:end]
+        _exclude(_unsupervised_spans(turn, message), self._labels, tokens)
+        self.answer = (first, end)
+        return True
+
+    def _last_special(self, end: int) -> int:
+        """Return the start of the last special token that the template wrote before a position; 0 if there is none.
+
+        Special tokens split a text before it is tokenized, so only the text after it has to be compared.
+        """
+        number = bisect.bisect_left(self._untrusted, (end,))
+        message_end = self._untrusted[number - 1].end if number else 0
+        specials = self._template.tokens.find_specials(self._text[message_end:end])
+        if specials:
+            return message_end + specials[-1].start
+        if self._specials is None:
+            found = self._template.tokens.find_specials(self._text, self._untrusted)
+            self._specials = [span.start for span in found]
+        number = bisect.bisect_left(self._specials, end)
+        return self._specials[number - 1] if number else 0
+
+    def _first_token(self, turn: Turn, tail: int) -> int | None:
+        """Return the first token of an answer; None if its prompt, from `tail` on, has other tokens than the row."""
+        start = turn.span.start
+        first, last = (bisect.bisect_left(self._untrusted, (position,)) for position in (tail, start))
+        if first and self._untrusted[first - 1].end > tail:
+            first -= 1
+        spans = [Span(max(0, a - tail), b - tail) for a, b in self._untrusted[first:last]]
+        ids = self._template.tokens.encode_tail(self._text[tail:start], spans)
+        first = self._tokens.token_at(tail) if tail else 0
+        return first + len(ids) if self._tokens.ids[first : first + len(ids)] == ids else None
+
+    def example(self) -> Example:
+        """Return the example of the supervised answers."""
+        return _make_example(self._prefix, self._tokens.ids, self._labels, self.answer)
+
+    def example_of_all(self, excluded: Sequence[Span]) -> Example:
+        """Return the example in which everything is supervised but the `excluded` spans."""
+        labels = list(self._tokens.ids)
+        _exclude(excluded, labels, self._tokens)
+        return _make_example(self._prefix, self._tokens.ids, labels, self.answer)
+
+    @property
+    def _prefix(self) -> list[int]:
+        return self._template.bos_prefix(self._text)
+
+
+def _encode_turn(
+    turn: Turn,
+    template: ChatTemplate,
+    message: Message | None = None,
+    *,
+    is_all: bool = False,
+    excluded: Sequence[Span] = (),
+) -> Example:
+    """Return the example of one answer.
+
+    Args:
+        message: the answer's message; None = no part of it is excluded from the loss.
+        is_all: supervise the prompt, too, but not the `excluded` spans.
+
+    Raises:
+        UnusableRow: the answer cannot be tokenized after its prompt.
+    """
+    text, start = turn.text[: turn.span.end], turn.span.start
+    if not turn.is_closed:
+        text += template.tokenizer.eos_token or ""
+    untrusted = [span for span in turn.untrusted if span.start < turn.span.end]
+    tokens = template.tokens.encode(text, untrusted)
+    in_prompt = [Span(a, min(b, start)) for a, b in untrusted if a < start]
+    prompt_tokens = template.tokens.encode(text[:start], in_prompt)
+    prompt, first = prompt_tokens.ids, len(prompt_tokens.ids)
+    unsupervised = _unsupervised_spans(turn, message) if message is not None else []
+    if tokens.ids[:first] == prompt:
+        ids = tokens.ids
+    else:
+        in_answer = [Span(max(0, a - start), b - start) for a, b in untrusted if b > start]
+        rest = template.tokens.encode_after(prompt, text[start:], in_answer, template.tokens.decode(tokens.ids))
+        if rest is None or unsupervised:
+            raise UnusableRow(NOT_TOKENIZED)
+        ids = prompt + rest
+    labels = list(ids) if is_all else [IGNORE_INDEX] * first + ids[first:]
+    _exclude(excluded, labels, prompt_tokens)
+    _exclude(unsupervised, labels, tokens)
+    prefix = template.bos_prefix(text) if turn.is_rendered else template.tokens.bos_prefix(text)
+    return _make_example(prefix, ids, labels, (first, len(ids)), turn.notes)
+
+
+def _exclude(spans: Sequence[Span], labels: list[int], tokens: Tokens) -> None:
+    """Remove the labels of the tokens that cover some spans."""
+    for span in spans:
+        covered = tokens.within(span)
+        labels[covered.start : covered.stop] = [IGNORE_INDEX] * len(covered)
+
+
+def _excluded_spans(messages: Sequence[Message], message_spans: list[list[Span]]) -> list[Span]:
+    """Return the spans of the answers that the row excludes from the loss."""
+    excluded = [i for i, message in enumerate(messages) if message.role == "assistant" and not message.supervised]
+    return [span for i in excluded for span in message_spans[i]]
+
+
+def _unsupervised_spans(turn: Turn, message: Message) -> list[Span]:
+    """Return the spans of a text that the row excludes from the loss of an answer."""
+    if not message.unsupervised or turn.content is None:
+        return []
+    written = turn.text[turn.content.start : turn.content.end]
+    shift = turn.content.start - message.content.find(written)  # the template may have stripped white space
+    spans = [(max(a + shift, turn.content.start), min(b + shift, turn.content.end)) for a, b in message.unsupervised]
+    return [Span(a, b) for a, b in spans if a < b]
+
+
+def _make_example(
+    prefix: list[int], ids: list[int], labels: list[int], answer: tuple[int, int] | None, notes: tuple[str, ...] = ()
+) -> Example:
+    """Return an example with BOS before it, if there is one."""
+    labels = [IGNORE_INDEX] * len(prefix) + labels
+    if answer is not None:
+        answer = (answer[0] + len(prefix), answer[1] + len(prefix))
+    return Example(prefix + ids, [IGNORE_INDEX, *labels[1:]], answer=answer, notes=notes)

@@ -22,11 +22,24 @@ from typing import NamedTuple
 from lora_accel.config.schema import DataSection, SourceSection
 from lora_accel.console import Stage, short_names
 from lora_accel.data.audit import DROPPED, USED, SourceLedger
-from lora_accel.data.chat import ChatTemplate, Example, encode_record
-from lora_accel.data.formats import MalformedRow, Record, Row, UnusableRow, check_format, detect_format, parse_row
+from lora_accel.data.chat import Example, encode_record
+from lora_accel.data.files import file_type
+from lora_accel.data.formats import (
+    NULLS_LEFT_OUT,
+    Completion,
+    MalformedRow,
+    PlainText,
+    Row,
+    UnusableRow,
+    check_format,
+    detect_format,
+    drop_null_members,
+    parse_row,
+)
 from lora_accel.data.overlong import TooLong, apply_overlong
 from lora_accel.data.rows import Chunk, Input, find_input
 from lora_accel.data.store import Examples, SerializedExamples, Writer, get_or_build, open_examples
+from lora_accel.data.template import ChatTemplate
 from lora_accel.errors import DataError
 from lora_accel.processes import end_with_parent
 
@@ -108,29 +121,13 @@ def load_dataset(sources: Sequence[SourceSection], recipe: Recipe, options: Data
     return Dataset(loaded, ledgers)
 
 
-def read_records(
-    section: SourceSection, data_format: str | None, rows: Collection[tuple[str, int]]
-) -> Iterator[Record]:
-    """Read some rows of a source again, in file order.
-
-    Args:
-        data_format: format of the source, as detected from its first row.
-        rows: (file, number) of each row. All of them must be usable.
-    """
-    for chunk in find_rows(section, rows):
-        for number, row in chunk.parsed():
-            with _locate_errors(chunk.file, number):
-                assert data_format is not None  # known if any row is usable
-                yield parse_row(_rename_columns(row, section.columns), data_format)
-
-
 def find_rows(section: SourceSection, rows: Collection[tuple[str, int]]) -> Iterator[Chunk]:
     """Yield rows of a source by (file, number), each as a chunk of its own, in file order."""
     remaining = len(rows)
     for chunk in find_input(section).chunks(section.limit) if rows else ():
         for i, number in enumerate(chunk.numbers):
             if (chunk.file, number) in rows:
-                yield Chunk(chunk.file, [number], chunk.rows[i : i + 1])
+                yield chunk._replace(numbers=[number], rows=chunk.rows[i : i + 1])
                 remaining -= 1
         if not remaining:
             return
@@ -179,6 +176,8 @@ class TokenizedChunk(NamedTuple):
     """(number, bucket, lengths, supervised) per row: both lists count tokens of each of its examples."""
     examples: SerializedExamples
     num_ended: int
+    num_raw: int
+    """Examples to which no chat template is applied."""
     num_cut_tokens: int
     notes: Counter[str]
 
@@ -192,15 +191,20 @@ def _build(folder: Path, *, source: Input, section: SourceSection, recipe: Recip
         number, row = next(first.parsed())
         with _locate_errors(first.file, number):
             ledger.format = detect_format(_rename_columns(row, section.columns))
+        rename = functools.partial(_rename_columns, columns=section.columns)
+        chunks = source.check_files(itertools.chain([first], chunks), ledger.format, rename)
+    elif first is not None:
+        chunks = itertools.chain([first], chunks)
     section = section.model_copy(update={"format": ledger.format})
     task = functools.partial(tokenize_chunk, template=recipe.template(), section=section, options=options)
     writer, files = Writer(folder), list(source.hashes)
     stamps = [(file, file.stat()) for file in source.files]
     with Stage(f"tokenizing {short_names([section.path])[0]}") as stage:
-        for chunk in _map_in_order(task, itertools.chain([first] if first else [], chunks), options.num_workers):
+        for chunk in _map_in_order(task, chunks, options.num_workers):
             for number, bucket, lengths, supervised in chunk.rows:
                 ledger.count((chunk.file, number), bucket, lengths, supervised)
             ledger.num_ended += chunk.num_ended
+            ledger.num_raw += chunk.num_raw
             ledger.num_cut_tokens += chunk.num_cut_tokens
             ledger.note(chunk.notes)
             writer.add(chunk.examples, files.index(chunk.file))
@@ -277,16 +281,24 @@ def tokenize_chunk(
     rows: list[tuple[int, str, list[int], list[int]]] = []
     examples: list[Example] = []
     notes: Counter[str] = Counter()
-    num_cut_tokens, end_ids = 0, template.end_ids
+    num_cut_tokens, num_raw = 0, 0
+    if options.overlong == "auto":  # a .txt file is a document, not one row of many
+        is_document = file_type(chunk.file) == ".txt"
+        options = options.model_copy(update={"overlong": "split" if is_document else "truncate"})
     for number, row in chunk.parsed():
         with _locate_errors(chunk.file, number):
-            bucket, encoded, num_cut = _encode_row(row, section, template, options)
+            row, is_cut = drop_null_members(row) if chunk.from_table else (row, False)
+            bucket, encoded, num_cut, is_raw = _encode_row(row, section, template, options)
+        notes[NULLS_LEFT_OUT] += is_cut
+        num_raw += len(encoded) if is_raw else 0
         rows.append((number, bucket, [len(x.input_ids) for x in encoded], [x.num_supervised for x in encoded]))
         num_cut_tokens += num_cut
         notes.update({note for example in encoded for note in example.notes})
         examples += [example._replace(row=(chunk.file, number)) for example in encoded]
+    end_ids = template.end_ids
     num_ended = sum(not end_ids.isdisjoint(example.labels) for example in examples)
-    return TokenizedChunk(chunk.file, rows, SerializedExamples.of(examples), num_ended, num_cut_tokens, notes)
+    serialized = SerializedExamples.of(examples)
+    return TokenizedChunk(chunk.file, rows, serialized, num_ended, num_raw, num_cut_tokens, +notes)
 
 
 @contextlib.contextmanager
@@ -300,19 +312,20 @@ def _locate_errors(file: str, number: int) -> Iterator[None]:
 
 def _encode_row(
     row: Row, section: SourceSection, template: ChatTemplate, options: DataSection
-) -> tuple[str, list[Example], int]:
-    """Return a row's bucket, its examples, and the number of tokens cut off."""
+) -> tuple[str, list[Example], int, bool]:
+    """Return a row's bucket, its examples, the number of tokens cut off, and whether no chat template is applied."""
     assert section.format is not None  # detected from the first row
     try:
         record = parse_row(_rename_columns(row, section.columns), section.format)
-        example = encode_record(record, template, options.loss_on)
-        if not example.num_supervised:
+        is_raw = isinstance(record, (Completion, PlainText))
+        examples = encode_record(record, template, options.loss_on)
+        if not examples:
             raise UnusableRow("no supervised token")
-        if len(example.input_ids) <= options.max_length:
-            return USED, [example], 0
-        return apply_overlong(record, example, template, options)
+        if max(len(example.input_ids) for example in examples) <= options.max_length:
+            return USED, examples, 0, is_raw
+        return *apply_overlong(record, examples, template, options), is_raw
     except UnusableRow as error:
-        return f"{DROPPED}{error}", [], 0
+        return f"{DROPPED}{error}", [], 0, False
 
 
 def _rename_columns(row: Row, columns: dict[str, str]) -> Row:

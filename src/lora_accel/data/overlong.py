@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from lora_accel.config.schema import DataSection
 from lora_accel.data.audit import SPLIT, TRUNCATED
-from lora_accel.data.chat import ChatTemplate, Example, encode_record
+from lora_accel.data.chat import Example, encode_context, encode_record
 from lora_accel.data.formats import Completion, Conversation, Message, Record, UnusableRow
+from lora_accel.data.template import ChatTemplate
 from lora_accel.labels import IGNORE_INDEX
 
 
@@ -16,12 +17,13 @@ class TooLong(ValueError):
 
 
 def apply_overlong(
-    record: Record, example: Example, template: ChatTemplate, options: DataSection
+    record: Record, examples: list[Example], template: ChatTemplate, options: DataSection
 ) -> tuple[str, list[Example], int]:
     """Apply `data.overlong` to a row that is too long.
 
     Args:
-        example: the record, tokenized in full.
+        examples: the record, tokenized in full.
+        options: `overlong` is not `auto`.
 
     Returns:
         Its bucket, the remaining examples (each with supervised tokens), and the number of tokens cut off, including
@@ -32,44 +34,57 @@ def apply_overlong(
         TooLong: `data.overlong` is `error`.
     """
     if options.overlong == "error":
+        longest = max(len(example.input_ids) for example in examples)
         raise TooLong(
-            f"{len(example.input_ids):,} tokens, over data.max_length={options.max_length}; "
+            f"{longest:,} tokens, over data.max_length={options.max_length}; "
             "raise it, or set data.overlong to truncate, drop or split"
         )
     if options.overlong == "drop":
         raise UnusableRow("longer than data.max_length")
-    pieces = list(_split(record, example, template, options)) if options.overlong == "split" else [example]
+    is_split = options.overlong == "split"
+    pieces = list(_split(record, examples, template, options)) if is_split else examples
     kept = [cut for cut in (_truncate(piece, options.max_length) for piece in pieces) if cut.num_supervised]
     if not kept:
         raise UnusableRow("no supervised token within data.max_length")
     num_cut = sum(len(piece.input_ids) for piece in pieces) - sum(len(cut.input_ids) for cut in kept)
-    return (SPLIT if len(pieces) > 1 else TRUNCATED), kept, num_cut
+    return (SPLIT if is_split and len(pieces) > 1 else TRUNCATED), kept, num_cut
 
 
-def _split(record: Record, example: Example, template: ChatTemplate, options: DataSection) -> Iterator[Example]:
+def _split(record: Record, examples: list[Example], template: ChatTemplate, options: DataSection) -> Iterator[Example]:
     """Split text into blocks, and a conversation at its user messages; each piece repeats the system text."""
-    length = options.max_length
     if isinstance(record, Completion):
         raise UnusableRow("a completion longer than data.max_length cannot be split")
-    if not isinstance(record, Conversation):
+    if isinstance(record, Conversation):
+        yield from _split_conversation(record, template, options)
+        return
+    length = options.max_length
+    for example in examples:
         for start in range(0, len(example.input_ids), length):
             block = example.input_ids[start : start + length]
             # No token precedes the first one of a block, so nothing predicts it.
             labels = [IGNORE_INDEX, *example.labels[start + 1 : start + length]]
             yield example._replace(input_ids=block, labels=labels)
-        return
 
-    def encode(*messages: Message) -> Example:
-        return encode_record(record._replace(messages=messages), template, options.loss_on)
+
+def _split_conversation(record: Conversation, template: ChatTemplate, options: DataSection) -> Iterator[Example]:
+    last = max(i for i, message in enumerate(record.messages) if message.role == "assistant")
+    if options.loss_on == "last_assistant":  # the last answer of the row, not of each piece
+        others = [m._replace(supervised=m.supervised and i == last) for i, m in enumerate(record.messages)]
+        record = record._replace(messages=tuple(others))
+
+    def encode(messages: list[Message]) -> list[Example]:
+        piece = record._replace(messages=(*system, *messages))
+        return encode_record(piece, template, options.loss_on) or [encode_context(piece, template)]
 
     system = [message for message in record.messages[:1] if message.role == "system"]
     piece: list[Message] = []
     for round_ in _rounds(record.messages[len(system) :]):
-        if piece and len(encode(*system, *piece, *round_).input_ids) > length:
-            yield encode(*system, *piece)
+        following = encode([*piece, *round_])
+        if piece and max(len(example.input_ids) for example in following) > options.max_length:
+            yield from encode(piece)
             piece = []
         piece += round_
-    yield encode(*system, *piece)
+    yield from encode(piece)
 
 
 def _rounds(messages: tuple[Message, ...]) -> Iterator[tuple[Message, ...]]:
@@ -80,4 +95,9 @@ def _rounds(messages: tuple[Message, ...]) -> Iterator[tuple[Message, ...]]:
 
 
 def _truncate(example: Example, length: int) -> Example:
-    return example._replace(input_ids=example.input_ids[:length], labels=example.labels[:length])
+    is_complete = example.answer is not None and example.answer[1] <= length
+    return example._replace(
+        input_ids=example.input_ids[:length],
+        labels=example.labels[:length],
+        answer=example.answer if is_complete else None,
+    )

@@ -2,9 +2,8 @@
 
 A conversation is rendered twice: unchanged, and with each content between two marks that occur nowhere else. Without
 its marks, the marked text must equal the plain text from the first character to the last. Then the marks give the
-spans, whatever the template writes around them. Two changes are supported, since current templates make them: white
-space around a content may be stripped, and the reasoning of an answer may be moved or left out. For any other change
-the row is dropped.
+spans, whatever the template writes around them. White space around a content may be stripped. Any other change is
+reported: a message that is not supervised may be written in another way, an answer may not.
 """
 
 from __future__ import annotations
@@ -23,6 +22,12 @@ RESERVED = re.compile(f"[{chr(FIRST_MARK)}-{chr(0x10FFFF)}]")
 """Characters that a row must not contain: marks, and aliases of special tokens (`data/tokens.py`)."""
 
 REASONING = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
+
+
+def split_reasoning(content: str) -> tuple[str, str]:
+    """Return the reasoning that an answer begins with, without its tags, and the rest; empty if there is none."""
+    match = REASONING.fullmatch(content)
+    return (match[2], match[4]) if match else ("", content)
 
 
 class Span(NamedTuple):
@@ -76,7 +81,7 @@ def mark(messages: Sequence[Message], values: Sequence[Mapping[str, Any]]) -> tu
             reasoning = add_marks(Part(i, reasoning, is_reasoning=True))
             answer = add_marks(Part(i, answer), even_empty=True)
             marked_message["content"] = opening_tag + reasoning + closing_tag + answer
-        else:
+        elif message.content:
             marked_message["content"] = add_marks(Part(i, message.content))
         marked.append(marked_message)
     if len(parts) > MAX_PARTS:
@@ -84,39 +89,55 @@ def mark(messages: Sequence[Message], values: Sequence[Mapping[str, Any]]) -> tu
     return marked, parts
 
 
-def locate(plain: str, marked: str, parts: Sequence[Part], messages: Sequence[Message]) -> list[Span | None]:
-    """Return the span of each part in `plain`; None if the template left it out.
+class Located(NamedTuple):
+    """Where the parts of the messages are in a rendered text."""
+
+    spans: list[Span | None]
+    """The span of each part; None if the template left it out."""
+    repeated: list[tuple[int, Span]]
+    """(part, span) of each further copy of a part."""
+    altered: frozenset[int]
+    """Parts that the template wrote differently, or more than once. Their spans cover what it wrote."""
+
+
+def locate(plain: str, marked: str, parts: Sequence[Part], messages: Sequence[Message]) -> Located:
+    """Find each part in `plain`, the text rendered without marks.
 
     Walks `plain` along the pieces of the marked text. The walk must reach the end of `plain`, so every returned span is
-    verified.
+    verified. A template may rewrite a part (such as a tool's result, as JSON): that part is reported as altered.
 
     Raises:
-        UnusableRow: the template changes a message in another way than stripping it, or leaves out a part other than
-            system text or the reasoning of an earlier answer.
+        UnusableRow: the text around a part changes with the part, or a user or tool message is left out.
     """
     pieces = MARK.split(marked)  # literal, mark, content, mark, literal, …
     literals, opens, contents, closes = (pieces[i::4] for i in range(4))
     spans: list[Span | None] = [None] * len(parts)
+    repeated: list[tuple[int, Span]] = []
+    altered = set()
     position = len(literals[0]) if plain.startswith(literals[0]) else -1
     for opening, content, closing, literal in zip(opens, contents, closes, literals[1:], strict=False):
         index = (ord(opening) - FIRST_MARK) // 2
         number = parts[index].message + 1
-        if spans[index] is not None or (opening, closing) != _marks(index) or content != parts[index].text:
-            raise UnusableRow(f"the chat template changes or repeats message {number}")
+        if (opening, closing) != _marks(index):
+            raise UnusableRow(f"the chat template changes message {number} with its content")
         text = next((text for text in _stripped(content) if plain.startswith(text + literal, position)), None)
         if position < 0 or text is None:
             raise UnusableRow(f"the chat template changes the text around message {number}")
-        spans[index] = Span(position, position + len(text))
+        span = Span(position, position + len(text))
+        if spans[index] is None:
+            spans[index] = span
+        else:
+            repeated.append((index, span))
+            altered.add(index)
+        if content != parts[index].text:
+            altered.add(index)
         position += len(text) + len(literal)
-    for span, part in zip(spans, parts, strict=True):
-        is_last = part.message == len(messages) - 1
-        may_be_left_out = messages[part.message].role == "system" or (part.is_reasoning and not is_last)
-        if span is None and not may_be_left_out:
-            what = "the reasoning of message" if part.is_reasoning else "message"
-            raise UnusableRow(f"the chat template leaves {what} {part.message + 1} out")
     if position != len(plain):
         raise UnusableRow("the chat template changes with the content, so spans cannot be verified")
-    return spans
+    for part, found in zip(parts, spans, strict=True):
+        if found is None and messages[part.message].role in ("user", "tool"):
+            raise UnusableRow(f"the chat template leaves message {part.message + 1} out")
+    return Located(spans, repeated, frozenset(altered))
 
 
 def _stripped(content: str) -> tuple[str, ...]:

@@ -1,17 +1,20 @@
-"""Split the data into training and evaluation examples: the same split in training, `evaluate` and `inspect`."""
+"""Split the data into training and evaluation examples: the same split in training, `evaluate` and `inspect`.
+
+Rows are held out, not examples: a row may have several, and a model trained on one of them knows part of the others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from lora_accel.config.schema import DataSection, SourceSection
 from lora_accel.data.audit import SourceLedger
 from lora_accel.data.chat import Example
-from lora_accel.data.dataset import Dataset, Recipe, load_dataset, read_records
-from lora_accel.data.formats import Record
+from lora_accel.data.dataset import Dataset, Recipe, load_dataset
 from lora_accel.data.store import Examples
 from lora_accel.errors import DataError
 from lora_accel.randomness import permutation
@@ -27,26 +30,14 @@ class EvalSource(NamedTuple):
 
     name: str
     """The name under which their loss is reported: the path, or `data.eval_fraction`."""
-    section: SourceSection
-    ledger: SourceLedger
     examples: Examples
-    trained: Examples | None = None
-    """The training examples of the same source, if these are held out from it."""
-
-    def records(self) -> Iterator[Record]:
-        """Yield the records of the evaluation rows, in file order.
-
-        A row that `data.overlong: split` divided into several examples is skipped if one of them is trained on.
-        """
-        trained = self.trained.row_ids if self.trained is not None else set()
-        return read_records(self.section, self.ledger.format, self.examples.row_ids - trained)
 
 
 class Splits(NamedTuple):
     """All examples of a run."""
 
     train: Dataset
-    """The training examples. A source that is held out completely is removed; its ledger is kept."""
+    """The training examples, one source for each of data.train; it has no examples if all its rows are held out."""
     evaluation: list[EvalSource]
     eval_ledgers: list[SourceLedger]
     """The ledgers of data.eval. Held-out rows are counted in the training ledgers."""
@@ -56,24 +47,17 @@ def load_splits(data: DataSection, seed: int, recipe: Recipe) -> Splits:
     """Load the training and the evaluation examples.
 
     Raises:
-        DataError: a file or a row cannot be used, too many rows are unusable, or no training example is left.
+        DataError: a file or a row cannot be used, too many rows are unusable, or no training row is left.
     """
     all_train = _load_checked(data.train, recipe, data)
     all_eval = _load_checked(data.eval, recipe, data)
     evaluation = [
-        EvalSource(section.path, section, ledger, source.examples)
-        for section, source, ledger in zip(data.eval, *all_eval, strict=True)
+        EvalSource(section.path, source.examples) for section, source in zip(data.eval, all_eval.sources, strict=True)
     ]
     train, held = split_train(all_train, data, seed)
     if held is not None:
-        evaluation += [
-            EvalSource(HELD_OUT, section, ledger, source.examples, trained=rest.examples)
-            for section, ledger, source, rest in zip(
-                data.train, all_train.ledgers, held.sources, train.sources, strict=True
-            )
-        ]
-    not_empty = [source for source in train.sources if len(source.examples)]
-    return Splits(train._replace(sources=not_empty), evaluation, all_eval.ledgers)
+        evaluation += [EvalSource(HELD_OUT, source.examples) for source in held.sources]
+    return Splits(train, evaluation, all_eval.ledgers)
 
 
 def load_evaluation(data: DataSection, seed: int, recipe: Recipe) -> list[EvalSource]:
@@ -97,43 +81,45 @@ def examples_by_name(sources: Sequence[EvalSource]) -> dict[str, list[Example]]:
 def split_train(dataset: Dataset, data: DataSection, seed: int) -> tuple[Dataset, Dataset | None]:
     """Split the training examples into those to train on and those held out for evaluation.
 
+    `data.eval_fraction` of the rows are held out, at least one and never all, each with all of its examples. A row that
+    two sources share, of one file, is one row.
+
     Returns:
         Both, with one source for each of the dataset's. The second is None if `data.eval_fraction` is 0 or there are no
         examples (the ledgers have the reasons).
 
     Raises:
-        DataError: no training example is left.
+        DataError: no training row is left.
     """
     if not data.eval_fraction or not dataset.num_examples:
         return dataset, None
-    order = permutation(dataset.num_examples, seed, EVAL_SPLIT).tolist()
-    return hold_out(dataset, data.eval_fraction, order)
-
-
-def hold_out(dataset: Dataset, fraction: float, order: Sequence[int]) -> tuple[Dataset, Dataset]:
-    """Hold out a fraction of the examples: at least one, never all.
-
-    Args:
-        order: a permutation of all examples. The first ones are held out.
-
-    Returns:
-        The remaining and the held-out examples, both with one source (it may be empty) for each of the dataset's.
-
-    Raises:
-        DataError: no training example is left.
-    """
-    count = max(1, round(fraction * len(order)))
-    if count >= len(order):
-        raise DataError(f"data.eval_fraction={fraction} leaves no training example of {len(order)}; lower it")
-    is_held = np.zeros(len(order), np.bool_)
-    is_held[list(order[:count])] = True
+    rows, num_rows = _number_rows(dataset)
+    count = max(1, round(data.eval_fraction * num_rows))
+    if count >= num_rows:
+        raise DataError(f"data.eval_fraction={data.eval_fraction} leaves no training row of {num_rows}; lower it")
+    is_held = np.zeros(num_rows, np.bool_)
+    is_held[permutation(num_rows, seed, EVAL_SPLIT)[:count]] = True
     remaining, held, first = [], [], 0
     for source in dataset.sources:
-        mask = is_held[first : first + len(source.examples)]
+        mask = is_held[rows[first : first + len(source.examples)]]
         first += len(source.examples)
         remaining.append(source._replace(examples=source.examples.take(np.flatnonzero(~mask))))
         held.append(source._replace(examples=source.examples.take(np.flatnonzero(mask))))
     return dataset._replace(sources=remaining), dataset._replace(sources=held)
+
+
+def _number_rows(dataset: Dataset) -> tuple[npt.NDArray[np.intp], int]:
+    """Return the number of each example's row, [num_examples], in order of first appearance, and how many there are."""
+    numbers: dict[str, int] = {}
+    keys = []
+    for source in dataset.sources:
+        files = np.array([numbers.setdefault(name, len(numbers)) for name in source.examples.files], np.int64)
+        file, row = source.examples.rows.T
+        keys.append(files[file] << 40 | row)  # one integer for each row, since comparing pairs is slower
+    _, first, inverse = np.unique(np.concatenate(keys), return_index=True, return_inverse=True)
+    position = np.empty(len(first), np.intp)
+    position[np.argsort(first)] = np.arange(len(first))
+    return position[inverse], len(first)
 
 
 def _load_checked(sources: Sequence[SourceSection], recipe: Recipe, data: DataSection) -> Dataset:

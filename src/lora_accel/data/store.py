@@ -28,8 +28,9 @@ from lora_accel.errors import ConfigError
 from lora_accel.labels import IGNORE_INDEX
 
 INPUT_IDS, SUPERVISED, TABLE, LEDGER = "input_ids.int32", "supervised.bool", "table.npy", "ledger.json"
-FIELDS = 4
-"""Columns of the table: end of the example's tokens, number of supervised tokens, file, row."""
+FIELDS = 6
+"""Columns of the table: end of the example's tokens, number of supervised tokens, file, row, and first and end token of
+its answer (0, 0 = none)."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +42,8 @@ class Examples(Sequence[Example]):
     supervised: npt.NDArray[np.bool_]
     """[N]"""
     table: npt.NDArray[np.int64]
-    """[E, 4]: end of the example's tokens, number of supervised tokens, index of its file, number of its row."""
+    """[E, 6]: end of the example's tokens, number of supervised tokens, index of its file, number of its row, first and
+    end token of its answer."""
     files: Sequence[str]
     indices: npt.NDArray[np.intp] | None = None
     """Which of the E examples these are; None = all."""
@@ -67,9 +69,9 @@ class Examples(Sequence[Example]):
         return self._select(self.table[:, 1])
 
     @property
-    def row_ids(self) -> set[tuple[str, int]]:
-        """Return (file, number) of the rows that these examples come from."""
-        return {(self.files[file], row) for file, row in self._select(self.table)[:, 2:].tolist()}
+    def rows(self) -> npt.NDArray[np.int64]:
+        """Return the index of the file and the number of the row of each example, [E, 2]."""
+        return self._select(self.table)[:, 2:4]
 
     def take(self, indices: npt.NDArray[np.intp]) -> Examples:
         """Return the examples at some indices, without copying tokens."""
@@ -87,11 +89,16 @@ class Examples(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         i = range(len(self))[index]  # IndexError beyond the end
         i = i if self.indices is None else int(self.indices[i])
-        end, _, file, row = self.table[i].tolist()
+        end, _, file, row, *answer = self.table[i].tolist()
         start = int(self.table[i - 1, 0]) if i else 0
         tokens = self.input_ids[start:end]
         labels = np.where(self.supervised[start:end], tokens, IGNORE_INDEX)
-        return Example(tokens.tolist(), labels.tolist(), row=(self.files[file], row))
+        return Example(
+            tokens.tolist(),
+            labels.tolist(),
+            row=(self.files[file], row),
+            answer=(answer[0], answer[1]) if answer[1] else None,
+        )
 
     def _select(self, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return values if self.indices is None else values[self.indices]
@@ -110,7 +117,7 @@ class _Arrays:
         self.input_ids += array("i", example.input_ids)
         self.supervised += supervised.tobytes()
         self._end += len(supervised)
-        self.table.extend((self._end, int(supervised.sum()), file, example.row[1]))
+        self.table.extend((self._end, int(supervised.sum()), file, example.row[1], *(example.answer or (0, 0))))
 
 
 class Writer:
@@ -130,7 +137,9 @@ class Writer:
         table[:, 2] = file
         self._table.frombytes(table.tobytes())
         self._end += len(examples.supervised)
-        self._digest.update(examples.input_ids + examples.supervised + examples.table)
+        # Without the answers, which follow from the rest, so that checkpoints of older versions have the same hash.
+        hashed = np.frombuffer(examples.table, np.int64).reshape(-1, FIELDS)[:, :4]
+        self._digest.update(examples.input_ids + examples.supervised + hashed.tobytes())
 
     def close(self, ledger: dict[str, Any]) -> None:
         """Write the table, and the ledger with the hash of all tokens and masks; fsync all files."""

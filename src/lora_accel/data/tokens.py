@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Encoding, Tokenizer
@@ -22,6 +22,12 @@ from lora_accel.errors import DataError
 FIRST_ALIAS = FIRST_MARK + 2 * MAX_PARTS
 """First character of the aliases, after the last mark. An alias is one character, repeated."""
 
+ANCHORS = ("\n", ".", "a", "0", ")")
+"""Texts after which a text is encoded to get its tokens as a continuation."""
+WORD_START, MAX_WORD = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])"), 200
+"""The space between two words, and how far back it is searched for, in characters."""
+MAX_TAILS = 1024
+"""Number of cached prompt tails."""
 MAX_KEPT_CHARACTERS = 2**20
 """Encodings are kept until they cover this much text (about 40 MB), then freed together."""
 
@@ -32,32 +38,28 @@ class Tokens:
     Offsets are looked up on request, which is much cheaper than a list of all of them.
     """
 
-    def __init__(self, encoding: Encoding, num_characters: int, special_ids: Collection[int]) -> None:
+    def __init__(self, encoding: Encoding, num_characters: int) -> None:
         """Wrap an encoding of a text with this many characters."""
         self.ids: list[int] = encoding.ids
-        self._encoding, self._num_characters, self._special_ids = encoding, num_characters, special_ids
+        self._encoding, self._num_characters = encoding, num_characters
 
-    def within(self, span: Span, excluded: Sequence[Span]) -> range:
-        """Return the tokens that cover a character of `span` and none of the `excluded` spans next to it."""
+    def within(self, span: Span) -> range:
+        """Return the tokens that cover a character of a span."""
         if span.start == span.end:
             return range(0)
-        first, last = self._token_at(span.start), self._token_at(span.end)
-        if last < len(self.ids) and self._start(last) < span.end:
-            last += 1
-        before = max((other.end for other in excluded if other.end <= span.start), default=0)
-        after = min((other.start for other in excluded if other.start >= span.end), default=self._num_characters)
-        while first < last and (self._start(first) < before or self._is_special_before(first, span.start)):
-            first += 1
-        while first < last and self._end(last - 1) > after:
-            last -= 1
-        return range(first, last)
+        return range(self.token_at(span.start), self.token_after(span.end))
+
+    def token_after(self, position: int) -> int:
+        """Return the index of the first token that covers no character before a position."""
+        token = self.token_at(position)
+        return token + 1 if token < len(self.ids) and self._start(token) < position else token
 
     def token_from(self, position: int) -> int | None:
         """Return the index of the token that starts at a character; None if an earlier token covers it."""
-        token = self._token_at(position)
+        token = self.token_at(position)
         return token if token == len(self.ids) or self._start(token) >= position else None
 
-    def _token_at(self, position: int) -> int:
+    def token_at(self, position: int) -> int:
         """Return the index of the first token that covers a character, or of the next one if none does."""
         for character in range(position, self._num_characters):
             token = self._encoding.char_to_token(character)
@@ -65,15 +67,8 @@ class Tokens:
                 return int(token)
         return len(self.ids)
 
-    def _is_special_before(self, token: int, position: int) -> bool:
-        """Whether a special token starts before a position: with `rstrip` it also covers the white space after it."""
-        return self._start(token) < position and self.ids[token] in self._special_ids
-
     def _start(self, token: int) -> int:
         return self._offsets(token)[0]
-
-    def _end(self, token: int) -> int:
-        return self._offsets(token)[1]
 
     def _offsets(self, token: int) -> tuple[int, int]:
         return self._encoding.token_to_chars(token) or (0, 0)  # a token that covers no text
@@ -106,12 +101,15 @@ class TextTokenizer:
         longest_first = sorted(self._aliases, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) if longest_first else r"(?!)")
         self._copy = _copy_with_aliases(tokenizer.backend_tokenizer, self._aliases)
-        self._special_ids = frozenset(tokenizer.convert_tokens_to_ids(list(self._aliases)))
+        self._has_words = _splits_words(self._copy)
+        end = self._aliases.get(tokenizer.eos_token)
+        self._end_alias = [tokenizer.eos_token] if end else []
+        self._tails: dict[str, list[int]] = {}
         self._kept: list[Encoding] = []
         self._kept_characters = 0
         bos = tokenizer.bos_token_id
         self._bos_token: str = tokenizer.bos_token or ""
-        self._bos: list[int] = [bos] if bos is not None and tokenizer("a").input_ids[0] == bos else []
+        self._bos: list[int] = [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
         for text, alias in self._aliases.items():
             if self._copy.token_to_id(alias) != tokenizer.convert_tokens_to_ids(text):
                 raise DataError(
@@ -127,15 +125,72 @@ class TextTokenizer:
         """Return the BOS token if the tokenizer adds one; nothing if the text starts with one that is parsed."""
         return [] if self._parse_special_tokens and self._bos and text.startswith(self._bos_token) else self._bos
 
-    def encode_prompt(self, text: str, untrusted: Sequence[Span]) -> list[int]:
-        """Return the tokens of a prompt, the same as when an answer follows it.
+    def encode_tail(self, text: str, untrusted: Sequence[Span]) -> list[int]:
+        """Return the tokens of the end of a prompt, from a special token on.
 
-        White space at the end of a text may be one token, but several before a word. So the prompt is encoded with a
-        letter after it.
+        Templates repeat the same few tails (`<|im_start|>assistant`), so those without message text are cached.
         """
-        tokens = self.encode(f"{text}a", untrusted)
-        boundary = tokens.token_from(len(text))
-        return self.encode(text, untrusted).ids if boundary is None else tokens.ids[:boundary]
+        if untrusted:
+            return self.encode(text, untrusted).ids
+        if text not in self._tails:
+            if len(self._tails) == MAX_TAILS:
+                self._tails.clear()
+            self._tails[text] = self.encode(text).ids
+        return self._tails[text]
+
+    def split_before(self, text: str, start: int, end: int) -> int:
+        """Return the last position in [start, end) where a text can be divided without a change of tokens, or `start`.
+
+        Most tokenizers divide a text into words first, and tokenize each alone. The space between two words is such a
+        position.
+        """
+        if not self._has_words:
+            return start
+        *_, last = (start, *(match.start() for match in WORD_START.finditer(text, max(start, end - MAX_WORD), end)))
+        return last
+
+    def encode_after(self, prompt: list[int], text: str, untrusted: Sequence[Span], expected: str) -> list[int] | None:
+        """Return the tokens of a text that continues a prompt; None if the tokenizer cannot tokenize it so.
+
+        A tokenizer may add a space before a text, or join its first characters with those before them. So the
+        text is encoded after an anchor, and only tokens that decode to the right text are returned.
+
+        Args:
+            prompt: token ids of the prompt.
+            untrusted: spans of message text in `text`.
+            expected: the decoded text of prompt and text together.
+        """
+        for anchor in (*self._end_alias, *ANCHORS):
+            shifted = [Span(start + len(anchor), end + len(anchor)) for start, end in untrusted]
+            tokens = self.encode(anchor + text, shifted)
+            boundary = tokens.token_from(len(anchor))
+            if boundary is not None and self.decode(prompt + tokens.ids[boundary:]) == expected:
+                return tokens.ids[boundary:]
+        return None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens. Special tokens are aliases in it."""
+        text: str = self._copy.decode(ids, skip_special_tokens=False)
+        return text
+
+    def first_special(self, text: str, start: int) -> Span | None:
+        """Return the span of the first special token at or after a position, whoever wrote it."""
+        match = self._special.search(text, start)
+        return Span(*match.span()) if match else None
+
+    def find_specials(self, text: str, untrusted: Sequence[Span] = ()) -> list[Span]:
+        """Return the spans of the special tokens that the template wrote, in order.
+
+        Args:
+            untrusted: spans of message text, in order.
+        """
+        if self._parse_special_tokens:
+            untrusted = ()
+        spans, position = [], 0
+        for start, end in [*untrusted, (len(text), len(text))]:
+            spans += [Span(*match.span()) for match in self._special.finditer(text, position, start)]
+            position = end
+        return spans
 
     def encode(self, text: str, untrusted: Sequence[Span] = ()) -> Tokens:
         """Return the tokens of a text, without the BOS and EOS that the tokenizer would add.
@@ -150,7 +205,7 @@ class TextTokenizer:
         self._kept_characters += len(text)
         if self._kept_characters > MAX_KEPT_CHARACTERS:
             self._kept, self._kept_characters = [], 0
-        return Tokens(encoding, len(text), self._special_ids)
+        return Tokens(encoding, len(text))
 
     def _insert_aliases(self, text: str, untrusted: Sequence[Span]) -> str:
         if self._parse_special_tokens:
@@ -164,10 +219,23 @@ class TextTokenizer:
         return "".join(pieces)
 
 
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+"""A token for one byte. Some tokenizers also list these as special, but text consists of them."""
+
+
 def special_tokens(tokenizer: Any) -> set[str]:
     """Return the texts of a tokenizer's special tokens, EOS included."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    added = {text for text in added if not BYTE_TOKEN.fullmatch(text)}
     return (added | {tokenizer.eos_token}) - {"", None}
+
+
+def _splits_words(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer divides a text before each space that a word follows, and tokenizes the parts alone."""
+    if tokenizer.pre_tokenizer is None:
+        return False
+    starts = {start for _, (start, _) in tokenizer.pre_tokenizer.pre_tokenize_str("ab cd ef")}
+    return {2, 5} <= starts
 
 
 def _copy_with_aliases(tokenizer: Tokenizer, aliases: dict[str, str]) -> Tokenizer:

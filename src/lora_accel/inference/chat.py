@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_accel.config.schema import Dtype, ModelSection, QuantizationSection
-from lora_accel.data.formats import Message
+from lora_accel.data.formats import Conversation, Message
 from lora_accel.errors import ConfigError, DataError
 from lora_accel.inference.generation import ReplyWriter, stream_reply
-from lora_accel.inference.models import check_adapters, load_candidates, load_template, resolve_base
+from lora_accel.inference.models import check_adapters, load_candidates, load_template, resolve_section
+from lora_accel.inference.prompts import encode_prompts
 
 if TYPE_CHECKING:
     import torch
 
-    from lora_accel.data.chat import ChatTemplate
+    from lora_accel.data.template import ChatTemplate
 
 
 def chat(
@@ -24,6 +25,7 @@ def chat(
     base: str | None = None,
     merged: Path | None = None,
     system: str | None = None,
+    raw: bool | None = None,
     max_new_tokens: int = 512,
     dtype: Dtype = "auto",
 ) -> None:
@@ -34,6 +36,7 @@ def chat(
         base: Hub id or folder to use instead of the base that the adapter names.
         merged: folder of a merged model.
         system: system message.
+        raw: whether messages are passed without a chat template, each without those before it; None = as in training.
         max_new_tokens: maximum length of a reply.
         dtype: compute dtype, as in `generate`.
 
@@ -46,18 +49,27 @@ def chat(
     if template_folder is None:
         raise ConfigError("nothing to chat with: pass --adapter DIR or --merged DIR")
     check_adapters([adapter] if adapter else [], merged)
-    name = str(merged) if merged or adapter is None else resolve_base([adapter], base)
-    section = ModelSection(name_or_path=name, dtype=dtype)
+    if merged or adapter is None:
+        section = ModelSection(name_or_path=str(merged), dtype=dtype)
+    else:
+        section = resolve_section([adapter], base, dtype)
     template = load_template(template_folder, section)
+    raw = template.is_raw if raw is None else raw
     first_messages = (Message("system", system),) if system else ()
-    template.encode_prompt((*first_messages, Message("user", "hello")))  # raises before a model is loaded
+    prompt = Conversation((*first_messages, Message("user", "hello")))
+    encode_prompts([prompt], template, None, raw)  # raises before a model is loaded
     adapters = {} if merged or adapter is None else {"adapter": adapter}
     for _, model, _ in load_candidates(section, QuantizationSection(), adapters, merged, with_base=False):
-        _run_chat(model, template, first_messages, max_new_tokens)
+        _run_chat(model, template, first_messages, max_new_tokens, raw=raw)
 
 
 def _run_chat(
-    model: torch.nn.Module, template: ChatTemplate, first_messages: tuple[Message, ...], max_new_tokens: int
+    model: torch.nn.Module,
+    template: ChatTemplate,
+    first_messages: tuple[Message, ...],
+    max_new_tokens: int,
+    *,
+    raw: bool,
 ) -> None:
     print("/reset starts a new conversation, /quit exits; Ctrl-C stops a reply")
     messages = first_messages
@@ -67,8 +79,8 @@ def _run_chat(
         elif line:
             prompt = (*messages, Message("user", line))
             try:
-                ids = template.encode_prompt(prompt)
-                limit = _reply_limit(model, ids, max_new_tokens)
+                (ids,) = encode_prompts([Conversation(prompt)], template, None, raw)
+                limit = _reply_limit(model, template, ids, max_new_tokens)
             except DataError as error:
                 print(f"error: {error}", file=sys.stderr)
                 continue
@@ -77,7 +89,7 @@ def _run_chat(
                 stream_reply(model, template, ids, limit, writer)
             except KeyboardInterrupt:
                 writer.end()
-            if writer.text:  # a message without a reply is dropped
+            if writer.text and not raw:  # a message without a reply is dropped
                 messages = (*prompt, Message("assistant", writer.text))
 
 
@@ -95,13 +107,20 @@ def _read_line() -> str | None:
             raise DataError("standard input is not UTF-8; set the terminal or the file to UTF-8") from None
 
 
-def _reply_limit(model: Any, ids: list[int], max_new_tokens: int) -> int:
+def _reply_limit(model: Any, template: ChatTemplate, ids: list[int], max_new_tokens: int) -> int:
     """Return how many tokens a reply may have, so that the conversation fits the model's context.
 
     Raises:
-        DataError: the context is full.
+        DataError: the context is full, or the model lacks a token of the conversation.
     """
-    max_positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    from lora_accel.model.sizes import sizes_of_model
+
+    sizes = sizes_of_model(model)
+    unknown = [token for token in ids if token >= sizes.vocab_size]
+    if unknown:
+        text = template.tokenizer.convert_ids_to_tokens(unknown[0])
+        raise DataError(f"the model has no embedding for the token {text!r}, id {unknown[0]}; leave it out")
+    max_positions = sizes.max_positions or sys.maxsize
     if len(ids) >= max_positions:
         raise DataError(
             f"the conversation has {len(ids)} tokens, but the model supports {max_positions} positions; "

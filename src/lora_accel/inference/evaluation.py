@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import Stage
 from lora_accel.errors import ConfigError
 from lora_accel.inference.generation import reply_in_batches
 from lora_accel.inference.models import check_adapters, load_candidates, name_adapters
+
+if TYPE_CHECKING:
+    from lora_accel.data.chat import Example
 
 
 class Score(NamedTuple):
@@ -24,9 +28,9 @@ class Score(NamedTuple):
     eval_tokens: int
     """Number of supervised tokens."""
     exact_match: float | None
-    """Fraction of rows whose greedy reply equals the last answer exactly; None if no row has an answer."""
+    """Fraction of rows whose greedy reply is the text of their last supervised answer; None if no row has an answer."""
     rows: int
-    """Number of rows with an answer."""
+    """Number of rows with a complete supervised answer."""
     sources: dict[str, dict[str, Any]]
     """`eval_loss` and `eval_tokens` by source; empty if there is only one."""
 
@@ -53,7 +57,7 @@ def evaluate(
     Raises:
         ConfigError: the config has no evaluation data, or an adapter is given twice.
         ArtifactError: an adapter or a model cannot be used.
-        DataError: the evaluation data cannot be used.
+        DataError: the evaluation data cannot be used, or a row holds a token that the model lacks.
     """
     if not config.data.eval and not config.data.eval_fraction:
         raise ConfigError("data.eval: no evaluation data; set data.eval, or data.eval_fraction as in training")
@@ -63,25 +67,28 @@ def evaluate(
     from accelerate import Accelerator
 
     from lora_accel.batching.batches import BatchOptions, step_batch
-    from lora_accel.data.chat import question_of
     from lora_accel.data.splits import examples_by_name, load_evaluation
+    from lora_accel.model.generation import decode_reply
+    from lora_accel.model.tokenizer import padding_id
     from lora_accel.setup.recipe import make_recipe
+    from lora_accel.setup.sizes import check_examples, resolve_rope_scaling
     from lora_accel.training.evaluator import evaluate_sources
     from lora_accel.training.loss import perplexity
 
     accelerator = Accelerator(cpu=None)
+    config = resolve_rope_scaling(config)
     recipe = make_recipe(config)
     template, sources = recipe.template(), load_evaluation(config.data, config.seed, recipe)
+    sizes = check_examples(config, recipe.template, [source.examples for source in sources])
+    pad_id = padding_id(template.tokenizer, sizes.vocab_size)
     examples = examples_by_name(sources)
-    records = [record for source in sources for record in source.records()]
-    questions = [question for record in records if (question := question_of(record, template))]
-    prompts, answers = [prompt for prompt, _ in questions], [answer for _, answer in questions]
+    questions = [question for source in sources for question in find_questions(source.examples)]
+    prompts = [prompt for prompt, _ in questions]
+    answers = [decode_reply(template.tokenizer, answer, template.end_ids) for _, answer in questions]
 
     scores = []
     for name, model, packed in load_candidates(config.model, config.quantization, folders, merged, with_base=True):
-        options = BatchOptions.from_config(
-            config.training, pad_id=template.tokenizer.pad_token_id, packed=packed and config.data.packing
-        )
+        options = BatchOptions.from_config(config.training, pad_id=pad_id, packed=packed and config.data.packing)
         batches = {path: step_batch(source, options) for path, source in examples.items()}
         with Stage(f"{name}: loss"):
             values = evaluate_sources(accelerator, model, batches)
@@ -100,6 +107,23 @@ def evaluate(
         )
         del model  # frees memory for the merged model
     return scores
+
+
+def find_questions(examples: Iterable[Example]) -> list[tuple[list[int], list[int]]]:
+    """Return the last supervised answer of each row, as tokens: what inference feeds, and what it should get.
+
+    A row without an answer (such as plain text), or whose answer is cut at data.max_length, has no question.
+
+    Args:
+        examples: the examples of a source; those of a row follow each other.
+    """
+    questions = []
+    for _, group in itertools.groupby(examples, lambda example: example.row):
+        *_, last = group
+        if last.answer is not None:
+            start, end = last.answer
+            questions.append((last.input_ids[:start], last.input_ids[start:end]))
+    return questions
 
 
 def scores_as_json(scores: list[Score]) -> str:

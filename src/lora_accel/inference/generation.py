@@ -6,16 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_accel.config.schema import Dtype, ModelSection, QuantizationSection
+from lora_accel.config.schema import Dtype, QuantizationSection
 from lora_accel.console import Stage
 from lora_accel.data.formats import Conversation
-from lora_accel.inference.models import check_adapters, load_candidates, load_template, name_adapters, resolve_base
+from lora_accel.inference.models import (
+    check_adapters,
+    check_prompts,
+    load_candidates,
+    load_template,
+    name_adapters,
+    resolve_section,
+)
 from lora_accel.inference.prompts import encode_prompts, last_message
 
 if TYPE_CHECKING:
     import torch
 
-    from lora_accel.data.chat import ChatTemplate
+    from lora_accel.data.template import ChatTemplate
 
 
 def generate(
@@ -26,6 +33,7 @@ def generate(
     merged: Path | None = None,
     compare: bool = False,
     system: str | None = None,
+    raw: bool | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 128,
     dtype: Dtype = "auto",
@@ -39,6 +47,7 @@ def generate(
         merged: folder of a merged model, which replies too.
         compare: whether the base alone replies too.
         system: system message for prompts without one.
+        raw: whether prompts are passed without a chat template; None = as in training.
         batch_size: number of prompts per batch.
         max_new_tokens: maximum length of a reply.
         dtype: compute dtype; auto = as stored, or float32 where the device only emulates that dtype.
@@ -54,9 +63,11 @@ def generate(
     """
     folders = name_adapters(adapters)
     check_adapters(adapters, merged)
-    section = ModelSection(name_or_path=resolve_base(adapters, base), dtype=dtype)
+    section = resolve_section(adapters, base, dtype)
     templates = {name: load_template(folder, section) for name, folder in folders.items()}
-    prompt_ids = {name: encode_prompts(prompts, template, system) for name, template in templates.items()}
+    prompt_ids = {name: encode_prompts(prompts, template, system, raw) for name, template in templates.items()}
+    for name, folder in folders.items():
+        check_prompts(section, None if compare else folder, templates[name], prompt_ids[name])
     first = next(iter(folders))
     answers: list[dict[str, str]] = [{} for _ in prompts]
     for name, model, _ in load_candidates(section, QuantizationSection(), folders, merged, with_base=compare):
@@ -74,6 +85,7 @@ def stream(
     adapter: Path,
     base: str | None = None,
     system: str | None = None,
+    raw: bool | None = None,
     max_new_tokens: int = 128,
     dtype: Dtype = "auto",
 ) -> None:
@@ -86,9 +98,10 @@ def stream(
         DataError: the chat template rejects a prompt.
     """
     check_adapters([adapter], None)
-    section = ModelSection(name_or_path=resolve_base([adapter], base), dtype=dtype)
+    section = resolve_section([adapter], base, dtype)
     template = load_template(adapter, section)
-    prompt_ids = encode_prompts(prompts, template, system)
+    prompt_ids = encode_prompts(prompts, template, system, raw)
+    check_prompts(section, adapter, template, prompt_ids)
     for _, model, _ in load_candidates(section, QuantizationSection(), {"adapter": adapter}, None, with_base=False):
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
             print(f"> {last_message(prompt)}")

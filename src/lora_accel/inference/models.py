@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lora_accel.config.schema import ModelSection, QuantizationSection
+from lora_accel.config.schema import Dtype, ModelSection, QuantizationSection
 from lora_accel.console import Stage, short_names
 from lora_accel.errors import ArtifactError, ConfigError
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from lora_accel.data.chat import ChatTemplate
+    from lora_accel.data.template import ChatTemplate
 
 
 class Candidate(NamedTuple):
@@ -86,7 +87,9 @@ def load_candidates(
 
     Raises:
         ArtifactError: a model cannot be loaded, or an adapter does not fit the base.
+        ConfigError: an adapter was trained with another RoPE scaling.
     """
+    check_rope_scaling(section, list(adapters.values()))
     from lora_accel.model.fused_loss import patch_fused_loss
     from lora_accel.saving.adapter import keeps_base_weights, load_adapter
 
@@ -120,10 +123,13 @@ def _load(section: ModelSection, quantization: QuantizationSection) -> tuple[Pre
 
     from lora_accel.model.attention import can_pack, pack_attention
     from lora_accel.model.base import load_base_model
+    from lora_accel.model.new_tokens import extend_vocabulary
 
     device = PartialState().device
     with Stage(f"loading {short_names([section.name_or_path])[0]}"):
         model = load_base_model(section, quantization, device=device)
+        if section.add_tokens is not None:
+            extend_vocabulary(model, section)
         if quantization.bits is None:
             model.to(device)
     packed = can_pack(model)
@@ -191,6 +197,69 @@ def resolve_base(adapters: Sequence[Path], base: str | None) -> str:
     return first
 
 
+def resolve_section(adapters: Sequence[Path], base: str | None, dtype: Dtype) -> ModelSection:
+    """Return the model section of the adapters' base, with the RoPE scaling of their training.
+
+    Args:
+        base: Hub id or folder to use instead of the base that the adapters name.
+        dtype: compute dtype.
+
+    Raises:
+        ArtifactError: an adapter does not name its base, or its provenance is invalid.
+        ConfigError: adapters name different bases.
+    """
+    from lora_accel.merging.job import provenance_of
+    from lora_accel.saving.provenance import recorded_changes
+
+    name, first = resolve_base(adapters, base), adapters[0]
+    rope_scaling = recorded_changes(provenance_of(first), str(first)).rope_scaling
+    return ModelSection(name_or_path=name, dtype=dtype, rope_scaling=rope_scaling)
+
+
+def check_rope_scaling(section: ModelSection, adapters: Sequence[Path]) -> None:
+    """Check that adapters were trained with the RoPE scaling of a model section.
+
+    Raises:
+        ConfigError: one was not.
+    """
+    from lora_accel.merging.job import provenance_of
+    from lora_accel.saving.provenance import recorded_changes
+
+    for adapter in adapters:
+        provenance = provenance_of(adapter)
+        trained = recorded_changes(provenance, str(adapter)).rope_scaling
+        if provenance is not None and trained != section.rope_scaling:
+            raise ConfigError(
+                f"--adapter: {adapter} was trained with model.rope_scaling={json.dumps(trained)}, not "
+                f"{json.dumps(section.rope_scaling)}; run it separately, or set model.rope_scaling in the config"
+            )
+
+
+def check_prompts(
+    section: ModelSection, adapter: Path | None, template: ChatTemplate, prompts: Sequence[list[int]]
+) -> None:
+    """Check that a base has the tokens of prompts, and positions for the replies. Reads its config.json.
+
+    Args:
+        adapter: the adapter, which may add tokens; None = the base alone.
+        prompts: token ids.
+
+    Raises:
+        DataError: it has not.
+        ArtifactError: the base cannot be used.
+    """
+    from lora_accel.model.base import build_on_meta_device
+    from lora_accel.model.sizes import load_config, sizes_of_model
+    from lora_accel.saving.adapter import read_adapter, resize_vocabulary
+    from lora_accel.setup.sizes import check_prompts as check
+
+    model = build_on_meta_device(load_config(section))
+    if adapter is not None:
+        resize_vocabulary(model, adapter, read_adapter(adapter))
+    sizes = sizes_of_model(model)
+    check(section, template.tokenizer, {f"prompt {n}": ids for n, ids in enumerate(prompts, start=1)}, sizes)
+
+
 def load_template(adapter: Path, section: ModelSection) -> ChatTemplate:
     """Return the chat template of training, with its tokenizer.
 
@@ -201,13 +270,14 @@ def load_template(adapter: Path, section: ModelSection) -> ChatTemplate:
         section: the base model.
     """
     from lora_accel.config.files import read_config
-    from lora_accel.data.chat import ChatTemplate
+    from lora_accel.data.template import ChatTemplate
     from lora_accel.model.tokenizer import load_tokenizer
     from lora_accel.saving.discovery import run_of
     from lora_accel.setup.recipe import make_recipe
 
     folders = [adapter]
-    if (run := run_of(adapter)) is not None:
+    run = run_of(adapter)
+    if run is not None:
         folders.append(run / "adapter")
     for folder in folders:
         if (folder / "tokenizer_config.json").is_file():
@@ -215,9 +285,12 @@ def load_template(adapter: Path, section: ModelSection) -> ChatTemplate:
     config = folders[-1].parent / "config.yaml"
     if len(folders) > 1 and config.is_file():
         run_config = read_config(config)
-        # The config may be untrusted: of its model section only the template is used.
-        model = section.model_copy(update={"chat_template": run_config.model.chat_template})
-        return make_recipe(run_config.model_copy(update={"model": model})).template()
+        # The config may be untrusted: of its model section only the template and the added tokens are used.
+        used = {key: getattr(run_config.model, key) for key in ("chat_template", "chat_template_kwargs", "add_tokens")}
+        model = section.model_copy(update=used)
+        template = make_recipe(run_config.model_copy(update={"model": model})).template()
+        template.is_raw = _is_raw(_recorded(folders[-1].parent))
+        return template
     return ChatTemplate(load_tokenizer(section))
 
 
@@ -226,14 +299,33 @@ def _saved_template(folder: Path) -> ChatTemplate:
 
     With a built-in template the tokenizer adds the BOS token; any other template writes it itself.
     """
-    from lora_accel.data.chat import BUILT_IN_TEMPLATES, ChatTemplate, template_source
+    from lora_accel.data.template import BUILT_IN_TEMPLATES, ChatTemplate, template_source
     from lora_accel.model.tokenizer import load_tokenizer
-    from lora_accel.saving.atomic import read_json
 
     tokenizer = load_tokenizer(ModelSection(name_or_path=str(folder)))
-    name = None
-    with contextlib.suppress(ArtifactError, KeyError, TypeError, AttributeError):
-        provenance = read_json(folder / "provenance.json")
-        name = (provenance.get("adapter") or provenance)["config"]["model"]["chat_template"]
+    provenance = _recorded(folder)
+    name, variables = None, None
+    with contextlib.suppress(KeyError, TypeError):
+        name = provenance["config"]["model"]["chat_template"]
+        variables = dict(provenance["config"]["model"].get("chat_template_kwargs") or {})
     built_in = name in BUILT_IN_TEMPLATES and template_source(name) == tokenizer.chat_template
-    return ChatTemplate(tokenizer, name if built_in else None)
+    template = ChatTemplate(tokenizer, name if built_in else None, variables=variables)
+    template.is_raw = _is_raw(provenance)
+    return template
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """Return the provenance of the adapter in a folder of an adapter, a run or a merged model; empty if unknown."""
+    from lora_accel.saving.atomic import read_json
+
+    try:
+        provenance: dict[str, Any] = read_json(folder / "provenance.json")
+    except ArtifactError:
+        return {}
+    adapter = provenance.get("adapter")
+    return adapter if isinstance(adapter, dict) else provenance
+
+
+def _is_raw(provenance: dict[str, Any]) -> bool:
+    """Whether no chat template was applied to the training rows."""
+    return provenance.get("prompt_format") == "raw"

@@ -11,7 +11,7 @@ from lora_accel.data.formats import Conversation, Message, parse_row
 from lora_accel.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lora_accel.data.chat import ChatTemplate
+    from lora_accel.data.template import ChatTemplate
 
 
 def read_prompts(texts: Sequence[str], file: Path | None) -> list[Conversation]:
@@ -70,7 +70,7 @@ def _parse_prompt(row: Any) -> Conversation:
     values = row["messages"]
     if isinstance(values, list):
         values = [*values, {"role": "assistant", "content": "."}]  # parse_row rejects a conversation without an answer
-    conversation = parse_row({**row, "messages": values}, "messages")
+    conversation = parse_row({**row, "messages": values, "loss_mask": None}, "messages")
     assert isinstance(conversation, Conversation)
     messages = list(conversation.messages)
     while messages and messages[-1].role == "assistant":
@@ -86,20 +86,32 @@ def last_message(prompt: str | Conversation) -> str:
 
 
 def encode_prompts(
-    prompts: Sequence[str | Conversation], template: ChatTemplate, system: str | None
+    prompts: Sequence[str | Conversation], template: ChatTemplate, system: str | None, raw: bool | None = None
 ) -> list[list[int]]:
     """Return the token ids of each prompt, up to where the reply begins.
 
     Args:
         system: system message for prompts without one.
+        raw: whether the chat template is not applied; None = as in training.
 
     Raises:
         DataError: the chat template rejects a prompt.
+        ConfigError: a prompt without a template has a system message, tools or several messages.
     """
     prompt_ids = []
+    raw = template.is_raw if raw is None else raw
     for prompt in prompts:
-        messages, tools, _ = Conversation((Message("user", prompt),)) if isinstance(prompt, str) else prompt
+        conversation = Conversation((Message("user", prompt),)) if isinstance(prompt, str) else prompt
+        messages, tools = conversation.messages, conversation.tools
         if system and messages[0].role != "system":
             messages = (Message("system", system), *messages)
-        prompt_ids.append(template.encode_prompt(messages, tools))
+        if not raw:
+            prompt_ids.append(template.encode_prompt(messages, tools, conversation.template_kwargs))
+            continue
+        if len(messages) > 1 or tools:
+            raise ConfigError(
+                f"prompt {messages[-1].content!r:.60}: a system message, tools or several messages need the chat "
+                "template, but the adapter was trained without it; pass one message, or --template"
+            )
+        prompt_ids.append(template.encode_text(messages[0].content))
     return prompt_ids
