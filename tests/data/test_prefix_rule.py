@@ -7,6 +7,7 @@ tests do not depend on the code under test.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -273,6 +274,7 @@ def rows(draw: st.DrawFn, name: str) -> Row:
     kinds = ["turns", "turns", "prompt and answers", "sharegpt", "alpaca"]
     kinds += ["calls"] * 2 if name in WITH_CALLS else []
     kinds += ["reasoning"] * 2 if name in WITH_REASONING else []
+    kinds += [] if "thought" in name or name in WITH_REASONING else ["reasoning as text"]
     kind = draw(st.sampled_from(kinds))
     system = [Turn("system", draw(texts()))] if name not in WITHOUT_SYSTEM and draw(st.booleans()) else []
     has_reasoning = kind == "reasoning" or (kind == "calls" and name in WITH_REASONING and draw(st.booleans()))
@@ -286,7 +288,8 @@ def rows(draw: st.DrawFn, name: str) -> Row:
             argument = draw(words)
             turns.append(Turn("assistant", "", draw(reasoning), argument))
             turns.append(Turn("tool", draw(texts())))
-        turns.append(Turn("assistant", draw(texts()), draw(reasoning)))
+        thought = f"<think>\n{draw(words)}\n</think>\n\n" if kind == "reasoning as text" else ""
+        turns.append(Turn("assistant", thought + draw(texts()), draw(reasoning)))
     if kind == "calls" and len(turns) > 2 and turns[-2].role == "tool" and draw(st.booleans()):
         turns = turns[:-2]
     answers = tuple(i for i, turn in enumerate(turns) if turn.role == "assistant")
@@ -403,7 +406,7 @@ def supervised_runs(example: Example) -> Iterator[tuple[int, int]]:
 
 
 def check_row(name: str, family: str, adds_bos: bool, row: Row, loss_on: str) -> Counter[str]:
-    """Check the examples of a row, and return how many answers are in the row's example, in their own, or left out."""
+    """Check the examples of a row, and return its numbers of answers, of examples, and of answers that are left out."""
     template = template_of(name, family, adds_bos)
     record = parse_row(row.row, detect_format(row.row))
     numbers = row.answers if loss_on == "assistant" else row.answers[-1:]
@@ -430,12 +433,11 @@ def check_row(name: str, family: str, adds_bos: bool, row: Row, loss_on: str) ->
             (number,) = [number for number in numbers if fed[number] == ids[:start]]
             check_answer(name, family, row, number, template, wanted[number], ids[:start], ids[start:end])
             found.append(number)
-        counts["own examples"] += int(len(runs) == 1 and runs[0][1] == len(ids) and found[-1] != len(row.turns) - 1)
     assert len(found) == len(set(found)), "an answer is supervised twice"
     left_out = [note for note in examples[0].notes if note.startswith("an answer is left out: ")]
     assert len(set(numbers) - set(found)) >= len(left_out) >= bool(set(numbers) - set(found))
     assert all(note.endswith(NOT_TOKENIZED) for note in left_out)
-    return counts + Counter({"left out": len(numbers) - len(found)})
+    return counts + Counter({"examples": len(examples), "left out": len(numbers) - len(found)})
 
 
 def check_answer(
@@ -495,6 +497,51 @@ def check_rows(name: str, num_examples: int) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_fed_tokens_are_a_prefix_and_the_rest_is_supervised(name: str) -> None:
     check_rows(name, max(10, hypothesis.settings.default.max_examples // 6))
+
+
+@given(texts(), texts(), st.sampled_from(sorted(FAMILIES)), st.booleans())
+def test_the_fed_tokens_of_a_completion_are_a_prefix(prompt: str, completion: str, family: str, adds_bos: bool) -> None:
+    template = template_of("plain", family, adds_bos)
+    tokenizer = template.tokenizer
+    record = parse_row({"prompt": prompt, "completion": completion}, "prompt_completion")
+    (example,) = encode_record(record, template, "assistant")
+    ids, fed, prefix = example.input_ids, template.encode_text(prompt), tokenizer("").input_ids
+    if not SPECIAL.search(prompt):
+        assert fed == tokenizer(prompt).input_ids
+    assert ids[: len(fed)] == fed
+    assert example.labels == [IGNORE_INDEX] * len(fed) + ids[len(fed) :]
+    assert example.answer == (len(fed), len(ids))
+    text = tokenizer.decode(ids[len(prefix) :], skip_special_tokens=False)
+    assert as_compared(family, text) == as_compared(family, prompt + completion + "<|end|>")
+    special = {tokenizer.convert_tokens_to_ids(text) for text in SPECIALS}
+    assert special.isdisjoint(ids[len(prefix) : -1])
+    COUNTS.update(completions=1)
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_an_answer_without_tokens_before_it_is_no_answer_to_a_prompt(adds_bos: bool) -> None:
+    record = parse_row({"prompt": "", "completion": "yes"}, "prompt_completion")
+    (example,) = encode_record(record, template_of("plain", "bytes, GPT-2", adds_bos), "assistant")
+    assert example.answer == ((1, len(example.input_ids)) if adds_bos else None)
+
+
+@pytest.mark.parametrize("before", ["no call", "no tools"])
+def test_how_a_template_takes_calls_does_not_depend_on_the_row_before(before: str) -> None:
+    """The name of a tool in the list of tools is not a call, and a template may write calls only where tools are."""
+    source = TEMPLATES["arguments_as_text" if before == "no tools" else "content_none_with_calls"].source
+    tokenizer = copy.copy(template_of("tools", "bytes, GPT-2", False).tokenizer)
+    tokenizer.chat_template = str(source).replace("m.tool_calls or []", "(m.tool_calls if tools else none) or []")
+    template = ChatTemplate(tokenizer)
+    question, answer, call = Turn("user", "why"), Turn("assistant", "yes"), Turn("assistant", "", argument="20")
+    with_call = {"messages": [question.value(), call.value()]}
+    first = with_call if before == "no tools" else {"messages": [question.value(), answer.value()], "tools": [WEATHER]}
+    with contextlib.suppress(UnusableRow):
+        encode_record(parse_row(first, "messages"), template, "assistant")
+    (example,) = encode_record(parse_row(with_call | {"tools": [WEATHER]}, "messages"), template, "assistant")
+    ((start, end),) = supervised_runs(example)
+    text = tokenizer.decode(example.input_ids[start:end])
+    assert text.startswith("<call>")
+    assert text.endswith("</call><|end|>")
 
 
 @pytest.mark.slow

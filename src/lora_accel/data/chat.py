@@ -321,5 +321,6 @@ def _make_example(
     """Return an example with BOS before it, if there is one."""
     labels = [IGNORE_INDEX] * len(prefix) + labels
     if answer is not None:
-        answer = (answer[0] + len(prefix), answer[1] + len(prefix))
+        start, end = answer[0] + len(prefix), answer[1] + len(prefix)
+        answer = (start, end) if start else None  # after an empty prompt, nothing can be generated
     return Example(prefix + ids, [IGNORE_INDEX, *labels[1:]], answer=answer, notes=notes)

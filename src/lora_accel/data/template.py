@@ -107,7 +107,7 @@ class ChatTemplate:
         self.source = template_source(name) or (own if isinstance(own, str) else (own or {}).get("default", ""))
         self._tool_source = named.get(TOOL_USE) or self.source
         self._constants = {"documents": None} | dict(tokenizer.special_tokens_map) | self.variables
-        self._call_styles: dict[str, probes.CallStyle] = {}
+        self._call_styles: dict[bool, probes.CallStyle] = {}
         self._thought_ends: dict[tuple[bool, str], str] = {}
         self.end_of_turn = probes.find_end_of_turn(self) if self.source else ""
 
@@ -276,10 +276,10 @@ class ChatTemplate:
         """Return the messages as passed to the template."""
         values = [message.for_template() for message in conversation.messages]
         if any(message.tool_calls for message in conversation.messages):
-            source = self._tool_source if conversation.tools else self.source
-            if source not in self._call_styles:
-                self._call_styles[source] = probes.find_call_style(self, conversation.tools)
-            style = self._call_styles[source]
+            has_tools = bool(conversation.tools)  # some templates write calls only then
+            if has_tools not in self._call_styles:
+                self._call_styles[has_tools] = probes.find_call_style(self, conversation.tools)
+            style = self._call_styles[has_tools]
             values = [style.apply(value) for value in values]
         return values
 
