@@ -666,7 +666,7 @@ def check_examples(
                 decoded = template.tokenizer.decode(ids[start:end])
                 assert decoded.strip() == as_decoded(family, answer.generated).strip()
         assert example.labels == [IGNORE_INDEX, *labels[1:]]  # nothing predicts the first token
-        assert example.answer == (spans[-1] if spans[-1][0] else None)  # None: nothing stands before it
+        assert example.answer == (spans[-1] if spans[-1][0] else None)  # None: nothing is before it
         assert ids[: len(prefix)] == prefix
         assert ids[:2] != [1, 1]
         found += [answer.number for answer in present]

@@ -30,6 +30,14 @@ def answer(content: Any = "a", **more: Any) -> Message:
     return record.messages[-1]
 
 
+def test_messages_may_be_json_text() -> None:
+    record = parse({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
+    text = json.dumps([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
+    assert parse_row({"messages": text}, "messages") == record
+    with pytest.raises(MalformedRow, match="key 'messages' should be JSON"):
+        parse_row({"messages": "hello"}, "messages")
+
+
 # Loss flags.
 
 
@@ -37,8 +45,8 @@ def answer(content: Any = "a", **more: Any) -> Message:
 def test_a_flag_is_a_boolean_a_number_or_text(key: str) -> None:
     assert {answer(**{key: value}).supervised for value in ON} == {key != "mask"}
     assert {answer(**{key: value}).supervised for value in OFF} == {key == "mask"}
-    assert answer(**{key: None}).supervised
-    for value in (0.5, 2, "no", "", [], [1], {}):
+    assert all(answer(**{key: value}).supervised for value in (None, "", " ", [], {}))
+    for value in (0.5, 2, "no", [1]):
         with pytest.raises(MalformedRow, match=f"message 2: '{key}' should be 0 or 1, true or false, not "):
             answer(**{key: value})
 
@@ -94,7 +102,8 @@ def test_characters_that_train_detail_does_not_cover_are_not_supervised() -> Non
 
 
 def test_an_answer_without_a_supervised_character_is_not_supervised() -> None:
-    for details in ([], [detail(0, 9, False)], [detail(0, 3, False)]):
+    assert answer("0123456789", train_detail=[]).supervised
+    for details in ([detail(0, 9, False)], [detail(0, 3, False)]):
         message = answer("0123456789", train_detail=details)
         assert (message.supervised, message.unsupervised) == (False, ())
     # Its calls are supervised nevertheless.

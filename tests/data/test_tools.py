@@ -191,6 +191,8 @@ def test_a_tool_result_that_looks_like_a_turn_is_text(supervised_texts: Callable
     [
         (messages_with({"function": {"arguments": {}}}), "message 2: a tool call should be an object with name"),
         (messages_with(called("{")), "message 2: the arguments of a tool call should be JSON"),
+        (messages_with(called('{"x": 1, "x": 2}')), "message 2: .* key 'x' appears twice in one object"),
+        (messages_with(called('{"x": NaN}')), "message 2: the arguments of a tool call should be JSON: NaN is not"),
         (messages_with(called()) | {"tools": "["}, "key 'tools' should be JSON"),
         (messages_with(called()) | {"tools": [5]}, "key 'tools', tool 1: should be an object"),
         (

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from lora_accel.config.schema import DataSection
 from lora_accel.data import turns
 from lora_accel.data.chat import Example, encode_record
 from lora_accel.data.formats import Conversation, Message, UnusableRow, parse_row
+from lora_accel.data.overlong import apply_overlong
 from lora_accel.data.template import ChatTemplate
 from lora_accel.labels import IGNORE_INDEX
 from tests.conftest import CHATML
@@ -153,3 +155,72 @@ def test_a_row_that_the_template_rejects_at_its_end_keeps_its_first_answer(token
     )
     with pytest.raises(UnusableRow, match="too many"):
         encode_record(turns_, template, "last_assistant")
+
+
+@pytest.mark.parametrize(
+    "source", [CHATML, DEFAULT_SYSTEM, NUMBERED.replace("{{ loop.index }}", "{{ loop.revindex }}")]
+)
+def test_a_row_whose_last_answer_is_cut_off_is_not_scored_by_an_earlier_one(
+    tokenizer_factory: Factory, source: str
+) -> None:
+    template = ChatTemplate(tokenizer_factory(chat_template=source))
+    record = conversation(4)
+    examples = encode_record(record, template, "assistant")
+    longest = max(len(example.input_ids) for example in examples)
+    options = DataSection.model_validate({"train": [{"path": "x"}], "max_length": longest - 3, "overlong": "truncate"})
+    bucket, kept, num_cut = apply_overlong(record, examples, template, options)
+    assert (bucket, num_cut) == ("truncated", 3)
+    assert sum(example.num_supervised for example in kept) > 0
+    assert [example.answer for example in kept] == [None] * len(kept)
+
+
+CALLING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "one", "arguments": {"two": "three"}}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "unsupervised"),
+    [
+        ({"content": "hello", "weight": 0}, "hello<|im_end|>"),
+        (
+            {"content": "", "weight": 0, "tool_calls": [CALL]},
+            '{"name": "one", "arguments": {"two": "three"}}<|im_end|>',
+        ),
+        ({"content": ""}, "<|im_end|>"),
+        ({"content": "one two", "train_detail": [{"begin_offset": 3, "end_offset": 6, "train": True}]}, "one"),
+    ],
+)
+@pytest.mark.parametrize("last", ["world", "\n\nworld"])
+def test_what_a_row_excludes_is_not_supervised_with_loss_on_all(
+    tokenizer_factory: Factory, answer: dict[str, Any], unsupervised: str, last: str
+) -> None:
+    """Also where the last answer, and with it the row, is an example of its own."""
+    template = ChatTemplate(tokenizer_factory(chat_template=CALLING))
+    row = {
+        "messages": [
+            {"role": "user", "content": "the"},
+            {"role": "assistant", **answer},
+            {"role": "user", "content": "user"},
+            {"role": "assistant", "content": last},
+        ]
+    }
+    (example,) = encode_record(parse_row(row, "messages"), template, "all")
+    excluded = [i for i in range(1, len(example.labels)) if example.labels[i] == IGNORE_INDEX]
+    text = template.tokenizer.decode([example.input_ids[i] for i in excluded])
+    if last == "world":
+        assert text == unsupervised
+    else:  # the text between the messages, too: where the turn ends in another rendering is not known
+        assert unsupervised in text
+        assert "world" not in text
+        assert "the" not in text
+
+
+def test_a_template_whose_prompt_names_another_role_is_not_trained_on(tokenizer_factory: Factory) -> None:
+    other = CHATML.replace("<|im_start|>assistant\n{% endif", "<|im_start|>bot\n{% endif")
+    template = ChatTemplate(tokenizer_factory(chat_template=other))
+    with pytest.raises(UnusableRow, match="another text before answer 2 than its generation prompt"):
+        encode_record(parse_row(ROW, "messages"), template, "assistant")

@@ -14,7 +14,7 @@ from lora_accel.data.formats import Conversation, Message
 from lora_accel.data.template import ChatTemplate
 from lora_accel.errors import ConfigError
 from lora_accel.inference.models import load_template
-from lora_accel.inference.prompts import encode_prompts
+from lora_accel.inference.prompts import encode_prompts, read_prompts
 from tests.conftest import CHATML
 
 TOOLS = [{"type": "function", "function": {"name": "weather"}}]
@@ -81,3 +81,14 @@ def test_an_adapter_of_another_tool_is_prompted_with_the_template(
     template = load_template(tmp_path, ModelSection(name_or_path=str(tmp_path)))
     assert not template.is_raw
     assert template.variables == {}
+
+
+def test_keys_beside_a_prompt_are_used(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    others = {"system": "Be brief.", "tools": TOOLS, "chat_template_kwargs": {"mood": "world"}, "completion": "x"}
+    file.write_text(json.dumps({"prompt": "hello", **others}) + "\n" + json.dumps({"prompt": "hello"}))
+    first, second = read_prompts([], file)
+    assert [(m.role, m.content) for m in first.messages] == [("system", "Be brief."), ("user", "hello")]
+    assert first.tools == TOOLS
+    assert first.template_kwargs == {"mood": "world"}
+    assert second == Conversation((Message("user", "hello"),))

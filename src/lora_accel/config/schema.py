@@ -132,6 +132,8 @@ class ModelSection(Section):
     def _check_rope_scaling(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
         if value is None:
             return None
+        if {"type", "rope_type"} <= value.keys():
+            raise ValueError("has type and rope_type, which are the same; keep rope_type")
         value = {"rope_type" if key == "type" else key: item for key, item in value.items()}  # FastChat's name
         if not isinstance(value.get("rope_type"), str):
             raise ValueError("rope_type is missing; set a mapping such as {rope_type: linear, factor: 2.0}")

@@ -163,13 +163,17 @@ def ledger_lines(ledgers: list[SourceLedger]) -> list[tuple[str, str]]:
         share = ledger.num_supervised_tokens / max(1, ledger.num_tokens)
         ended = ledger.num_ended / max(1, ledger.num_examples)
         cut = f" ({ledger.num_cut_tokens:,} more cut off)" if ledger.num_cut_tokens else ""
+        num_kept = len(ledger.buckets.get(USED, [])) + len(ledger.buckets.get(TRUNCATED, []))
+        has_own = SPLIT not in ledger.buckets and ledger.num_examples > num_kept
+        own = " (answers that the template renders differently in the row have their own)" if has_own else ""
+        tokens = f"{ledger.num_tokens:,} tokens{cut}, {share:.1%} supervised"
         lines.append(
             (
                 name,
                 _cut_warning(ledger)
                 + f"{ledger.format}, {ledger.num_rows:,} rows: {len(ledger.buckets.get(USED, [])):,} used"
                 + "".join(f", {item}" for item in others)
-                + f"; {ledger.num_examples:,} examples, {ledger.num_tokens:,} tokens{cut}, {share:.1%} supervised, "
+                + f"; {ledger.num_examples:,} examples{own}, {tokens}, "
                 f"end of turn in {ended:.1%} of examples, longest {ledger.longest:,}",
             )
         )

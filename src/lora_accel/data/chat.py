@@ -9,7 +9,7 @@ example of its own if its prompt is not a prefix of the row's tokens: because th
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lora_accel.data.formats import (
@@ -23,7 +23,7 @@ from lora_accel.data.formats import (
     UnusableRow,
 )
 from lora_accel.data.spans import RESERVED, Span
-from lora_accel.data.template import SPECIAL_AS_TEXT, ChatTemplate
+from lora_accel.data.template import SPECIAL_AS_TEXT, ChatTemplate, Rendered
 from lora_accel.data.tokens import Tokens
 from lora_accel.data.turns import Turn, find_turn_alone, find_turn_in_row
 from lora_accel.labels import IGNORE_INDEX
@@ -122,68 +122,79 @@ def encode_context(record: Conversation, template: ChatTemplate) -> Example:
 def _encode_conversation(record: Conversation, template: ChatTemplate, loss_on: str) -> list[Example]:
     """Tokenize a conversation: one example for the answers in the text of the row, one for each other answer."""
     numbers = [i for i, message in enumerate(record.messages) if message.role == "assistant"]
-    is_all = loss_on == "all"
-    if loss_on != "assistant":
-        numbers = numbers[-1:]
+    numbers = numbers if loss_on == "assistant" else numbers[-1:]
     numbers = [number for number in numbers if record.messages[number].supervised]
-    in_row: dict[int, Turn] = {}
-    alone: dict[int, Example] = {}
-    problems: list[UnusableRow] = []
-
-    def add_alone(number: int) -> None:
-        turn = in_row.get(number) or find_turn_alone(template, record, number)
-        excluded = _excluded_spans(record.messages[:number], turn.message_spans) if is_all else ()
-        alone[number] = _encode_turn(turn, template, record.messages[number], is_all=is_all, excluded=excluded)
-
+    is_all = loss_on == "all"
     template.check_tools(record)
-    rendered = None
+    rendered, rejected = None, None
     try:
         rendered = template.render(record.messages, record.tools, record.template_kwargs)
     except UnusableRow as error:  # an earlier answer may be usable
-        problems.append(error)
-    untrusted = rendered.untrusted if rendered else []
+        rejected = error
+    in_row, problems = _find_turns_in_row(template, record, rendered, numbers)
+    row = _RowTokens(template, rendered, list(in_row.values())) if rendered else None
+    alone: dict[int, Example] = {}
     for number in numbers:
+        message, turn = record.messages[number], in_row.get(number)
+        if number in problems or (row and turn and row.add(turn, message)):
+            continue
         try:
-            turn = find_turn_in_row(template, record, rendered, untrusted, number) if rendered else None
-            if turn is None:
-                add_alone(number)
-                continue
-            if rendered:
-                rendered.check_calls(record.messages, max(in_row, default=0), number)
-            in_row[number] = turn
+            turn = turn or find_turn_alone(template, record, number)
+            text = turn.text[: turn.span.start]
+            excluded = _excluded_spans(record.messages[:number], text, turn.message_spans, {}) if is_all else ()
+            alone[number] = _encode_turn(turn, template, message, is_all=is_all, excluded=excluded)
         except UnusableRow as error:
-            problems.append(error)
-    row = _RowTokens(template, rendered.text, untrusted, list(in_row.values())) if rendered else None
-    for number, turn in in_row.items():
-        try:
-            if row and not row.add(turn, record.messages[number]):
-                add_alone(number)
-        except UnusableRow as error:
-            problems.append(error)
+            problems[number] = error
     examples = [alone[number] for number in sorted(alone)]
-    if row and row.answer is not None and not is_all:
+    if rendered and row and is_all and not alone and not problems:
+        others = [i for i, m in enumerate(record.messages) if m.role == "assistant" and not m.supervised]
+        turns, _ = _find_turns_in_row(template, record, rendered, others)
+        excluded = _excluded_spans(record.messages, rendered.text, rendered.message_spans, turns)
+        examples = [row.example_of_all(excluded)]
+    elif row and row.answer is not None and not is_all:
         # The last example of a row has its last answer.
         position = sum(number < max(in_row.keys() - alone.keys()) for number in alone)
         examples.insert(position, row.example())
-    elif rendered and row and is_all and not alone and not problems:
-        examples = [row.example_of_all(_excluded_spans(record.messages, rendered.message_spans))]
-    if problems and not examples:
-        raise problems[0]
-    left_out = problems if rendered else problems[1:]  # the first one is that of the complete row
-    notes = (*(rendered.notes if rendered else ()), *(f"an answer is left out: {problem}" for problem in left_out))
+    if not examples and (rejected or problems):
+        raise rejected or next(iter(problems.values()))
+    notes = (*(rendered.notes if rendered else ()), *(f"an answer is left out: {e}" for e in problems.values()))
     return [example._replace(notes=(*example.notes, *notes)) for example in examples]
+
+
+def _find_turns_in_row(
+    template: ChatTemplate, record: Conversation, rendered: Rendered | None, numbers: Sequence[int]
+) -> tuple[dict[int, Turn], dict[int, UnusableRow]]:
+    """Return the answers that can be trained in the text of the row, and why some cannot be trained at all.
+
+    Args:
+        rendered: the row; None = the template rejects it.
+        numbers: 0-based indices of the answers.
+    """
+    turns: dict[int, Turn] = {}
+    problems: dict[int, UnusableRow] = {}
+    untrusted = rendered.untrusted if rendered else []
+    for number in numbers if rendered else ():
+        assert rendered is not None
+        try:
+            turn = find_turn_in_row(template, record, rendered, untrusted, number)
+            if turn is not None:
+                rendered.check_calls(record.messages, max(turns, default=0), number)
+                turns[number] = turn
+        except UnusableRow as error:
+            problems[number] = error
+    return turns, problems
 
 
 class _RowTokens:
     """The tokens of a row, and labels for the answers that are supervised in it."""
 
-    def __init__(self, template: ChatTemplate, text: str, untrusted: list[Span], turns: Sequence[Turn]) -> None:
+    def __init__(self, template: ChatTemplate, rendered: Rendered, turns: Sequence[Turn]) -> None:
         """Tokenize a rendered row.
 
         Args:
-            untrusted: spans of message text, in order.
             turns: the answers in this text, in order. EOS is added if the last one ends the text without an end token.
         """
+        text, untrusted = rendered.text, rendered.untrusted
         if turns and not turns[-1].is_closed:
             text = text[: turns[-1].span.end] + (template.tokenizer.eos_token or "")
         self.answer: tuple[int, int] | None = None
@@ -299,19 +310,43 @@ def _exclude(spans: Sequence[Span], labels: list[int], tokens: Tokens) -> None:
         labels[covered.start : covered.stop] = [IGNORE_INDEX] * len(covered)
 
 
-def _excluded_spans(messages: Sequence[Message], message_spans: list[list[Span]]) -> list[Span]:
-    """Return the spans of the answers that the row excludes from the loss."""
-    excluded = [i for i, message in enumerate(messages) if message.role == "assistant" and not message.supervised]
-    return [span for i in excluded for span in message_spans[i]]
+def _excluded_spans(
+    messages: Sequence[Message], text: str, message_spans: Sequence[Sequence[Span]], turns: Mapping[int, Turn]
+) -> list[Span]:
+    """Return the spans of a text that the row excludes from the loss: complete turns, or characters of answers.
+
+    Args:
+        message_spans: of each message's text.
+        turns: turns that are known. Any other one reaches from the message before it to the one after it.
+    """
+    excluded = []
+    for number, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        if not message.supervised and number in turns:
+            excluded.append(turns[number].span)
+        elif not message.supervised:
+            start = max((span.end for spans in message_spans[:number] for span in spans), default=0)
+            following = (span.start for spans in message_spans[number + 1 :] for span in spans)
+            excluded.append(Span(start, min(following, default=len(text))))
+        elif message.unsupervised and message_spans[number]:
+            excluded += _characters(text, max(message_spans[number]), message)
+    return excluded
 
 
 def _unsupervised_spans(turn: Turn, message: Message) -> list[Span]:
     """Return the spans of a text that the row excludes from the loss of an answer."""
-    if not message.unsupervised or turn.content is None:
-        return []
-    written = turn.text[turn.content.start : turn.content.end]
-    shift = turn.content.start - message.content.find(written)  # the template may have stripped white space
-    spans = [(max(a + shift, turn.content.start), min(b + shift, turn.content.end)) for a, b in message.unsupervised]
+    return _characters(turn.text, turn.content, message) if turn.content and message.unsupervised else []
+
+
+def _characters(text: str, content: Span, message: Message) -> list[Span]:
+    """Return where the characters of a message that carry no loss are in a text.
+
+    Args:
+        content: where the message's content is.
+    """
+    shift = content.start - message.content.find(text[content.start : content.end])  # white space may be stripped
+    spans = [(max(a + shift, content.start), min(b + shift, content.end)) for a, b in message.unsupervised]
     return [Span(a, b) for a, b in spans if a < b]
 
 

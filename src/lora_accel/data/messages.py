@@ -54,6 +54,8 @@ def parse_messages(
     Raises:
         MalformedRow: a role is unknown, a value has the wrong type, or two values contradict each other.
     """
+    if isinstance(value, str):  # a column of a CSV file
+        value = parse_json(value, f"key {key!r}")
     if not isinstance(value, list):
         raise MalformedRow(f"{key} should be a list of messages, not a {type(value).__name__}")
     messages = []
@@ -175,14 +177,15 @@ def parse_content(value: Any, where: str) -> str:
 
 
 def parse_flag(value: Any, where: str) -> bool | None:
-    """Return a flag that is 0 or 1, true or false, as a number or as text; None for null.
+    """Return a flag that is 0 or 1, true or false, as a number or as text; None for null and for an empty value.
 
     Raises:
         MalformedRow: it is something else.
     """
     if isinstance(value, str):
         as_text = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
-        value = as_text.get(value.strip().lower(), value)
+        value = as_text.get(value.strip().lower(), value.strip())
+    value = value if has_value(value) else None
     if value is not None and value not in (0, 1):
         raise MalformedRow(f"{where} should be 0 or 1, true or false, not {value!r:.40}")
     return None if value is None else bool(value)
@@ -206,7 +209,7 @@ def _unsupervised(item: Mapping[str, Any], content: str, where: str, notes: list
     As in axolotl, `end_offset` is the last character, and characters that no entry covers carry no loss.
     """
     details = item.get("train_detail")
-    if details is None:
+    if not has_value(details):
         return ()
     where = f"{where}: 'train_detail'"
     if not isinstance(details, list):

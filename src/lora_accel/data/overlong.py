@@ -46,7 +46,12 @@ def apply_overlong(
     kept = [cut for cut in (_truncate(piece, options.max_length) for piece in pieces) if cut.num_supervised]
     if not kept:
         raise UnusableRow("no supervised token within data.max_length")
-    num_cut = sum(len(piece.input_ids) for piece in pieces) - sum(len(cut.input_ids) for cut in kept)
+    if is_split:
+        num_cut = sum(len(piece.input_ids) for piece in pieces) - sum(len(cut.input_ids) for cut in kept)
+    else:  # the examples of a row begin with the same tokens, which count once
+        num_cut = max(len(piece.input_ids) for piece in pieces) - max(len(cut.input_ids) for cut in kept)
+    if _truncate(pieces[-1], options.max_length).answer is None:  # not scored by an earlier answer instead
+        kept = [cut._replace(answer=None) for cut in kept]
     return (SPLIT if is_split and len(pieces) > 1 else TRUNCATED), kept, num_cut
 
 

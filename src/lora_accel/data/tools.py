@@ -91,7 +91,7 @@ def parse_tool_call(call: Any, where: str) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):  # OpenAI stores them as JSON text; templates expect an object
         arguments = parse_json(arguments.strip() or "{}", f"{where}: the arguments of a tool call")
-    if arguments is None:
+    if arguments is None or arguments == []:  # an empty map of a table is a list
         arguments = {}
     if not isinstance(arguments, Mapping):
         raise MalformedRow(
@@ -112,16 +112,29 @@ def parse_json(text: str, where: str) -> Any:
     """Parse JSON text.
 
     Raises:
-        MalformedRow: it is not JSON, or contains an unpaired surrogate.
+        MalformedRow: it is not JSON, a key appears twice in one object, or it contains an unpaired surrogate.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise MalformedRow(f"{where} contains an unpaired surrogate, which is not a character") from None
     except (ValueError, RecursionError) as error:
         raise MalformedRow(f"{where} should be JSON: {error}") from None
     return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {twice!r} appears twice in one object; keep one")
+    return members
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _kind(value: Any) -> str:

@@ -236,7 +236,21 @@ def _after_common_text(template: ChatTemplate, asked: Rendered, rendered: Render
             f"{template.label} renders the messages before answer {number + 1} differently than in the prompt of "
             "generate; data.loss_on: last_assistant or another model.chat_template may help"
         )
+    if all(_has_words(template, part) for part in (prompt[common:], text[common:own_start])):
+        raise UnusableRow(
+            f"{template.label} writes another text before answer {number + 1} than its generation prompt; another "
+            "model.chat_template may help"
+        )
     return common + _empty_thought_length(text[common:])
+
+
+def _has_words(template: ChatTemplate, text: str) -> bool:
+    """Whether a text has letters outside of special tokens and the tags of thoughts."""
+    for span in reversed(template.tokens.find_specials(text)):
+        text = text[: span.start] + text[span.end :]
+    for tag in (tag for pair in THOUGHTS for tag in pair):
+        text = text.replace(tag, "")
+    return any(letter.isalnum() for letter in text)
 
 
 def _closes_thought(template: ChatTemplate, conversation: Conversation, prompt: str) -> bool:

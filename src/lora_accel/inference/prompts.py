@@ -14,13 +14,18 @@ if TYPE_CHECKING:
     from lora_accel.data.template import ChatTemplate
 
 
+PROMPT_KEYS = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs")
+"""Keys that are used beside a prompt."""
+
+
 def read_prompts(texts: Sequence[str], file: Path | None) -> list[Conversation]:
     """Return the prompts of the command line, then those of a file.
 
     Args:
         texts: user messages.
-        file: .txt: one prompt per line. .jsonl: a string, `{"prompt": string}` or `{"messages": […]}` per line;
-            assistant messages at the end of `messages` are removed. Empty lines are skipped.
+        file: .txt: one prompt per line. .jsonl: a string, `{"prompt": string}` or `{"messages": […]}` per line, both
+            with `system`, `tools` and `chat_template_kwargs`; assistant messages at the end of `messages` are removed.
+            Empty lines are skipped.
 
     Raises:
         ConfigError: there is no prompt, or the file or one of its lines cannot be used.
@@ -59,12 +64,14 @@ def _parse_line(line: bytes, file: Path, number: int) -> Conversation:
 
 
 def _parse_prompt(row: Any) -> Conversation:
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-        row = row["prompt"]
-    if isinstance(row, str):
-        if not row.strip():
+    prompt = row.get("prompt") if isinstance(row, dict) else row
+    if isinstance(prompt, str):
+        if not prompt.strip():
             raise ValueError("the prompt is empty")
-        return Conversation((Message("user", row),))
+        if isinstance(row, str):
+            return Conversation((Message("user", row),))
+        others = {key: row[key] for key in PROMPT_KEYS if key in row}  # others are the answer, or not used
+        row = {"messages": [{"role": "user", "content": prompt}], **others}
     if not isinstance(row, dict) or "messages" not in row:
         raise ValueError('should be a string, {"prompt": string} or {"messages": […]}')
     values = row["messages"]

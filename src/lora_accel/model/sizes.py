@@ -194,7 +194,7 @@ def scale_rope(config: PretrainedConfig, scaling: Mapping[str, Any]) -> None:
         try:
             text.standardize_rope_params()
             text.validate_rope()
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, ArithmeticError) as error:
             problems.append(first_line(error).strip('"'))
     if problems:
         raise ConfigError(f"model.rope_scaling: transformers rejects it: {problems[0]}")
