@@ -246,10 +246,10 @@ def _after_common_text(template: ChatTemplate, asked: Rendered, rendered: Render
 
 def _has_words(template: ChatTemplate, text: str) -> bool:
     """Whether a text has letters outside of special tokens and the tags of thoughts."""
-    for span in reversed(template.tokens.find_specials(text)):
-        text = text[: span.start] + text[span.end :]
     for tag in (tag for pair in THOUGHTS for tag in pair):
         text = text.replace(tag, "")
+    for span in reversed(template.tokens.find_specials(text)):
+        text = text[: span.start] + text[span.end :]
     return any(letter.isalnum() for letter in text)
 
 
