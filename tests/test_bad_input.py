@@ -223,7 +223,7 @@ def test_all_config_errors_are_reported_at_once(train_error: TrainError) -> None
         ("model.chat_template=absent.jinja", ("model.chat_template: absent.jinja", "no such file")),
         ("model.chat_template=broken.jinja", ("model.chat_template", "line 2", "not valid Jinja")),
         ("model.chat_template=empty.jinja", ("model.chat_template", "empty.jinja", "empty")),
-        ("data.eval_fraction=0.95", ("data.eval_fraction=0.95", "no training example")),
+        ("data.eval_fraction=0.95", ("data.eval_fraction=0.95", "no training row")),
         ("checkpoint.resume=absent", ("checkpoint.resume", "absent")),
     ],
 )
@@ -313,7 +313,7 @@ def test_unusable_row_is_an_error(
         ("empty.csv", b"", ("empty.csv: has no rows",)),
         ("rows.json", b'[\n{"text": "a"},\n{"text": \n]', ("rows.json, line 4: not valid JSON", "column 1")),
         ("rows.json", b'[{"text": "a"}, null]', ("rows.json, row 2: should be an object, not null",)),
-        ("rows.json", b'{"text": "a"}', ("rows.json: should be a list of rows", ".jsonl")),
+        ("rows.json", b'{\n"text": "a"\n}', ("rows.json: should be a list of rows, or one object per line",)),
         ("rows.json", b'{"data": {"text": "a"}}', ("rows.json: should be a list of rows",)),
         (
             "latin.jsonl",

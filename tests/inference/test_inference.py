@@ -293,8 +293,7 @@ def test_held_out_rows_score_as_in_training_and_only_they_get_replies(
 ) -> None:
     """With several sources, weights, limits, dropped rows and split rows.
 
-    The loss is that of the run's own evaluation. The exact match counts only rows of which no part was trained on, each
-    with its own answer.
+    The loss is that of the run's own evaluation. No part of a row whose answer is scored was trained on.
     """
     contents: dict[str, list[dict[str, Any]]] = {}
     for name, size in {"a": 16, "b": 14}.items():
@@ -329,7 +328,7 @@ def test_held_out_rows_score_as_in_training_and_only_they_get_replies(
     correct = set()
     for name, rows in contents.items():
         for number, row in enumerate(rows, start=1):
-            if row["messages"] and number % 2:
+            if number % 2 and len(row["messages"]) == 2:
                 (reply,) = generate_replies(
                     base, template.tokenizer, [question(row)], ends=template.end_ids, max_new_tokens=3
                 )
@@ -341,9 +340,11 @@ def test_held_out_rows_score_as_in_training_and_only_they_get_replies(
     config = make_config(**changes)
     data = prepare_data(config, num_ranks=1)
     held_out, trained = ({x.row for x in examples} for examples in (data.eval_sources[HELD_OUT], data.dataset.examples))
-    with_replies = held_out - trained
-    assert len(with_replies) < len(held_out), "one split row is in both"
-    assert 2 <= len(with_replies & correct) < len(with_replies)
+    assert held_out.isdisjoint(trained)
+    assert any(len(contents[Path(file).stem][number - 1]["messages"]) > 2 for file, number in held_out), "none is split"
+    scored = {x.row for x in data.eval_sources[HELD_OUT] if len(x.input_ids) < 100}
+    assert scored < held_out, "an answer is cut off at max_length"
+    assert 2 <= len(scored & correct) < len(scored)
 
     adapter = run_training(config)
     (in_training,) = read_metrics(Path(config.output_dir), "eval")
@@ -351,8 +352,8 @@ def test_held_out_rows_score_as_in_training_and_only_they_get_replies(
     assert [score.name for score in scores] == ["base", "base + adapter"]
     assert scores[1].eval_loss == pytest.approx(in_training["eval_loss"], rel=1e-5)
     assert {score.eval_tokens for score in scores} == {in_training["eval_tokens"]}
-    assert {score.rows for score in scores} == {len(with_replies)}
-    assert scores[0].exact_match == len(with_replies & correct) / len(with_replies)
+    assert {score.rows for score in scores} == {len(scored)}
+    assert scores[0].exact_match == len(scored & correct) / len(scored)
     assert scores[0].sources == {}
 
 
