@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lora_accel.config.schema import ModelSection
 from lora_accel.data.formats import Conversation, Message
 from lora_accel.data.template import ChatTemplate
 from lora_accel.errors import ConfigError
+from lora_accel.inference import chat as chat_module
 from lora_accel.inference.models import load_template
 from lora_accel.inference.prompts import encode_prompts, read_prompts
 from tests.conftest import CHATML
@@ -45,6 +47,14 @@ def test_what_needs_a_template_cannot_be_raw(
 ) -> None:
     with pytest.raises(ConfigError, match=r"need the chat template, .*; pass one message, or --template"):
         encode_prompts([prompt], ChatTemplate(tokenizer), system, raw=True)
+
+
+def test_a_system_message_of_chat_needs_a_template(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_module, "load_candidates", lambda *_, **__: pytest.fail("a model was loaded first"))
+    with pytest.raises(ConfigError, match="--system: needs the chat template"):
+        chat_module.chat(merged=tiny_model(), system="Be brief.", raw=True)
 
 
 def test_variables_of_a_prompt_reach_the_template(tokenizer_factory: Any) -> None:

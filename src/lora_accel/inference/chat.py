@@ -41,7 +41,7 @@ def chat(
         dtype: compute dtype, as in `generate`.
 
     Raises:
-        ConfigError: neither an adapter nor a merged model is given.
+        ConfigError: neither an adapter nor a merged model is given, or there is a system message without a template.
         ArtifactError: the adapter or a model cannot be used.
         DataError: the chat template rejects the system message.
     """
@@ -55,6 +55,8 @@ def chat(
         section = resolve_section([adapter], base, dtype)
     template = load_template(template_folder, section)
     raw = template.is_raw if raw is None else raw
+    if raw and system:
+        raise ConfigError("--system: needs the chat template, and the adapter was trained without one; pass --template")
     first_messages = (Message("system", system),) if system else ()
     prompt = Conversation((*first_messages, Message("user", "hello")))
     encode_prompts([prompt], template, None, raw)  # raises before a model is loaded
