@@ -805,18 +805,24 @@ def test_everything_but_the_excluded_answers_is_supervised_with_loss_on_all(fami
         assert last.answer is not None
         is_row = text is not None and answers[0].is_in_row
         trained = text.text if text and is_row else answers[0].complete.text
-        excluded: set[int] = set()
-        for message in messages:
-            if message.role == "assistant" and not message.supervised and message.content:
-                start = trained.index(message.content)
+        # Excluded is at least the text of an answer, and at most what is between the messages next to it.
+        excluded, turns = set[int](), set[int]()
+        for number, message in enumerate(messages):
+            if message.role == "assistant" and not (message.supervised and message.content):
+                before, after = (m.content for m in (messages[number - 1], messages[number + 1]))
+                first = trained.index(before) + len(before)
+                last_end = trained.index(after, first)
+                turns |= set(range(first, last_end))
+                start = trained.index(message.content, first, last_end)
                 excluded |= set(range(start, start + len(message.content)))
         prefix = bos_before(style, begin)
-        chars = covered(family, begin, example.input_ids[len(prefix) :], trained, trusted(trained).specials)
-        labels = [
-            IGNORE_INDEX if token_chars & excluded else token
-            for token, token_chars in zip(example.input_ids[len(prefix) :], chars, strict=True)
-        ]
-        assert example.labels == [IGNORE_INDEX, *(prefix + labels)[1:]]
+        ids, labels = example.input_ids[len(prefix) :], example.labels[len(prefix) :]
+        chars = covered(family, begin, ids, trained, trusted(trained).specials)
+        for i in range(0 if prefix else 1, len(ids)):
+            if chars[i] & excluded:
+                assert labels[i] == IGNORE_INDEX
+            elif not chars[i] & turns:
+                assert labels[i] == ids[i]
 
 
 @pytest.mark.parametrize("begin", BEGINS)

@@ -522,7 +522,7 @@ def test_prompts_are_read_from_a_file(
         ("p.jsonl", b'{"prompt": 3}', ["line 1"]),
         ("p.jsonl", b'"one"\n""', ["line 2", "empty"]),
         ("p.jsonl", b'"\\ud800"', ["line 1", "surrogate"]),
-        ("p.jsonl", b'{"messages": "one"}', ["line 1", "list"]),
+        ("p.jsonl", b'{"messages": 5}', ["line 1", "list"]),
         ("p.jsonl", b'{"messages": []}', ["line 1", "nothing to reply to"]),
         ("p.jsonl", b'{"messages": [{"role": "king", "content": "one"}]}', ["line 1", "king"]),
         ("p.jsonl", b"[" * 100_000, ["line 1"]),
