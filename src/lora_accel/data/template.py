@@ -48,13 +48,13 @@ class Rendered(NamedTuple):
         """Return the spans of all message text, in order."""
         return sorted(span for spans in self.message_spans for span in spans)
 
-    def end_of(self, number: int, default: int = 0) -> int:
-        """Return where the text of a message ends.
+    def end_of(self, number: int) -> int:
+        """Return where the text of a message ends; 0 if it has none."""
+        return max((span.end for span in self.message_spans[number]), default=0)
 
-        Args:
-            default: returned if the message has no text.
-        """
-        return max((span.end for span in self.message_spans[number]), default=default)
+    def end_before(self, number: int) -> int:
+        """Return where the text of the messages before a message ends; 0 if they have none."""
+        return next((end for i in range(number - 1, -1, -1) if (end := self.end_of(i))), 0)
 
     def check_calls(self, messages: Sequence[Message], first: int, end: int) -> None:
         """Check that the template wrote the tool calls of some messages, after the text of each.
@@ -67,7 +67,7 @@ class Rendered(NamedTuple):
         """
         for number in range(first, end):
             if messages[number].tool_calls:
-                start = next((e for i in range(number, -1, -1) if (e := self.end_of(i))), 0)
+                start = self.end_before(number + 1)
                 following = (s.start for spans in self.message_spans[number + 1 :] for s in spans)
                 check_call(messages[number], number, self.text[start : next(following, None)])
 
@@ -217,8 +217,7 @@ class ChatTemplate:
         span = probe.spans[number]
         if span is None:
             raise UnusableRow(f"{self.label} leaves out the answer")
-        before = max((probe.end_of(i) for i in range(number)), default=0)
-        text = probe.text[: max(before, len(probe.text[: span.start].rstrip(" ")))]
+        text = probe.text[: max(probe.end_before(number), len(probe.text[: span.start].rstrip(" ")))]
         try:
             alone = self._apply(values, conversation, add_generation_prompt=False)
         except UnusableRow:
