@@ -14,7 +14,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_accel import RunConfig, run_training
-from lora_accel.data.formats import Conversation, parse_row
+from lora_accel.data.formats import parse_row
+from lora_accel.data.records import Conversation
 from lora_accel.data.template import BUILT_IN_TEMPLATES
 from lora_accel.inference.evaluation import evaluate
 from lora_accel.inference.generation import generate

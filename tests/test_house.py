@@ -23,7 +23,7 @@ from lora_accel import RunConfig, logs, run_training, save_adapter
 from lora_accel.config.optimizers import OPTIMIZERS, OptimizerSpec
 from lora_accel.config.schedules import SCHEDULES
 from lora_accel.data import formats
-from lora_accel.data.formats import PlainText
+from lora_accel.data.records import PlainText
 from lora_accel.errors import ConfigError
 from lora_accel.export import formats as export_formats
 from lora_accel.export.export import export_adapter

@@ -15,7 +15,8 @@ from tokenizers import AddedToken, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lora_accel.data.chat import Example, encode_record
-from lora_accel.data.formats import Completion, Conversation, MalformedRow, Message, PlainText, UnusableRow, parse_row
+from lora_accel.data.formats import parse_row
+from lora_accel.data.records import Completion, Conversation, MalformedRow, Message, PlainText, UnusableRow
 from lora_accel.data.spans import FIRST_MARK, Span
 from lora_accel.data.template import BUILT_IN_TEMPLATES, ChatTemplate
 from lora_accel.errors import DataError

@@ -23,20 +23,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from lora_accel.data.chat import Example, encode_record
-from lora_accel.data.formats import (
-    FORMATS,
-    Conversation,
-    MalformedRow,
-    Message,
-    UnusableRow,
-    detect_format,
-    parse_row,
-)
+from lora_accel.data.formats import FORMATS, detect_format, parse_row
+from lora_accel.data.records import Conversation, MalformedRow, Message, UnusableRow
 from lora_accel.data.spans import Span
 from lora_accel.data.template import BUILT_IN_TEMPLATES, ChatTemplate, template_source
 from lora_accel.data.tokens import FIRST_ALIAS
 from lora_accel.errors import DataError
 from lora_accel.labels import IGNORE_INDEX
+from tests.data.tokenizers import train_sentencepiece, train_unigram
 
 # Tokenizers.
 
@@ -81,34 +75,11 @@ def byte_level(*, trims: bool = False, qwen: bool = False) -> Tokenizer:
 
 
 def sentencepiece(scheme: str) -> Tokenizer:
-    """Train BPE with byte fallback. A space is added before the text, each section, or (Llama 2) by a normalizer."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIALS, limit_alphabet=60)
-    tokenizer.train_from_iterator(LINES + NEWLINES, trainer)
-    config = json.loads(tokenizer.to_str())
-    vocabulary = config["model"]["vocab"]
-    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
-    if scheme == "llama-2":
-        config["pre_tokenizer"] = None
-    tokenizer = Tokenizer.from_str(json.dumps(config))
-    if scheme == "llama-2":
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
-    pieces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(pieces)
-    return tokenizer
+    return train_sentencepiece(scheme, LINES + NEWLINES, SPECIALS, vocab_size=300, limit_alphabet=60)
 
 
 def unigram() -> Tokenizer:
-    """Train a tokenizer like T5's and XLM-R's: unknown characters are one token."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
-    tokenizer.decoder = decoders.Metaspace("▁", prepend_scheme="always")
-    trainer = trainers.UnigramTrainer(vocab_size=250, special_tokens=SPECIALS, unk_token="<unk>")
-    tokenizer.train_from_iterator(["\n".join(LINES[:3])] * 5, trainer)
-    return tokenizer
+    return train_unigram(["\n".join(LINES[:3])] * 5, SPECIALS, vocab_size=250)
 
 
 FAMILIES: dict[str, Callable[[], Tokenizer]] = {

@@ -288,23 +288,33 @@ def test_a_saved_dataset_with_a_missing_or_damaged_file_is_an_error(tmp_path: Pa
 # URLs
 
 
+class Server(ThreadingHTTPServer):
+    """Counts requests; may leave out the version of a file, or the end of its content."""
+
+    def __init__(self, folder: Path, *, has_versions: bool, missing_bytes: int) -> None:
+        super().__init__(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+        self.has_versions, self.missing_bytes = has_versions, missing_bytes
+        self.paths: list[str] = []
+
+
 class Handler(SimpleHTTPRequestHandler):
-    """Counts requests; options of the server leave out the version of a file, or the end of its content."""
+    """Answers the requests of a `Server`."""
+
+    server: Server
 
     def log_message(self, *args: Any) -> None:
-        self.server.paths.append(self.path)  # type: ignore[attr-defined]
+        self.server.paths.append(self.path)
 
     def send_header(self, keyword: str, value: str) -> None:
-        if keyword != "Last-Modified" or self.server.has_versions:  # type: ignore[attr-defined]
-            added = self.server.missing_bytes if keyword == "Content-Length" else 0  # type: ignore[attr-defined]
+        if keyword != "Last-Modified" or self.server.has_versions:
+            added = self.server.missing_bytes if keyword == "Content-Length" else 0
             super().send_header(keyword, str(int(value) + added) if added else value)
 
 
 @contextlib.contextmanager
 def serve(folder: Path, *, has_versions: bool = True, missing_bytes: int = 0) -> Iterator[tuple[str, list[str]]]:
     """Serve a folder on a free port of this machine; yields its address and the requests."""
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
-    server.paths, server.has_versions, server.missing_bytes = [], has_versions, missing_bytes
+    server = Server(folder, has_versions=has_versions, missing_bytes=missing_bytes)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

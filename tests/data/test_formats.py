@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_accel.data.formats import (
-    FORMATS,
+from lora_accel.data.formats import FORMATS, detect_format, parse_row
+from lora_accel.data.records import (
     Completion,
     Conversation,
     MalformedRow,
@@ -18,8 +18,6 @@ from lora_accel.data.formats import (
     Pretokenized,
     Record,
     UnusableRow,
-    detect_format,
-    parse_row,
 )
 
 

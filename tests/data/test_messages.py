@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lora_accel.data.formats import Conversation, MalformedRow, detect_format, parse_row
-from lora_accel.data.records import Message
+from lora_accel.data.formats import detect_format, parse_row
+from lora_accel.data.records import Conversation, MalformedRow, Message
 
 USER = {"role": "user", "content": "q"}
 FLAGS = ["weight", "train", "training", "trainable", "loss"]

@@ -25,11 +25,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from lora_accel.data.chat import NOT_TOKENIZED, Example, encode_record
-from lora_accel.data.formats import UnusableRow, detect_format, parse_row
+from lora_accel.data.formats import detect_format, parse_row
+from lora_accel.data.records import UnusableRow
 from lora_accel.data.template import BUILT_IN_TEMPLATES, ChatTemplate
 from lora_accel.labels import IGNORE_INDEX
 from tests.data.templates import ADDED, TEMPLATES
 from tests.data.templates import SPECIALS as SPECIALS_OF_TEMPLATES
+from tests.data.tokenizers import train_sentencepiece, train_unigram
 
 # Tokenizers.
 
@@ -107,34 +109,11 @@ def byte_level(*before: Any, use_regex: bool = False, normalizer: Any = None, pr
 
 
 def sentencepiece(scheme: str) -> Tokenizer:
-    """Train BPE with byte fallback. A space is added before the text, each section, or (Llama 2) by a normalizer."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIALS, limit_alphabet=90, show_progress=False)
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    config = json.loads(tokenizer.to_str())
-    vocabulary = config["model"]["vocab"]
-    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
-    if scheme == "llama-2":
-        config["pre_tokenizer"] = None
-    tokenizer = Tokenizer.from_str(json.dumps(config))
-    if scheme == "llama-2":
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
-    pieces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(pieces)
-    return tokenizer
+    return train_sentencepiece(scheme, TEXTS, SPECIALS, vocab_size=500, limit_alphabet=90)
 
 
 def unigram() -> Tokenizer:
-    """Train a tokenizer like T5's."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
-    tokenizer.decoder = decoders.Metaspace("▁", prepend_scheme="always")
-    trainer = trainers.UnigramTrainer(vocab_size=400, special_tokens=SPECIALS, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    return tokenizer
+    return train_unigram(TEXTS, SPECIALS, vocab_size=400)
 
 
 def split(pattern: str) -> pre_tokenizers.PreTokenizer:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from lora_accel.data.chat import Example, encode_record
-from lora_accel.data.formats import Conversation, UnusableRow, parse_row
+from lora_accel.data.formats import parse_row
+from lora_accel.data.records import Conversation, UnusableRow
 from lora_accel.data.template import ChatTemplate
 from lora_accel.labels import IGNORE_INDEX
 from tests.data.templates import TEMPLATES, tokenizer_of

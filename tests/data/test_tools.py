@@ -11,7 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lora_accel.data.chat import Example, encode_record
-from lora_accel.data.formats import Conversation, MalformedRow, UnusableRow, parse_row
+from lora_accel.data.formats import parse_row
+from lora_accel.data.records import Conversation, MalformedRow, UnusableRow
 from lora_accel.data.template import ChatTemplate
 from lora_accel.data.tokens import FIRST_ALIAS
 from lora_accel.labels import IGNORE_INDEX
@@ -353,3 +354,19 @@ def test_a_left_out_argument_of_any_name_drops_the_row(encoded: Callable[..., Ex
     partly = HERMES.replace("(call.function.arguments | tojson)", "({'city': call.function.arguments.city} | tojson)")
     with pytest.raises(UnusableRow, match="leaves a tool call of message 2 out, or writes 'sunny' differently"):
         encoded(row, partly)
+
+
+def test_a_left_out_tool_is_not_found_in_a_call(encoded: Callable[..., Example]) -> None:
+    """The answer after the result is not trained either: its prompt mentions the tool only because it was called."""
+    row = messages_with(called())
+    with pytest.raises(UnusableRow, match="leaves a tool out"):
+        encoded(row, HERMES.replace("{{ '\n' + tool | tojson }}", ""))
+
+
+def test_a_call_without_arguments_may_be_an_empty_list() -> None:
+    """As a table stores an empty map."""
+    record = parse_row(messages_with(called([])), "messages")
+    assert isinstance(record, Conversation)
+    assert record.messages[1].tool_calls[0]["function"]["arguments"] == {}
+    with pytest.raises(MalformedRow, match="should be an object, not a list"):
+        parse_row(messages_with(called([1])), "messages")

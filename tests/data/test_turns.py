@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from lora_accel.config.schema import DataSection
 from lora_accel.data import turns
 from lora_accel.data.chat import Example, encode_record
-from lora_accel.data.formats import Conversation, Message, UnusableRow, parse_row
+from lora_accel.data.formats import parse_row
 from lora_accel.data.overlong import apply_overlong
+from lora_accel.data.records import Conversation, Message, UnusableRow
 from lora_accel.data.template import ChatTemplate
 from lora_accel.labels import IGNORE_INDEX
 from tests.conftest import CHATML

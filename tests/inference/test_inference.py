@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from lora_accel import RunConfig, load_adapter, run_training, save_adapter
 from lora_accel.config.files import config_to_yaml
 from lora_accel.config.schema import ModelSection
-from lora_accel.data.formats import Conversation, Message
+from lora_accel.data.records import Conversation, Message
 from lora_accel.data.splits import HELD_OUT
 from lora_accel.data.template import ChatTemplate, template_source
 from lora_accel.errors import ArtifactError, ConfigError

@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lora_accel.config.schema import ModelSection
-from lora_accel.data.formats import Conversation, Message
+from lora_accel.data.records import Conversation, Message
 from lora_accel.data.template import ChatTemplate
 from lora_accel.errors import ConfigError
 from lora_accel.inference import chat as chat_module

@@ -18,9 +18,11 @@ from lora_accel.errors import ArtifactError, ConfigError, DataError, UserError
 from lora_accel.inference import generation
 from lora_accel.inference.evaluation import evaluate
 from lora_accel.inference.generation import generate
+from lora_accel.model import sizes as sizes_module
 from lora_accel.model.base import load_base_model
 from lora_accel.model.generation import generate_replies
 from lora_accel.model.sizes import (
+    ROPE_MODELS,
     load_config,
     model_sizes,
     num_table_positions,
@@ -90,6 +92,41 @@ def test_the_table_of_positions_ends_where_the_model_raises(model_type: str) -> 
         model(input_ids=torch.full((1, positions), 5))
         with pytest.raises((IndexError, RuntimeError)):
             model(input_ids=torch.full((1, positions + 1), 5))
+
+
+@pytest.mark.parametrize("model_type", ROPE_MODELS)
+def test_the_sizes_of_common_models_are_read_without_transformers(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(model_type)
+    config.save_pretrained(tmp_path)
+    section = ModelSection(name_or_path=str(tmp_path))
+    assert sizes_of(config).num_positions is None
+    monkeypatch.setattr(sizes_module, "load_config", lambda _: pytest.fail("transformers reads the config"))
+    assert model_sizes(section) == sizes_of(config)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "max_position_embeddings", "rope_type", "rope_scaling", "pad_token_id"])
+def test_other_sizes_of_common_models_are_read_by_transformers(key: str, tmp_path: Path) -> None:
+    """Defaults of the config class, positions that are scaled, and a padding token that is beyond the vocabulary."""
+    config_of("llama").save_pretrained(tmp_path)
+    values = read_json(tmp_path / "config.json")
+    if key == "rope_type":
+        values["rope_parameters"] = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    elif key == "rope_scaling":
+        values["rope_scaling"] = {"rope_type": "linear", "factor": 4.0}
+    elif key == "pad_token_id":
+        values[key] = values["vocab_size"]
+    else:
+        del values[key]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    section = ModelSection(name_or_path=str(tmp_path))
+    if key == "pad_token_id":
+        with pytest.raises(ArtifactError, match="pad_token_id"):
+            model_sizes(section)
+    else:
+        assert model_sizes(section) == sizes_of(AutoConfig.from_pretrained(tmp_path))
+        assert model_sizes(section) != sizes_of(config_of("llama"))
 
 
 @pytest.mark.parametrize("model_type", WITHOUT_TABLE)
@@ -342,14 +379,12 @@ def test_a_reply_ends_at_the_last_position() -> None:
     model.generation_config.eos_token_id = None
 
     class Ids:
-        pad_token_id = eos_token_id = 0
+        pad_token_id, eos_token_id = 0, None
 
         def decode(self, ids: list[int], **_: Any) -> str:
             return " ".join(map(str, ids))
 
-    tokenizer = Ids()
-    tokenizer.eos_token_id = None  # type: ignore[assignment]
-    [reply] = generate_replies(model, tokenizer, [[5] * 60], max_new_tokens=50, suppress_tokens=[0])
+    [reply] = generate_replies(model, Ids(), [[5] * 60], max_new_tokens=50, suppress_tokens=[0])
     assert len(reply.split()) == 4
 
 
@@ -432,6 +467,7 @@ def test_a_note_when_rope_extrapolates(
         ("llama", {"rope_type": "linear", "factr": 2.0}, "did you mean factor"),
         ("llama", {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}, "Unrecognized keys"),
         ("llama", {"rope_type": "yarn"}, "Missing required keys.*factor"),
+        ("llama", {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}, "transformers rejects"),
         ("llama", {"rope_type": "llama3", "factor": 2.0}, "Missing required keys"),
     ],
 )
@@ -442,7 +478,13 @@ def test_rope_scaling_that_cannot_be_used_is_named(model_type: str, scaling: dic
 
 
 @pytest.mark.parametrize(
-    "scaling", [{"factor": 2.0}, {"rope_type": "linear", "factor": 0.5}, {"rope_type": "linear", "factor": "2"}]
+    "scaling",
+    [
+        {"factor": 2.0},
+        {"rope_type": "linear", "factor": 0.5},
+        {"rope_type": "linear", "factor": "2"},
+        {"rope_type": "linear", "type": "yarn", "factor": 2.0},
+    ],
 )
 def test_rope_scaling_in_the_config_is_validated(
     scaling: dict[str, Any], make_config: Callable[..., RunConfig]

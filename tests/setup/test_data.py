@@ -96,8 +96,8 @@ def test_without_an_end_token_the_note_names_what_lacks_it(
     assert "note: rows are trained without a chat template" in output
 
 
-def ledger_of(rows_by_bucket: dict[str, int], data_format: str = "messages", **counts: int) -> SourceLedger:
-    ledger = SourceLedger("rows.jsonl", data_format, **counts)  # type: ignore[arg-type]
+def ledger_of(rows_by_bucket: dict[str, int], data_format: str = "messages", **counts: Any) -> SourceLedger:
+    ledger = SourceLedger("rows.jsonl", data_format, **counts)
     for number, (bucket, num_rows) in enumerate(rows_by_bucket.items()):
         for row in range(num_rows):
             ledger.count(("rows.jsonl", 100 * number + row), bucket, [10], [5])

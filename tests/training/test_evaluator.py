@@ -16,7 +16,7 @@ from lora_accel import RunConfig, load_adapter, run_training
 from lora_accel.batching.batches import BatchOptions, step_batch
 from lora_accel.config.schema import TrainingSection
 from lora_accel.data.chat import Example
-from lora_accel.data.formats import Message
+from lora_accel.data.records import Message
 from lora_accel.model.generation import generate_replies
 from lora_accel.setup.data import prepare_data
 from lora_accel.training.evaluator import evaluate

@@ -12,7 +12,7 @@ import bisect
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from lora_accel.data.formats import (
+from lora_accel.data.records import (
     Completion,
     Conversation,
     MalformedRow,

@@ -24,19 +24,10 @@ from lora_accel.console import Stage, short_names
 from lora_accel.data.audit import DROPPED, USED, SourceLedger
 from lora_accel.data.chat import Example, encode_record
 from lora_accel.data.files import file_type
-from lora_accel.data.formats import (
-    NULLS_LEFT_OUT,
-    Completion,
-    MalformedRow,
-    PlainText,
-    Row,
-    UnusableRow,
-    check_format,
-    detect_format,
-    drop_null_members,
-    parse_row,
-)
+from lora_accel.data.formats import check_format, detect_format, parse_row
+from lora_accel.data.nulls import NULLS_LEFT_OUT, drop_null_members
 from lora_accel.data.overlong import TooLong, apply_overlong
+from lora_accel.data.records import Completion, MalformedRow, PlainText, Row, UnusableRow
 from lora_accel.data.rows import Chunk, Input, find_input
 from lora_accel.data.store import Examples, SerializedExamples, Writer, get_or_build, open_examples
 from lora_accel.data.template import ChatTemplate

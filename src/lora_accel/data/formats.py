@@ -17,7 +17,6 @@ from lora_accel.data.messages import (
     parse_messages,
     unused_keys,
 )
-from lora_accel.data.nulls import NULLS_LEFT_OUT, drop_null_members
 from lora_accel.data.records import (
     Completion,
     Conversation,
@@ -31,24 +30,6 @@ from lora_accel.data.records import (
 )
 from lora_accel.data.tools import parse_json, parse_tools
 from lora_accel.errors import ConfigError, did_you_mean, join_or
-
-__all__ = [  # the records, too, so that users of a format need one import
-    "FORMATS",
-    "NULLS_LEFT_OUT",
-    "Completion",
-    "Conversation",
-    "MalformedRow",
-    "Message",
-    "PlainText",
-    "Pretokenized",
-    "Record",
-    "Row",
-    "UnusableRow",
-    "check_format",
-    "detect_format",
-    "drop_null_members",
-    "parse_row",
-]
 
 
 def detect_format(row: Row) -> str:

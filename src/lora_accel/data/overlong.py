@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from lora_accel.config.schema import DataSection
 from lora_accel.data.audit import SPLIT, TRUNCATED
 from lora_accel.data.chat import Example, encode_context, encode_record
-from lora_accel.data.formats import Completion, Conversation, Message, Record, UnusableRow
+from lora_accel.data.records import Completion, Conversation, Message, Record, UnusableRow
 from lora_accel.data.template import ChatTemplate
 from lora_accel.labels import IGNORE_INDEX
 

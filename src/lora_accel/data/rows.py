@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 
 from lora_accel.config.schema import SourceSection
 from lora_accel.data.files import COMPRESSED, file_type, find_files, sha256
-from lora_accel.data.formats import MalformedRow, Row, UnusableRow, detect_format, parse_row
+from lora_accel.data.formats import detect_format, parse_row
+from lora_accel.data.json_text import first_duplicate, parse_strictly
+from lora_accel.data.records import MalformedRow, Row, UnusableRow
 from lora_accel.errors import DataError, first_line
 
 TABLES = (".parquet", ".arrow")
@@ -324,7 +326,7 @@ def _csv_rows(file: str, text: str, delimiter: str) -> Iterator[dict[str, Any]]:
     try:
         header = list(reader.fieldnames or [])
         if len(set(header)) < len(header):
-            raise DataError(f"{file}: column {_first_duplicate(header)!r} appears twice in the header; keep one")
+            raise DataError(f"{file}: column {first_duplicate(header)!r} appears twice in the header; keep one")
         for number, row in enumerate(reader, start=1):
             if None in row or None in row.values():
                 raise DataError(
@@ -337,29 +339,10 @@ def _csv_rows(file: str, text: str, delimiter: str) -> Iterator[dict[str, Any]]:
 
 
 def _json(text: str, where: str) -> Any:
-    """Parse JSON strictly: a repeated key or a lone surrogate is an error, since it would lose data."""
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return parse_strictly(text)
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if error.lineno > 1 else ""
         raise DataError(f"{where}{line}: not valid JSON: {error.msg} at column {error.colno}") from None
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: contains an unpaired surrogate, which is not a character; remove it") from None
-    except RecursionError:
-        raise DataError(f"{where}: nested too deeply") from None
     except ValueError as error:
         raise DataError(f"{where}: {error}") from None
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError(f"key {_first_duplicate([key for key, _ in pairs])!r} appears twice in one object; keep one")
-    return row
-
-
-def _first_duplicate(names: list[str]) -> str:
-    return next(name for name in names if names.count(name) > 1)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lora_accel.data.formats import Message, UnusableRow
+from lora_accel.data.records import Message, UnusableRow
 
 # Supplementary private use area B: no tokenizer, template or well-formed text gives these a meaning.
 FIRST_MARK = 0x100000

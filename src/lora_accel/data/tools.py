@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lora_accel.data.json_text import parse_strictly
 from lora_accel.data.records import MalformedRow, Message, Row, UnusableRow
 
 
@@ -115,26 +116,9 @@ def parse_json(text: str, where: str) -> Any:
         MalformedRow: it is not JSON, a key appears twice in one object, or it contains an unpaired surrogate.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise MalformedRow(f"{where} contains an unpaired surrogate, which is not a character") from None
-    except (ValueError, RecursionError) as error:
+        return parse_strictly(text, allow_nan=False)
+    except ValueError as error:
         raise MalformedRow(f"{where} should be JSON: {error}") from None
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {twice!r} appears twice in one object; keep one")
-    return members
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _kind(value: Any) -> str:

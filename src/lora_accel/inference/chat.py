@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_accel.config.schema import Dtype, ModelSection, QuantizationSection
-from lora_accel.data.formats import Conversation, Message
+from lora_accel.data.records import Conversation, Message
 from lora_accel.errors import ConfigError, DataError
 from lora_accel.inference.generation import ReplyWriter, stream_reply
 from lora_accel.inference.models import check_adapters, load_candidates, load_template, resolve_section

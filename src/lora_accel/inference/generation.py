@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_accel.config.schema import Dtype, QuantizationSection
 from lora_accel.console import Stage
-from lora_accel.data.formats import Conversation
+from lora_accel.data.records import Conversation
 from lora_accel.inference.models import (
     check_adapters,
     check_prompts,

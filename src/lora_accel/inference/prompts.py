@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_accel.data.formats import Conversation, Message, parse_row
+from lora_accel.data.formats import parse_row
+from lora_accel.data.json_text import parse_strictly
+from lora_accel.data.records import Conversation, Message
 from lora_accel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,16 +51,12 @@ def read_prompts(texts: Sequence[str], file: Path | None) -> list[Conversation]:
 def _parse_line(line: bytes, file: Path, number: int) -> Conversation:
     try:
         text = line.decode("utf-8")
-        row = json.loads(text) if file.suffix == ".jsonl" else text
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
-        return _parse_prompt(row)
+        return _parse_prompt(parse_strictly(text) if file.suffix == ".jsonl" else text)
     except UnicodeDecodeError:
         reason = "not UTF-8; save it as UTF-8"
-    except UnicodeEncodeError:
-        reason = "contains an unpaired surrogate, which is not a character"
     except json.JSONDecodeError as error:
         reason = f"not valid JSON: {error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:  # includes MalformedRow and UnusableRow
+    except ValueError as error:  # includes MalformedRow and UnusableRow
         reason = str(error)
     raise ConfigError(f"--prompts: {file}, line {number}: {reason}")
 

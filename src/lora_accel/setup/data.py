@@ -12,7 +12,7 @@ from lora_accel.console import format_table, short_names
 from lora_accel.data.audit import USED, SourceLedger, ledger_lines
 from lora_accel.data.chat import Example
 from lora_accel.data.dataset import Dataset, Recipe, Source
-from lora_accel.data.formats import Message
+from lora_accel.data.records import Message
 from lora_accel.data.splits import examples_by_name, load_splits
 from lora_accel.data.template import ChatTemplate
 from lora_accel.logs import logger
