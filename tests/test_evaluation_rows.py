@@ -11,6 +11,7 @@ import pytest
 
 from lora_accel import RunConfig, run_training
 from lora_accel.errors import DataError
+from lora_accel.inference.evaluation import evaluate
 from tests.conftest import CommandResult, chat_rows, read_metrics, write_jsonl
 
 QUESTION = {"role": "user", "content": "red"}
@@ -97,3 +98,10 @@ def test_evaluate_scores_all_rows_that_training_held_out(
     assert result.returncode == 0, result.stderr
     _, score = json.loads(result.stdout)
     assert (score["rows"], score["eval_tokens"]) == (4, trained["eval_tokens"])
+
+
+def test_a_row_of_two_sources_is_scored_in_each(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    path = str(write_jsonl(tmp_path / "eval.jsonl", [conversation("blue")]))
+    config = make_config(data={"eval": [{"path": path}, {"path": path}]})
+    (score,) = evaluate(config, max_new_tokens=2)
+    assert score.rows == 2

@@ -67,3 +67,20 @@ def test_a_ledger_is_read_back_with_all_its_fields() -> None:
     assert moved.path == "moved.jsonl"
     assert moved.as_dict()["buckets"][USED] == {"num_rows": 5, "rows": {"moved.jsonl": "3-7"}}
     assert (moved.num_raw, moved.num_ended, moved.num_cut_tokens) == (4, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("reasons", "remedy"),
+    [
+        (["empty answer"], "Fix these rows."),
+        (["the chat template rejects it: no"], "Set model.chat_template to a template that supports these rows "),
+        (["empty answer", "the chat template rejects it: no"], "Fix these rows, or set model.chat_template to "),
+    ],
+)
+def test_the_template_is_blamed_for_rows_that_it_does_not_support(reasons: list[str], remedy: str) -> None:
+    ledger = SourceLedger("rows.jsonl", "messages")
+    for number, reason in enumerate(reasons):
+        ledger.count(("rows.jsonl", number), DROPPED + reason, [], [])
+    with pytest.raises(DataError) as caught:
+        ledger.check(0.0)
+    assert str(caught.value).splitlines()[-1].startswith(remedy)

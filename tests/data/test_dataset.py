@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,11 @@ from lora_accel.config.schema import DataSection, SourceSection
 from lora_accel.data.audit import SourceLedger, ledger_lines
 from lora_accel.data.chat import Example
 from lora_accel.data.dataset import Dataset, Recipe, find_rows, load_dataset
+from lora_accel.data.nulls import NULLS_LEFT_OUT
 from lora_accel.data.template import ChatTemplate
 from lora_accel.errors import DataError
 from lora_accel.labels import IGNORE_INDEX
-from tests.conftest import chat_rows, write_jsonl
+from tests.conftest import CHATML, chat_rows, write_jsonl
 
 TEXTS = ["alpha", "bravo, charlie", 'delta "echo"', "fox\ntrot", "golf é 😀\u2028hotel"]
 ROWS = [{"text": text} for text in TEXTS]
@@ -254,6 +256,47 @@ def test_text_is_split_into_blocks_that_lose_no_token(tmp_path: Path, load: Load
     assert {len(block.input_ids) for block in blocks[:-1]} == {16}
     # No token precedes the first one of a block, so nothing predicts it.
     assert all(block.labels == [IGNORE_INDEX, *block.input_ids[1:]] for block in blocks)
+
+
+def test_documents_are_split_and_rows_truncated_by_default(tmp_path: Path, load: Load) -> None:
+    text = "hello world the answer is " * 20
+    (tmp_path / "a.txt").write_text(text)
+    rows = write(tmp_path / "a.jsonl", [{"text": text}])
+    document, row = load(tmp_path / "a.txt", max_length=20), load(rows, max_length=20)
+    assert list(document.ledgers[0].buckets) == ["split"]
+    assert list(row.ledgers[0].buckets) == ["truncated"]
+    assert document.ledgers[0].num_cut_tokens == 0
+    assert [example.input_ids for example in row.examples] == [document.examples[0].input_ids]
+
+
+def test_nulls_that_a_table_adds_are_left_out_with_a_note(
+    tmp_path: Path, tokenizer_factory: Callable[..., PreTrainedTokenizerFast]
+) -> None:
+    tokenizer = tokenizer_factory(chat_template="{{ tools | tojson }}" + CHATML)
+    rows = [chat_rows(1)[0] | {"tools": [{"name": "one", "parameters": {key: {"type": "number"}}}]} for key in "ab"]
+    tokens = []
+    for name in ("a.jsonl", "a.parquet"):
+        section = DataSection.model_validate({"train": [{"path": str(write(tmp_path / name, rows))}]})
+        dataset = load_dataset(section.train, Recipe("tools", lambda: ChatTemplate(tokenizer)), section)
+        tokens.append([example.input_ids for example in dataset.examples])
+        assert dataset.ledgers[0].notes == ({} if name == "a.jsonl" else {NULLS_LEFT_OUT: 2})
+    assert tokens[0] == tokens[1]
+    assert len(tokens[0]) == 2
+
+
+def test_the_summary_shows_that_answers_have_examples_of_their_own(
+    tmp_path: Path, tokenizer_factory: Callable[..., PreTrainedTokenizerFast]
+) -> None:
+    rows = write(tmp_path / "a.jsonl", [{"messages": chat_rows(1)[0]["messages"] * 2}])
+    summaries = []
+    for content in ("{{ m['content'] }}", "{{ loop.revindex }} {{ m['content'] }}"):
+        tokenizer = tokenizer_factory(chat_template=CHATML.replace("{{ m['content'] }}", content))
+        section = DataSection.model_validate({"train": [{"path": str(rows)}]})
+        recipe = Recipe(content, functools.partial(ChatTemplate, tokenizer))
+        ((_, summary),) = ledger_lines(load_dataset(section.train, recipe, section).ledgers)
+        summaries.append(summary)
+    assert "; 1 examples, " in summaries[0]
+    assert "; 4 examples (answers that the template renders differently in the row have their own), " in summaries[1]
 
 
 def test_a_completion_that_cannot_be_split_is_dropped(tmp_path: Path, load: Load) -> None:

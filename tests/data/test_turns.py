@@ -225,3 +225,15 @@ def test_a_template_whose_prompt_names_another_role_is_not_trained_on(tokenizer_
     template = ChatTemplate(tokenizer_factory(chat_template=other))
     with pytest.raises(UnusableRow, match="another text before answer 2 than its generation prompt"):
         encode_record(parse_row(ROW, "messages"), template, "assistant")
+
+
+@pytest.mark.parametrize("message", [Message("assistant", "hello"), Message("assistant", "", tool_calls=(CALL,))])
+def test_a_prompt_that_a_template_writes_after_every_text_is_not_supervised(
+    tokenizer_factory: Factory, message: Message
+) -> None:
+    """Here no token ends a turn, so the end token of the tokenizer is added to it."""
+    always = CALLING.replace("<|im_end|>\n", "").split("{% if add_generation_prompt")[0] + "<|im_start|>assistant\n"
+    template = ChatTemplate(tokenizer_factory(chat_template=always))
+    (example,) = encode_record(Conversation((Message("user", "the"), message)), template, "assistant")
+    (text,) = supervised_texts(example, template.tokenizer)
+    assert text == (message.content or '{"name": "one", "arguments": {"two": "three"}}') + "<|im_end|>"

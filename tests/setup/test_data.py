@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from lora_accel import RunConfig
 from lora_accel.config.schema import DataSection
 from lora_accel.data.audit import SPLIT, TRUNCATED, USED, SourceLedger
+from lora_accel.data.records import Message
 from lora_accel.setup.data import end_notes, log_data, prepare_data, raw_notes
 from tests.conftest import chat_rows, write_jsonl
 
@@ -146,3 +147,15 @@ def test_the_reason_why_no_end_is_supervised(ledger: SourceLedger, reason: str |
 def test_rows_without_a_template_are_noted(num_raw: tuple[int, int], expected: list[str]) -> None:
     notes = raw_notes([ledger_of({USED: 2}, num_raw=num_raw[0]), ledger_of({USED: 3}, num_raw=num_raw[1])])
     assert [note.startswith(text) for note, text in zip(notes, expected, strict=True)] == [True] * len(expected)
+
+
+def test_prompts_are_passed_as_the_rows_are_trained(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    completions = write_jsonl(tmp_path / "completions.jsonl", [{"prompt": "one ", "completion": "two"}])
+    chats = write_jsonl(tmp_path / "chats.jsonl", chat_rows(2))
+    for paths, is_raw in (([completions], True), ([completions, chats], False)):
+        data = prepare_data(
+            make_config(data={"train": [{"path": str(path)} for path in paths]}, evaluation={"prompts": ["one "]})
+        )
+        template = data.template
+        raw, rendered = template.encode_text("one "), template.encode_prompt((Message("user", "one "),))
+        assert data.prompts == [raw if is_raw else rendered]
