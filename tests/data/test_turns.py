@@ -227,13 +227,30 @@ def test_a_template_whose_prompt_names_another_role_is_not_trained_on(tokenizer_
         encode_record(parse_row(ROW, "messages"), template, "assistant")
 
 
-@pytest.mark.parametrize("message", [Message("assistant", "hello"), Message("assistant", "", tool_calls=(CALL,))])
+NEXT_PROMPT = "{{ '<|im_start|>system\none<|im_end|><|im_start|>assistant\n' }}"
+CALLS_WITHOUT_END = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.tool_calls or [] %}{{ c.function | tojson }}"
+    "{% else %}{{ m.content }}<|im_end|>{% endfor %}{% endfor %}" + NEXT_PROMPT
+)
+ROLES_AS_TOKENS = "{% for m in messages %}{{ '<s>' if m.role == 'user' else '</s>' }}{{ m.content }}{% endfor %}</s>"
+
+
+@pytest.mark.parametrize(
+    ("source", "message", "supervised"),
+    [
+        (CALLS_WITHOUT_END, Message("assistant", "hello"), "hello<|im_end|>"),
+        (
+            CALLS_WITHOUT_END,
+            Message("assistant", "", tool_calls=(CALL,)),
+            '{"name": "one", "arguments": {"two": "three"}}<|im_end|>',
+        ),
+        (ROLES_AS_TOKENS, Message("assistant", "hello"), "hello<|im_end|>"),
+    ],
+)
 def test_a_prompt_that_a_template_writes_after_every_text_is_not_supervised(
-    tokenizer_factory: Factory, message: Message
+    tokenizer_factory: Factory, source: str, message: Message, supervised: str
 ) -> None:
-    """Here no token ends a turn, so the end token of the tokenizer is added to it."""
-    always = CALLING.replace("<|im_end|>\n", "").split("{% if add_generation_prompt")[0] + "<|im_start|>assistant\n"
-    template = ChatTemplate(tokenizer_factory(chat_template=always))
+    """Where no token ends the turn, the end token of the tokenizer does."""
+    template = ChatTemplate(tokenizer_factory(chat_template=source))
     (example,) = encode_record(Conversation((Message("user", "the"), message)), template, "assistant")
-    (text,) = supervised_texts(example, template.tokenizer)
-    assert text == (message.content or '{"name": "one", "arguments": {"two": "three"}}') + "<|im_end|>"
+    assert supervised_texts(example, template.tokenizer) == [supervised]

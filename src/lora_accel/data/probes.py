@@ -87,6 +87,9 @@ def find_end_of_turn(template: ChatTemplate) -> str:
     eos: str = template.tokenizer.eos_token or ""
     if eos and eos in common:
         return common[: common.index(eos) + len(eos)]
+    prompt = next(_prompts(template, (QUESTION,), None), "")
+    if not template.tokens.find_specials(common) and prompt.endswith(QUESTION.content + tails[0]):
+        return ""  # it is the beginning of the next prompt, which the template writes after every text
     end = template.end_of_specials(tails[0], 0)
     return common.rstrip() if end is None else tails[0][:end]
 
@@ -107,7 +110,8 @@ def find_end_tokens(template: ChatTemplate) -> frozenset[str]:
     for text in _texts(template, (QUESTION, calling), TOOLS):
         start = max((len(prompt) for prompt in _prompts(template, (QUESTION,), TOOLS)), default=0)
         last = next((token for token in specials if text.rstrip().endswith(token)), "")
-        if last and text[start:].count(last) == 1:  # a token that ends each call is written twice
+        # A token that ends each call is written twice.
+        if last and text[start:].count(last) == 1 and CALLS[0]["function"]["name"] in text[start:]:
             ends.add(last)
     return frozenset(ends)
 

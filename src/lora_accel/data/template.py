@@ -109,7 +109,10 @@ class ChatTemplate:
         self._constants = {"documents": None} | dict(tokenizer.special_tokens_map) | self.variables
         self._call_styles: dict[bool, probes.CallStyle] = {}
         self._thought_ends: dict[tuple[bool, str], str] = {}
-        self.end_of_turn = probes.find_end_of_turn(self) if self.source else ""
+        self.end_of_turn = ""
+        """The text that ends an assistant turn; empty if the template does not end it."""
+        if self.source:
+            self.end_of_turn = probes.find_end_of_turn(self)
 
     @functools.cached_property
     def keeps_answers(self) -> bool:
