@@ -484,10 +484,43 @@ def test_a_missing_package_of_a_protocol_is_an_error(url: str, message: str, mon
 def test_a_folder_for_downloads_that_is_not_writable_is_an_error(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory.pipe_file("/rows.jsonl", b"{}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", "/dev/null/home")
-    with pytest.raises(DataError, match="the folder for downloads, is not writable; set HF_HOME"):
+    with pytest.raises(
+        DataError, match=r"the folder for downloads, cannot be written to: Not a directory; .*set HF_HOME"
+    ):
         find_files(section("memory://rows.jsonl"))
 
 
 def test_the_default_split_is_that_of_the_config() -> None:
     assert SourceSection.model_fields["split"].default == DEFAULT_SPLIT
     assert set(files_module.SPLIT_WORDS) == set(map(str, datasets.data_files.SPLIT_KEYWORDS))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "7", "{", "[" * 100_000, '{"_data_files": 5}', '{"_data_files": [{"filename": 5}]}', None]
+)
+def test_damaged_metadata_of_a_saved_dataset_is_an_error(tmp_path: Path, content: str | None) -> None:
+    datasets.Dataset.from_dict({"text": ["one"]}).save_to_disk(tmp_path / "saved")
+    state = tmp_path / "saved" / "state.json"
+    state.unlink()
+    if content is None:
+        os.mkfifo(state)
+    else:
+        state.write_text(content)
+    with pytest.raises(DataError, match=r"saved: .*(save the dataset again|Copy the folder again)$"):
+        find_files(section(str(tmp_path / "saved")))
+
+
+@pytest.mark.parametrize("splits", [5, [5], [["train"]], {"train": 1}, None])
+def test_damaged_names_of_splits_are_an_error(tmp_path: Path, splits: Any) -> None:
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["one"]})}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+    with pytest.raises(DataError, match="does not list its splits; save the dataset again"):
+        find_files(section(str(tmp_path / "saved")))
+
+
+@pytest.mark.parametrize("own", [5, ["train"], {}, None])
+def test_a_damaged_name_of_a_split_is_only_a_remark(tmp_path: Path, own: Any) -> None:
+    datasets.Dataset.from_dict({"text": ["one"]}).save_to_disk(tmp_path / "saved")
+    state = tmp_path / "saved" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"_split": own}))
+    assert len(find_files(section(str(tmp_path / "saved")))) == 1

@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerFast
 from lora_accel.config.files import config_to_yaml
 from lora_accel.config.schema import DataSection, RunConfig
 from lora_accel.data import rows
+from lora_accel.data.cache import get_or_build
 from lora_accel.data.chat import Example
 from lora_accel.data.dataset import Dataset, Recipe, load_dataset
-from lora_accel.data.store import Examples, get_or_build
+from lora_accel.data.store import Examples
 from lora_accel.data.template import ChatTemplate
 from lora_accel.errors import ConfigError, DataError
 from lora_accel.labels import IGNORE_INDEX
@@ -178,7 +179,7 @@ def test_a_failed_build_leaves_no_entry(tmp_path: Path, template: Callable[[], C
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-from lora_accel.data.store import get_or_build
+from lora_accel.data.cache import get_or_build
 def build(folder):
     (folder / "half").write_text("x")
     print("building", flush=True)
@@ -194,7 +195,7 @@ def test_a_killed_build_is_repeated(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
     assert list(tmp_path.glob(".key.*"))
     folder = get_or_build(tmp_path, "key", lambda folder: (folder / "complete").touch())
-    assert [path.name for path in folder.iterdir()] == ["complete"]
+    assert sorted(path.name for path in folder.iterdir()) == ["complete", "entry.json"]
     assert not list(tmp_path.glob(".key.*"))
 
 
@@ -270,7 +271,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(
             yield chunk
 
     monkeypatch.setattr(rows.Input, "chunks", chunks)
-    with pytest.raises(DataError, match="was written to while it was read"):
+    with pytest.raises(DataError, match="was written to or replaced while it was read"):
         load(section, lambda: ChatTemplate(tokenizer))
 
 

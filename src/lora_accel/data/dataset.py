@@ -22,6 +22,7 @@ from typing import NamedTuple
 from lora_accel.config.schema import DataSection, SourceSection
 from lora_accel.console import Stage, short_names
 from lora_accel.data.audit import DROPPED, USED, SourceLedger
+from lora_accel.data.cache import DamagedEntry, Entry, load_or_build
 from lora_accel.data.chat import Example, encode_record
 from lora_accel.data.files import file_type
 from lora_accel.data.formats import check_format, detect_format, parse_row
@@ -29,7 +30,7 @@ from lora_accel.data.nulls import NULLS_LEFT_OUT, drop_null_members
 from lora_accel.data.overlong import TooLong, apply_overlong
 from lora_accel.data.records import Completion, MalformedRow, PlainText, Row, UnusableRow
 from lora_accel.data.rows import Chunk, Input, find_input
-from lora_accel.data.store import Examples, SerializedExamples, Writer, get_or_build, open_examples
+from lora_accel.data.store import LEDGER, Examples, SerializedExamples, Writer, read_examples
 from lora_accel.data.template import ChatTemplate
 from lora_accel.errors import DataError
 from lora_accel.processes import end_with_parent
@@ -105,11 +106,20 @@ def load_dataset(sources: Sequence[SourceSection], recipe: Recipe, options: Data
     for section in sources:
         source = find_input(section)
         build = functools.partial(_build, source=source, section=section, recipe=recipe, options=options)
-        folder = get_or_build(cache_folder(options), _key(section, source, recipe, options), build)
-        examples, ledger = open_examples(folder, list(source.hashes))
+        read = functools.partial(_read, source=source, section=section)
+        examples, ledger = load_or_build(cache_folder(options), _key(section, source, recipe, options), build, read)
         loaded.append(Source(examples, section.weight, section.path))
-        ledgers.append(SourceLedger.from_dict(ledger, section.path, source.hashes))
+        ledgers.append(ledger)
     return Dataset(loaded, ledgers)
+
+
+def _read(entry: Entry, *, source: Input, section: SourceSection) -> tuple[Examples, SourceLedger]:
+    """Return the examples and the ledger of a cache entry, with the names that the files have now."""
+    examples, values = read_examples(entry, list(source.hashes))
+    try:
+        return examples, SourceLedger.from_dict(values, section.path, source.hashes)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise DamagedEntry(f"{LEDGER} cannot be read") from None
 
 
 def find_rows(section: SourceSection, rows: Collection[tuple[str, int]]) -> Iterator[Chunk]:
@@ -189,7 +199,6 @@ def _build(folder: Path, *, source: Input, section: SourceSection, recipe: Recip
     section = section.model_copy(update={"format": ledger.format})
     task = functools.partial(tokenize_chunk, template=recipe.template(), section=section, options=options)
     writer, files = Writer(folder), list(source.hashes)
-    stamps = [(file, file.stat()) for file in source.files]
     with Stage(f"tokenizing {short_names([section.path])[0]}") as stage:
         for chunk in _map_in_order(task, chunks, options.num_workers):
             for number, bucket, lengths, supervised in chunk.rows:
@@ -200,10 +209,7 @@ def _build(folder: Path, *, source: Input, section: SourceSection, recipe: Recip
             ledger.note(chunk.notes)
             writer.add(chunk.examples, files.index(chunk.file))
             stage.note(f"{ledger.num_rows:,} rows")
-    for file, stamp in stamps:
-        now = file.stat()
-        if (now.st_size, now.st_mtime_ns) != (stamp.st_size, stamp.st_mtime_ns):
-            raise DataError(f"{file}: was written to while it was read; run again once the file no longer changes")
+    source.check_unchanged()
     writer.close(ledger.as_dict())
 
 

@@ -22,11 +22,13 @@ from urllib.parse import urlsplit
 
 from lora_accel.config.schema import SourceSection
 from lora_accel.console import Stage, shorten
-from lora_accel.data.store import get_or_build
-from lora_accel.errors import ConfigError, DataError, first_line, join_or
+from lora_accel.data.cache import CacheError, get_or_build
+from lora_accel.data.regular import read_regular, stamp_and_hash
+from lora_accel.errors import DataError, first_line, join_or
 
 FILE_TYPES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+"""Ending -> the name of its compression."""
 
 DEFAULT_SPLIT = "train"
 SPLIT_WORDS = {
@@ -81,22 +83,6 @@ def _url_path(url: str) -> str:
     return urlsplit(first).path if first.startswith(("http://", "https://")) else first
 
 
-def sha256(file: Path, name: str) -> str:
-    """Return the hash of a file's bytes.
-
-    Raises:
-        DataError: the file cannot be read; the message begins with `name`.
-    """
-    digest = hashlib.sha256()
-    try:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read: {error.strerror}") from None
-
-
 def _find_local(source: SourceSection, pattern: str) -> dict[str, Path]:
     path = Path(pattern)
     try:
@@ -104,7 +90,7 @@ def _find_local(source: SourceSection, pattern: str) -> dict[str, Path]:
     except OSError as error:
         raise DataError(f"{pattern}: cannot be read: {error.strerror}") from None
     if path.is_dir():
-        names = select_files(pattern, _walk(path), source.split, lambda name: (path / name).read_bytes())
+        names = select_files(pattern, _walk(path), source.split, lambda name: read_regular(path / name))
         files = [path / name for name in names]
     elif path.is_file():
         _check_type(pattern, path.name)
@@ -195,9 +181,11 @@ def select_files(where: str, names: Sequence[str], split: str, read: Callable[[s
         raise DataError(f"{where}: no {', '.join(FILE_TYPES)} file in this folder")
     if STATE in names and INFO in names:  # one dataset, whose split is a remark
         own = _read_json(where, STATE, read).get("_split")
-        splits = {own or DEFAULT_SPLIT: files, DEFAULT_SPLIT: files}
+        splits = {own if own and isinstance(own, str) else DEFAULT_SPLIT: files, DEFAULT_SPLIT: files}
     elif DATASET_DICT in names:
-        known = _read_json(where, DATASET_DICT, read).get("splits", ())
+        known = _read_json(where, DATASET_DICT, read).get("splits", [])
+        if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
+            raise DataError(f"{where}: {DATASET_DICT} does not list its splits; save the dataset again")
         splits = {name: [file for file in files if file.startswith(f"{name}/")] for name in known}
     else:
         splits = _group_by_split(where, files)
@@ -233,7 +221,7 @@ def _data_files(where: str, names: Sequence[str], read: Callable[[str], bytes]) 
 
 def _listed_files(where: str, name: str, read: Callable[[str], bytes]) -> list[str]:
     try:
-        return [entry["filename"] for entry in _read_json(where, name, read)["_data_files"]]
+        return [str(entry["filename"]) for entry in _read_json(where, name, read)["_data_files"]]
     except (KeyError, TypeError):
         raise DataError(f"{where}: {name} does not list its data files; save the dataset again") from None
 
@@ -241,7 +229,7 @@ def _listed_files(where: str, name: str, read: Callable[[str], bytes]) -> list[s
 def _read_json(where: str, name: str, read: Callable[[str], bytes]) -> dict[str, Any]:
     try:
         return dict(json.loads(read(name)))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{where}: {name} cannot be read: {first_line(error)}; save the dataset again") from None
 
 
@@ -392,14 +380,17 @@ def _cache(url: str, name: str, version: dict[str, str], size: int | None, fetch
             return get_or_build(cache, key, build) / name
         with tempfile.TemporaryDirectory() as temporary:
             build(Path(temporary))
-            key = hashlib.sha256(f"{sha256(Path(temporary) / name, url)} {name}".encode()).hexdigest()[:40]
+            key = hashlib.sha256(f"{stamp_and_hash(Path(temporary) / name, url)[1]} {name}".encode()).hexdigest()[:40]
 
             def copy(folder: Path) -> None:
                 shutil.copyfile(Path(temporary) / name, folder / name)
 
             return get_or_build(cache, key, copy) / name
-    except ConfigError:
-        raise DataError(f"{url}: {cache}, the folder for downloads, is not writable; set HF_HOME") from None
+    except CacheError as error:
+        raise DataError(
+            f"{url}: {cache}, the folder for downloads, cannot be written to: {error.reason}; free up space, or set "
+            "HF_HOME"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -6,25 +6,34 @@ JSONL, parquet and arrow files are streamed; json, csv and txt files are loaded 
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_accel.config.schema import SourceSection
-from lora_accel.data.files import COMPRESSED, file_type, find_files, sha256
+from lora_accel.data.files import COMPRESSED, file_type, find_files
 from lora_accel.data.formats import detect_format, parse_row
 from lora_accel.data.json_text import first_duplicate, parse_strictly
 from lora_accel.data.records import MalformedRow, Row, UnusableRow
+from lora_accel.data.regular import HashedFile, Stamp, changed, stamp_and_hash
 from lora_accel.errors import DataError, first_line
 
 TABLES = (".parquet", ".arrow")
 MAX_FIELD = 2**31 - 1  # characters in a CSV field; the csv module's default of 131,072 is too short for documents
 MAX_CHUNK_ROWS, MAX_CHUNK_BYTES = 500, 1 << 20
+MAX_ROW_BYTES = 1 << 24
+"""Bytes of a line, or characters of a row: about four million tokens. Tokenizing takes 200 times as much memory."""
+MAX_RATIO, MIN_EXPANDED_BYTES = 200, 1 << 28
+"""How many times its size a compressed file may expand to, and up to which size it may in any case. Text has a ratio
+of 3 to 10, rows that repeat a long system message one of up to 100; a file of zeros has 1,000 (gz) or more."""
+BATCH_ROWS = 50
+"""Rows of a table that are in memory at once."""
 
 
 class Chunk(NamedTuple):
@@ -46,6 +55,8 @@ class Chunk(NamedTuple):
         for number, row in zip(self.numbers, self.rows, strict=True):
             if isinstance(row, bytes):
                 row = _json_line(row, f"{self.file}, line {number}")
+            else:
+                _check_size(row, f"{self.file}, row {number}")
             if not isinstance(row, dict):
                 kind = "null" if row is None else f"a {type(row).__name__}"
                 hint = "; for one list of all rows, name the file .json" if isinstance(row, list) else ""
@@ -62,6 +73,8 @@ class Input(NamedTuple):
     """Name (path or URL) -> SHA-256 of the bytes of each file, in order (for a Hub dataset, its fingerprint)."""
     hub: Any = None
     """An open Hub dataset."""
+    stamps: Sequence[Stamp] = ()
+    """One for each file: its status when it was hashed."""
 
     def chunks(self, limit: int | None) -> Iterator[Chunk]:
         """Yield the rows in chunks.
@@ -84,8 +97,24 @@ class Input(NamedTuple):
         if self.hub is not None:
             (name,) = self.hashes
             yield from _group_rows(name, enumerate(self.hub, start=1), from_table=True)
-        for file, name in zip(self.files, self.hashes, strict=False):
-            yield from _file_chunks(file, name)
+        for file, (name, sha256) in zip(self.files, self.hashes.items(), strict=False):
+            yield from _file_chunks(file, name, sha256)
+
+    def check_unchanged(self) -> None:
+        """Check that each file is still the one that was hashed, or has the same bytes.
+
+        Raises:
+            DataError: it was changed, replaced or removed.
+        """
+        for file, name, stamp in zip(self.files, self.hashes, self.stamps, strict=False):
+            try:
+                is_same = Stamp.of(file.stat()) == stamp or stamp_and_hash(file, name)[1] == self.hashes[name]
+            except FileNotFoundError:
+                is_same = False
+            except OSError as error:
+                raise DataError(f"{name}: cannot be read: {error.strerror}") from None
+            if not is_same:
+                raise changed(name)
 
     def check_files(self, chunks: Iterable[Chunk], data_format: str, rename: Callable[[Row], Row]) -> Iterator[Chunk]:
         """Yield chunks, and check that the first row of each file has the format of the first file.
@@ -114,8 +143,8 @@ class Input(NamedTuple):
     def _check_formats(self, rename: Callable[[Row], Row]) -> None:
         """Check that the first rows of all files have one format."""
         formats: dict[str, str] = {}
-        for file, name in zip(self.files, self.hashes, strict=False):
-            chunk = next(_file_chunks(file, name), None)
+        for file, (name, sha256) in zip(self.files, self.hashes.items(), strict=False):
+            chunk = next(_file_chunks(file, name, sha256), None)
             for number, row in itertools.islice(chunk.parsed(), 1) if chunk else ():
                 try:
                     formats[name] = detect_format(rename(row))
@@ -134,9 +163,17 @@ class Input(NamedTuple):
                 )
 
 
-def _file_chunks(file: Path, name: str) -> Iterator[Chunk]:
+def _file_chunks(file: Path, name: str, sha256: str) -> Iterator[Chunk]:
+    """Yield the rows of a file. Those of each chunk are read from bytes with the file's hash."""
     try:
-        yield from _group_rows(name, _read_rows(file, name), from_table=file_type(file.name) in TABLES)
+        with HashedFile(file, name, sha256) as opened:
+            try:
+                for chunk in _group_rows(name, _read_rows(opened), from_table=file_type(file.name) in TABLES):
+                    opened.check()
+                    yield chunk
+            except DataError:
+                opened.check()  # if the file is being written to, that is the reason
+                raise
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror or error}") from None
 
@@ -150,7 +187,9 @@ def find_input(source: SourceSection) -> Input:
     files = find_files(source)
     if not files:
         return _open_hub_dataset(source)
-    return Input(list(files.values()), {name: sha256(file, name) for name, file in files.items()})
+    hashed = {name: stamp_and_hash(file, name) for name, file in files.items()}
+    hashes = {name: sha256 for name, (_, sha256) in hashed.items()}
+    return Input(list(files.values()), hashes, stamps=[stamp for stamp, _ in hashed.values()])
 
 
 def _open_hub_dataset(source: SourceSection) -> Input:
@@ -202,79 +241,152 @@ def _group_rows(file: str, rows: Iterable[tuple[int, bytes | Row]], *, from_tabl
         yield Chunk(file, numbers, group, from_table)
 
 
-def _read_rows(file: Path, name: str) -> Iterator[tuple[int, bytes | Row]]:
-    """Yield (number, row) of a file. Empty lines are counted, but not yielded.
-
-    Args:
-        name: the file in messages.
-    """
+def _read_rows(opened: HashedFile) -> Iterator[tuple[int, bytes | Row]]:
+    """Yield (number, row) of a file. Empty lines are counted, but not yielded."""
     import pyarrow as pa
 
-    kind = file_type(file.name)
+    name, kind = opened.name, file_type(opened.file.name)
     try:
         if kind in (".jsonl", ".ndjson"):
             # Lines end at "\n" only: U+2028, at which str.splitlines splits, is valid in a JSON string.
-            with _open(file) as lines:
-                yield from _json_lines(lines)
+            stream = _decompressed(opened)
+            yield from _json_lines(iter(functools.partial(stream.readline, MAX_ROW_BYTES + 1), b""), name)
         elif kind in TABLES:
-            yield from enumerate(_table_rows(file, kind), start=1)
+            yield from enumerate(_table_rows(opened, kind), start=1)
+        elif kind == ".txt":
+            document = _decompressed(opened).read(MAX_ROW_BYTES + 1)
+            if len(document) > MAX_ROW_BYTES:
+                raise DataError(f"{name}: is longer than {MAX_ROW_BYTES:,} bytes; divide it into several files")
+            yield 1, {"text": _decode(document, name)}
         else:
-            with _open(file) as stream:
-                text = _decode(stream.read(), name)
+            text = _decode(_read_all(opened), name)
             if kind == ".json":
                 yield from _json_rows(name, text)
-            elif kind == ".txt":
-                yield 1, {"text": text}
             else:
                 yield from enumerate(_csv_rows(name, text, "\t" if kind == ".tsv" else ","), start=1)
-    except pa.ArrowInvalid as error:
+    except MemoryError:
+        raise DataError(f"{name}: does not fit into memory; save it as .jsonl, which is read row by row") from None
+    except (pa.ArrowException, ValueError, OverflowError) as error:
         raise DataError(f"{name}: not a {kind[1:]} file: {first_line(error)}") from None
 
 
-def _open(file: Path) -> io.BufferedReader:
-    """Open a file for reading, decompressing it if necessary."""
-    suffix = file.suffix.lower()
+def _decompressed(opened: HashedFile) -> io.BufferedReader:
+    """Return a stream of a file's content."""
+    suffix = opened.file.suffix.lower()
     if suffix not in COMPRESSED:
-        return file.open("rb")
+        return opened.reader()
     import pyarrow as pa
 
-    stream: Any = pa.input_stream(str(file), compression={".gz": "gzip", ".zst": "zstd"}[suffix])
-    return io.BufferedReader(stream)
+    stream = pa.CompressedInputStream(pa.PythonFile(opened.reader(), mode="r"), COMPRESSED[suffix])
+    return io.BufferedReader(_Expanded(stream, _Expansion(opened.name, opened.position)), 1 << 18)
 
 
-def _table_rows(file: Path, kind: str) -> Iterator[Row]:
+def _read_all(opened: HashedFile) -> bytearray:
+    """Return the content of a file that is parsed in memory, where it takes three times its size at least."""
+    import psutil
+
+    limit, data = psutil.virtual_memory().available // 3, bytearray()
+    if opened.size > limit:  # before it is read: a sparse file may have any size
+        raise MemoryError
+    stream = _decompressed(opened)
+    while block := stream.read(1 << 24):
+        data += block
+        if len(data) > limit:
+            raise MemoryError
+    return data
+
+
+class _Expansion:
+    """Counts the bytes that a compressed file expands to."""
+
+    def __init__(self, name: str, position: Callable[[], int]) -> None:
+        """Begin to count.
+
+        Args:
+            name: the file in messages.
+            position: returns how many of its bytes are read.
+        """
+        self._name, self._position, self._num_bytes = name, position, 0
+
+    def add(self, num_bytes: int) -> None:
+        """Count bytes.
+
+        Raises:
+            DataError: they are too many.
+        """
+        self._num_bytes += num_bytes
+        if self._num_bytes > MIN_EXPANDED_BYTES and self._num_bytes > MAX_RATIO * self._position():
+            raise DataError(
+                f"{self._name}: expands to more than {MAX_RATIO} times its size; if its rows are as intended, save "
+                "them as a .jsonl file without compression and set path to it"
+            )
+
+
+class _Expanded(io.RawIOBase):
+    """A stream of decompressed bytes, which are counted."""
+
+    def __init__(self, stream: Any, expansion: _Expansion) -> None:
+        self._stream, self._expansion = stream, expansion
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        num_bytes = int(self._stream.readinto(buffer))
+        self._expansion.add(num_bytes)
+        return num_bytes
+
+
+def _table_rows(opened: HashedFile, kind: str) -> Iterator[Row]:
     """Yield the rows of a parquet or arrow file, one record batch in memory at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    source, expansion = pa.PythonFile(opened.reader(), mode="r"), _Expansion(opened.name, lambda: opened.size)
     if kind == ".parquet":
-        table = pq.ParquetFile(file)
-        yield from _batch_rows(table.schema_arrow, table.iter_batches(batch_size=1000))
+        table = pq.ParquetFile(source)
+        yield from _batch_rows(table.schema_arrow, table.iter_batches(batch_size=BATCH_ROWS), expansion)
         return
-    with pa.memory_map(str(file)) as source:
-        try:
-            reader = pa.ipc.open_file(source)
-            batches = map(reader.get_batch, range(reader.num_record_batches))
-        except pa.ArrowInvalid:  # the streaming format
-            source.seek(0)
-            batches = reader = pa.ipc.open_stream(source)
-        yield from _batch_rows(reader.schema, batches)
+    try:
+        reader = pa.ipc.open_file(source)
+        batches = map(reader.get_batch, range(reader.num_record_batches))
+    except pa.ArrowInvalid:  # the streaming format
+        source.seek(0)
+        batches = reader = pa.ipc.open_stream(source)
+    yield from _batch_rows(reader.schema, batches, expansion)
 
 
-def _batch_rows(schema: Any, batches: Iterable[Any]) -> Iterator[Row]:
+def _batch_rows(schema: Any, batches: Iterable[Any], expansion: _Expansion) -> Iterator[Row]:
     """Yield the rows of record batches. JSON text that the `datasets` library stored for a `Json` feature is parsed."""
-    if b'"_type": "Json"' not in (schema.metadata or {}).get(b"huggingface", b""):
-        for batch in batches:
-            yield from batch.to_pylist()
-        return
-    import datasets
+    decode: Callable[[Row], Row] | None = None
+    if b'"_type": "Json"' in (schema.metadata or {}).get(b"huggingface", b""):
+        import datasets
 
-    features = datasets.Features.from_arrow_schema(schema)
+        decode = datasets.Features.from_arrow_schema(schema).decode_example
     for batch in batches:
-        yield from map(features.decode_example, batch.to_pylist())
+        expansion.add(batch.nbytes)
+        batch.validate(full=True)  # a damaged file may hold offsets beyond its data
+        for start in range(0, len(batch), BATCH_ROWS):
+            rows = batch.slice(start, BATCH_ROWS).to_pylist()
+            yield from map(decode, rows) if decode else rows
 
 
-def _decode(data: bytes, file: str) -> str:
+def _check_size(row: Any, where: str) -> None:
+    """Check that a parsed row is not too long."""
+    remaining, size = [row], 0
+    while remaining:
+        value = remaining.pop()
+        if isinstance(value, dict):
+            remaining += value.values()
+        elif isinstance(value, list):
+            remaining += value
+        else:
+            size += len(value) if isinstance(value, (str, bytes)) else 1
+    if size > MAX_ROW_BYTES:
+        raise DataError(f"{where}: is longer than {MAX_ROW_BYTES:,} characters; divide it into several rows")
+
+
+def _decode(data: bytes | bytearray, file: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -290,8 +402,13 @@ def _json_line(line: bytes, where: str) -> Any:
     return _json(text, where)
 
 
-def _json_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+def _json_lines(lines: Iterable[bytes], file: str) -> Iterator[tuple[int, bytes]]:
     for number, line in enumerate(lines, start=1):
+        if len(line) > MAX_ROW_BYTES:
+            raise DataError(
+                f"{file}, line {number}: is longer than {MAX_ROW_BYTES:,} bytes; divide the row into several, or "
+                "remove it"
+            )
         if line.strip():
             yield number, line.rstrip(b"\r\n")
 
@@ -300,7 +417,7 @@ def _json_rows(file: str, text: str) -> Iterator[tuple[int, bytes | Row]]:
     """Yield the rows of a .json file: a list of rows, also as the value of `data`, or JSON lines."""
     first, _, others = text.strip().partition("\n")
     if others and _is_json_object(first):  # then all of the text is not one JSON value
-        yield from _json_lines(line.encode() for line in text.split("\n"))
+        yield from _json_lines((line.encode() for line in text.split("\n")), file)
         return
     rows = _json(text, file)
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):

@@ -1,33 +1,28 @@
 """Store tokenized examples on disk, under a hash of everything they depend on, and read them through memory maps.
 
-    CACHE/KEY/  input_ids.int32  supervised.bool  table.npy  ledger.json
+    CACHE/KEY/  input_ids.int32  supervised.bool  table.int64  ledger.json  entry.json
 
-A folder is written under a temporary name and renamed atomically. Processes that need the same folder wait on a file
-lock, so only one of them builds it.
+`cache.py` builds an entry, and checks its files when it is opened.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
+from lora_accel.data.cache import DamagedEntry, Entry, write_errors
 from lora_accel.data.chat import Example
-from lora_accel.errors import ConfigError
 from lora_accel.labels import IGNORE_INDEX
 
-INPUT_IDS, SUPERVISED, TABLE, LEDGER = "input_ids.int32", "supervised.bool", "table.npy", "ledger.json"
+INPUT_IDS, SUPERVISED, TABLE, LEDGER = "input_ids.int32", "supervised.bool", "table.int64", "ledger.json"
 FIELDS = 6
 """Columns of the table: end of the example's tokens, number of supervised tokens, file, row, and first and end token of
 its answer (0, 0 = none)."""
@@ -121,17 +116,23 @@ class _Arrays:
 
 
 class Writer:
-    """Writes examples to a folder, chunk by chunk."""
+    """Writes examples to the folder of a new entry, chunk by chunk.
+
+    Raises:
+        CacheError: the disk is full or fails.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._table, self._end = folder, array("q"), 0
-        self._input_ids, self._supervised = (folder / INPUT_IDS).open("wb"), (folder / SUPERVISED).open("wb")
         self._digest = hashlib.sha256()
+        with write_errors(folder.parent):
+            self._input_ids, self._supervised = ((folder / name).open("wb") for name in (INPUT_IDS, SUPERVISED))
 
     def add(self, examples: SerializedExamples, file: int) -> None:
         """Append examples of one file, given by its index."""
-        self._input_ids.write(examples.input_ids)
-        self._supervised.write(examples.supervised)
+        with write_errors(self._folder.parent):
+            self._input_ids.write(examples.input_ids)
+            self._supervised.write(examples.supervised)
         table = np.frombuffer(examples.table, np.int64).reshape(-1, FIELDS).copy()
         table[:, 0] += self._end
         table[:, 2] = file
@@ -142,17 +143,13 @@ class Writer:
         self._digest.update(examples.input_ids + examples.supervised + hashed.tobytes())
 
     def close(self, ledger: dict[str, Any]) -> None:
-        """Write the table, and the ledger with the hash of all tokens and masks; fsync all files."""
+        """Write the table, and the ledger with the hash of all tokens and masks."""
         ledger = ledger | {"tokens_sha256": self._digest.hexdigest()}
-        table = np.asarray(self._table, np.int64).reshape(-1, FIELDS)
-        with (self._folder / TABLE).open("wb") as file, (self._folder / LEDGER).open("w", encoding="utf-8") as text:
-            np.save(file, table)
-            json.dump(ledger, text)
-            for stream in (self._input_ids, self._supervised, file, text):
-                stream.flush()
-                os.fsync(stream.fileno())
-        self._input_ids.close()
-        self._supervised.close()
+        with write_errors(self._folder.parent):
+            self._input_ids.close()
+            self._supervised.close()
+            (self._folder / TABLE).write_bytes(self._table.tobytes())
+            (self._folder / LEDGER).write_text(json.dumps(ledger), encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,65 +169,41 @@ class SerializedExamples:
         return cls(arrays.input_ids.tobytes(), bytes(arrays.supervised), arrays.table.tobytes())
 
 
-def get_or_build(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """Return the folder of a key. If it does not exist, one process builds it while others wait.
+def read_examples(entry: Entry, files: Sequence[str]) -> tuple[Examples, dict[str, Any]]:
+    """Return the examples of an entry, and their ledger as plain values.
 
     Args:
-        cache: folder of the cache.
-        build: writes the entry's files into a folder.
+        files: names of the data files, in the order of their hashes. They may have moved since the entry was written.
 
     Raises:
-        ConfigError: the cache cannot be written to.
+        DamagedEntry: the files do not fit together.
     """
-    from filelock import FileLock
-
-    final = cache / key
-    if final.is_dir():
-        return final
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache / f"{key}.lock")
-        lock.acquire()
-    except OSError as error:
-        raise ConfigError(
-            f"data.cache_dir: {cache} cannot be written to: {error.strerror}; set another folder"
-        ) from None
-    try:
-        if not final.is_dir():  # another process may have built it
-            with _temporary_folder(cache, key) as temporary:
-                build(temporary)
-                temporary.rename(final)
-    finally:
-        lock.release()
-    return final
+        table = np.frombuffer(entry.read(TABLE), np.int64).reshape(-1, FIELDS)
+        examples = Examples(entry.map(INPUT_IDS, np.int32), entry.map(SUPERVISED, np.bool_), table, files)
+        ledger = json.loads(entry.read(LEDGER))
+        counts = tuple(ledger[name] for name in ("num_examples", "num_tokens", "num_supervised_tokens", "longest"))
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise DamagedEntry(f"{TABLE} or {LEDGER} cannot be read") from None
+    if not _is_consistent(examples) or counts != _counts(examples):
+        raise DamagedEntry("its counts contradict each other")
+    return examples, ledger
 
 
-def open_examples(folder: Path, files: Sequence[str]) -> tuple[Examples, dict[str, Any]]:
-    """Return the examples of a cache folder, and their ledger as plain values.
-
-    Args:
-        files: names of the data files, in the order of their hashes. They may have moved since the folder was written.
-    """
-    table = np.load(folder / TABLE)
-    input_ids, supervised = (_memmap(folder / n, t) for n, t in ((INPUT_IDS, np.int32), (SUPERVISED, np.bool_)))
-    ledger = json.loads((folder / LEDGER).read_text(encoding="utf-8"))
-    return Examples(input_ids, supervised, table, files), ledger
+def _counts(examples: Examples) -> tuple[int, int, int, int]:
+    lengths = examples.lengths
+    return len(examples), len(examples.input_ids), int(examples.num_supervised.sum()), int(lengths.max(initial=0))
 
 
-def _memmap(file: Path, dtype: Any) -> Any:
-    return np.memmap(file, dtype, "r") if file.stat().st_size else np.empty(0, dtype)
-
-
-@contextlib.contextmanager
-def _temporary_folder(cache: Path, key: str) -> Iterator[Path]:
-    """Yield a new folder to build in, and delete it if the build fails.
-
-    Deletes leftovers of killed processes first. The caller holds the lock, so no other process is building.
-    """
-    for leftover in cache.glob(f".{key}.*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=cache))
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _is_consistent(examples: Examples) -> bool:
+    """Whether the table describes the arrays: no position or file of it is out of range."""
+    table, lengths, num_tokens = examples.table, examples.lengths, len(examples.input_ids)
+    end = int(table[-1, 0]) if len(table) else 0
+    answers = table[:, 4:6]
+    return bool(
+        end == num_tokens == len(examples.supervised)
+        and (lengths >= 0).all()
+        and examples.num_supervised.sum() == np.count_nonzero(examples.supervised)
+        and ((table[:, 2] >= 0) & (table[:, 2] < len(examples.files))).all()
+        and ((answers[:, 0] >= 0) & (answers[:, 0] <= answers[:, 1]) & (answers[:, 1] <= lengths)).all()
+    )
