@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from importlib import resources
@@ -15,9 +16,15 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from lora_accel.config.schema import RunConfig
+from lora_accel.config.yaml_limits import check_interpolations, check_yaml
 from lora_accel.errors import ConfigError, did_you_mean, first_line
+from lora_accel.paths import open_to_read, why_not_writable
 
 MAX_CONFIG_BYTES = 1_000_000
+MAX_OVERRIDES = 1000
+MAX_KEY_DEPTH = 20
+MAX_PROBLEMS = 50
+"""Problems that a message lists."""
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -33,18 +40,20 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     text = _read_text(Path(path))
     try:
+        check_yaml(text)
         values = OmegaConf.create(text)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error}") from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: {first_line(error)}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, AssertionError) as error:
+        raise ConfigError(f"{path}: {first_line(error) or 'expected keys and values (key: value)'}") from None
     if not OmegaConf.is_dict(values):
         raise ConfigError(f"{path}: expected keys and values (key: value), found a list")
     merged = _apply_overrides(values, overrides)
 
     locations = _KeyLocations(str(path), text, overrides)
     try:
+        check_interpolations(OmegaConf.to_container(merged, resolve=False))
         return RunConfig.model_validate(OmegaConf.to_container(merged, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
         keys = re.findall(r"[^.\[\]]+", error.full_key or "")
@@ -55,6 +64,8 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{location}: {first_line(error)}; {hint}") from None
     except ValidationError as error:
         raise ConfigError("\n".join(_problems(error, locations))) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {first_line(error)}") from None
 
 
 def config_to_yaml(config: RunConfig) -> str:
@@ -68,6 +79,8 @@ def write_recipe(path: Path) -> None:
     Raises:
         ConfigError: the file already exists, or cannot be written.
     """
+    if not os.path.lexists(path) and (reason := why_not_writable(path, "file")):
+        raise ConfigError(reason)
     recipe = resources.files("lora_accel.config") / "my_rows.yaml"
     try:
         with path.open("xb") as file:
@@ -89,41 +102,62 @@ def _escape(value: Any) -> Any:
 
 def _read_text(path: Path) -> str:
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path}: over {MAX_CONFIG_BYTES:,} bytes; is this a run config?")
-        return path.read_text(encoding="utf-8")
+        with open_to_read(path) as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; pass a run config with --config") from None
+    except OSError as error:
+        raise ConfigError(f"{shorten(str(path))!r}: cannot be read: {error.strerror}") from None
+    if len(data) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: over {MAX_CONFIG_BYTES:,} bytes; is this a run config?")
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _apply_overrides(values: Any, overrides: Sequence[str]) -> Any:
+    if len(overrides) > MAX_OVERRIDES or sum(map(len, overrides)) > MAX_CONFIG_BYTES:
+        raise ConfigError(
+            f"{len(overrides):,} overrides of {sum(map(len, overrides)):,} characters: at most {MAX_OVERRIDES:,} of "
+            f"{MAX_CONFIG_BYTES:,} characters are read; write them into the config file"
+        )
     for override in overrides:
+        name = repr(shorten(override))
         if "=" not in override or override.startswith(("=", "-")):
-            raise ConfigError(f"override {override!r}: expected section.key=value")
+            raise ConfigError(f"override {name}: expected section.key=value")
+        key, value = override.split("=", 1)
+        if key.count(".") + key.count("[") > MAX_KEY_DEPTH:
+            raise ConfigError(f"override {name}: no option is nested in over {MAX_KEY_DEPTH} sections")
         try:
+            check_yaml(value)
             values = OmegaConf.merge(values, OmegaConf.from_dotlist([override]))
         except yaml.MarkedYAMLError as error:
-            raise ConfigError(f"override {override!r}: not a YAML value: {error.problem}; quote it") from None
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"override {override!r}: {first_line(error)}") from None
+            raise ConfigError(f"override {name}: not a YAML value: {error.problem}; quote it") from None
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+            raise ConfigError(f"override {name}: {first_line(error)}") from None
         except TypeError:
             raise ConfigError(
-                f"override {override!r}: list items cannot be set one by one; set the full list, as in "
+                f"override {name}: list items cannot be set one by one; set the full list, as in "
                 "data.train=[{path: FILE}]"
             ) from None
     return values
 
 
+def shorten(text: str, width: int = 200) -> str:
+    """Return a text of at most `width` characters: an ellipsis replaces the end of a longer one."""
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
 def _problems(error: ValidationError, locations: _KeyLocations) -> list[str]:
-    return [
+    problems = [
         f"{locations.describe(_key_path(detail))}: {line}"
-        for detail in error.errors(include_url=False)
+        for detail in error.errors(include_url=False)[: MAX_PROBLEMS + 1]
         for line in _explain(detail).split("\n")
     ]
+    if len(problems) > MAX_PROBLEMS:
+        problems[MAX_PROBLEMS:] = [f"… and {error.error_count() - MAX_PROBLEMS:,} more"]
+    return problems
 
 
 def _key_path(detail: ErrorDetails) -> tuple[str | int, ...]:
@@ -164,7 +198,7 @@ def _explain(detail: ErrorDetails) -> str:
     if detail["type"] == "too_short":
         return f"should have at least {detail['ctx']['min_length']} item"
     value = detail["input"]
-    shown = repr(value) if not isinstance(value, (dict, list)) else f"a {type(value).__name__}"
+    shown = shorten(repr(value)) if not isinstance(value, (dict, list)) else f"a {type(value).__name__}"
     message = re.sub(r"^(Input|String) should", "should", detail["msg"])
     message = re.sub(r"valid dictionary( or instance of \w+)?", "section of keys", message)
     return f"{message}, not {shown}"
@@ -180,7 +214,7 @@ class _KeyLocations:
         for override in overrides:
             dotted, value = override.split("=", 1)
             node = yaml.compose(value, Loader=yaml.SafeLoader)
-            self._walk(tuple(dotted.split(".")), node, f"override {override!r}")
+            self._walk(tuple(dotted.split(".")), node, f"override {shorten(override)!r}")
 
     def _walk(self, keys: tuple[str | int, ...], node: Any, override: str | None) -> None:
         if override:

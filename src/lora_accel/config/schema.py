@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 from typing_extensions import Self
 
+from lora_accel.config.adapter_options import unsupported_adapter_options
 from lora_accel.config.optimizers import OPTIMIZERS
 from lora_accel.config.schedules import SCHEDULES
 from lora_accel.errors import did_you_mean, join_or
@@ -64,6 +65,21 @@ class Section(BaseModel):
     )
 
 
+def _check_path(value: str) -> str:
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("a path cannot contain NUL characters or surrogates")
+    return value
+
+
+PathText = Annotated[str, AfterValidator(_check_path)]
+"""A path, a URL or a Hub id."""
+MAX_STEPS = 1_000_000_000
+MAX_TOKENS = 1 << 24
+"""Limits of counts. Larger values are typing errors: 10^9 steps take years, and no model has 2^24 positions."""
+MAX_NEW_TOKENS = 100_000
+"""Maximum length of a reply. One of this length takes hours."""
+
+
 class AddedTokens(Section):
     """Tokens to add to the vocabulary, and how to train them."""
 
@@ -92,7 +108,7 @@ class AddedTokens(Section):
 class ModelSection(Section):
     """The frozen base model."""
 
-    name_or_path: str = Field(min_length=1)
+    name_or_path: PathText = Field(min_length=1)
     """Model id on the Hub, or the folder of a Hugging Face model."""
     revision: str | None = None
     """Branch, tag or commit on the Hub. null = the default branch."""
@@ -101,7 +117,7 @@ class ModelSection(Section):
     the device only emulates the stored dtype."""
     attention: str = "auto"
     """Attention implementation of transformers: sdpa, eager, flash_attention_2, … auto = transformers' choice."""
-    chat_template: str | None = None
+    chat_template: PathText | None = None
     """null = the tokenizer's own | a built-in template (alpaca, chatml, gemma, llama-2, llama-3, vicuna_v1.1, zephyr) |
     a .jinja file."""
     rope_scaling: dict[str, Any] | None = None
@@ -138,8 +154,11 @@ class ModelSection(Section):
         if not isinstance(value.get("rope_type"), str):
             raise ValueError("rope_type is missing; set a mapping such as {rope_type: linear, factor: 2.0}")
         factor = value.get("factor", 1)
-        if factor is not None and (not isinstance(factor, (int, float)) or isinstance(factor, bool) or factor < 1):
+        is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+        if factor is not None and not (is_number and factor >= 1):  # false for NaN, too
             raise ValueError(f"factor={factor!r}: should be a number of at least 1")
+        if factor is not None and factor > MAX_TOKENS:
+            raise ValueError(f"factor={factor!r:.20}: should be a number of at most {MAX_TOKENS:,}")
         return value
 
 
@@ -147,7 +166,7 @@ class QuantizationSection(Section):
     """QLoRA: quantize the frozen base to 4 or 8 bits with bitsandbytes."""
 
     bits: Literal[4, 8] | None = None
-    """Bits per weight. null = not quantized."""
+    """Bits per weight. null = as stored: not quantized, unless bitsandbytes stored the base in 4 or 8 bits."""
     type: Literal["nf4", "fp4"] = "nf4"
     """4-bit data type."""
     double_quant: bool = True
@@ -168,7 +187,7 @@ class AdapterSection(Section):
 
     r: int = Field(8, ge=1, le=1024)
     """Rank of the update."""
-    alpha: float = Field(16.0, gt=0)
+    alpha: float = Field(16.0, gt=0, le=1e6)
     """The update is scaled by alpha / r (PEFT: lora_alpha)."""
     dropout: float = Field(0.05, ge=0, lt=1)
     """Dropout probability on the adapter's input (PEFT: lora_dropout)."""
@@ -233,9 +252,16 @@ class AdapterSection(Section):
         if isinstance(value, str):
             try:
                 re.compile(value)
-            except re.error as error:
-                raise ValueError(f"{value!r} is not a regular expression: {error}; set a list of names") from None
+            except (re.error, RecursionError, OverflowError) as error:
+                reason = str(error) or "it is nested too deep"
+                raise ValueError(f"{value[:60]!r} is not a regular expression: {reason}; set a list of names") from None
         return value
+
+    @model_validator(mode="after")
+    def _check_supported(self) -> Self:
+        if problems := unsupported_adapter_options(self.model_dump()):
+            raise ValueError("\n".join(problems))
+        return self
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -245,7 +271,7 @@ def _release(version: str) -> tuple[int, ...]:
 class SourceSection(Section):
     """One source of rows."""
 
-    path: str = Field(min_length=1)
+    path: PathText = Field(min_length=1)
     """A file, a folder, a glob, a URL (https://, s3://, gs://, hf://, …), or a dataset id on the Hub."""
     format: str | None = None
     """Format of the rows. null = detected from the keys of the first row."""
@@ -257,9 +283,9 @@ class SourceSection(Section):
     """Branch, tag or commit of a Hub dataset. null = the default branch."""
     streaming: bool = False
     """Whether to stream a Hub dataset row by row instead of downloading it first."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, le=1000)
     """Times that each row is used per epoch: 2 = twice; 0.25 = each epoch takes the next quarter of the rows."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1, le=10**12)
     """Maximum number of rows to read, from the start. null = all."""
     columns: dict[str, str] = {}
     """Renamed columns: {name that the format expects: name in the file}."""
@@ -274,7 +300,7 @@ class DataSection(Section):
     """Sources of evaluation rows."""
     eval_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of the training examples to hold out for evaluation, selected by the seed."""
-    max_length: int = Field(2048, ge=2)
+    max_length: int = Field(2048, ge=2, le=MAX_TOKENS)
     """Maximum length of an example, in tokens."""
     overlong: Literal["auto", "truncate", "drop", "split", "error"] = "auto"
     """What to do with longer examples. auto = split .txt files, which are documents, and truncate rows."""
@@ -289,9 +315,9 @@ class DataSection(Section):
     support packing get padded rows, and the run prints a note."""
     max_dropped: float = Field(0.05, ge=0, le=1)
     """Maximum share of unusable rows. Above it the run stops before it loads the model."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Folder for tokenized data. null = lora_accel in the Hugging Face cache folder (HF_HOME)."""
-    num_workers: int | None = Field(None, ge=1)
+    num_workers: int | None = Field(None, ge=1, le=1024)
     """Number of tokenization processes. null = one per core. Does not change the result."""
 
     @model_validator(mode="after")
@@ -304,19 +330,19 @@ class DataSection(Section):
 class TrainingSection(Section):
     """The training loop. A step is one optimizer update over all ranks."""
 
-    epochs: float = Field(3.0, gt=0)
+    epochs: float = Field(3.0, gt=0, le=1e6)
     """Number of epochs."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     """Number of steps; overrides epochs. null = use epochs."""
-    batch_size: int | None = Field(16, ge=1)
+    batch_size: int | None = Field(16, ge=1, le=1_000_000)
     """Examples per step, over all ranks."""
-    micro_batch_tokens: int = Field(4096, ge=1)
+    micro_batch_tokens: int = Field(4096, ge=1, le=MAX_TOKENS)
     """Maximum tokens per forward on one device, padding included."""
-    micro_batch_size: int | None = Field(None, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1, le=1_000_000)
     """Per-device batch size: examples per forward on one device. Replaces batch_size and micro_batch_tokens."""
-    gradient_accumulation_steps: int | None = Field(None, ge=1)
+    gradient_accumulation_steps: int | None = Field(None, ge=1, le=1_000_000)
     """Forwards per step on one device; only with micro_batch_size. null = 1."""
-    learning_rate: float = Field(2.0e-4, gt=0)
+    learning_rate: float = Field(2.0e-4, gt=0, le=1000)
     """Peak learning rate."""
     optimizer: _name_in(OPTIMIZERS) = "adamw"  # type: ignore[valid-type]
     """The optimizer. Its state is part of every checkpoint."""
@@ -324,12 +350,12 @@ class TrainingSection(Section):
     """Learning-rate schedule after warm-up: decay toward 0 over the run, or constant."""
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     """Share of the steps over which the learning rate rises to its peak."""
-    warmup_steps: int | None = Field(None, ge=0)
+    warmup_steps: int | None = Field(None, ge=0, le=MAX_STEPS)
     """Number of warm-up steps; overrides warmup_ratio. null = use warmup_ratio."""
     warmup_from_zero: bool = False
     """Whether the first warm-up step has a learning rate of 0, as in transformers: it changes no weight. Unless this is
     set, a resumed run keeps the value of its checkpoint."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=1000)
     """Weight decay of matrices; biases and norms have none."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Maximum gradient norm; larger gradients are clipped to it."""
@@ -342,10 +368,10 @@ class TrainingSection(Section):
     compile: bool = False
     """Whether to compile the decoder layers with torch.compile: up to a quarter faster, after about a minute of
     compilation."""
-    max_hours: float | None = Field(None, gt=0)
+    max_hours: float | None = Field(None, gt=0, le=100_000)
     """Maximum training time, in hours. Then the run saves a checkpoint and exits with 143, as after a signal; run the
     same command to resume. null = no limit."""
-    skip_nonfinite: int = Field(0, ge=0)
+    skip_nonfinite: int = Field(0, ge=0, le=MAX_STEPS)
     """Maximum number of steps to skip because their loss or gradient is not finite. One more stops the run."""
 
     def examples_per_step(self, num_ranks: int) -> int:
@@ -389,11 +415,11 @@ class TrainingSection(Section):
 class CheckpointSection(Section):
     """Checkpoints and resuming."""
 
-    every_steps: int = Field(200, ge=1)
+    every_steps: int = Field(200, ge=1, le=MAX_STEPS)
     """Steps between checkpoints. The last step is always saved."""
-    keep_last: int = Field(2, ge=1)
+    keep_last: int = Field(2, ge=1, le=MAX_STEPS)
     """Number of checkpoints to keep after the run. During the run at least 2 are kept, in case one is corrupt."""
-    resume: str = "auto"
+    resume: PathText = "auto"
     """Where to resume from: auto = the newest valid checkpoint of the run | never | a checkpoint folder."""
     allow_changes: list[str] = []
     """Options that may differ from the checkpoint's although they change the result, such as [training.learning_rate].
@@ -410,18 +436,18 @@ class CheckpointSection(Section):
 class EvaluationSection(Section):
     """Evaluation during training."""
 
-    every_steps: int | None = Field(None, ge=1)
+    every_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     """Steps between evaluations. null = after the last step only. Needs data.eval, data.eval_fraction or prompts."""
     prompts: list[str] = []
     """User messages to reply to at each evaluation. The replies are written to metrics.jsonl."""
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(64, ge=1, le=MAX_NEW_TOKENS)
     """Maximum length of a reply, in tokens."""
 
 
 class LoggingSection(Section):
     """Logging of metrics."""
 
-    every_steps: int = Field(1, ge=1)
+    every_steps: int = Field(1, ge=1, le=MAX_STEPS)
     """Steps between lines in metrics.jsonl and points in the trackers."""
     trackers: list[str] = ["tensorboard"]
     """Names of Accelerate's trackers: tensorboard, wandb, mlflow, …"""
@@ -430,7 +456,7 @@ class LoggingSection(Section):
 class RunConfig(Section):
     """The config of a run."""
 
-    output_dir: str = Field(min_length=1)
+    output_dir: PathText = Field(min_length=1)
     """Run folder: checkpoints, logs and the final adapter."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the example order, dropout and adapter initialization."""
@@ -460,6 +486,15 @@ class RunConfig(Section):
             problems.append(
                 "adapter.modules_to_save with quantization.bits would train quantized weights; "
                 "train them on a base that is not quantized"
+            )
+        if self.quantization.bits and self.adapter.kasa_config:
+            problems.append(
+                "adapter.kasa_config with quantization.bits is not supported: it changes the base's weights"
+            )
+        if self.adapter.alora_invocation_tokens and self.data.packing:
+            problems.append(
+                "adapter.alora_invocation_tokens: aLoRA looks for these tokens once per row, and a packed row has "
+                "several examples; set data.packing=false"
             )
         if self.model.add_tokens is not None and self.adapter.trainable_token_indices is not None:
             problems.append("model.add_tokens and adapter.trainable_token_indices: set one of them")
