@@ -22,6 +22,24 @@ CALLS: list[dict[str, Any]] = [
 ]
 
 
+def conversations(tools: Any) -> list[Conversation]:
+    """Return conversations that a template should render in little time: with one message, several and many.
+
+    Args:
+        tools: of each conversation.
+    """
+    answer = Message("assistant", "A longer answer, of two sentences. It is written once more. " * 20, reasoning="why")
+    system, question = Message("system", "system"), Message("user", "A longer question? " * 20)
+    calling, result = Message("assistant", "", tool_calls=(CALLS[0],)), Message("tool", "{}", tool_call_id="a1b2c3d4e")
+    rows = [
+        (QUESTION,),
+        (QUESTION, ANSWER, ANOTHER, ANSWER),
+        (system, *(question, answer) * 20),
+        (system, question, calling, result, answer, QUESTION),
+    ]
+    return [Conversation(row, tools) for row in rows]
+
+
 class CallStyle(NamedTuple):
     """How a template takes messages with tool calls."""
 

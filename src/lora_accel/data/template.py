@@ -17,6 +17,7 @@ from lora_accel.data.spans import RESERVED, Span, locate, mark
 from lora_accel.data.tokens import TextTokenizer
 from lora_accel.data.tools import check_call, check_contains
 from lora_accel.errors import DataError, did_you_mean
+from lora_accel.sandbox import check_template
 
 BUILT_IN_TEMPLATES = ("alpaca", "chatml", "gemma", "llama-2", "llama-3", "vicuna_v1.1", "zephyr")
 SPECIAL_AS_TEXT = (
@@ -92,7 +93,7 @@ class ChatTemplate:
             variables: further variables of the template (`model.chat_template_kwargs`).
 
         Raises:
-            DataError: the template does not exist, or the tokenizer has no offsets.
+            DataError: the template does not exist, or takes too much time or memory, or the tokenizer has no offsets.
         """
         self.tokenizer = tokenizer
         self.tokens = TextTokenizer(tokenizer, parse_special_tokens=parse_special_tokens)
@@ -112,7 +113,31 @@ class ChatTemplate:
         self.end_of_turn = ""
         """The text that ends an assistant turn; empty if the template does not end it."""
         if self.source:
+            self._try_probes()
             self.end_of_turn = probes.find_end_of_turn(self)
+
+    def _try_probes(self) -> None:
+        """Check that the template renders conversations in time, before it is used in this process.
+
+        Raises:
+            DataError: it does not.
+        """
+        if self._is_built_in:
+            return
+        for source, tools in {self.source: None, self._tool_source: probes.TOOLS}.items():
+            conversations = probes.conversations(tools)
+            variables = [
+                self._variables([message.for_template() for message in conversation.messages], conversation, ask)
+                for conversation in conversations
+                for ask in (True, False)
+            ]
+            check_template(self._where, source, variables)
+
+    @property
+    def _where(self) -> str:
+        """How to name the template and its origin in messages."""
+        origin = getattr(self.tokenizer, "name_or_path", "")
+        return f"{self.label} of {origin}" if origin and self.label == "the chat template" else self.label
 
     @functools.cached_property
     def keeps_answers(self) -> bool:
@@ -250,6 +275,9 @@ class ChatTemplate:
             DataError: the template rejects the conversation.
         """
         conversation = Conversation(tuple(messages), tools, template_kwargs=variables)
+        if self.source and not self._is_built_in:
+            source = self._tool_source if tools else self.source
+            check_template(self._where, source, [self._variables(self._values(conversation), conversation, True)])
         try:
             prompt = self.render_prompt(conversation)
             self.check_tools(conversation)
@@ -303,14 +331,20 @@ class ChatTemplate:
                 "the tokenizer has no chat template; set model.chat_template to one of "
                 f"{', '.join(BUILT_IN_TEMPLATES)} or to a .jinja file"
             )
-        variables = {**self._constants, **(conversation.template_kwargs or {})}
-        variables |= {"messages": values, "tools": conversation.tools, "add_generation_prompt": add_generation_prompt}
         try:
-            return _compiled(source).render(variables)
+            return _compiled(source).render(self._variables(values, conversation, add_generation_prompt))
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"model.chat_template: not valid Jinja, line {error.lineno}: {error.message}") from None
         except Exception as error:  # templates are untrusted programs that may raise anything
             raise UnusableRow(f"the chat template rejects it: {error}") from None
+
+    def _variables(
+        self, values: Sequence[dict[str, Any]], conversation: Conversation, add_generation_prompt: bool
+    ) -> dict[str, Any]:
+        """Return all variables of the template."""
+        variables = {**self._constants, **(conversation.template_kwargs or {})}
+        variables |= {"messages": values, "tools": conversation.tools, "add_generation_prompt": add_generation_prompt}
+        return variables
 
     def end_of_specials(self, text: str, start: int) -> int | None:
         """Return where the first special tokens after a position end, up to EOS; None if there are none."""
