@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lora_accel import RunConfig, merge_adapter, run_training
@@ -323,6 +324,25 @@ def test_padding_id(tokenizer_factory: Tokenizers) -> None:
     assert padding_id(tokenizer, len(tokenizer)) == len(tokenizer) - 1
     assert padding_id(tokenizer, len(tokenizer) - 1) == tokenizer.eos_token_id
     assert padding_id(tokenizer, 2) == 0
+
+
+def test_a_pad_token_without_embedding_is_a_note_of_the_merge_and_pads_nothing(
+    tiny_model: Callable[..., Path],
+    tokenizer_factory: Tokenizers,
+    tmp_path: Path,
+    command: Callable[..., CommandResult],
+) -> None:
+    adapter = tmp_path / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(tiny_model())
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(adapter)
+    tokenizer = tokenizer_factory()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # as Alpaca-LoRA and the first Vicuna did
+    tokenizer.save_pretrained(adapter)
+    merged = command("merge", adapter, tmp_path / "out")
+    assert merged.returncode == 0
+    assert "note: the model has no embedding for 1 token(s) of its tokenizer ('[PAD]')" in merged.stdout
+    arguments = ("hello", "hello world the answer", "--adapter", adapter, "--merged", tmp_path / "out")
+    assert command("generate", *arguments, "--max-new-tokens", "2").returncode == 0
 
 
 def test_a_pad_token_in_config_json_beyond_the_vocabulary_is_named(

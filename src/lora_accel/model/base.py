@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,44 +18,67 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lora_accel.config.schema import ModelSection, QuantizationSection
-from lora_accel.errors import ArtifactError, ConfigError, first_line
+from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.model.device import detect_device, native_dtype
-from lora_accel.model.sizes import load_config
+from lora_accel.model.prequantized import check_quantization, dequantized_headers, stored_quantization
+from lora_accel.model.sizes import check_config, load_config, unknown_name
 from lora_accel.model.tokenizer import check_model_folder, load_error_message
+from lora_accel.model.weights import (
+    StoredTensor,
+    check_loading_info,
+    check_weights,
+    describe_error,
+    find_weight_files,
+    main_dtype,
+    read_headers,
+    read_tensor,
+    without_zero3,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NO_ADAPTER = "no-adapter"
+"""A subfolder that no model has. transformers looks there for an adapter, which it would load onto the base."""
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_dtype(
-    section: ModelSection, mixed_precision: str, device: torch.device | None, recorded: str | None = None
-) -> torch.dtype | str:
-    """Return the dtype of the base; `auto` = as stored.
+    section: ModelSection,
+    mixed_precision: str,
+    device: torch.device | None,
+    recorded: str | None = None,
+    *,
+    stored: torch.dtype | None = None,
+) -> torch.dtype:
+    """Return the dtype of the base.
 
     `model.dtype: auto` follows mixed precision, since autocast would cast a frozen float32 base in every forward.
     Without mixed precision the base is loaded as stored, or in float32 if the device only emulates the stored dtype.
 
     Args:
         device: the device that computes; None = this machine's accelerator, or its CPU.
-        recorded: name of the base's dtype in the checkpoint to resume from (`auto` = as stored); None = a new run.
+        recorded: name of the base's dtype in the checkpoint to resume from; None = a new run. `auto` = the checkpoint
+            does not record it: it was written by a version that took the dtype in config.json.
+        stored: dtype in which the base is stored; None = read it from its weight files, if it matters.
     """
     if section.dtype != "auto":
         return DTYPES[section.dtype]
     if mixed_precision in AUTOCAST_DTYPES:
         return AUTOCAST_DTYPES[mixed_precision]
-    if recorded is not None:
-        return DTYPES.get(recorded, "auto")
-    return native_dtype(detect_device(device), stored_dtype(section))
+    if recorded in DTYPES:
+        return DTYPES[recorded]
+    if recorded is not None and isinstance(named := load_config(section).dtype, torch.dtype):
+        return named
+    stored = stored_dtype(section) if stored is None else stored
+    return stored if recorded is not None else native_dtype(detect_device(device), stored)
 
 
 def stored_dtype(section: ModelSection) -> torch.dtype:
-    """Return the dtype in the config of a base; float32 if it has none.
+    """Return the dtype in which most elements of a base are stored, whatever the dtype in its config.json.
 
     Raises:
-        ArtifactError: the model does not exist.
+        ArtifactError: the model does not exist, or its files cannot be read.
     """
-    dtype = load_config(section).dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+    return main_dtype(_stored_tensors(section))
 
 
 def check_zero3_dtype(section: ModelSection, device: torch.device, recorded: str | None) -> None:
@@ -68,7 +93,6 @@ def check_zero3_dtype(section: ModelSection, device: torch.device, recorded: str
     if section.dtype != "auto":
         return
     dtype = choose_dtype(section, "no", device, recorded)
-    dtype = stored_dtype(section) if isinstance(dtype, str) else dtype
     if dtype != torch.float32:
         raise ConfigError(
             f"model.dtype=auto: {section.name_or_path} is stored in {str(dtype).removeprefix('torch.')}, but ZeRO-3 "
@@ -92,50 +116,118 @@ def load_base_model(
         device: the device that computes. A quantized model is loaded onto it; others stay on the CPU until `prepare`.
 
     Raises:
-        ArtifactError: the model does not exist, its files cannot be read, or its index names files outside its folder.
+        ArtifactError: the model does not exist, its files cannot be read or do not hold the model of its config.json,
+            or its index names files outside its folder.
         ConfigError: the attention implementation, the quantization or the RoPE scaling is not available here.
     """
     check_model_folder(section)
-    dtype = choose_dtype(section, mixed_precision, device, recorded_dtype)
+    quantized = check_quantization(section, quantization)
+    config, tensors = check_base(section)
+    if quantized is not None:
+        _check_can_load_quantized()
+    dtype = choose_dtype(section, mixed_precision, device, recorded_dtype, stored=main_dtype(tensors))
     options: dict[str, Any] = {"dtype": dtype}
     if section.attention != "auto":
         options["attn_implementation"] = section.attention
     if section.rope_scaling is not None:
-        options["config"] = load_config(section)
-    if quantization.bits is not None:
-        options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
+        options["config"] = config
+    if quantized is not None or quantization.bits is not None:
         options["device_map"] = {"": device or torch.device("cpu")}
-    check_index_paths(Path(section.name_or_path))
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            section.name_or_path,
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-            **options,
-        )
-    except (ImportError, ValueError) as error:
-        raise ConfigError(load_error_message(section, "model", error)) from None
-    except (OSError, SafetensorError, UnpicklingError) as error:
-        raise ArtifactError(load_error_message(section, "model", error)) from None
+    if quantized is None and quantization.bits is not None:
+        options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
+    model = _load(section, tensors, options)
     model.config.use_cache = False
     model.requires_grad_(False)
     return model
 
 
-def build_on_meta_device(config: PretrainedConfig) -> PreTrainedModel:
+def _load(section: ModelSection, tensors: Mapping[str, StoredTensor], options: Mapping[str, Any]) -> PreTrainedModel:
+    """Load a model by transformers, and check what it reports."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            section.name_or_path,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            adapter_kwargs={"subfolder": NO_ADAPTER},
+            output_loading_info=True,
+            **options,
+        )
+    except (ImportError, ValueError) as error:
+        raise ConfigError(load_error_message(section, "model", error)) from None
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError) as error:  # RuntimeError: shapes that differ
+        raise ArtifactError(load_error_message(section, "model", error)) from None
+    check_loading_info(section.name_or_path, model, info, tensors)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def check_base(section: ModelSection) -> tuple[PretrainedConfig, dict[str, StoredTensor]]:
+    """Check that the weight files of a base hold the model of its config.json, without reading a weight.
+
+    A base whose own code is trusted is only checked by what transformers reports when it is loaded.
+
+    Returns:
+        Its config, and the tensors that its files declare, by name.
+
+    Raises:
+        ArtifactError: they do not, or the model does not exist.
+    """
+    config, tensors = load_config(section), _stored_tensors(section)
+    if section.trust_remote_code and getattr(config, "auto_map", None):
+        return config, tensors
+    weights, plain = tensors, config
+    if stored_quantization(section) is not None:
+        files = find_weight_files(section)
+        weights = dequantized_headers(section.name_or_path, tensors, lambda name: read_tensor(files, name))
+        plain = copy.deepcopy(config)
+        del plain.quantization_config
+    check_weights(section.name_or_path, plain, weights)
+    return config, tensors
+
+
+def _stored_tensors(section: ModelSection) -> dict[str, StoredTensor]:
+    """Return the tensors that the weight files of a base declare, by name."""
+    check_model_folder(section)
+    check_index_paths(Path(section.name_or_path))
+    try:
+        return read_headers(find_weight_files(section))
+    except OSError as error:
+        raise ArtifactError(load_error_message(section, "model", error)) from None
+
+
+def _check_can_load_quantized() -> None:
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        raise ConfigError(
+            "ZeRO-3 does not support a base that is stored in 4 or 8 bits: quantized weights cannot be partitioned. "
+            "Use ZeRO-2 or DDP, or the model in 16 or 32 bits"
+        )
+    # Without the optional `kernels` package bitsandbytes warns once per layer on CPU and uses its default kernel.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def build_on_meta_device(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Return the model of a config on the meta device.
+
+    Args:
+        trust_remote_code: whether to run the model's own code, which the config names.
 
     Raises:
         ArtifactError: the config does not describe a causal language model.
     """
+    name = config.name_or_path or "config.json"
+    check_config(config.to_dict(), name)
     try:
-        with torch.device("meta"):
+        with without_zero3(), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+                config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
             )
-    except ValueError as error:
-        reason = first_line(error)
-        raise ArtifactError(f"{config.name_or_path or 'config.json'}: no model can be built: {reason}") from None
+    except Exception as error:  # an invalid config raises many types
+        reason = unknown_name(config) or describe_error(error)
+        raise ArtifactError(f"{name}: no model can be built from its config: {reason}") from None
     return model.eval()
 
 
@@ -184,7 +276,7 @@ def check_index_paths(folder: Path) -> None:
                 raise ArtifactError(f"{index}: names {file!r}, which is outside its folder")
 
 
-def _bitsandbytes_config(quantization: QuantizationSection, dtype: torch.dtype | str) -> BitsAndBytesConfig:
+def _bitsandbytes_config(quantization: QuantizationSection, dtype: torch.dtype) -> BitsAndBytesConfig:
     # Without the optional `kernels` package bitsandbytes warns once per layer on CPU and uses its default kernel.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if quantization.bits == 8:
@@ -194,5 +286,5 @@ def _bitsandbytes_config(quantization: QuantizationSection, dtype: torch.dtype |
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.type,
         bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=compute if isinstance(compute, torch.dtype) else torch.bfloat16,
+        bnb_4bit_compute_dtype=compute,
     )

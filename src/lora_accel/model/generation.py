@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
+from lora_accel.errors import ArtifactError
 from lora_accel.model.sizes import sizes_of_model
 from lora_accel.model.tokenizer import padding_id
 
@@ -29,9 +32,8 @@ def generate_replies(
     pad = padding_id(tokenizer, sizes.vocab_size)
     if sizes.num_positions is not None and width + options.get("max_new_tokens", 0) > sizes.num_positions:
         options["max_new_tokens"] = max(1, sizes.num_positions - width)
-    config: Any = model.generation_config
-    model_ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = {*ends, *model_ends, tokenizer.eos_token_id} - {None}
+    model.generation_config = config = greedy_config(model.generation_config)
+    ends = {*ends, *(config.eos_token_id or []), tokenizer.eos_token_id} - {None}
     output = model.generate(  # type: ignore[operator]
         input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device),
         attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device),
@@ -41,6 +43,27 @@ def generate_replies(
         **({"do_sample": False} | options),
     )
     return [decode_reply(tokenizer, ids, ends) for ids in output[:, width:].tolist()]
+
+
+def greedy_config(config: Any) -> GenerationConfig:
+    """Return what greedy replies use of a base's generation_config.json: its end tokens and penalties of repetition.
+
+    The rest is for sampling and beams, and an untrusted file may request a million of them.
+
+    Args:
+        config: transformers' GenerationConfig of the base.
+
+    Raises:
+        ArtifactError: a penalty is not a number that transformers can apply.
+    """
+    ends = config.eos_token_id if isinstance(config.eos_token_id, (list, tuple)) else [config.eos_token_id]
+    penalty, size = config.repetition_penalty, config.no_repeat_ngram_size
+    if penalty is not None and not (isinstance(penalty, (int, float)) and 0 < penalty < math.inf):
+        raise ArtifactError(f"generation_config.json: repetition_penalty={penalty!r} should be a positive number")
+    if size is not None and (type(size) is not int or size < 0):
+        raise ArtifactError(f"generation_config.json: no_repeat_ngram_size={size!r} should be an integer of at least 0")
+    ends = [token for token in ends if type(token) is int and token >= 0]
+    return GenerationConfig(eos_token_id=ends or None, repetition_penalty=penalty, no_repeat_ngram_size=size)
 
 
 def decode_reply(tokenizer: Any, ids: Sequence[int], ends: Collection[int]) -> str:

@@ -37,6 +37,23 @@ KEPT_PARAMETERS = ("rope_theta", "partial_rotary_factor")
 """RoPE parameters that `model.rope_scaling` does not replace."""
 
 
+LAYER_KEYS = frozenset({"num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"})
+SIZE_KEYS = frozenset(
+    {
+        *("vocab_size", "hidden_size", "n_embd", "d_model", "intermediate_size", "ffn_dim", "n_inner"),
+        *("num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "max_position_embeddings"),
+        *("n_positions", "n_ctx", "word_embed_proj_dim"),
+    }
+)
+"""Keys of config.json with a size, in the names of all families."""
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+ROPE_KEYS = ("rope_parameters", "rope_scaling")
+MAX_LAYERS = 1_000
+MAX_SIZE = 2**31 - 1
+MAX_EXPERTS = 1_000_000
+"""Experts of all layers. The largest models have 30,000, and one with tiny experts 500,000."""
+
+
 class ModelSizes(NamedTuple):
     """How many tokens and positions a model has."""
 
@@ -63,15 +80,117 @@ def load_config(section: ModelSection) -> PretrainedConfig:
     from transformers import AutoConfig
 
     check_model_folder(section)
+    name = section.name_or_path
+    check_config(read_config_file(section) or {}, name)  # before transformers, which builds lists of that many layers
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             section.name_or_path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
     except Exception as error:  # an invalid config raises many types
         raise ArtifactError(load_error_message(section, "config", error)) from None
+    check_config(config.to_dict(), name)
     if section.rope_scaling is not None:
         scale_rope(config, section.rope_scaling)
     return config
+
+
+def read_config_file(section: ModelSection) -> dict[str, Any] | None:
+    """Return the content of a model's config.json; None if it is not on this machine, or is not an object."""
+    file = local_file(section, "config.json")
+    if file is None:
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None  # transformers reports it
+    return config if isinstance(config, dict) else None
+
+
+def check_config(config: Mapping[str, Any], name: str) -> None:
+    """Check that the numbers of a config.json are those of a model, before anything of their size is made.
+
+    The sizes of the weights are compared with the weight files later.
+
+    Args:
+        config: the content of config.json.
+        name: of the model, for messages.
+
+    Raises:
+        ArtifactError: one is not; the message names the key.
+    """
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, Mapping):
+            continue
+        for parameters in (part, *(x for k in ROPE_KEYS for x in _rope_parameters(part.get(k)))):
+            for key, value in parameters.items():
+                for number in value if isinstance(value, (list, tuple)) and len(value) <= MAX_LAYERS else (value,):
+                    if problem := _number_problem(str(key), number):
+                        raise ArtifactError(f"{name}: config.json: {key}={str(number)[:40]} {problem}")
+        heads, groups = part.get("num_attention_heads"), part.get("num_key_value_heads")
+        if type(heads) is int and type(groups) is int and heads % groups:
+            raise ArtifactError(
+                f"{name}: config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}"
+            )
+        layers = max((v for k in LAYER_KEYS if type(v := part.get(k)) is int), default=1)
+        experts = max((v for k in EXPERT_KEYS if type(v := part.get(k)) is int), default=1)
+        per_token = part.get("num_experts_per_tok")
+        if layers * experts > MAX_EXPERTS:
+            raise ArtifactError(
+                f"{name}: config.json: {layers:,} layers of {experts:,} experts are more than any model has"
+            )
+        if type(per_token) is int and experts > 1 and not 1 <= per_token <= experts:
+            raise ArtifactError(f"{name}: config.json: num_experts_per_tok={per_token} is not 1 to {experts}")
+
+
+def _number_problem(key: str, value: Any) -> str:
+    """Return what is wrong with a number of a config.json; empty if nothing is."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return ""
+    is_integer = isinstance(value, int) or value.is_integer()
+    if key in LAYER_KEYS and value > MAX_LAYERS:
+        return f"is more than any model has (at most {MAX_LAYERS:,} layers)"
+    if key in SIZE_KEYS and value > MAX_SIZE:
+        return f"is more than any model has (at most {MAX_SIZE:,})"
+    if key in SIZE_KEYS or key in LAYER_KEYS:
+        return "" if value >= 1 and is_integer else "should be an integer of at least 1"
+    if key in EXPERT_KEYS or key == "head_dim":
+        if value > MAX_SIZE:
+            return f"is more than any model has (at most {MAX_SIZE:,})"
+        return "" if value >= 0 and is_integer else "should be an integer of at least 0"
+    if key.endswith(("dropout", "_pdrop")):
+        return "" if 0 <= value <= 1 else "should be from 0 to 1"
+    if key in ("rope_theta", "rotary_emb_base", "factor"):
+        return "" if 0 < value < math.inf else "should be a positive number"
+    if key == "partial_rotary_factor":
+        return "" if 0 < value <= 1 else "should be a factor of at most 1"
+    if key.endswith(("norm_eps", "norm_epsilon")):
+        return "" if 0 <= value < math.inf else "should be a positive number"
+    return ""
+
+
+def unknown_name(config: PretrainedConfig) -> str:
+    """Return which function that a config names transformers lacks, to explain why no model can be built; or empty."""
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    text = config.get_text_config()
+    for key in ("hidden_act", "hidden_activation", "activation_function"):
+        value = getattr(text, key, None)
+        if isinstance(value, str) and value not in ACT2FN:
+            return f"{key}={value!r} is not an activation function of transformers{did_you_mean(value, ACT2FN)}"
+    for parameters in _rope_parameters(getattr(text, "rope_parameters", None)):
+        rope_type = str(parameters.get("rope_type", "default"))
+        if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
+            hint = did_you_mean(rope_type, ROPE_INIT_FUNCTIONS)
+            return f"rope_type={rope_type!r} is not a type of rotary embeddings of transformers{hint}"
+    return ""
+
+
+def _rope_parameters(rope: Any) -> list[Mapping[str, Any]]:
+    """Return the parameters of rotary embeddings in a config: one mapping, or also one for each type of layer."""
+    if not isinstance(rope, Mapping):
+        return []
+    return [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
 
 
 def model_sizes(section: ModelSection) -> ModelSizes:
@@ -100,14 +219,13 @@ def _common_sizes(section: ModelSection) -> ModelSizes | None:
 
     Reads the file without transformers, whose import takes seconds: the plan of cached data needs nothing else.
     """
-    file = local_file(section, "config.json")
-    if file is None or section.rope_scaling is not None:
+    config = read_config_file(section)
+    if config is None or section.rope_scaling is not None:
         return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    check_config(config, section.name_or_path)
     rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        return None
     vocab_size, positions, pad_id = (config.get(k) for k in ("vocab_size", "max_position_embeddings", "pad_token_id"))
     is_plain_rope = config.get("rope_scaling") is None and rope.get("rope_type", "default") == "default"
     if (

@@ -1,0 +1,56 @@
+"""Replies are greedy, whatever a base's generation_config.json asks for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GenerationConfig
+
+from lora_accel.config.schema import ModelSection, QuantizationSection
+from lora_accel.errors import ArtifactError
+from lora_accel.model.base import load_base_model
+from lora_accel.model.generation import generate_replies, greedy_config
+from lora_accel.model.tokenizer import load_tokenizer
+
+UNTRUSTED: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": 1_000_000},
+    "sequences": {"num_return_sequences": 1_000_000, "num_beams": 1_000_000},
+    "sampling": {"do_sample": True, "temperature": 5.0, "top_k": 3, "num_return_sequences": 1000},
+    "lengths": {"max_length": 10**9, "min_length": 10**9, "min_new_tokens": 10**9},
+    "static cache": {"cache_implementation": "static"},
+    "lookup": {"prompt_lookup_num_tokens": 10**6},
+}
+
+
+def replies(section: ModelSection) -> list[str]:
+    model = load_base_model(section, QuantizationSection())
+    return generate_replies(model, load_tokenizer(section), [[3, 50, 60], [7]], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("options", UNTRUSTED.values(), ids=UNTRUSTED)
+def test_replies_are_greedy(tiny_model: Callable[..., Path], tmp_path: Path, options: dict[str, Any]) -> None:
+    expected = replies(ModelSection(name_or_path=str(tiny_model())))
+    base = Path(shutil.copytree(tiny_model(), tmp_path / "base"))
+    config = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(config | options))
+    assert replies(ModelSection(name_or_path=str(base))) == expected
+
+
+def test_end_tokens_and_penalties_are_kept() -> None:
+    given = GenerationConfig(eos_token_id=[2, 4], repetition_penalty=1.05, no_repeat_ngram_size=3, num_beams=5)
+    kept = greedy_config(given)
+    assert (kept.eos_token_id, kept.repetition_penalty, kept.no_repeat_ngram_size) == ([2, 4], 1.05, 3)
+    assert kept.num_beams in (None, 1)
+
+
+@pytest.mark.parametrize(("key", "value"), [("repetition_penalty", -1.0), ("no_repeat_ngram_size", -2)])
+def test_invalid_penalties_are_named(key: str, value: float) -> None:
+    given = GenerationConfig()
+    setattr(given, key, value)
+    with pytest.raises(ArtifactError, match=f"generation_config.json: {key}={value}"):
+        greedy_config(given)
