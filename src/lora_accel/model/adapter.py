@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -10,9 +11,11 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
+from lora_accel.config.adapter_options import subtracts_initial_adapter
 from lora_accel.config.schema import AdapterSection
 from lora_accel.errors import ConfigError
 from lora_accel.model.dropout import DropoutKeys, KeyedDropout
+from lora_accel.model.initial_adapter import add_initial_adapter, initial_names
 
 
 def add_adapter(
@@ -32,7 +35,8 @@ def add_adapter(
             parameters in the base's dtype.
 
     Raises:
-        ConfigError: no module matches target_modules, PEFT rejects a field, or a bias would be trained in 16 bits.
+        ConfigError: no module matches target_modules, PEFT rejects a field, a layer does not support an option, or a
+            bias would be trained in 16 bits.
     """
     if getattr(base, "is_quantized", False):
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
@@ -41,15 +45,20 @@ def add_adapter(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model = get_peft_model(base, lora_config(section), autocast_adapter_dtype=True)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"adapter: PEFT rejects the config: {error}{_linear_names(base, error)}") from None
-    if any("tie_word_embeddings" in str(warning.message) for warning in caught):
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, AssertionError) as error:
+        raise ConfigError(f"adapter: PEFT rejects the config: {error}{_hint(base, error)}") from None
+    messages = [str(warning.message) for warning in caught]
+    _check_patterns(section, messages)
+    if any("tie_word_embeddings" in message for message in messages):
         raise ConfigError(
             "adapter.target_modules: this model's input and output embeddings are one tensor, so LoRA on either cannot "
             "be merged correctly. Remove lm_head and embed_tokens, or set adapter.ensure_weight_tying=true"
         )
+    if subtracts_initial_adapter(section.init_lora_weights):
+        add_initial_adapter(model, str(section.init_lora_weights))
+    _check_layers(model, section)
     if masters:
-        for parameter in trainable_parameters(model).values():
+        for parameter in (*trainable_parameters(model).values(), *map(model.get_parameter, initial_names(model))):
             parameter.data = parameter.data.to(base.dtype)
     else:
         _train_in_fp32(model, autocast)
@@ -62,13 +71,25 @@ def add_adapter(
     return model
 
 
-def key_dropout(model: PeftModel) -> DropoutKeys:
+def key_dropout(model: PeftModel, *, fused_loss: bool = True) -> DropoutKeys:
     """Replace the dropout of every LoRA layer by keyed dropout (model/dropout.py).
+
+    Args:
+        fused_loss: whether the loss is fused (model/fused_loss.py): it passes the head's dropout the keys of the
+            supervised tokens.
 
     Returns:
         Where the dropout layers read the keys of the current tokens.
+
+    Raises:
+        ConfigError: the head would have dropout, and the loss is not fused.
     """
-    token_keys = DropoutKeys()
+    token_keys, head = DropoutKeys(), model.get_base_model().get_output_embeddings()
+    if not fused_loss and isinstance(head, LoraLayer) and model.active_peft_config.lora_dropout:
+        raise ConfigError(
+            "adapter.dropout: LoRA on lm_head with dropout is not supported for this model family; set it to 0.0, or "
+            "remove lm_head from adapter.target_modules"
+        )
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for number, layer in enumerate(layers):
         for name, dropout in layer.lora_dropout.items():
@@ -78,8 +99,35 @@ def key_dropout(model: PeftModel) -> DropoutKeys:
     return token_keys
 
 
+def skipped_experts(model: PeftModel, section: AdapterSection) -> str:
+    """Return a note about the weights of experts that all-linear does not include; empty if there are none.
+
+    The experts of a layer are one tensor with three dimensions, which no linear module holds.
+    """
+    if section.target_modules != "all-linear":
+        return ""
+    names = {
+        ".".join(name.split(".")[-3:])
+        for name, parameter in model.get_base_model().named_parameters()
+        if "experts" in name.split(".") and "base_layer" not in name.split(".") and _full_ndim(parameter) == 3
+    }
+    if not names:
+        return ""
+    return (
+        f"; without the experts' weights, which all-linear does not include. To adapt them, too, set "
+        f"'adapter.target_parameters=[{', '.join(sorted(names))}]' and adapter.dropout=0.0"
+    )
+
+
+def _full_ndim(parameter: torch.nn.Parameter) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3, the parameter is a flat shard
+
+
 def lora_config(section: AdapterSection) -> LoraConfig:
-    """Return the section as PEFT's LoraConfig."""
+    """Return the section as PEFT's LoraConfig, without an initialization that would change the base's weights."""
+    fields = section.peft_fields()
+    if subtracts_initial_adapter(section.init_lora_weights):
+        fields["init_lora_weights"] = True
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=section.r,
@@ -87,7 +135,7 @@ def lora_config(section: AdapterSection) -> LoraConfig:
         lora_dropout=section.dropout,
         target_modules=section.target_modules,
         bias=section.bias,
-        **section.peft_fields(),
+        **fields,
     )
 
 
@@ -109,6 +157,30 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return sum(count for count, trainable in counts if trainable), sum(count for count, _ in counts)
 
 
+def _check_patterns(section: AdapterSection, warnings_of_peft: Sequence[str]) -> None:
+    """Check that every key of rank_pattern and alpha_pattern matches a module; PEFT would ignore it with a warning."""
+    for option in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(section, option) or {}:
+            if any("did not match any" in text and repr(key) in text for text in warnings_of_peft):
+                raise ConfigError(f"adapter.{option}: {key!r} matches no module of adapter.target_modules; remove it")
+
+
+def _check_layers(model: PeftModel, section: AdapterSection) -> None:
+    """Check that every adapted layer can be trained and merged.
+
+    Raises:
+        ConfigError: with the first layer that cannot.
+    """
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if section.lora_bias and getattr(layer.get_base_layer(), "bias", None) is None:
+            raise ConfigError(f"adapter.lora_bias: {name} has no bias, so the adapter could not be merged; remove it")
+        if section.dropout and ".experts." in f".{name}.":
+            # An expert gets the tokens that are routed to it, so their dropout keys are unknown.
+            raise ConfigError(f"adapter.dropout: {name} is an expert, which does not support dropout; set it to 0.0")
+
+
 def _train_in_fp32(model: PeftModel, autocast: bool) -> None:
     """Cast the trainable parameters to float32, whatever the base's dtype: 16 bits would round small updates to zero.
 
@@ -126,7 +198,9 @@ def _train_in_fp32(model: PeftModel, autocast: bool) -> None:
         parameter.data = parameter.data.float()
 
 
-def _linear_names(base: PreTrainedModel, error: Exception) -> str:
+def _hint(base: PreTrainedModel, error: Exception) -> str:
+    if "lora_dropout" in str(error):
+        return " LoRA on the parameters of experts does not support dropout; set adapter.dropout=0.0."
     if "not found in the base model" not in str(error):
         return ""
     names = {name.split(".")[-1] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}

@@ -7,6 +7,8 @@ depend on how a step is divided into micro-batches and ranks, and activation che
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +22,15 @@ class DropoutKeys:
 
     def __init__(self) -> None:
         self.keys: torch.Tensor | None = None  # [B, T] int32
+
+    @contextlib.contextmanager
+    def replaced(self, keys: torch.Tensor) -> Iterator[None]:
+        """Replace the keys in the block, for a layer that gets only some of the tokens."""
+        original, self.keys = self.keys, keys
+        try:
+            yield
+        finally:
+            self.keys = original
 
 
 class KeyedDropout(nn.Module):
@@ -37,7 +48,7 @@ class KeyedDropout(nn.Module):
         """
         super().__init__()
         self.p = p
-        self._token_keys = token_keys
+        self.token_keys = token_keys
         generator = torch.Generator().manual_seed(layer)
         keys = torch.randint(-(2**31), 2**31, (num_features,), generator=generator).to(torch.int32)
         self.register_buffer("feature_keys", keys | 1, persistent=False)
@@ -50,12 +61,12 @@ class KeyedDropout(nn.Module):
         """
         if not self.training or self.p == 0:
             return x
-        keys = self._token_keys.keys
+        keys = self.token_keys.keys
         assert keys is not None  # the loop sets them for each micro-batch
         if keys.numel() * x.shape[-1] != x.numel():
             raise ConfigError(
-                f"adapter.dropout: a layer gets {x.shape[:-1].numel()} tokens of a batch of {keys.numel()} (an expert "
-                "layer?), so their keys are unknown; set it to 0, or remove such layers from adapter.target_modules"
+                f"adapter.dropout: a layer gets {x.shape[:-1].numel()} tokens of a batch of {keys.numel()}, so their "
+                "keys are unknown; set it to 0, or remove such layers from adapter.target_modules"
             )
         keys = keys.reshape(x.shape[:-1])  # OPT flattens a batch's tokens for its feed-forward layers
         dropped: torch.Tensor = _Drop.apply(x, keys, self.feature_keys, self.p)  # type: ignore[no-untyped-call]
@@ -64,6 +75,12 @@ class KeyedDropout(nn.Module):
     def extra_repr(self) -> str:
         """Return the options that `repr` shows."""
         return f"p={self.p}"
+
+
+def dropout_keys_of(module: nn.Module) -> DropoutKeys | None:
+    """Return the keys that the dropout in a module reads; None if it has no dropout, or does not train."""
+    layers = (layer for layer in module.modules() if isinstance(layer, KeyedDropout))
+    return next((layer.token_keys for layer in layers if layer.training), None)
 
 
 def keep_mask(token_keys: torch.Tensor, feature_keys: torch.Tensor, p: float) -> torch.Tensor:

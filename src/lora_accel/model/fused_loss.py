@@ -5,6 +5,7 @@ The loss is computed inside the model's forward: DDP and ZeRO synchronize only w
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_accel.labels import IGNORE_INDEX
+from lora_accel.model.dropout import dropout_keys_of
 from lora_accel.model.families import family_of
 
 CHUNK_NUMEL = 2**24
@@ -51,8 +53,18 @@ def patch_fused_loss(base: Any) -> bool:
         if is_frozen:
             return head(hidden, targets)
         # A trained head needs its own gradients, so its logits are recomputed in backward.
+        keys = _keys_at(head, logit_positions)
         losses = [
-            checkpoint(_head_loss, head, hidden[rows], targets[rows], scale, softcap, use_reentrant=False)
+            checkpoint(
+                _head_loss,
+                head,
+                hidden[rows],
+                targets[rows],
+                None if keys is None else keys[rows],
+                scale,
+                softcap,
+                use_reentrant=False,
+            )
             for rows in _chunks(len(hidden), CHUNK_NUMEL // config.vocab_size)
         ]
         return torch.stack(losses).sum()
@@ -76,10 +88,23 @@ def _patch_head(head: Any, scale: float, softcap: float | None) -> None:
     head.forward = forward
 
 
+def _keys_at(head: nn.Module, positions: torch.Tensor) -> torch.Tensor | None:
+    """Return the keys [N] for the head's dropout at some positions of each row; None if it has none."""
+    dropout = dropout_keys_of(head)
+    return None if dropout is None or dropout.keys is None else dropout.keys[:, positions].flatten()
+
+
 def _head_loss(
-    head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float | None
+    head: nn.Module,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    keys: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
 ) -> torch.Tensor:
-    logits = head(hidden).float() * scale
+    dropout = dropout_keys_of(head)
+    with contextlib.nullcontext() if dropout is None or keys is None else dropout.replaced(keys):
+        logits = head(hidden).float() * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
