@@ -144,7 +144,7 @@ def test_a_signal_without_child_processes_ends_the_command() -> None:
     assert result.stdout.split() == ["143", "True"], result.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT])
 def test_a_signal_is_forwarded_to_child_processes(number: signal.Signals) -> None:
     code = (
         "import signal, sys\n"
@@ -229,7 +229,7 @@ def test_one_process_trains_and_its_error_is_printed_once(
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("preset", "number", "code"),
-    [("cpu", signal.SIGINT, 130), ("cpu_ddp", signal.SIGTERM, 143)],
+    [("cpu", signal.SIGINT, 130), ("cpu_ddp", signal.SIGQUIT, 131)],
 )
 def test_a_signal_saves_a_checkpoint_and_sets_the_exit_code(
     train_command: Callable[..., subprocess.Popen[str]],

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lora_accel.processes import end_on_interrupt
+
 if TYPE_CHECKING:
     from lora_accel.config.files import read_config
     from lora_accel.config.schema import RunConfig
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from lora_accel.setup.data import prepare_data
     from lora_accel.setup.model import prepare_model
     from lora_accel.train import run_training
+
+end_on_interrupt()
 
 __version__ = "0.1.0"
 

@@ -18,8 +18,10 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from lora_accel.errors import Aborted, Interrupted, LoraAccelError, TrainingError, is_full_disk
+from lora_accel.errors import Aborted, ConfigError, Interrupted, LoraAccelError, TrainingError, is_full_disk
 from lora_accel.logs import logger
+from lora_accel.processes import raise_interrupts
+from lora_accel.streams import safe_output
 
 ERROR_DELAY_SECONDS = 5
 """How long a rank other than local rank 0 waits before it reports an error. If local rank 0 failed too, the launcher
@@ -157,7 +159,12 @@ class Stage:
 
 
 def run_command(
-    command: Callable[[], object], *, rank: int = 0, reports: bool = True, error_file: str | None = None
+    command: Callable[[], object],
+    *,
+    rank: int = 0,
+    reports: bool = True,
+    error_file: str | None = None,
+    should_continue: bool = False,
 ) -> int:
     """Run a command and return its exit code. An error of this package is printed to stderr without a traceback.
 
@@ -168,9 +175,19 @@ def run_command(
         rank: rank of this process.
         reports: whether this process is local rank 0.
         error_file: file in which torchrun (used by `accelerate launch`) expects the error.
+        should_continue: whether the command continues if nobody reads its output, because it writes files.
     """
+    raise_interrupts()
+    with safe_output(should_continue=should_continue):
+        return _run(command, rank, reports, error_file)
+
+
+def _run(command: Callable[[], object], rank: int, reports: bool, error_file: str | None) -> int:
     try:
-        command()
+        try:
+            command()
+        finally:
+            sys.stdout.flush()  # here, so that an error of it is reported
     except Interrupted as stopped:
         if reports:
             print(stopped, file=sys.stderr, flush=True)
@@ -189,6 +206,8 @@ def run_command(
             error = TrainingError(
                 f"{caught}. Files saved earlier are intact; free up disk space and run the same command again"
             )
+        elif isinstance(caught, PermissionError):
+            error = ConfigError(f"{caught.filename or 'a file'}: {caught.strerror}: this user may not read or write it")
         if not isinstance(error, LoraAccelError):
             _write_error_file(traceback.format_exc(), error_file)
             raise

@@ -21,7 +21,7 @@ from lora_accel.config.files import read_config
 from lora_accel.console import Stage
 from lora_accel.errors import Aborted, ConfigError, LoraAccelError, exit_code_of
 from lora_accel.saving.lock import check_output_folder
-from lora_accel.training.stopping import SIGNALS, signal_handler
+from lora_accel.training.stopping import SIGNALS, StartupHandler, signal_handler
 
 
 def launch_training(config: Path, overrides: Sequence[str], launcher: Path | None = None) -> int:
@@ -42,14 +42,18 @@ def launch_training(config: Path, overrides: Sequence[str], launcher: Path | Non
         raise ConfigError(f"--launcher: {launcher} does not exist; the repository has presets in accelerate_configs/")
     training = ["-m", "lora_accel.train", "--config", str(config), *overrides]
     signals = SignalForwarder()
-    with signal_handler(signals.forward):
-        with Stage("importing PyTorch and Accelerate"):
-            options = config_file_options(launcher) or machine_options(detect_machine())
-        print(shlex.join(["accelerate", "launch", *options, *training]), flush=True)
-        try:
+    try:
+        with signal_handler(signals.forward):
+            with Stage("importing PyTorch and Accelerate"):
+                options = config_file_options(launcher) or machine_options(detect_machine())
+            print(shlex.join(["accelerate", "launch", *options, *training]), flush=True)
             code = _run_accelerate_launch([*options, *training])
-        finally:
-            signals.is_over = True
+            signals.startup.is_over = True
+    except Aborted as aborted:  # here, because typer's exit code for it is always 130
+        print(aborted, file=sys.stderr, flush=True)
+        return aborted.exit_code
+    finally:
+        signals.startup.close()
     return _exit_code(code)
 
 
@@ -119,7 +123,7 @@ class SignalForwarder:
     """Forwards signals to the training processes, which save a checkpoint and exit; then this process exits too."""
 
     def __init__(self) -> None:
-        self.is_over = False
+        self.startup = StartupHandler()
 
     def forward(self, number: int, frame: FrameType | None = None) -> None:
         """Send a signal to all child processes; without any, end the command.
@@ -135,9 +139,8 @@ class SignalForwarder:
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
-        if not children and not self.is_over:
-            self.is_over = True
-            raise Aborted(number)
+        if not children:
+            self.startup.handle(number)
 
 
 def _run_accelerate_launch(arguments: Sequence[str]) -> int:
@@ -149,7 +152,7 @@ def _run_accelerate_launch(arguments: Sequence[str]) -> int:
 
     parsed = launch_command_parser().parse_args(list(arguments))
     # torchrun forwards signals itself, but kills its processes after 30 seconds; a step may take longer.
-    parsed.signals_to_handle = "SIGQUIT"
+    parsed.signals_to_handle = "none"
     logging.disable(logging.CRITICAL)  # training reports its errors itself, once
     try:
         launch_command(parsed)

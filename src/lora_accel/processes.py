@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 
@@ -29,6 +30,27 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-4, 0)
         mallopt(-1, 2**31 - 1)
+
+
+def end_on_interrupt() -> None:
+    """Let Ctrl-C end a command while it imports, instead of raising an error in the middle of some module.
+
+    Only if Python runs a command of this package.
+    """
+    is_command = Path(getattr(sys, "argv", [""])[0]).name in ("-m", "lora-accel")  # -m: python -m lora_accel.…
+    if is_command and _handles_interrupts(signal.default_int_handler):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def raise_interrupts() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again."""
+    if _handles_interrupts(signal.SIG_DFL):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _handles_interrupts(handler: object) -> bool:
+    """Whether this thread may change the handler of Ctrl-C, which is the given one."""
+    return threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is handler
 
 
 def is_python(pid: int) -> bool:

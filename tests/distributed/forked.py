@@ -205,8 +205,16 @@ def _fail_second_reply() -> None:
     evaluator.generate_replies = generate_replies
 
 
+def _be_impatient() -> None:
+    """Report a stalled rank after two seconds."""
+    from lora_accel.distributed import heartbeat
+
+    heartbeat.BEAT_SECONDS, heartbeat.REPORT_SECONDS, heartbeat.SILENT_SECONDS = 0.2, 2.0, 1.0
+
+
 SABOTAGES = {
     "none": lambda: None,
+    "impatient": _be_impatient,
     "second reply fails": _fail_second_reply,
     "overflows": _overflow,
     "writes in place": _write_in_place,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,12 +14,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from torch.utils.cpp_extension import _get_build_directory
 from torch.utils.file_baton import FileBaton
 
 from lora_accel.distributed import builds
-from lora_accel.distributed.builds import UNSEEN_SECONDS, is_held, wait_for_builds
-from lora_accel.distributed.launch import wait_for_extension_builds
+from lora_accel.distributed.builds import OWN_LOCK, UNSEEN_SECONDS, exclusive_builds, is_held
+from lora_accel.distributed.launch import extensions_root
 from lora_accel.errors import ConfigError
 
 LAYOUTS = pytest.mark.parametrize("layout", ["deepspeed_shm_comm", "py311_cpu/deepspeed_shm_comm"])
@@ -27,6 +29,11 @@ LAYOUTS = pytest.mark.parametrize("layout", ["deepspeed_shm_comm", "py311_cpu/de
 @pytest.fixture(autouse=True)
 def _poll_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builds, "POLL_SECONDS", 0.05)
+
+
+def wait_for_builds(root: Path, *, is_own: bool = False) -> None:
+    with exclusive_builds(root, is_own=is_own):
+        assert not list(root.rglob("lock")) or not is_own
 
 
 @pytest.fixture
@@ -175,7 +182,7 @@ def test_lock_of_a_new_build_is_not_deleted(
     done.result()
 
 
-@pytest.mark.parametrize("condition", ["_is_on_network", "_is_container"])
+@pytest.mark.parametrize("condition", ["_is_on_network", "_may_be_shared"])
 def test_lock_is_kept_for_a_while_if_its_owner_may_be_invisible(
     tmp_path: Path,
     locked: Callable[..., FileBaton],
@@ -193,7 +200,7 @@ def test_lock_is_kept_for_a_while_if_its_owner_may_be_invisible(
     assert lock.exists()
     then = time.time() - UNSEEN_SECONDS - 120
     os.utime(lock, (then, then))
-    if condition == "_is_container":
+    if condition == "_may_be_shared":
         done.result()
         assert not lock.exists()
     else:
@@ -211,18 +218,72 @@ def test_locks_of_other_extensions_are_ignored(
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("variable", ["TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"])
-def test_local_rank_0_checks_the_folder_that_torch_builds_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: Callable[..., FileBaton], variable: str
+@pytest.mark.parametrize("condition", ["_may_be_shared", "no_condition"])
+def test_lock_in_a_folder_of_this_package_is_deleted_at_once(
+    tmp_path: Path,
+    locked: Callable[..., FileBaton],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    condition: str,
 ) -> None:
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    monkeypatch.setenv(variable, str(tmp_path))
-    folder = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
-    assert tmp_path in folder.parents
-    lock = locked(folder, died=True).lock_file_path
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    wait_for_extension_builds()
-    assert os.path.exists(lock)
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    wait_for_extension_builds()
+    """In a container too, where other processes that use the folder are not visible: they would hold the lock."""
+    monkeypatch.setattr(builds, condition, lambda *_: True, raising=False)
+    lock = locked(tmp_path / "deepspeed_shm_comm", died=True).lock_file_path
+    start = time.monotonic()
+    wait_for_builds(tmp_path, is_own=True)
+    assert time.monotonic() - start < 5
     assert not os.path.exists(lock)
+    assert capsys.readouterr().err == f"note: deleted {lock}: its owner died\n"
+
+
+def test_processes_of_this_package_build_one_at_a_time(
+    tmp_path: Path, waiting: Callable[[], Future[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed owner releases its lock: it is the kernel's."""
+    acquire = f"lock = FileLock({str(tmp_path / OWN_LOCK)!r})\nlock.acquire()"
+    code = f"import time\nfrom filelock import FileLock\n{acquire}\nprint(1, flush=True)\ntime.sleep(600)"
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    owner.stdout.readline()
+    done = waiting()
+    time.sleep(0.3)
+    assert not done.done()
+    owner.kill()
+    owner.wait()
+    done.result(timeout=60)
+    owner.stdout.close()
+
+
+@pytest.mark.parametrize("is_torchs", [True, False])
+def test_a_wait_is_reported_and_bounded(
+    tmp_path: Path,
+    locked: Callable[..., FileBaton],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    is_torchs: bool,
+) -> None:
+    monkeypatch.setattr(builds, "REPORT_SECONDS", 0.2)
+    monkeypatch.setattr(builds, "MAX_WAIT_SECONDS", 0.7)
+    if is_torchs:
+        locked(tmp_path / "cpu_adam")
+    own = FileLock(tmp_path / OWN_LOCK)
+    message = "set the environment variable TORCH_EXTENSIONS_DIR to another folder"
+    with contextlib.nullcontext() if is_torchs else own, pytest.raises(ConfigError, match=message):
+        wait_for_builds(tmp_path)
+    notes = capsys.readouterr().err.splitlines()
+    assert 3 <= len(notes) <= 5
+    assert all(note.startswith(f"note: waiting for another process to build {tmp_path}") for note in notes)
+
+
+def test_extensions_are_built_in_a_folder_of_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user chooses one, which other programs may use."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    root, is_own = extensions_root()
+    assert is_own
+    assert root.parent == tmp_path / "torch_extensions"
+    assert root.name.startswith("lora_accel-torch-")
+    assert Path(_get_build_directory("deepspeed_shm_comm", verbose=False)).parent == root
+    assert extensions_root() == (root, True), "every rank"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "theirs"))
+    assert extensions_root() == (tmp_path / "theirs", False)

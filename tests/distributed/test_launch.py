@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from lora_accel import console
 from lora_accel.config.launch import Launch
 from lora_accel.console import run_command
-from lora_accel.distributed.launch import check_launch, exit_process
+from lora_accel.distributed.launch import check_launch, exit_process, load_extensions
 from lora_accel.errors import Aborted, ConfigError, Interrupted, LoraAccelError, TrainingError
 from lora_accel.train import main
 from tests.conftest import PATIENCE_SECONDS, run_code
@@ -54,45 +54,34 @@ def test_launch_with_deepspeed_without_deepspeed_raises(stage: int) -> None:
     assert "processes" not in str(caught.value), "the number of processes is right"
 
 
-# --- check_offload
-
-
-def test_deepspeed_is_not_imported_without_optimizer_offload() -> None:
-    code = (
-        "import sys\n"
-        "from lora_accel.distributed.launch import check_offload\n"
-        "check_offload({'optimizer': 'none', 'param': 'none'})\n"
-        "check_offload({'optimizer': 'none', 'param': 'cpu'})\n"  # copies need no op
-        "print([name for name in ('deepspeed', 'torch') if name in sys.modules])\n"
-    )
-    result = run_code(code)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "[]\n", "")
+# --- load_extensions
 
 
 @pytest.mark.parametrize(
-    ("offload", "devices", "op"),
+    ("offload", "user", "op"),
     [
-        ({"optimizer": "cpu", "param": "none"}, "cpu", "CPUAdamBuilder"),
-        ({"optimizer": "none", "param": "nvme"}, "nvme", "AsyncIOBuilder"),
+        ({"optimizer": "cpu", "param": "none"}, "offload to cpu", "CPUAdamBuilder"),
+        ({"optimizer": "none", "param": "nvme"}, "offload to nvme", "AsyncIOBuilder"),
+        ({"optimizer": "none", "param": "none"}, "DeepSpeed on CPUs", "ShareMemCommBuilder"),
     ],
 )
-def test_offload_without_a_compiler_raises(tmp_path: Path, offload: dict[str, str], devices: str, op: str) -> None:
+def test_extension_without_a_compiler_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, offload: dict[str, str], user: str, op: str
+) -> None:
     """A PATH without ninja and compilers simulates a machine that has none."""
-    code = (
-        "from lora_accel.errors import ConfigError\n"
-        "from lora_accel.distributed.launch import check_offload\n"
-        "try:\n"
-        f"    check_offload({offload!r})\n"
-        "except ConfigError as error:\n"
-        "    print('error:', error)\n"
-    )
-    (tmp_path / "bin").mkdir()
-    result = run_code(code, PATH=str(tmp_path / "bin"), TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
-    assert result.returncode == 0, result.stderr
-    message = result.stdout.splitlines()[-1]
-    assert message.startswith(f"error: offload to {devices} needs DeepSpeed's {op}: ")
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    loaded = {} if op == "ShareMemCommBuilder" else {"deepspeed_shm_comm": object()}
+    monkeypatch.setattr(OpBuilder, "_loaded_ops", loaded)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    with pytest.raises(ConfigError) as caught:
+        load_extensions(offload)
+    message = str(caught.value)
+    assert message.startswith(f"{user} needs DeepSpeed's {op}: ")
     assert "ninja not being installed" in message
     assert "a C++ compiler, ninja; libaio for nvme" in message
+    assert not list((tmp_path / "extensions").rglob("lock"))
 
 
 # --- exit_process

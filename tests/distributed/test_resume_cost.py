@@ -60,7 +60,7 @@ def rename_checkpoint(step: int, run: Path) -> None:
     """Turn the checkpoint and log of step 2 into those of a later step."""
     folder = run / "checkpoints" / f"step-{step:08d}"
     (run / "checkpoints" / "step-00000002").rename(folder)
-    write_json(folder / STATE, read_json(folder / STATE) | {"step": step})
+    write_json(folder / STATE, read_json(folder / STATE) | {"step": step, "epoch": None, "examples": None})
     write_manifest(folder)
     line = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[1])
     lines = [json.dumps(line | {"step": number}) for number in range(1, step + 1)]

@@ -121,7 +121,11 @@ def send_signal(process: BaseProcess, number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143), (signal.SIGHUP, 143)]
+    ("number", "code"),
+    [
+        *((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143), (signal.SIGHUP, 143)),
+        (signal.SIGQUIT, 131),
+    ],
 )
 def test_exit_codes(runs: Runs, tmp_path: Path, number: signal.Signals, code: int) -> None:
     expected = runs.uninterrupted("cpu")

@@ -18,7 +18,7 @@ from lora_accel.training import stopping
 from lora_accel.training.stopping import SIGNALS, Stop, abort_on_signal, handle_stop_signals
 from tests.conftest import ROOT
 
-HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +83,15 @@ def test_other_signals_may_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(3):
             send(signal.SIGTERM)
         assert stop.cause() == "SIGTERM"
+
+
+def test_second_ctrl_backslash_aborts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "DEBOUNCE_SECONDS", 0.0)
+    with handle_stop_signals(None) as stop:
+        send(signal.SIGQUIT)
+        assert stop.cause() == "SIGQUIT"
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGQUIT)
 
 
 @pytest.mark.parametrize("error", [None, ValueError("a bug"), KeyboardInterrupt()], ids=["end", "error", "abort"])
@@ -233,7 +242,24 @@ def test_signal_before_training_aborts_the_command(number: signal.Signals) -> No
 
     with pytest.raises(Aborted, match=f"stopped by {number.name} before training started") as caught:
         command()
-    assert caught.value.exit_code == (130 if number == signal.SIGINT else 143)
+    assert caught.value.exit_code == {signal.SIGINT: 130, signal.SIGQUIT: 131}.get(number, 143)
+
+
+@pytest.mark.parametrize(("second", "code"), [(signal.SIGINT, 130), (signal.SIGQUIT, 131), (signal.SIGTERM, None)])
+def test_second_ctrl_c_before_training_ends_the_process_at_once(
+    monkeypatch: pytest.MonkeyPatch, second: signal.Signals, code: int | None
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(stopping, "DEBOUNCE_SECONDS", 0.1)
+    monkeypatch.setattr(stopping.os, "_exit", codes.append)
+    with abort_on_signal():
+        with pytest.raises(Aborted):
+            send(signal.SIGINT)
+        send(second)  # the launcher sends what the terminal sends
+        assert codes == []
+        time.sleep(0.2)
+        send(second)
+    assert codes == ([] if code is None else [code])
 
 
 def test_signals_after_training_are_ignored() -> None:

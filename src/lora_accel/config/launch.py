@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_accel.config.deepspeed_json import section_problems, section_rows
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ConfigError
 
@@ -51,6 +52,8 @@ class Launch:
     """Origin of the settings, for messages: accelerate launch, or the path of the DeepSpeed JSON."""
     use_cpu: bool = False
     """Whether to run on the CPU even if there is a GPU."""
+    launcher: str = LAUNCHER
+    """What started the processes: accelerate launch, deepspeed, torchrun, MPI, or nothing."""
 
     @property
     def zero(self) -> dict[str, Any]:
@@ -125,15 +128,29 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
                 f"{cause}, but {', '.join(missing)} is not set, so the processes cannot connect to each other. Start "
                 f"with `accelerate launch`, or unset {cause.split()[0]}"
             )
-    deepspeed, source = None, LAUNCHER
+    launcher = _launcher(environment)
+    deepspeed, source = None, launcher
     if uses_deepspeed:
+        source = LAUNCHER
         file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         if file not in ("", "none", "None"):
             deepspeed, source = _read_json(Path(file)), file
         else:
             deepspeed = _from_environment(environment)
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "").lower() or "no"
-    return Launch(num_processes or 1, precision, deepspeed, source, _is_true(environment.get("ACCELERATE_USE_CPU")))
+    use_cpu = _is_true(environment.get("ACCELERATE_USE_CPU"))
+    return Launch(num_processes or 1, precision, deepspeed, source, use_cpu, launcher)
+
+
+def _launcher(environment: Mapping[str, str]) -> str:
+    """Return the name of the program that started the processes."""
+    if environment.get("WORLD_SIZE"):
+        # torchrun comes last: accelerate launch runs it too.
+        marks = {"CROSS_SIZE": "deepspeed", "ACCELERATE_MIXED_PRECISION": LAUNCHER, "TORCHELASTIC_RUN_ID": "torchrun"}
+        return next((name for mark, name in marks.items() if mark in environment), "the environment")
+    if any(environment.get(name) for name in WORLD_SIZES):
+        return "MPI"
+    return LAUNCHER if "ACCELERATE_MIXED_PRECISION" in environment else "no launcher"
 
 
 def reconcile(config: RunConfig, launch: Launch, default: Callable[[], Precision]) -> Settings:
@@ -242,11 +259,7 @@ def _conflicts(config: RunConfig, launch: Launch) -> list[str]:
         problems.append(
             f'{launch.source}: {key} is {json.dumps(explicit)}, but {ours}; use "auto" there, or the same value in both'
         )
-    problems += [
-        f"{launch.source}: {key!r} would override the run config's training section; remove it"
-        for key in ("optimizer", "scheduler")
-        if key in (launch.deepspeed or {})
-    ]
+    problems += section_problems(config, launch.deepspeed or {}, launch.source)
     problems += [
         f"{launch.source}: {key!r} is not supported: it would change the result; remove it"
         for key in UNSUPPORTED_KEYS
@@ -338,7 +351,9 @@ def _rows(config: RunConfig, launch: Launch, precision: Precision) -> list[tuple
         backend = f"DeepSpeed ZeRO-{launch.zero_stage}"
     else:
         backend = "DDP" if launch.num_processes > 1 else "one process"
-    rows = [("processes", str(launch.num_processes), LAUNCHER), ("backend", backend, launch.source)]
+        if launch.launcher == "deepspeed":
+            backend += " (for ZeRO pass --deepspeed FILE)"
+    rows = [("processes", str(launch.num_processes), launch.launcher), ("backend", backend, launch.source)]
     if launch.deepspeed is not None:
         devices = f"optimizer {launch.offload['optimizer']}, parameters {launch.offload['param']}"
         rows.append(("offload", devices, launch.source))
@@ -358,7 +373,7 @@ def _rows(config: RunConfig, launch: Launch, precision: Precision) -> list[tuple
         ("batch size", f"{training.examples_per_step(launch.num_processes)} examples per step", RUN_CONFIG),
         ("micro-batch", micro_batch, RUN_CONFIG),
     ]
-    return rows
+    return rows + [(name, value, RUN_CONFIG) for name, value in section_rows(config, launch.deepspeed or {})]
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lora_accel.config.launch import Launch, Precision, Settings, read_launch, reconcile
+from lora_accel.config.deepspeed_json import RUN_CONFIG_SECTIONS
+from lora_accel.config.launch import RENDEZVOUS, Launch, Precision, Settings, read_launch, reconcile
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import format_table
-from lora_accel.distributed.builds import wait_for_builds
+from lora_accel.distributed.builds import exclusive_builds
 from lora_accel.errors import ConfigError, did_you_mean, first_line
 from lora_accel.logs import logger
 from lora_accel.processes import end_with_parent, is_python
@@ -24,6 +25,40 @@ if TYPE_CHECKING:
 def is_local_rank_0() -> bool:
     """Whether this process is local rank 0, which reports progress and errors."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def check_local_rank(local_rank: int) -> None:
+    """Check the option --local_rank, which some launchers pass, against LOCAL_RANK.
+
+    Args:
+        local_rank: -1 = not passed.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    value = os.environ.get("LOCAL_RANK", "0")
+    if local_rank >= 0 and str(local_rank) != value:
+        state = f"LOCAL_RANK is {value}" if "LOCAL_RANK" in os.environ else "LOCAL_RANK is not set"
+        raise ConfigError(
+            f"--local_rank={local_rank}, but {state}; start with accelerate launch, torchrun or deepspeed, which set "
+            "both, and leave the option to them"
+        )
+
+
+def use_deepspeed(file: str) -> None:
+    """Train with the DeepSpeed JSON of the option --deepspeed, as if accelerate launch had passed it.
+
+    Raises:
+        ConfigError: accelerate launch configured DeepSpeed itself, or there is no launcher.
+    """
+    missing = [name for name in RENDEZVOUS if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"--deepspeed {file}: {', '.join(missing)} is not set; start with deepspeed, torchrun or accelerate launch"
+        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise ConfigError(f"--deepspeed {file}: accelerate launch configures DeepSpeed already; use one of the two")
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": file}
 
 
 def resolve_launch(config: RunConfig, checkpoint_precision: str | None) -> tuple[Launch, Settings]:
@@ -61,8 +96,9 @@ def exit_with_launcher() -> None:
     Raises:
         ConfigError: the launcher has died already.
     """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if not launched:  # started from a shell, which it may outlive
+    # Set by accelerate launch, torchrun, and the launcher of DeepSpeed.
+    marks = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "CROSS_SIZE")
+    if not any(mark in os.environ for mark in marks):  # started from a shell, which it may outlive
         return
     launcher = os.getppid()
     if not is_python(launcher):
@@ -91,6 +127,8 @@ def make_accelerator(config: RunConfig, launch: Launch, settings: Settings) -> A
 
     check_trackers(config.logging.trackers)
     on_cpu = not torch.accelerator.is_available()
+    if launch.zero_stage:
+        load_extensions(launch.offload)
     joins_on_cpu = on_cpu and (launch.num_processes > 1 or launch.zero_stage > 0)
     # All buffers are constant, so DDP need not broadcast them before each forward.
     # The loop scales the loss itself: the scale is part of a checkpoint, and the same on every backend.
@@ -111,7 +149,6 @@ def make_accelerator(config: RunConfig, launch: Launch, settings: Settings) -> A
     if settings.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         emulate_fp16(accelerator)
     check_launch(accelerator, launch)
-    check_offload(launch.offload)
     if accelerator.is_main_process:
         logger.info(format_table("launch settings", settings.rows, headers=("setting", "value", "decided by")))
         warn_if_emulated(accelerator)
@@ -177,56 +214,88 @@ def check_launch(accelerator: Accelerator, launch: Launch) -> None:
         )
 
 
-def check_offload(offload: Mapping[str, str]) -> None:
-    """Check that DeepSpeed's ops for offload are available. Compiles them, so that a failure shows before training.
+def load_extensions(offload: Mapping[str, str]) -> None:
+    """Build and load the extensions of DeepSpeed that a run needs, so that a failure shows before training.
+
+    DeepSpeed keeps what is loaded, and so takes no lock of torch's later (see distributed/builds.py).
 
     Args:
         offload: device of `optimizer` and of `param`.
 
     Raises:
-        ConfigError: an op cannot be compiled or loaded.
+        ConfigError: an extension cannot be compiled or loaded.
     """
-    ops = {"CPUAdamBuilder": offload["optimizer"] != "none", "AsyncIOBuilder": "nvme" in offload.values()}
-    if not any(ops.values()):
-        return
     from deepspeed.accelerator import get_accelerator
 
-    for op in (op for op, needed in ops.items() if needed):
-        try:
-            get_accelerator().create_op_builder(op).load(verbose=False)
-        except Exception as error:  # a compiler can fail in many ways
-            reason = first_line(error)
-            raise ConfigError(
-                f"offload to {', '.join(sorted(set(offload.values()) - {'none'}))} needs DeepSpeed's {op}: {reason}. "
-                "Install what it needs (a C++ compiler, ninja; libaio for nvme), or use a config without offload"
-            ) from None
+    devices = f"offload to {', '.join(sorted(set(offload.values()) - {'none'}))}"
+    users = {"ShareMemCommBuilder": "DeepSpeed on CPUs"} if _has_shared_memory_op() else {}
+    users |= {"CPUAdamBuilder": devices} if offload["optimizer"] != "none" else {}
+    users |= {"AsyncIOBuilder": devices} if "nvme" in offload.values() else {}
+    if not users:
+        return
+    root, is_own = extensions_root()
+    with exclusive_builds(root, is_own=is_own):
+        for name, user in users.items():
+            try:
+                get_accelerator().create_op_builder(name).load(verbose=False)
+            except Exception as error:  # a compiler can fail in many ways
+                raise ConfigError(
+                    f"{user} needs DeepSpeed's {name}: {first_line(error)}. Install what it needs (a C++ compiler, "
+                    f"ninja; libaio for nvme), or use a config without {user.split()[0]}"
+                ) from None
+
+
+def _has_shared_memory_op() -> bool:
+    """Whether DeepSpeed exchanges tensors through an extension: on CPUs."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    return builder is not None and bool(deepspeed.ops.__compatible_ops__.get(builder.NAME, False))
+
+
+def extensions_root() -> tuple[Path, bool]:
+    """Return the folder in which torch builds extensions, and whether only this package builds there.
+
+    Unless TORCH_EXTENSIONS_DIR is set, it becomes a folder for this package and these versions in torch's cache.
+    """
+    import deepspeed
+    import torch
+    from torch.utils.cpp_extension import get_default_build_root
+
+    own = Path(get_default_build_root(), f"lora_accel-torch-{torch.__version__}-deepspeed-{deepspeed.__version__}")
+    root = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own)))
+    return root, root == own
 
 
 def _deepspeed_plugin(settings: Settings) -> DeepSpeedPlugin:
     """Return Accelerate's DeepSpeed plugin for this launch, updated with the run config's values."""
     from accelerate.utils import DeepSpeedPlugin
 
-    wait_for_extension_builds()
     try:
         plugin = DeepSpeedPlugin(gradient_accumulation_steps=1)
     except ValueError as error:
         raise ConfigError(f"accelerate launch: {error}") from None
     plugin.deepspeed_config.update(settings.deepspeed)
+    for section in RUN_CONFIG_SECTIONS:
+        plugin.deepspeed_config.pop(section, None)
     return plugin
 
 
-def wait_for_extension_builds() -> None:
-    """Wait for builds of DeepSpeed's extensions in progress, and delete the locks of those that were killed.
+def connect_store(num_processes: int) -> Any:
+    """Return a connection to the store through which the ranks have met; None for one process, or without a store."""
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if num_processes == 1 or not address or not port:
+        return None
+    import torch.distributed
 
-    Without this, every process of this machine would wait for such a lock forever. Only local rank 0 cleans up.
-
-    Raises:
-        ConfigError: a lock is older than a build takes, and no process that is visible here holds it.
-    """
-    from torch.utils.cpp_extension import get_default_build_root
-
-    if is_local_rank_0():
-        wait_for_builds(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
+    distributed: Any = torch.distributed  # its type does not export the stores
+    try:
+        store = distributed.TCPStore(address, int(port), is_master=False, wait_for_workers=False)
+    except Exception as error:  # the ranks may have met in another way
+        logger.warning(f"note: a stalled rank will not be reported: no store at {address}:{port} ({error})")
+        return None
+    return distributed.PrefixStore("lora_accel/heartbeat", store)
 
 
 def exit_process(code: int) -> NoReturn:

@@ -83,5 +83,5 @@ def interrupted(run: Run, done: int) -> Interrupted:
     run.metrics.log_event(done, "stopped", cause=cause)
     return Interrupted(
         f"stopped by {cause} on rank {rank} after step {done}; checkpoint saved. Run the same command to resume",
-        exit_code=exit_code_of(signal.SIGINT if cause == "SIGINT" else signal.SIGTERM),
+        exit_code=exit_code_of(signal.Signals.__members__.get(cause, signal.SIGTERM)),
     )

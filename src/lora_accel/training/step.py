@@ -12,6 +12,7 @@ from lora_accel.batching.batches import Batches
 from lora_accel.config.plan import Plan
 from lora_accel.config.schema import TrainingSection
 from lora_accel.distributed.backend import Backend
+from lora_accel.distributed.heartbeat import Position
 from lora_accel.faults import fault_point
 from lora_accel.model.dropout import DropoutKeys
 from lora_accel.randomness import derive_seed
@@ -49,6 +50,8 @@ class Run:
     """Whether this rank was asked to stop."""
     loss_scale: LossScale | None = None
     """In float16 only."""
+    position: Position = dataclasses.field(default_factory=Position)
+    """How far this rank has come, for the other ranks."""
 
 
 def train_step(run: Run, step: int) -> StepResult:
@@ -56,6 +59,7 @@ def train_step(run: Run, step: int) -> StepResult:
 
     If the loss or the gradient norm is not finite on any rank, no rank updates its weights.
     """
+    run.position.reach(step, 0)
     fault_point("step.begin")
     accelerator, batch, scale = run.accelerator, run.batches.step(step), run.loss_scale
     rate = run.learning_rate(step)
@@ -72,7 +76,9 @@ def train_step(run: Run, step: int) -> StepResult:
         with accelerator.accumulate(run.model):  # ranks exchange gradients in the last micro-batch only
             micro_batch = micro_batch.to(accelerator.device)
             run.dropout_keys.keys = micro_batch.token_keys
+            run.position.reach(step, 2 * number - 1)
             loss = summed_token_loss(run.model, micro_batch)
+            run.position.reach(step, 2 * number)
             accelerator.backward(loss * weight)
             loss_sum += loss.detach()  # stays on the device: no synchronization per micro-batch
         run.metrics.note_micro_batch(number, len(batch.micro_batches))

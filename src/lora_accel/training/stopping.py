@@ -15,10 +15,14 @@ from types import FrameType
 from typing import Any
 
 from lora_accel.console import CLEAR_LINE
-from lora_accel.errors import Aborted
+from lora_accel.errors import Aborted, exit_code_of
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-"""Preemption, Ctrl-C, Slurm's warning before its time limit, and a closed terminal."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
+"""Preemption, Ctrl-C, Slurm's warning before its time limit, a closed terminal, and Ctrl-\\."""
+FROM_KEYBOARD = (signal.SIGINT, signal.SIGQUIT)
+"""Signals that abort if they come a second time."""
+ABORT_SECONDS = 10.0
+"""Time after which a signal before training ends the process, if some import has hidden the error that it raised."""
 DEBOUNCE_SECONDS = 1.0
 """SIGINTs within this time are one Ctrl-C: both the terminal and the launcher may send it."""
 
@@ -39,9 +43,9 @@ class Stop:
         return self._cause
 
     def handle(self, number: int, frame: FrameType | None = None) -> None:
-        """Record a signal. A further Ctrl-C raises KeyboardInterrupt."""
+        """Record a signal. A further Ctrl-C or Ctrl-\\ raises KeyboardInterrupt."""
         now = time.monotonic()
-        if number == signal.SIGINT and self._cause is not None and now - self._since > DEBOUNCE_SECONDS:
+        if number in FROM_KEYBOARD and self._cause is not None and now - self._since > DEBOUNCE_SECONDS:
             self._since = now  # the launcher may forward it too, which must not interrupt the abort
             raise KeyboardInterrupt
         if self._cause is None:
@@ -53,7 +57,7 @@ class Stop:
 def print_stop(number: int) -> None:
     """Print the effect of a signal, bypassing Python's buffers: the main thread may be in the middle of a write."""
     action = "finishing this step, then saving"
-    if number == signal.SIGINT:
+    if number in FROM_KEYBOARD:
         line = f"{action}; press Ctrl-C again to abort\n"
     else:
         line = f"{signal.Signals(number).name}: {action}\n"
@@ -61,28 +65,50 @@ def print_stop(number: int) -> None:
         os.write(2, ((CLEAR_LINE if os.isatty(2) else "") + line).encode())
 
 
-class _StartupHandler:
+class StartupHandler:
     """Raises `Aborted` at the first signal before training starts."""
 
     def __init__(self) -> None:
         self.is_over = False
+        self._since = 0.0
+        self._timer: threading.Timer | None = None
 
     def handle(self, number: int, frame: FrameType | None = None) -> None:
-        """Abort at the first signal. Ignore later ones, which would interrupt the cleanup."""
+        """Abort at the first signal. Ignore later ones, which would interrupt the cleanup, except a second Ctrl-C."""
+        now = time.monotonic()
         if not self.is_over:
-            self.is_over = True
+            self.is_over, self._since = True, now
+            self._timer = threading.Timer(ABORT_SECONDS, self._exit, [number])
+            self._timer.daemon = True
+            self._timer.start()
             raise Aborted(number)
+        if self._timer is not None and number in FROM_KEYBOARD and now - self._since > DEBOUNCE_SECONDS:
+            self._exit(number)
+
+    def close(self) -> None:
+        """End the time limit of the abort, which has arrived."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _exit(self, number: int) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, f"{Aborted(number)}\n".encode())
+        os._exit(exit_code_of(number))
 
 
-_startup = _StartupHandler()
+_startup = StartupHandler()
 
 
 @contextlib.contextmanager
 def abort_on_signal() -> Iterator[None]:
     """Raise `Aborted` at a signal, until `handle_stop_signals` takes over. After training, signals are ignored."""
     _startup.is_over = False
-    with signal_handler(_startup.handle):
-        yield
+    try:
+        with signal_handler(_startup.handle):
+            yield
+    finally:
+        _startup.close()
 
 
 @contextlib.contextmanager
