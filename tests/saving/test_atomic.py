@@ -80,7 +80,6 @@ def test_existing_folder_is_unchanged_if_the_block_raises(committed: Path) -> No
 
 
 def test_existing_folder_is_replaced(committed: Path) -> None:
-    (committed / "stale.txt").write_text("stale")
     with atomic_folder(committed) as temporary:
         (temporary / "a.txt").write_text("two")
     assert names(committed) == {"a.txt", MANIFEST}
@@ -89,7 +88,7 @@ def test_existing_folder_is_replaced(committed: Path) -> None:
 
 
 def test_leftovers_of_a_crash_are_deleted(tmp_path: Path) -> None:
-    for leftover in (".result.writing", ".result.older"):
+    for leftover in (".result.lora-accel-writing", ".result.lora-accel-deleting"):
         (tmp_path / leftover / "inner").mkdir(parents=True)
         (tmp_path / leftover / "partial").write_text("partial")
     with atomic_folder(tmp_path / "result") as temporary:
@@ -114,7 +113,7 @@ def test_failure_while_committing_keeps_the_existing_folder(
         rename = Path.rename
 
         def failing_rename(self: Path, target: Path) -> Path:
-            if self.name.endswith(".writing"):
+            if self.name.endswith(".lora-accel-writing"):
                 raise OSError(5, "Input/output error")
             return rename(self, target)
 
@@ -154,7 +153,7 @@ with atomic_folder(Path(sys.argv[1])) as temporary:
         if code == 0:
             break
         assert code == 9
-        older = final.with_name(".result.older")
+        older = final.with_name(".result.lora-accel-older")
         survivor = final if final.exists() else older
         assert why_invalid(survivor) is None, f"after {operations} operations"
         results.append((survivor / "a").read_text()[:3])
@@ -213,15 +212,15 @@ KINDS = pytest.mark.parametrize("kind", ["folder", "file"])
 
 @KINDS
 def test_renamed_original_is_restored_if_it_was_not_replaced(tmp_path: Path, kind: str) -> None:
-    create(tmp_path / ".result.older", kind, "old")
-    create(tmp_path / ".result.writing", kind, "partial")
+    create(tmp_path / ".result.lora-accel-older", kind, "old")
+    create(tmp_path / ".result.lora-accel-writing", kind, "partial")
     recover(tmp_path / "result")
     assert text_of(tmp_path / "result") == "old"
     assert names(tmp_path) == {"result"}
 
 
 def test_failed_save_restores_what_a_crash_had_renamed(committed: Path) -> None:
-    committed.rename(committed.with_name(".result.older"))
+    committed.rename(committed.with_name(".result.lora-accel-older"))
     with pytest.raises(RuntimeError, match="disk full"):
         fail_while_writing(committed, RuntimeError("disk full"))
     assert why_invalid(committed) is None
@@ -232,7 +231,7 @@ def test_failed_save_restores_what_a_crash_had_renamed(committed: Path) -> None:
 @pytest.mark.parametrize("suffix", ["writing", "older", "deleting"])
 def test_leftovers_are_deleted_and_the_current_version_kept(tmp_path: Path, kind: str, suffix: str) -> None:
     create(tmp_path / "result", kind, "current")
-    create(tmp_path / f".result.{suffix}", kind, "leftover")
+    create(tmp_path / f".result.lora-accel-{suffix}", kind, "leftover")
     recover(tmp_path / "result")
     assert text_of(tmp_path / "result") == "current"
     assert names(tmp_path) == {"result"}
@@ -241,17 +240,18 @@ def test_leftovers_are_deleted_and_the_current_version_kept(tmp_path: Path, kind
 @KINDS
 @pytest.mark.parametrize("suffix", ["writing", "deleting"])
 def test_unfinished_and_deleted_versions_are_not_restored(tmp_path: Path, kind: str, suffix: str) -> None:
-    create(tmp_path / f".result.{suffix}", kind, "leftover")
+    create(tmp_path / f".result.lora-accel-{suffix}", kind, "leftover")
     recover(tmp_path / "result")
     assert names(tmp_path) == set()
 
 
 def test_recover_all_cleans_up_every_leftover_in_a_folder(tmp_path: Path) -> None:
-    create(tmp_path / ".step-00000001.deleting", "folder", "old")
-    create(tmp_path / ".step-00000002.older", "folder", "moved")
-    create(tmp_path / ".step-00000003.writing", "folder", "partial")
-    create(tmp_path / ".status.json.writing", "file", "partial")
-    others = {"step-00000000", "notes.writing", ".writing", ".hidden", ".result.writing.txt"}
+    create(tmp_path / ".step-00000001.lora-accel-deleting", "folder", "old")
+    create(tmp_path / ".step-00000002.lora-accel-older", "folder", "moved")
+    create(tmp_path / ".step-00000003.lora-accel-writing", "folder", "partial")
+    create(tmp_path / ".status.json.lora-accel-writing", "file", "partial")
+    others = {"step-00000000", "notes.lora-accel-writing", ".lora-accel-writing", ".hidden", ".result.writing.txt"}
+    others |= {".draft.writing", ".adapter.older", ".status.json.deleting"}  # of the user
     for other in others:
         create(tmp_path / other, "folder", "unrelated")
     recover_all(tmp_path)
@@ -262,7 +262,7 @@ def test_recover_all_cleans_up_every_leftover_in_a_folder(tmp_path: Path) -> Non
 
 
 def test_deleting_a_folder_deletes_leftovers_of_an_earlier_deletion(committed: Path) -> None:
-    create(committed.with_name(".result.deleting"), "folder", "earlier")
+    create(committed.with_name(".result.lora-accel-deleting"), "folder", "earlier")
     remove_folder(committed)
     assert names(committed.parent) == set()
 
@@ -277,7 +277,7 @@ def test_kill_during_deletion_leaves_no_partial_folder(committed: Path) -> None:
     environment = os.environ | {"LORA_ACCEL_FAULT": "rotate.mid@1=kill"}
     process = subprocess.run([sys.executable, "-c", code, committed], env=environment, cwd=ROOT, check=False)
     assert process.returncode == -9
-    assert names(committed.parent) == {".result.deleting"}
+    assert names(committed.parent) == {".result.lora-accel-deleting"}
     recover(committed)
     assert names(committed.parent) == set()
 

@@ -210,13 +210,13 @@ def test_lock_file_deleted_between_open_and_flock_is_not_trusted(
 
     def delayed_flock(descriptor: int, operation: int) -> None:
         calls.append(descriptor)
-        if len(calls) == 1:
+        if len(calls) == 2:
             (tmp_path / LOCK).unlink()
         flock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", delayed_flock)
     with locked(tmp_path):
-        assert len(calls) == 2
+        assert len(calls) == 3
         assert f"in use by another run (process {os.getpid()} " in attempt(tmp_path)
 
 

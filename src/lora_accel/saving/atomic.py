@@ -1,4 +1,8 @@
-"""Atomic writes of folders and small files, manifests that detect later corruption, and cleanup after a crash."""
+"""Atomic writes of folders and small files, manifests that detect later corruption, and cleanup after a crash.
+
+A folder that is replaced or deleted may contain files of the user. Only files that its manifest lists are deleted: with
+any other file in it, nothing is.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,20 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, get_args
 
 from lora_accel.errors import ArtifactError
 from lora_accel.faults import fault_point
+from lora_accel.paths import Purpose, has_access, open_to_read, real_path, temporary_sibling
 
 MANIFEST = "manifest.json"
-LEFTOVER = re.compile(r"\.(?P<name>.+)\.(writing|older|deleting)")
-"""Name of the sibling that exists while a folder or file is written, replaced or deleted."""
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.lora-accel-(writing|older|deleting)")
+"""Name of the sibling that exists while a folder or file is written, replaced or deleted (`temporary_sibling`)."""
+MAX_NAMED = 3
+"""How many files of the user a message names."""
 
 
 @contextlib.contextmanager
@@ -26,13 +34,19 @@ def atomic_folder(final: Path, hashes: Mapping[str, str] | None = None) -> Itera
 
     Files are synced, then the manifest with their sizes and SHA-256 is written, then one atomic rename publishes the
     folder. An existing folder is renamed first and deleted last. If the block raises, the temporary folder is deleted.
+    If `final` is a link to a folder, that folder is replaced, on its own disk.
 
     Args:
         hashes: SHA-256 by name, of files that the block has already synced and hashed.
+
+    Raises:
+        ArtifactError: `final` contains files that its manifest does not list, is a file, or a link to nothing.
     """
+    final = _target(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     recover(final)
-    temporary, older = _sibling(final, "writing"), _sibling(final, "older")
+    check_no_unlisted_files(final)
+    temporary, older = temporary_sibling(final, "writing"), temporary_sibling(final, "older")
     temporary.mkdir()
     try:
         yield temporary
@@ -40,6 +54,7 @@ def atomic_folder(final: Path, hashes: Mapping[str, str] | None = None) -> Itera
         fault_point("save.before_manifest")
         write_manifest(temporary, hashes or {})
         fault_point("save.after_manifest")
+        check_no_unlisted_files(final)  # again: writing may have taken an hour
         if final.exists():
             final.rename(older)
         try:
@@ -57,10 +72,53 @@ def atomic_folder(final: Path, hashes: Mapping[str, str] | None = None) -> Itera
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def unlisted_files(folder: Path) -> list[str]:
+    """Return the files in a folder that its manifest does not list, as relative paths. Links are not followed."""
+    if not folder.is_dir():
+        return []
+    try:
+        files = read_json(folder / MANIFEST)["files"]
+        listed = {MANIFEST, *(name for name, entry in files.items() if "sha256" in entry)}
+    except (ArtifactError, KeyError, TypeError, AttributeError):
+        listed = set()
+    unlisted = []
+    for parent, folders, names in os.walk(folder, onerror=_raise):
+        for path in (Path(parent, name) for name in (*folders, *names)):
+            mode, name = path.lstat().st_mode, path.relative_to(folder).as_posix()
+            if not stat.S_ISDIR(mode) and not (stat.S_ISREG(mode) and name in listed):
+                unlisted.append(name)
+    return sorted(unlisted)
+
+
+def check_no_unlisted_files(folder: Path, way_out: str = "move them, or choose another folder") -> None:
+    """Check that a folder can be replaced or deleted: that a manifest lists all of its files.
+
+    Raises:
+        ArtifactError: it contains other files, or is a file.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ArtifactError(f"{folder}: is not a folder; {way_out}")
+    try:
+        unlisted = unlisted_files(folder)
+    except OSError as error:
+        raise ArtifactError(f"{folder}: cannot be read: {error}") from None
+    if unlisted:
+        more = len(unlisted) - MAX_NAMED
+        named = ", ".join(unlisted[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+        raise ArtifactError(
+            f"{folder}: contains files that were not written here, and would be lost: {named}; {way_out}"
+        )
+
+
 def remove_folder(folder: Path) -> None:
-    """Delete a committed folder. It is renamed first: a crash never leaves a partial folder under the original name."""
-    renamed = _sibling(folder, "deleting")
-    shutil.rmtree(renamed, ignore_errors=True)
+    """Delete a committed folder. It is renamed first: a crash never leaves a partial folder under the original name.
+
+    Raises:
+        ArtifactError: it contains files that its manifest does not list.
+    """
+    check_no_unlisted_files(folder)
+    renamed = temporary_sibling(folder, "deleting")
+    _delete(renamed)
     folder.rename(renamed)
     fault_point("rotate.mid")
     shutil.rmtree(renamed)
@@ -68,15 +126,12 @@ def remove_folder(folder: Path) -> None:
 
 def recover(final: Path) -> None:
     """Clean up after a process that crashed while it wrote, replaced or deleted this folder or file."""
-    older = _sibling(final, "older")
-    if older.exists() and not final.exists():
+    final = real_path(final) if final.is_symlink() else final  # what it links to may be renamed at the moment
+    older = temporary_sibling(final, "older")
+    if older.exists() and not os.path.lexists(final):
         older.rename(final)
-    for suffix in ("writing", "older", "deleting"):
-        leftover = _sibling(final, suffix)
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink(missing_ok=True)
+    for purpose in get_args(Purpose):
+        _delete(temporary_sibling(final, purpose))
 
 
 def recover_all(folder: Path) -> None:
@@ -114,7 +169,9 @@ def why_invalid(folder: Path, *, required: tuple[str, ...] = (), hashes: bool = 
     """
     if folder.is_symlink():
         return "it is a symbolic link"
-    if not (folder / MANIFEST).exists():
+    if folder.exists() and not has_access(folder, os.R_OK | os.X_OK):
+        return "it cannot be read by this user"
+    if not os.path.lexists(folder / MANIFEST):
         return f"{MANIFEST} is missing: the folder was never completed"
     try:
         listed = read_json(folder / MANIFEST)["files"]
@@ -135,6 +192,8 @@ def why_invalid(folder: Path, *, required: tuple[str, ...] = (), hashes: bool = 
                 return f"{name} is corrupt (size or SHA-256 differs)"
         except OSError as error:
             return f"{name[:100]} cannot be read: {error.strerror}"
+        except RuntimeError:  # before Python 3.13, for a link to itself
+            return f"{name[:100]} is a link to itself"
     return None
 
 
@@ -145,7 +204,8 @@ def read_json(path: Path) -> dict[str, Any]:
         ArtifactError: the file is missing, or is not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open_to_read(path) as file:
+            value = json.loads(file.read().decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: cannot be read: {str(error) or type(error).__name__}") from None
     if not isinstance(value, dict):
@@ -165,35 +225,58 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a small file atomically: write a temporary file, sync, rename, sync the folder."""
-    temporary = _sibling(path, "writing")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = temporary_sibling(path, "writing")
+    temporary.unlink(missing_ok=True)
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
 
-def _sibling(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}.{suffix}")
-
-
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _delete(leftover: Path) -> None:
+    """Delete a temporary folder or file of this package, if it exists."""
+    if leftover.is_dir() and not leftover.is_symlink():
+        shutil.rmtree(leftover)
+    else:
+        leftover.unlink(missing_ok=True)
+
+
+def _target(final: Path) -> Path:
+    """Return the folder that a link points to, or the path itself if it is no link."""
+    if not final.is_symlink():
+        return final
+    target = real_path(final)
+    if not target.exists() and not temporary_sibling(target, "older").is_dir():
+        raise ArtifactError(f"{final}: is a link to {target}, which does not exist; create that, or remove the link")
+    return target
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _fix_modes(folder: Path) -> None:

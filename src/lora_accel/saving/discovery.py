@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import re
 import time
 from pathlib import Path
@@ -10,7 +12,10 @@ from typing import Any, NamedTuple
 
 from lora_accel.config.recorded import with_defaults
 from lora_accel.errors import ArtifactError
+from lora_accel.logs import logger
+from lora_accel.paths import has_access
 from lora_accel.saving.atomic import MANIFEST, read_json, remove_folder, sha256_of, why_invalid
+from lora_accel.saving.state import read_state
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -125,6 +130,7 @@ def _select_named(folder: Path, resume: str) -> CheckpointSelection:
         raise ArtifactError(
             f"checkpoint.resume: {resume} is not a folder; use auto, never, or a folder of checkpoints/"
         )
+    _check_is_checkpoint(named)
     if reason := why_invalid(named, required=FILES):
         raise ArtifactError(f"checkpoint.resume: {named} cannot be used: {reason}")
     selection = CheckpointSelection(_read_checkpoint(named), sha256_of(named / MANIFEST), resume, {}, [])
@@ -141,6 +147,27 @@ def _select_named(folder: Path, resume: str) -> CheckpointSelection:
     return selection
 
 
+def _check_is_checkpoint(folder: Path) -> None:
+    """Check that a folder is not an adapter or a run, which are easily taken for a checkpoint.
+
+    Raises:
+        ArtifactError: it is one.
+    """
+    if (folder / STATE).exists():
+        return
+    if (folder / "checkpoints").is_dir() or folder.name == "checkpoints":
+        raise ArtifactError(
+            f"checkpoint.resume: {folder} is not a checkpoint; name one of the step-… folders in its checkpoints/, or "
+            "set checkpoint.resume=auto to resume the run in output_dir"
+        )
+    if (folder / CONFIG).exists():
+        raise ArtifactError(
+            f"checkpoint.resume: {folder} is an adapter, not a checkpoint: it has no optimizer state to resume from. "
+            "Name a step-… folder in the checkpoints/ of the run that trained it. To train on from its weights, run "
+            "lora-accel merge ADAPTER OUT, and train a new adapter on OUT (model.name_or_path)"
+        )
+
+
 def kept_settings(folder: Path, resume: str) -> KeptSettings | None:
     """Return the settings of the checkpoint that a run will resume from, None for a new run.
 
@@ -150,6 +177,8 @@ def kept_settings(folder: Path, resume: str) -> KeptSettings | None:
         folder, resume: as in `find_checkpoint`.
     """
     named = None if resume in ("auto", "never") else Path(resume)
+    if named is not None and is_folder(named):
+        _check_is_checkpoint(named)
     candidates = [*reversed(step_folders(folder)), *([] if named is None else [named])]
     for candidate in candidates:
         if why_invalid(candidate, required=FILES, hashes=False) is not None:
@@ -175,9 +204,10 @@ def quarantine(selection: CheckpointSelection, log: Path | None = None) -> list[
     Returns:
         One line per renamed checkpoint.
     """
-    origin = selection.checkpoint.folder.resolve().parent.parent if selection.checkpoint else None
-    if log is not None and log.exists() and origin not in (None, log.parent.resolve()):
-        _rename(log, "superseded")
+    if log is not None and log.exists() and selection.checkpoint is not None:
+        own = (log.parent / "checkpoints").resolve()  # which may be a link to another disk
+        if selection.checkpoint.folder.parent.resolve() != own:
+            _rename(log, "superseded")
     corrupt = [
         f"skipped a corrupt checkpoint: {path.name}: {reason}; renamed to {_rename(path, 'corrupt')}"
         for path, reason in selection.corrupt.items()
@@ -192,13 +222,23 @@ def quarantine(selection: CheckpointSelection, log: Path | None = None) -> list[
 def prune(folder: Path, keep_last: int, protected: str = "") -> None:
     """Delete all but the newest `keep_last` checkpoints. Incomplete checkpoints are neither counted nor deleted.
 
+    A checkpoint into which somebody has put other files is kept, with a warning.
+
     Args:
         protected: checkpoint folder that is never deleted.
     """
     valid = [path for path in step_folders(folder) if why_invalid(path, required=FILES, hashes=False) is None]
     for path in valid[:-keep_last]:
         if not protected or path.resolve() != Path(protected).resolve():
-            remove_folder(path)
+            try:
+                remove_folder(path)
+            except ArtifactError as error:
+                _warn_once(f"note: kept an old checkpoint: {error}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 class CheckpointInfo(NamedTuple):
@@ -219,22 +259,24 @@ def list_checkpoints(run: Path, *, hashes: bool) -> list[CheckpointInfo]:
         hashes: whether to read all files and compare their SHA-256.
 
     Raises:
-        ArtifactError: there is no such run.
+        ArtifactError: there is no such run, or it cannot be read.
     """
     folder = run / "checkpoints"
     if not folder.is_dir():
         raise ArtifactError(f"{run}: no checkpoints/ folder; pass the output_dir of a run")
+    steps = step_folders(folder)
     quarantined = sorted(
         path for path in folder.iterdir() if re.fullmatch(rf"({'|'.join(QUARANTINED)})-step-\d{{8,}}.*", path.name)
     )
     infos = []
-    for path in [*step_folders(folder), *quarantined]:
+    for path in [*steps, *quarantined]:
         reason = why_invalid(path, required=FILES, hashes=hashes)
         if path in quarantined:
             reason = f"quarantined{'' if reason is None else f': {reason}'}"
         step = int(re.sub(r".*step-(\d+).*", r"\1", path.name))
         with contextlib.suppress(FileNotFoundError):  # deleted in the meantime, by a run in progress
-            size = sum(file.lstat().st_size for file in path.iterdir()) if path.is_dir() else 0
+            readable = path.is_dir() and has_access(path, os.R_OK | os.X_OK)
+            size = sum(file.lstat().st_size for file in path.iterdir()) if readable else 0
             infos.append(CheckpointInfo(path.name, step, time.time() - path.lstat().st_mtime, size, reason))
     return infos
 
@@ -258,10 +300,16 @@ def run_of(checkpoint: Path) -> Path | None:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Return the folders that are named like checkpoints, oldest first."""
-    if not folder.is_dir():
-        return []
-    folders = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
+    """Return the folders that are named like checkpoints, oldest first.
+
+    Raises:
+        ArtifactError: the folder cannot be read.
+    """
+    try:
+        paths = list(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise ArtifactError(f"{folder}: cannot be read: {error.strerror}") from None
+    folders = [path for path in paths if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -276,7 +324,7 @@ def is_folder(path: Path) -> bool:
 def _rename(path: Path, prefix: str) -> str:
     """Add a prefix to a name, and a number if that name exists; return the new name."""
     target, number = path.with_name(f"{prefix}-{path.name}"), 1
-    while target.exists():
+    while os.path.lexists(target):
         number += 1
         target = path.with_name(f"{prefix}-{path.name}-{number}")
     path.rename(target)
@@ -284,9 +332,5 @@ def _rename(path: Path, prefix: str) -> str:
 
 
 def _read_checkpoint(folder: Path) -> Checkpoint:
-    state = read_json(folder / STATE)
-    counts = {key: state.get(key, 0) for key in ("step", "skipped", "overflowed")}
-    step, skipped, overflowed = counts.values()
-    if any(type(count) is not int or count < 0 for count in counts.values()) or not 0 < step >= skipped + overflowed:
-        raise ArtifactError(f"{folder / STATE}: {counts} are not valid step counts")
-    return Checkpoint(folder, state | counts)
+    listed = read_json(folder / MANIFEST)["files"]
+    return Checkpoint(folder, read_state(folder / STATE, {name: entry["sha256"] for name, entry in listed.items()}))

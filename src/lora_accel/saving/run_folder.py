@@ -15,9 +15,13 @@ from lora_accel.data.audit import SourceLedger
 from lora_accel.data.template import ChatTemplate
 from lora_accel.distributed.collectives import on_all_ranks
 from lora_accel.faults import fault_point
-from lora_accel.saving.adapter import gather_adapter, unwrap_peft_model, write_adapter
-from lora_accel.saving.atomic import atomic_folder, write_json, write_text
+from lora_accel.model.portable import save_tokenizer
+from lora_accel.saving.adapter import gather_adapter, read_adapter, unwrap_peft_model, write_adapter
+from lora_accel.saving.atomic import atomic_folder, read_json, write_json, write_text
+from lora_accel.saving.discovery import CONFIG
+from lora_accel.saving.lock import check_exists
 from lora_accel.saving.provenance import Provenance, model_card
+from lora_accel.saving.serving import serving_note
 
 
 def write_run_folder(
@@ -61,10 +65,18 @@ def save_final_adapter(
     state = gather_adapter(accelerator, model, gather=gather)
     with on_all_ranks(accelerator, "saving the final adapter"):
         if accelerator.is_main_process:
+            check_exists(folder.parent)
             with atomic_folder(folder) as temporary:
                 write_adapter(unwrap_peft_model(accelerator, model), state, temporary)
                 fault_point("export.mid")
                 template.tokenizer.chat_template = template.source or None
-                template.tokenizer.save_pretrained(temporary)
+                save_tokenizer(template.tokenizer, temporary)
                 write_json(temporary / "provenance.json", provenance)
-                write_text(temporary / "README.md", model_card(provenance))
+                write_text(temporary / "README.md", _card(temporary, provenance))
+
+
+def _card(folder: Path, provenance: Provenance) -> str:
+    """Return the model card of the adapter in a folder."""
+    config = read_json(folder / CONFIG)
+    shapes = {name: tensor.shape for name, tensor in read_adapter(folder).items()}
+    return model_card(provenance, config, serving_note(config, shapes, provenance["config"]["model"]))

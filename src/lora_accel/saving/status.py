@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from lora_accel.errors import Interrupted
+from lora_accel.errors import Interrupted, LoraAccelError
 from lora_accel.saving.atomic import write_json
+from lora_accel.saving.lock import FolderIdentity
 
 Note = Callable[[int, "Path | None"], None]
 """Records the current step and the newest checkpoint in status.json."""
@@ -26,11 +28,15 @@ def track_status(
 
     Yields:
         A function that records the current step and the newest checkpoint.
+
+    Raises:
+        TrainingError: the run folder was moved or deleted in the meantime.
     """
-    latest = (step, checkpoint)
+    latest, identity = (step, checkpoint), FolderIdentity.of(folder) if enabled else None
 
     def write(state: str) -> None:
-        if enabled:
+        if identity is not None:
+            identity.check()
             values = {"state": state, "step": latest[0], "checkpoint": latest[1] and str(latest[1])}
             write_json(folder / "status.json", values | {"pids": list(pids), "host": socket.gethostname()})
 
@@ -43,7 +49,13 @@ def track_status(
     try:
         yield note
     except BaseException as error:
-        with contextlib.suppress(OSError):  # a full disk must not hide the original error
+        with contextlib.suppress(OSError, LoraAccelError):  # a full disk must not hide the original error
             write("preempted" if isinstance(error, (KeyboardInterrupt, Interrupted)) else "failed")
         raise
     write("done")
+
+
+def write_state(folder: Path, state: str) -> None:
+    """Change the state in status.json, for a process that ends while its main thread waits in a collective."""
+    file = folder / "status.json"
+    write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"state": state})

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from lora_accel.config.plan import Plan
 from lora_accel.config.schema import RunConfig
+from lora_accel.distributed.collectives import on_all_ranks
 from lora_accel.saving.checkpoint import save_checkpoint
 from lora_accel.saving.provenance import Provenance
 from lora_accel.saving.status import Note
@@ -46,9 +47,10 @@ class Checkpointer:
         """Save the state after `progress.step` steps, then delete checkpoints that are no longer needed.
 
         Raises:
-            TrainingError: the disk is full, or a rank failed.
+            TrainingError: the disk is full, the run folder was moved or deleted, or a rank failed.
         """
-        self.sync_log()
+        with on_all_ranks(self.accelerator, "writing metrics.jsonl"):
+            self.sync_log()
         section = self.config.checkpoint
         state: dict[str, Any] = {
             "step": progress.step,

@@ -21,7 +21,10 @@ from tqdm import tqdm
 
 from lora_accel.config.plan import Plan
 from lora_accel.console import format_seconds
+from lora_accel.errors import TrainingError, first_line
+from lora_accel.paths import open_to_append, open_to_read
 from lora_accel.saving.atomic import write_bytes
+from lora_accel.saving.lock import FolderIdentity
 from lora_accel.training.loss import perplexity
 from lora_accel.training.progress import StepResult
 
@@ -157,7 +160,10 @@ def _bar_width() -> int:
 
 
 class Metrics:
-    """The log of a run. Each line is written in one call, so a killed run leaves at most one incomplete line."""
+    """The log of a run. Each line is written in one call, so a killed run leaves at most one incomplete line.
+
+    A log that cannot be written ends the run with a message; a tracker that fails is left out, with a note.
+    """
 
     def __init__(self, accelerator: Accelerator, folder: Path, plan: Plan, start: int) -> None:
         """Open the log and remove the lines after the step that the run resumes from.
@@ -165,6 +171,9 @@ class Metrics:
         Args:
             folder: the run folder.
             start: step to resume from, 0 = a new run.
+
+        Raises:
+            TrainingError: the log cannot be written.
         """
         self._accelerator = accelerator
         self._plan = plan
@@ -172,8 +181,10 @@ class Metrics:
         self._tokens = 0  # real tokens since the last line, over all ranks
         self._is_main = accelerator.is_main_process
         self._path = folder / "metrics.jsonl"
+        self._identity = FolderIdentity.of(folder) if self._is_main else None
         if self._is_main:
-            truncate_log(self._path, start, drop_evaluation=plan.evaluates_after(start))
+            with self._writing():
+                truncate_log(self._path, start, drop_evaluation=plan.evaluates_after(start))
         self._start = self._step = start
         self._pace = Pace(start, plan.total_steps, self._start_time)
         self._bar = Bar(plan, start, self._pace) if self._is_main else None
@@ -298,10 +309,30 @@ class Metrics:
             tqdm.write(text)
 
     def sync(self) -> None:
-        """Flush the log to disk, so that it is never behind a checkpoint."""
+        """Flush the log to disk, so that it is never behind a checkpoint.
+
+        Raises:
+            TrainingError: the log cannot be written, or the run folder was moved or deleted.
+        """
         if self._is_main:
-            with self._path.open("ab") as file:
+            with self._writing(), open_to_append(self._path) as file:
                 os.fsync(file.fileno())
+
+    def start_trackers(self) -> None:
+        """Start the trackers of `logging.trackers`. Their files are in RUN/tensorboard.
+
+        Raises:
+            TrainingError: one cannot be started.
+        """
+        threading.excepthook = _hide_writer_errors
+        try:
+            # Accelerate puts a tracker's files into a folder of the project's name.
+            self._accelerator.init_trackers("tensorboard")
+        except Exception as error:  # each library raises its own
+            raise TrainingError(
+                f"logging.trackers: a tracker cannot be started: {first_line(error)}. Fix it or set "
+                "logging.trackers=[], and run the same command to resume"
+            ) from error
 
     def close(self) -> None:
         """Close the bar and the trackers."""
@@ -309,15 +340,48 @@ class Metrics:
             self._bar.close()
         # Accelerator.end_training would also destroy the process group.
         for tracker in self._accelerator.trackers:
-            tracker.finish()
+            try:
+                tracker.finish()
+            except Exception as error:
+                self._drop_trackers(error)
+        threading.excepthook = threading.__excepthook__
 
     def _write(self, line: dict[str, Any]) -> None:
         if not self._is_main:
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with self._writing(), open_to_append(self._path) as file:
+            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
         if line["kind"] != "event":
-            self._accelerator.log(_flat(line["kind"], line), step=line["step"])
+            try:
+                self._accelerator.log(_flat(line["kind"], line), step=line["step"])
+            except Exception as error:  # each library raises its own
+                self._drop_trackers(error)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raise `TrainingError` in place of an error while the log is written, or if the run folder was moved."""
+        assert self._identity is not None
+        self._identity.check()
+        try:
+            yield
+        except OSError as error:
+            self._identity.check()
+            raise TrainingError(
+                f"{self._path}: cannot be written: {error.strerror or error}. Checkpoints are intact; make room or "
+                "allow the write, and run the same command to resume"
+            ) from error
+
+    def _drop_trackers(self, error: Exception) -> None:
+        """Continue without trackers."""
+        self._accelerator.trackers = []
+        note = f"note: a tracker of logging.trackers failed: {first_line(error)}; training continues without it"
+        tqdm.write(note, file=sys.stderr)
+
+
+def _hide_writer_errors(args: threading.ExceptHookArgs) -> None:
+    """Print no traceback if TensorBoard's writing thread fails: its error is raised again at the next line."""
+    if not isinstance(args.exc_value, OSError) or not type(args.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(args)
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, float]:
@@ -339,8 +403,10 @@ def truncate_log(path: Path, step: int, *, drop_evaluation: bool = False) -> Non
     """
     if not path.exists():
         return
+    with open_to_read(path) as file:
+        lines = file.read().split(b"\n")
     kept = []
-    for text in path.read_bytes().split(b"\n"):  # bytes: an incomplete line may end within a character
+    for text in lines:  # bytes: an incomplete line may end within a character
         try:
             line = json.loads(text)
             is_evaluation = line["kind"] == "eval" or line.get("event") in ("reply", "reply_failed")
