@@ -78,6 +78,14 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def sign(folder: Path) -> None:
+    """Make the files of a checkpoint valid, as somebody who forges it would."""
+    state = json.loads((folder / STATE).read_text())
+    state.pop("files", None)
+    (folder / STATE).write_text(json.dumps(state))
+    write_manifest(folder)
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -249,9 +257,11 @@ def test_training_without_disk_space_fails_before_it_writes(
 
 
 def test_auto_selects_the_newest(three: Path) -> None:
-    assert find_checkpoint(three, "auto") == CheckpointSelection(
-        Checkpoint(three / "step-00000003", {"step": 3, "skipped": 0, "overflowed": 0}), None, None, {}, []
-    )
+    selection = find_checkpoint(three, "auto")
+    assert selection == CheckpointSelection(selection.checkpoint, None, None, {}, [])
+    assert selection.checkpoint is not None
+    assert selection.checkpoint.folder == three / "step-00000003"
+    assert selection.checkpoint.state.items() > {"step": 3, "skipped": 0, "overflowed": 0}.items()
     assert newest(three).step == 3
 
 
@@ -285,7 +295,7 @@ def test_corrupt_newest_checkpoint_is_skipped_and_reported(three: Path, file: st
 
 
 def test_leftover_of_a_killed_save_is_not_a_checkpoint(three: Path) -> None:
-    shutil.copytree(three / "step-00000003", three / ".step-00000004.writing")
+    shutil.copytree(three / "step-00000003", three / ".step-00000004.lora-accel-writing")
     selection = find_checkpoint(three, "auto")
     assert selection.checkpoint is not None
     assert (selection.checkpoint.step, selection.corrupt) == (3, {})
@@ -410,7 +420,7 @@ def test_moments_of_other_parameters_raise(three: Path, make: Callable[[int], Pr
     if damage == "missing":
         del moments[name]
     save_file(moments, folder / OPTIMIZER)
-    write_manifest(folder)
+    sign(folder)
     assert why_invalid(folder) is None
     with pytest.raises(ArtifactError, match="are not the moments of the parameters that are trained here"):
         load_checkpoint(*make(0), newest(three))
@@ -440,7 +450,7 @@ def test_invalid_moments_raise(
     else:
         moments[name].view(-1)[-1] = float(value)
     save_file(moments, folder / OPTIMIZER)
-    write_manifest(folder)
+    sign(folder)
     if reason is None:
         load_checkpoint(*make(0), newest(three))
         return
@@ -470,6 +480,90 @@ def test_malformed_state_raises(three: Path, state: str) -> None:
     write_manifest(folder)
     with pytest.raises(ArtifactError, match=r"state\.json: "):
         find_checkpoint(three, "auto")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": "3"}, "step='3': input should be a valid integer"),
+        ({"step": True}, "step=True: input should be a valid integer"),
+        ({"step": 3.0}, r"step=3\.0: input should be a valid integer"),
+        ({"step": 0}, "step=0: input should be greater than or equal to 1"),
+        ({"step": -3}, "step=-3: "),
+        ({"step": 10**400}, "step=1000"),
+        ({"step": None}, "step=None: "),
+        ({"step": 2}, "step=2, but the folder is step-00000003"),
+        ({"skipped": -1}, "skipped=-1: "),
+        ({"skipped": 4}, "skipped=4 and overflowed=0 are more than step=3"),
+        ({"overflowed": False}, "overflowed=False: "),
+        ({"examples": 1.5}, r"examples=1\.5: "),
+        ({"seed": "0"}, "seed='0': "),
+        ({"begun_from": 3}, "begun_from=3: "),
+        ({"provenance": []}, r"provenance=\[\]: "),
+        ({"loss_scale": {"value": "x"}}, "loss_scale.value"),
+        ({"steps": 3}, "steps is not a field that this version knows"),
+        ({"files": {WEIGHTS: "0" * 64}}, f"{WEIGHTS} is not the file that was saved with this state"),
+        ({"files": {"../x": "0" * 64}}, r"\.\./x is not the file"),
+    ],
+)
+def test_forged_state_raises(three: Path, change: dict[str, Any], message: str) -> None:
+    folder = three / "step-00000003"
+    (folder / STATE).write_text(json.dumps(json.loads((folder / STATE).read_text()) | change))
+    write_manifest(folder)
+    with pytest.raises(ArtifactError, match=rf"step-00000003/state\.json: {message}"):
+        find_checkpoint(three, "auto")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"step": 3, "step": 2}', "key 'step' appears twice"),
+        ('{"step": 3, "seed": NaN}', "NaN is not JSON"),
+        ('{"step": ' + "[" * 100_000, "nested too deeply"),
+        ('{"step": ' + "9" * 5000 + "}", "cannot be read"),
+        ('{"step": "' + "x" * 10_000_000 + '"}', "over 10,000,000 bytes"),
+        ("\udcff", "cannot be read"),
+    ],
+)
+def test_state_that_is_not_plain_json_raises(three: Path, text: str, message: str) -> None:
+    folder = three / "step-00000003"
+    (folder / STATE).write_bytes(text.encode(errors="surrogateescape"))
+    write_manifest(folder)
+    with pytest.raises(ArtifactError, match=rf"state\.json: .*{message}"):
+        find_checkpoint(three, "auto")
+
+
+def test_link_to_itself_is_not_valid(three: Path) -> None:
+    file = three / "step-00000003" / OPTIMIZER
+    file.unlink()
+    file.symlink_to(OPTIMIZER)
+    reason = why_invalid(three / "step-00000003")
+    assert reason is not None
+    assert reason.startswith(OPTIMIZER)
+
+
+def test_weights_of_another_step_raise(make: Callable[[int], Prepared], tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(make(step), tmp_path, step)
+    shutil.copyfile(tmp_path / "step-00000001" / WEIGHTS, tmp_path / "step-00000002" / WEIGHTS)
+    write_manifest(tmp_path / "step-00000002")
+    with pytest.raises(ArtifactError, match=f"{WEIGHTS} is not the file that was saved with this state"):
+        find_checkpoint(tmp_path, "auto")
+
+
+@pytest.mark.parametrize(("name", "value"), [("examples", 9), ("epoch", 1), ("seed", 7)])
+def test_state_that_does_not_follow_from_the_step_raises(
+    make_config: Callable[..., RunConfig], name: str, value: int
+) -> None:
+    config = make_config(training={"max_steps": 2})
+    run_training(config)
+    run = Path(config.output_dir)
+    shutil.rmtree(run / "adapter")
+    folder = run / "checkpoints" / "step-00000002"
+    (folder / STATE).write_text(json.dumps(json.loads((folder / STATE).read_text()) | {name: value}))
+    write_manifest(folder)
+    with pytest.raises(ArtifactError, match=rf"state\.json: {name}={value}, but after step 2 of this run it is"):
+        run_training(config)
 
 
 # Runs

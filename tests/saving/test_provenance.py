@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,22 @@ from typing import Any
 import pytest
 
 from lora_accel import RunConfig, run_training
-from lora_accel.errors import ArtifactError
 from lora_accel.saving.atomic import sha256_of
 from lora_accel.saving.provenance import (
     PACKAGES,
-    base_hashes,
     changes,
     changes_table,
     is_allowed,
     model_card,
     options_for_key,
-    serving_note,
     versions,
 )
 from tests.conftest import chat_rows, write_jsonl
 
 Change = tuple[tuple[str | int, ...], Any]
+
+SAVED = {"r": 4, "lora_alpha": 8.0}
+SERVING = "merge the adapter first"
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,7 @@ DETECTED: list[tuple[Change, str]] = [
     ((("plan", "warmup_steps"), 99), "plan.warmup_steps"),
     ((("plan", "num_examples"), 99), "plan.num_examples"),
     ((("mixed_precision",), "bf16"), "training.mixed_precision"),
-    ((("base", "sha256"), {"model.safetensors": "0" * 64}), "model.weights"),
+    ((("base", "tensors_sha256"), "0" * 64), "model.weights"),
     ((("base", "config_sha256"), "0" * 64), "model.config"),
     ((("tokenizer_sha256",), "0" * 64), "model.tokenizer"),
     ((("chat_template_sha256",), "0" * 64), "model.chat_template"),
@@ -137,7 +136,7 @@ HARMLESS: list[Change] = [
     (("config", "evaluation", "prompts"), ["hello"]),
     (("config", "logging", "every_steps"), 9),
     (("base", "name_or_path"), "elsewhere"),
-    (("base", "sha256"), {}),  # replaced in the test: other names, the same hashes
+    (("base", "sha256"), {"model-00001-of-00002.safetensors": "0" * 64}),  # other files, the same tensors
     (("plan", "num_ranks"), 9),
     (("plan", "num_eval_examples"), 9),
     (("plan", "save_every"), 9),
@@ -149,8 +148,6 @@ HARMLESS: list[Change] = [
 
 @pytest.mark.parametrize("edit", HARMLESS, ids=lambda edit: ".".join(map(str, edit[0])))
 def test_harmless_change_is_not_reported(provenance: dict[str, Any], edit: Change) -> None:
-    if edit[0] == ("base", "sha256"):
-        edit = edit[0], {f"renamed-{name}": sha for name, sha in provenance["base"]["sha256"].items()}
     assert changes(provenance, changed(provenance, edit)) == []
 
 
@@ -261,58 +258,45 @@ def test_provenance_contains_versions_hashes_and_config(
     assert provenance["plan"]["total_steps"] == 1
 
 
-def test_model_card_contains_base_data_and_usage(provenance: dict[str, Any]) -> None:
-    card = model_card(provenance)
-    assert card.startswith(f"---\nbase_model: {provenance['base']['name_or_path']}\n")
+def test_model_card_of_a_local_base_names_no_path(provenance: dict[str, Any]) -> None:
+    """Nobody else has this path, so the card names the folder and the hashes, and no `base_model`."""
+    card = model_card(provenance, SAVED, SERVING)
+    base = Path(provenance["base"]["name_or_path"])
+    assert base.is_absolute()
+    assert "base_model" not in card
+    assert str(base) not in card
+    assert base.name in card
+    assert provenance["base"]["sha256"]["model.safetensors"] in card
+    assert "merge . OUT --base BASE" in card
     assert f"- {provenance['data'][0]['path']}\n" in card
+
+
+def test_model_card_of_a_base_on_the_hub_names_it(provenance: dict[str, Any]) -> None:
+    edits = (("base", "name_or_path"), "owner/model"), (("base", "revision"), "v2")
+    card = model_card(changed(provenance, *edits), SAVED, SERVING)
+    assert card.startswith("---\nbase_model: owner/model\n")
+    assert "# LoRA adapter for owner/model (v2)\n" in card
     assert "AutoPeftModelForCausalLM" in card
+    assert "`lora-accel merge . OUT`" in card
 
 
-def test_base_hashes_include_every_weight_file(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    shutil.copytree(tiny_model(), tmp_path / "base")
-    (tmp_path / "base" / "extra.bin").write_bytes(b"extra")
-    hashes = base_hashes(str(tmp_path / "base"), None)
-    assert set(hashes) == {"model.safetensors", "extra.bin"}
-    assert hashes["extra.bin"] == sha256_of(tmp_path / "base" / "extra.bin")
-
-
-def test_base_hashes_of_a_folder_without_weights_raises(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ArtifactError, match=r"no \*\.safetensors or \*\.bin file"):
-        base_hashes(str(tmp_path), None)
-
-
-def test_hash_of_a_file_in_the_hub_cache_is_its_name(tmp_path: Path) -> None:
-    blob = tmp_path / "blobs" / ("ab" * 32)
-    blob.parent.mkdir()
-    blob.write_bytes(b"weights")
-    (tmp_path / "snapshot").mkdir()
-    (tmp_path / "snapshot" / "model.safetensors").symlink_to(blob)
-    assert base_hashes(str(tmp_path / "snapshot"), None) == {"model.safetensors": "ab" * 32}
+# The weights of an old provenance are the hashes of all weight files in the folder
 
 
 @pytest.mark.parametrize(
-    ("adapter", "expected"),
+    ("then", "expected"),
     [
-        ({"r": 8}, "vllm serve BASE --enable-lora --lora-modules NAME=DIR"),
-        ({"r": 8, "rank_pattern": {"q_proj": 64}}, "--enable-lora --max-lora-rank 64"),
-        (
-            {"r": 8, "use_dora": True, "bias": "all"},
-            "merge the adapter first: vLLM does not support DoRA, biases",
-        ),
-        ({"r": 8, "modules_to_save": ["lm_head"]}, "merge the adapter first: vLLM does not support modules_to_save"),
+        ({}, True),
+        ({"consolidated.safetensors": "1" * 64, "training_args.bin": "2" * 64}, True),  # not loaded
+        ({"pytorch_model.bin": "3" * 64}, True),
+        ({"model.safetensors": "4" * 64}, False),
     ],
 )
-def test_serving_note(adapter: dict[str, object], expected: str) -> None:
-    assert expected in serving_note(adapter)
-
-
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "RoPE scaling that the base's config.json lacks"),
-        ({"add_tokens": {"tokens": ["<tool>"]}}, "added tokens"),
-    ],
-)
-def test_serving_note_of_a_changed_base(model: dict[str, object], reason: str) -> None:
-    assert serving_note({"r": 8}, model) == f"merge the adapter first: vLLM does not support {reason}"
+def test_an_older_provenance_is_compared_by_the_files_that_are_loaded(
+    provenance: dict[str, Any], then: dict[str, str], expected: bool
+) -> None:
+    older = copy.deepcopy(provenance)
+    del older["base"]["tensors_sha256"]
+    older["base"]["sha256"] |= then
+    for differences in (changes(older, provenance), changes(provenance, older)):
+        assert [key for key, _, _ in differences] == ([] if expected else ["model.weights"])

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
 import pickle
 import shutil
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_accel import RunConfig, run_training, train
 from lora_accel.config.files import config_to_yaml
 from lora_accel.errors import ArtifactError, LoraAccelError, UserError
+from lora_accel.export.export import export_adapter
 from lora_accel.inference.generation import generate
 from lora_accel.merging.merge import merge_adapter
 from lora_accel.model.base import check_index_paths
 from lora_accel.saving import untrusted
-from lora_accel.saving.adapter import load_adapter
+from lora_accel.saving.adapter import PICKLED, load_adapter, read_adapter
 from lora_accel.saving.atomic import MANIFEST, why_invalid, write_manifest
 from lora_accel.saving.discovery import CONFIG, WEIGHTS
 
@@ -198,10 +202,7 @@ def test_adapter_config_out_of_bounds_raises(adapter: Path, base: Any, values: d
         {"layers_pattern": ["(([a-z_.0-9])+)+!"], "layers_to_transform": [0]},
     ],
 )
-def test_pattern_with_exponential_time_raises(
-    adapter: Path, base: Any, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(untrusted, "PATTERN_SECONDS", 2)
+def test_pattern_with_exponential_time_raises(adapter: Path, base: Any, values: dict[str, Any]) -> None:
     change(adapter, **values)
     with pytest.raises(ArtifactError, match=r"takes over 2 seconds"):
         load_adapter(base, adapter)
@@ -233,6 +234,228 @@ def test_unexpected_tensors_raise(adapter: Path, base: Any, damage: str) -> None
     save_file(tensors, adapter / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(ArtifactError, match=r"not finite|int32|not those of this base|are missing"):
         load_adapter(base, adapter)
+
+
+# Sizes, checked before anything is computed
+
+
+@pytest.fixture
+def plain(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
+    """Return the folder of an adapter that PEFT saved."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model()), LoraConfig(task_type="CAUSAL_LM", r=4))
+    model.save_pretrained(tmp_path / "plain", save_embedding_layers=False)
+    return tmp_path / "plain"
+
+
+NAMES = [f"module_{number}" for number in range(20_000)]
+LARGE_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "target_modules": ({"target_modules": NAMES}, "target_modules has 20,000 entries"),
+    "modules_to_save": ({"modules_to_save": NAMES}, "modules_to_save has 20,000 entries"),
+    "target_parameters": ({"target_parameters": NAMES}, "target_parameters has 20,000 entries"),
+    "rank_pattern": ({"rank_pattern": dict.fromkeys(NAMES, 4)}, "rank_pattern has 20,000 entries"),
+    "alpha_pattern": ({"alpha_pattern": dict.fromkeys(NAMES, 4)}, "alpha_pattern has 20,000 entries"),
+    "replication": ({"layer_replication": [[0, 2]] * 500, "r": 1024}, "1,000 layers, more than 4 times the base's 2"),
+    "replicated": ({"layer_replication": [[0, 2]] * 600}, "is not a list of .* at most 1024 layers"),
+    "long pattern": ({"target_modules": "(a|b)" * 5000}, "a pattern of over 20,000 characters"),
+    "alpha of 400 digits": ({"lora_alpha": 10**400}, "lora_alpha=an integer of 1329 bits is not a finite number"),
+    "alpha as text": ({"lora_alpha": "16"}, "lora_alpha='16' is not a finite number"),
+    "no alpha": ({"lora_alpha": None}, "lora_alpha=None is not a finite number"),
+    "alpha pattern": ({"alpha_pattern": {"q_proj": True}}, "alpha_pattern=.* is not a finite number"),
+    "dropout": ({"lora_dropout": 2.0}, "lora_dropout=2.0 is not a number from 0 to 1"),
+    "nan dropout": ({"lora_dropout": float("nan")}, "lora_dropout=nan is not a number"),
+    "bias": ({"bias": ["all"]}, "bias=.* is not none, all or lora_only"),
+    "flag": ({"use_dora": "yes"}, "use_dora='yes' is not true or false"),
+    "init": ({"init_lora_weights": {"a": 1}}, "init_lora_weights=.* is neither a name nor true or false"),
+    "layers": ({"layers_to_transform": [-1]}, "layers_to_transform=.* is neither a layer's number nor a list"),
+    "tokens": ({"trainable_token_indices": [10**400]}, "trainable_token_indices=.* is neither a list of token ids"),
+    "token": ({"trainable_token_indices": [10**9]}, "has 1000000000, but the base has"),
+}
+
+
+@pytest.mark.launch  # patterns are matched in a separate process
+@pytest.mark.parametrize("case", LARGE_CONFIGS)
+def test_large_or_mistyped_config_raises_at_once(
+    plain: Path, tiny_model: Callable[..., Path], tmp_path: Path, case: str
+) -> None:
+    values, message = LARGE_CONFIGS[case]
+    change(plain, **values)
+    began = time.process_time()
+    with pytest.raises(ArtifactError, match=message):
+        load_adapter(AutoModelForCausalLM.from_pretrained(tiny_model()), plain)
+    with pytest.raises(ArtifactError, match="layer_replication" if case == "replication" else message):
+        merge_adapter(plain, tmp_path / "merged", base=str(tiny_model()), verify=False)
+    assert time.process_time() - began < 5
+    assert not (tmp_path / "merged").exists()
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+STORED = {"float8": torch.float8_e4m3fn, "float8 scale": torch.float8_e8m0fnu, "bool": torch.bool, "int": torch.int8}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_dtype_that_no_adapter_has_raises(plain: Path, case: str) -> None:
+    tensors = load_file(plain / WEIGHTS)
+    save_file(tensors | {KEY: tensors[KEY].to(STORED[case])}, plain / WEIGHTS)
+    with pytest.raises(ArtifactError, match=rf"q_proj\.lora_A\.weight is stored as {str(STORED[case])[6:]}; save the"):
+        read_adapter(plain)
+
+
+def pickled_tensors() -> dict[str, Any]:
+    ones = torch.ones(4, 32)
+    return {
+        "meta": ones.to("meta"),
+        "sparse": ones.to_sparse(),
+        "compressed rows": ones.to_sparse_csr(),
+        "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "quantized": torch.quantize_per_tensor(ones, 0.1, 0, torch.qint8),
+        "complex": ones.to(torch.complex64),
+        "expanded": torch.ones(1).expand(10**12, 32),
+        "empty": torch.ones(0, 32),
+        "no tensor": 3,
+    }
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about prototypes
+@pytest.mark.parametrize(
+    "case", ["meta", "sparse", "compressed rows", "nested", "quantized", "complex", "expanded", "empty", "no tensor"]
+)
+def test_pickled_tensor_that_no_adapter_has_raises(plain: Path, case: str) -> None:
+    tensors = load_file(plain / WEIGHTS)
+    (plain / WEIGHTS).unlink()
+    torch.save(tensors | {KEY: pickled_tensors()[case]}, plain / PICKLED)
+    with pytest.raises(ArtifactError, match=r"is not a dense floating-point tensor|dict of tensors|more than tensors"):
+        read_adapter(plain)
+
+
+def test_tensors_that_share_their_data_raise(plain: Path) -> None:
+    (plain / WEIGHTS).unlink()
+    shared = torch.ones(1000, 32)
+    torch.save({f"tensor {number}": shared[:] for number in range(100)}, plain / PICKLED)
+    with pytest.raises(ArtifactError, match="its tensors share their data, and have 12,800,000 bytes"):
+        read_adapter(plain)
+
+
+def test_tensor_without_dimensions_raises(plain: Path, base: Any) -> None:
+    save_file(load_file(plain / WEIGHTS) | {KEY: torch.tensor(1.0)}, plain / WEIGHTS)
+    with pytest.raises(ArtifactError, match=r"has shape \(\), the model expects \(4, 32\)"):
+        load_adapter(base, plain)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_adapter_without_tensors_raises(plain: Path, tmp_path: Path, pickled: bool) -> None:
+    if pickled:
+        (plain / WEIGHTS).unlink()
+        torch.save({}, plain / PICKLED)
+    else:
+        save_file({}, plain / WEIGHTS)
+    for command in (merge_adapter, functools.partial(export_adapter, format="peft")):
+        with pytest.raises(ArtifactError, match="contains no tensors"):
+            command(plain, tmp_path / "out")
+
+
+def forged_header(header: bytes, length: int | None = None) -> bytes:
+    return (len(header) if length is None else length).to_bytes(8, "little") + header + bytes(64)
+
+
+A_TENSOR = b'"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}'
+FORGED_FILES = {
+    "empty": (b"", "cannot be read"),
+    "a name twice": (forged_header(b"{" + A_TENSOR + b", " + A_TENSOR + b"}"), "a is in its header twice"),
+    "a key twice": (
+        forged_header(b'{"a": {"dtype": "F32", "dtype": "F16", "shape": [4], "data_offsets": [0, 16]}}'),
+        "dtype is in its header twice",
+    ),
+    "a header of an exabyte": (forged_header(b"{}", 10**18), "its header has 1,000,000,000,000,000,000 bytes"),
+    "10^12 rows": (
+        forged_header(b'{"a": {"dtype": "F32", "shape": [1000000000000, 4], "data_offsets": [0, 64]}}'),
+        "cannot be read",
+    ),
+    "a size that overflows": (
+        forged_header(b'{"a": {"dtype": "F32", "shape": [%d], "data_offsets": [0, 64]}}' % 10**400),
+        "cannot be read",
+    ),
+    "data out of the file": (
+        forged_header(b'{"a": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]}}'),
+        "cannot be read",
+    ),
+    "nested": (forged_header(b"[" * 100_000), "cannot be read"),
+    "many tensors": (
+        forged_header(
+            b"{"
+            + b",".join(b'"%d": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}' % n for n in range(100_002))
+            + b"}"
+        ),
+        "it has 100,002 tensors, more than 100,000",
+    ),
+    "no JSON": (forged_header(bytes(100)), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED_FILES)
+def test_forged_safetensors_raise(plain: Path, case: str) -> None:
+    data, message = FORGED_FILES[case]
+    (plain / WEIGHTS).write_bytes(data)
+    with pytest.raises(ArtifactError, match=message):
+        read_adapter(plain)
+
+
+def test_sparse_file_raises(plain: Path) -> None:
+    """A file of holes takes no space, and may claim 8 TB of zeros."""
+    size = 8 * 10**12
+    header = json.dumps({KEY: {"dtype": "F32", "shape": [10**12, 2], "data_offsets": [0, size]}}).encode()
+    (plain / WEIGHTS).write_bytes(forged_header(header)[:-64])
+    os.truncate(plain / WEIGHTS, 8 + len(header) + size)
+    with pytest.raises(ArtifactError, match="are on disk"):
+        read_adapter(plain)
+
+
+def test_compressed_pickle_raises(plain: Path) -> None:
+    tensors = load_file(plain / WEIGHTS)
+    (plain / WEIGHTS).unlink()
+    torch.save(tensors, plain / "stored.bin")
+    with zipfile.ZipFile(plain / "stored.bin") as source, zipfile.ZipFile(plain / PICKLED, "w") as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry), zipfile.ZIP_DEFLATED)
+    with pytest.raises(ArtifactError, match="it is compressed, so it could expand to any size"):
+        read_adapter(plain)
+
+
+@pytest.mark.parametrize("is_archive", [True, False])
+def test_pickle_with_too_many_instructions_raises(
+    plain: Path, monkeypatch: pytest.MonkeyPatch, is_archive: bool
+) -> None:
+    (plain / WEIGHTS).unlink()
+    monkeypatch.setattr(untrusted, "MAX_PICKLE_BYTES", 10_000)
+    monkeypatch.setattr(untrusted, "MAX_PICKLE_READS", 10_000)
+    torch.save({"a": [0] * 20_000}, plain / PICKLED, _use_new_zipfile_serialization=is_archive)
+    with pytest.raises(ArtifactError, match=r"list of tensors (has .* bytes, more than|is too long)"):
+        read_adapter(plain)
+
+
+def test_pickles_of_both_formats_are_read(plain: Path) -> None:
+    tensors = load_file(plain / WEIGHTS)
+    (plain / WEIGHTS).unlink()
+    for is_archive in (True, False):
+        torch.save(tensors, plain / PICKLED, _use_new_zipfile_serialization=is_archive)
+        read = read_adapter(plain)
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("name", ["x" * 2000, "line\nline", "\x1b[2J"])
+def test_name_that_no_tensor_has_raises(plain: Path, name: str) -> None:
+    save_file({name: torch.ones(2)}, plain / WEIGHTS)
+    with pytest.raises(ArtifactError, match=r"' is not the name of a tensor") as caught:
+        read_adapter(plain)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_pipe_in_place_of_a_file_raises(plain: Path, name: str) -> None:
+    (plain / name).unlink()
+    os.mkfifo(plain / name)
+    with pytest.raises(ArtifactError, match=r"is not an adapter: .* is missing"):
+        read_adapter(plain)
 
 
 # Base models with an index that points outside their folder

@@ -9,26 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from lora_accel.config.schema import ModelSection
 from lora_accel.errors import ArtifactError, ConfigError, did_you_mean
 from lora_accel.export import loralib
 from lora_accel.export.formats import FORMATS, ExportFormat
-from lora_accel.export.tensors import AdapterData, check_tensors, check_written
-from lora_accel.merging.job import check_out_folder
+from lora_accel.export.tensors import AdapterData, check_written, finite_copies
+from lora_accel.merging.base import base_section, check_trained_on
+from lora_accel.merging.job import check_out_folder, provenance_of
 from lora_accel.model.base import build_on_meta_device
-from lora_accel.model.tokenizer import check_model_folder, load_error_message
-from lora_accel.saving.adapter import (
-    adapter_parameters,
-    attach_adapter,
-    check_adapter_tensors,
-    pop_base_embeddings,
-    read_adapter,
-)
+from lora_accel.model.sizes import load_config
+from lora_accel.model.tokenizer import load_error_message
+from lora_accel.saving.adapter import attach_adapter, match_adapter, read_adapter
 from lora_accel.saving.atomic import atomic_folder, read_json, write_json
+from lora_accel.saving.base_identity import has_weights
 from lora_accel.saving.discovery import CONFIG
-from lora_accel.saving.untrusted import check_untrusted_config
+from lora_accel.saving.hub import find_adapter, recorded_name
+from lora_accel.saving.matching import State, resize_vocabulary
+from lora_accel.saving.untrusted import check_known_options, check_untrusted_config
 
 BASE_KEY = "base_model_name_or_path"
 
@@ -41,11 +39,13 @@ def export_adapter(
     base: str | None = None,
     alpha: float | None = None,
     overwrite: bool = False,
+    force: bool = False,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write an adapter in another format.
 
     If source or target is loralib's format, or `base` is given, every name and shape is checked against the base's
-    modules. They are built from its config; its weights are not read.
+    modules. They are built from its config. Its weights are only compared with those of training, if both are known.
 
     Args:
         adapter: a PEFT folder, a folder that this function wrote, or a file of `loralib.lora_state_dict`.
@@ -54,6 +54,9 @@ def export_adapter(
         base: Hub id or folder; None = the base that the adapter names.
         alpha: lora_alpha of a bare loralib file, which does not store it.
         overwrite: whether to replace an existing `out`.
+        force: whether to ignore options of adapter_config.json that the installed PEFT does not know, and to accept a
+            base that the adapter was not trained on.
+        trust_remote_code: whether to run the base's own code.
 
     Returns:
         A summary of the output: format, adapter, out, base, bias, num_tensors, files.
@@ -62,7 +65,7 @@ def export_adapter(
         ConfigError: the format is unknown, or `alpha` is missing, invalid or not allowed.
         ArtifactError: the adapter cannot be read, does not fit the base or the format, or `out` exists.
     """
-    adapter, out = Path(adapter), Path(out)
+    adapter, out = find_adapter(adapter), Path(out)
     if format not in FORMATS:
         raise ConfigError(f"--format={format}: unknown; use {', '.join(FORMATS)}{did_you_mean(format, FORMATS)}")
     target = FORMATS[format]
@@ -75,18 +78,22 @@ def export_adapter(
         check_untrusted_config(adapter / CONFIG, ())
         if target.check_config is not None:
             target.check_config(adapter / CONFIG, config)
+        check_known_options(adapter / CONFIG, force=force)
 
-    model = _build_base(adapter, base_name) if is_loralib or base or target.convert is not None else None
+    model = None
+    if is_loralib or base or target.convert is not None:
+        model = _build_base(adapter, config, base, force=force, trust_remote_code=trust_remote_code)
     if is_loralib and model is not None:
-        data = loralib.read_loralib(adapter, config, model, str(base_name))
+        data = loralib.read_loralib(adapter, config, model, recorded_name(str(base_name), None)[0])
     else:
-        tensors = check_tensors(adapter, read_adapter(adapter))
-        data = AdapterData(tensors, config | ({BASE_KEY: base} if base else {}))
+        renamed = dict(zip((BASE_KEY, "revision"), recorded_name(base, None), strict=True)) if base else {}
+        data = AdapterData(read_adapter(adapter), config | renamed)
     bias = data.config.get("bias")
     if model is not None:
-        peft_model = _attach(adapter, data, model)
+        peft_model, tensors = _attach(adapter, data, model)
         if target.convert is not None:
-            data = target.convert(adapter, data, peft_model)
+            data = target.convert(adapter, data._replace(tensors=tensors), peft_model)
+    data = data._replace(tensors=finite_copies(adapter, data.tensors))
 
     _write(adapter, out, data, target)
     return {
@@ -114,19 +121,29 @@ def _read_config(adapter: Path, alpha: float | None) -> dict[str, Any]:
     return read_json(file)
 
 
-def _build_base(adapter: Path, name: Any) -> PreTrainedModel:
-    if not isinstance(name, str) or not name:
+def _build_base(
+    adapter: Path, config: dict[str, Any], requested: str | None, *, force: bool, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Return the adapter's base on the meta device; check its weights if they are here."""
+    named = config.get(BASE_KEY)
+    if not requested and not (isinstance(named, str) and named):
         raise ArtifactError(f"{adapter}: does not name its base model; pass --base")
-    section = ModelSection(name_or_path=name)
-    check_model_folder(section)
+    section = base_section(adapter, provenance_of(adapter), requested, named=named, trust_remote_code=trust_remote_code)
+    if has_weights(section.name_or_path, section.revision):
+        check_trained_on(adapter, section, force=force, way_out="pass the right one with --base")
     try:
-        return build_on_meta_device(AutoConfig.from_pretrained(name, trust_remote_code=False))
+        return build_on_meta_device(load_config(section), trust_remote_code=trust_remote_code)
+    except ConfigError:
+        raise
     except Exception as error:  # an invalid config raises many types
         raise ArtifactError(load_error_message(section, "config", error)) from None
 
 
-def _attach(adapter: Path, data: AdapterData, model: PreTrainedModel) -> PeftModel:
+def _attach(adapter: Path, data: AdapterData, model: PreTrainedModel) -> tuple[PeftModel, State]:
     """Attach an adapter in PEFT's format to a base on the meta device, to verify that `load_adapter` accepts it.
+
+    Returns:
+        The model, and the tensors by PEFT's names; embeddings of a resized base by their names in the base.
 
     Raises:
         ArtifactError: PEFT rejects the config, or the tensors are not those that it expects.
@@ -134,14 +151,12 @@ def _attach(adapter: Path, data: AdapterData, model: PreTrainedModel) -> PeftMod
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / CONFIG, data.config)
         try:
+            resize_vocabulary(model, Path(folder), data.tensors)
             peft_model = attach_adapter(model, Path(folder), on_meta_device=True)
         except ArtifactError as error:
             raise ArtifactError(str(error).replace(folder, str(adapter))) from None
-    tensors = dict(data.tensors)
-    pop_base_embeddings(peft_model, tensors)
-    expected = {key: parameter.shape for key, parameter in adapter_parameters(peft_model).items()}
-    check_adapter_tensors(expected, tensors, str(adapter))
-    return peft_model
+    trained, embeddings = match_adapter(peft_model, data.tensors, str(adapter))
+    return peft_model, trained | embeddings
 
 
 def _write(adapter: Path, out: Path, data: AdapterData, target: ExportFormat) -> None:

@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from lora_accel.errors import ArtifactError
-from lora_accel.saving.adapter import State, read_tensors
 from lora_accel.saving.atomic import write_bytes
-from lora_accel.saving.untrusted import read_pickle
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from lora_accel.saving.matching import State
+from lora_accel.saving.untrusted import check_tensors, read_pickle, read_tensors
 
 
 class AdapterData(NamedTuple):
@@ -28,22 +26,20 @@ def read_tensor_file(path: Path) -> State:
     """Read tensors by name, from safetensors or a pickle.
 
     Raises:
-        ArtifactError: the file cannot be read, contains anything but tensors, or fails `check_tensors`.
+        ArtifactError: the file cannot be read, contains anything but dense tensors, or a value is not finite.
     """
-    return check_tensors(path, read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path))
+    tensors = read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    check_tensors(path, tensors)
+    return finite_copies(path, tensors)
 
 
-def check_tensors(path: Path, tensors: State) -> State:
-    """Check tensors of an untrusted file; return contiguous copies that share no storage.
+def finite_copies(path: Path, tensors: State) -> State:
+    """Return contiguous copies of tensors that share no storage.
 
     Raises:
-        ArtifactError: a tensor is not a dense CPU tensor of finite floating-point values, or is empty.
+        ArtifactError: a value is not finite.
     """
     for name, tensor in tensors.items():
-        is_dense = tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.dtype in DTYPES
-        # A pickle of a few bytes can expand one value to a tensor of terabytes.
-        if not is_dense or not 0 < tensor.nbytes <= tensor.untyped_storage().nbytes():
-            raise ArtifactError(f"{path}: {name} is not a dense floating-point tensor with data")
         if not torch.isfinite(tensor).all():
             raise ArtifactError(f"{path}: {name} has values that are not finite")
     return {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}

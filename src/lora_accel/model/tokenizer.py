@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 from lora_accel.config.schema import AddedTokens, ModelSection
-from lora_accel.errors import ArtifactError, first_line
+from lora_accel.errors import ArtifactError, ConfigError, first_line
+from lora_accel.sandbox import check_tokenizer, is_panic
 
 FILES = (
     *("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
@@ -16,6 +20,7 @@ FILES = (
 )
 """Files that define a tokenizer and its chat template."""
 
+HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]{1,96}")
 QUICKSTART_MODEL = "SmolLM2-135M-Instruct"
 """The model that scripts/fetch_model.py creates."""
 
@@ -27,19 +32,24 @@ def load_tokenizer(section: ModelSection) -> Any:
     supervised, since labels are masked by position. The unknown token is never used, since real text may contain it.
 
     Raises:
-        ArtifactError: the model does not exist, or its tokenizer has neither a pad nor an end token.
+        ArtifactError: the model does not exist, or its tokenizer has neither a pad nor an end token, or takes too much
+            time or memory.
     """
+    _check_exists(section)  # it may be the folder of an adapter
+    if (file := _tokenizer_file(section)) is not None:
+        check_tokenizer(file)
     from transformers import AutoTokenizer
 
-    check_model_folder(section)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             section.name_or_path,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
         )
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise ArtifactError(load_error_message(section, "tokenizer", error)) from None
+    except BaseException as error:  # the tokenizers library raises plain Exception, or panics
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        raise ArtifactError(load_error_message(section, "tokenizer", Exception(str(error)))) from None
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.unk_token_id:
         if tokenizer.eos_token is None:
             raise ArtifactError(
@@ -47,6 +57,7 @@ def load_tokenizer(section: ModelSection) -> Any:
             )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    tokenizer.config_file = local_file(section, "tokenizer_config.json")  # for model/portable.py
     if section.add_tokens is not None:
         _add_tokens(tokenizer, section.add_tokens)
     return tokenizer
@@ -70,6 +81,21 @@ def padding_id(tokenizer: Any, vocab_size: int) -> int:
     """
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((token for token in candidates if token is not None and token < vocab_size), 0)
+
+
+def tokens_without_embedding(tokenizer: Any, vocab_size: int) -> list[str]:
+    """Return the tokens that a model has no embedding for, by their ids, such as a `[PAD]` that was added later.
+
+    Args:
+        vocab_size: rows of the model's embeddings.
+    """
+    beyond = {token: text for text, token in tokenizer.get_vocab().items() if token >= vocab_size}
+    return [beyond[token] for token in sorted(beyond)]
+
+
+def has_tokenizer(section: ModelSection) -> bool:
+    """Whether a model has files of a tokenizer."""
+    return any(local_file(section, name) is not None for name in FILES if name != "config.json")
 
 
 def tokenizer_fingerprint(section: ModelSection) -> str | None:
@@ -96,14 +122,54 @@ def local_file(section: ModelSection, name: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
+def _tokenizer_file(section: ModelSection) -> Path | None:
+    """Return a model's tokenizer.json, downloaded if it is on the Hub; None if it has none, or it cannot be loaded."""
+    file = local_file(section, "tokenizer.json")
+    if file is None and not Path(section.name_or_path).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        with contextlib.suppress(OSError, ValueError):  # loading the tokenizer reports them
+            file = Path(hf_hub_download(section.name_or_path, "tokenizer.json", revision=section.revision))
+    return file
+
+
+def _check_exists(section: ModelSection) -> None:
+    if not is_hub_id(section.name_or_path) and not Path(section.name_or_path).is_dir():
+        raise ArtifactError(load_error_message(section, "model", FileNotFoundError()))
+    folder = Path(section.name_or_path)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a FIFO would block, a device never end
+            raise ArtifactError(f"{path}: is not an ordinary file; remove it")
+
+
 def check_model_folder(section: ModelSection) -> None:
-    """Check that the model's folder exists, if its name cannot be a Hub id.
+    """Check that the model's folder exists, if its name cannot be a Hub id, and that it is not an adapter.
+
+    transformers would load an adapter's base, and then the adapter onto it.
 
     Raises:
         ArtifactError: the folder does not exist.
+        ConfigError: it is an adapter.
     """
-    if _is_local(section.name_or_path) and not Path(section.name_or_path).is_dir():
-        raise ArtifactError(load_error_message(section, "model", FileNotFoundError()))
+    _check_exists(section)
+    name = section.name_or_path
+    adapter_config = local_file(section, "adapter_config.json")
+    if adapter_config is not None and local_file(section, "config.json") is None:
+        raise ConfigError(
+            f"model.name_or_path or --base: {name} is an adapter{_base_of_adapter(adapter_config)}, not a model. To "
+            "train on from its weights, run lora-accel merge ADAPTER OUT, and train a new adapter on OUT. To resume "
+            "the run that trained it, set model.name_or_path to the base, and checkpoint.resume to a folder in the "
+            "run's checkpoints/"
+        )
+
+
+def _base_of_adapter(config_file: Path) -> str:
+    """Return ` of BASE` for an adapter_config.json that names its base, else an empty text."""
+    try:
+        base = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""
+    return f" of {base}" if base and isinstance(base, str) else ""
 
 
 def load_error_message(section: ModelSection, what: str, error: Exception) -> str:
@@ -116,23 +182,32 @@ def load_error_message(section: ModelSection, what: str, error: Exception) -> st
     reason = first_line(error)
     if section.attention != "auto" and section.attention in str(error):
         return f"model.attention: {section.attention!r} is not available: {reason} (auto = transformers' choice)"
-    if _is_local(name) and not Path(name).is_dir():
+    if "trust_remote_code" in str(error) and not section.trust_remote_code:
+        return (
+            f"{name}: has Python code of its own, which must run to load the {what}; if you trust it, pass "
+            "--trust-remote-code, or set model.trust_remote_code=true in the run config"
+        )
+    if not is_hub_id(name) and not Path(name).is_dir():
         reason = "there is no such folder"
         if not Path(name).is_absolute():
             reason += f"; paths are relative to the working directory, {Path.cwd()}"
     return (
-        f"model.name_or_path: the {what} of {name!r} cannot be loaded: {reason}. {_download_hint(name)}"
+        f"model.name_or_path: the {what} of {name!r} cannot be loaded: {reason}. {download_hint(name)}"
         "Set model.name_or_path or --base to a Hub id or a folder with config.json, *.safetensors and tokenizer.json."
     )
 
 
-def _is_local(name: str) -> bool:
-    """Whether a name can only be a path. A Hub id is NAME or OWNER/NAME, and no owner has the name `models`."""
-    return name.startswith((".", "/", "~", "models/")) or name.count("/") > 1 or "\\" in name
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be a Hub id, NAME or OWNER/NAME, and not only a path. No owner has the name `models`."""
+    return (
+        HUB_ID.fullmatch(name) is not None
+        and not name.startswith((".", "models/"))
+        and not any(part in name for part in ("--", ".."))
+    )
 
 
-def _download_hint(name: str) -> str:
-    """Return how to get the quickstart model, if the name refers to it."""
+def download_hint(name: str) -> str:
+    """Return how to get the quickstart model, if a name refers to it; else an empty text."""
     if Path(name).name != QUICKSTART_MODEL and not name.startswith("models/"):
         return ""
     return f"In a clone of lora_accel, scripts/fetch_model.py creates models/{QUICKSTART_MODEL} without the Hub. "

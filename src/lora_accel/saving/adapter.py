@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
+from lora_accel.config.adapter_options import subtracts_initial_adapter
 from lora_accel.distributed.backend import Backend, ReplicatedBackend, backend_of
 from lora_accel.distributed.collectives import on_all_ranks
 from lora_accel.errors import ArtifactError, TrainingError, first_line
 from lora_accel.faults import fault_point
+from lora_accel.model.initial_adapter import (
+    has_initial_adapter,
+    initial_names,
+    join_initial,
+    joined_config,
+    joined_shape,
+    split_initial,
+)
 from lora_accel.saving.atomic import MANIFEST, atomic_folder, read_json, write_json
 from lora_accel.saving.discovery import CONFIG, WEIGHTS
-from lora_accel.saving.untrusted import check_untrusted_config, read_pickle
+from lora_accel.saving.hub import recorded_name
+from lora_accel.saving.matching import (
+    AdapterTensors,
+    State,
+    check_converted_config,
+    embedding_rows,
+    match_tensors,
+    resize_vocabulary,
+    write_embeddings,
+)
+from lora_accel.saving.untrusted import (
+    check_known_options,
+    check_tensors,
+    check_untrusted_config,
+    read_pickle,
+    read_tensors,
+)
 
-State = dict[str, torch.Tensor]
 PICKLED = "adapter_model.bin"
-PREFIX = "base_model.model."
-"""PEFT's prefix of the base model's names."""
-MISMATCH_HINT = "are these the base and the adapter_config.json that it was trained with?"
-BASE_PRESERVING_INITS = ("gaussian", "orthogonal", "eva")
+BASE_PRESERVING_INITS = ("gaussian", "orthogonal", "eva", "mica")
 """Values of init_lora_weights that do not change the base's weights, besides true and false."""
 REPEATABLE_INITS = ("pissa", "olora")
 """Values that change them, as a function of the weights alone: PEFT repeats the change when it attaches the adapter."""
@@ -64,28 +86,48 @@ def save_adapter(
                 write_adapter(unwrap_peft_model(accelerator, model), state, temporary, bias=bias)
 
 
-def load_adapter(base: torch.nn.Module, folder: str | Path, *, trainable: bool = False) -> PeftModel:
+def load_adapter(
+    base: torch.nn.Module, folder: str | Path, *, trainable: bool = False, force: bool = False
+) -> PeftModel:
     """Load a saved adapter onto a base model. The file must contain exactly the adapter's tensors.
 
     Args:
         trainable: whether the adapter's parameters require gradients; otherwise the model is in eval mode.
+        force: whether to ignore options of adapter_config.json that the installed PEFT does not know.
 
     Raises:
         ArtifactError: the folder is not an adapter, its config is not allowed (see untrusted.py), or its tensors do not
             match this base.
     """
     folder = Path(folder)
-    state = read_adapter(folder)
-    rows = {name: len(weight) for name, weight in _embeddings(base).items()}
-    resize_vocabulary(base, folder, state)
+    check_adapter_files(folder, force=force)
+    tensors = read_adapter(folder)
+    base_rows = embedding_rows(base)
+    resize_vocabulary(base, folder, tensors)
     model = attach_adapter(base, folder, trainable=trainable)
     # PEFT's from_pretrained would load base tensors from the file over the base, and only warn afterwards.
-    for name, tensor in pop_base_embeddings(model, state).items():
-        weight = _base_parameter(model, name).data
-        check_same_embeddings(weight[: rows[name.removesuffix(".weight")]], tensor, f"{folder}: {name}")
-        weight.copy_(tensor)
-    _restore(model, state, str(folder), ReplicatedBackend())
+    matched = match_adapter(model, tensors, str(folder))
+    write_embeddings(model, matched.embeddings, base_rows, folder)
+    for key, parameter in adapter_parameters(model).items():
+        ReplicatedBackend().write_parameter(parameter, matched.trained[key])
     return model if trainable else model.eval()
+
+
+def match_adapter(
+    model: PeftModel, tensors: Mapping[str, torch.Tensor], where: str, backend: Backend | None = None
+) -> AdapterTensors:
+    """Match the tensors of an adapter's file with a model that has the adapter; see `match_tensors`.
+
+    Args:
+        model: may be on the meta device.
+        tensors: of the file.
+        where: the adapter's folder, for messages.
+        backend: None = the model is neither wrapped nor sharded.
+
+    Raises:
+        ArtifactError: they do not match.
+    """
+    return match_tensors(model, tensors, saved_shapes(model, backend), where)
 
 
 def attach_adapter(
@@ -118,77 +160,22 @@ def attach_adapter(
         if isinstance(base, PeftModel):
             base.add_adapter(name, config)
             base.set_adapter(name)
-            return base
-        return get_peft_model(base, config, adapter_name=name, autocast_adapter_dtype=True)
+            model = base
+        else:
+            with warnings.catch_warnings():
+                # PEFT adds these patterns when it converts experts, and then looks for them among modules only.
+                warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys .*gate_up_proj")
+                model = get_peft_model(base, config, adapter_name=name, autocast_adapter_dtype=True)
     except Exception as error:  # PEFT and torch raise many types of errors for invalid values
         raise ArtifactError(f"{folder}: does not fit this base: {first_line(error)}") from None
+    check_converted_config(model, read_json(folder / CONFIG), str(folder))
+    return model
 
 
 def keeps_base_weights(folder: Path) -> bool:
-    """Whether PEFT attaches an adapter without changing the base's weights. PiSSA and OLoRA change them."""
-    return read_json(folder / CONFIG).get("init_lora_weights") not in REPEATABLE_INITS
-
-
-def resize_vocabulary(base: torch.nn.Module, folder: Path, state: State) -> None:
-    """Resize a base's embeddings to the vocabulary of an adapter: to the rows in its file, or those that it trains.
-
-    Args:
-        folder: of the adapter.
-        state: its tensors.
-
-    Raises:
-        ArtifactError: the adapter trains some rows that the base lacks, and not all of them.
-    """
-    vocab_size = len(base.get_input_embeddings().weight)  # type: ignore[operator]
-    trained = _trained_rows(folder)
-    if trained and (size := max(trained) + 1) > vocab_size:
-        if sum(row >= vocab_size for row in trained) < size - vocab_size:  # bounds the size of an untrusted adapter
-            raise ArtifactError(
-                f"{folder / CONFIG}: trainable_token_indices has {max(trained)}, but the base has {vocab_size:,} "
-                "tokens and the adapter does not train all in between; is this the base that it was trained on?"
-            )
-        base.resize_token_embeddings(size, mean_resizing=False)  # type: ignore[operator]
-    for name, weight in _embeddings(base).items():
-        rows = [state[key].shape[0] for key in _plain_keys(name) if key in state]
-        rows += [state[key].shape[1] for key in (f"{PREFIX}{name}.lora_embedding_A",) if key in state]
-        if rows and rows[0] != len(weight):
-            base.resize_token_embeddings(rows[0], mean_resizing=False)  # type: ignore[operator]
-
-
-def _trained_rows(folder: Path) -> set[int]:
-    """Return the rows of the embeddings that an adapter trains: `trainable_token_indices` of its config."""
-    indices = read_json(folder / CONFIG).get("trainable_token_indices") or []
-    lists = list(indices.values()) if isinstance(indices, dict) else [indices]
-    return {row for rows in lists if isinstance(rows, list) for row in rows if type(row) is int and row >= 0}
-
-
-def pop_base_embeddings(model: PeftModel, state: State) -> State:
-    """Remove the base's own embeddings from an adapter's tensors; return them by their names in the base.
-
-    PEFT saves them with the adapter if the vocabulary was resized.
-    """
-    trained = adapter_parameters(model).keys()
-    keys = {
-        f"{name}.weight": key
-        for name in _embeddings(model.get_base_model())
-        for key in _plain_keys(name)
-        if key in state and key not in trained
-    }
-    return {name: state.pop(key) for name, key in keys.items()}
-
-
-def check_same_embeddings(base: torch.Tensor, saved: torch.Tensor, where: str) -> None:
-    """Check that the embeddings in an adapter's file are those of the base, for the tokens that both have.
-
-    Raises:
-        ArtifactError: they differ.
-    """
-    rows, coarse = min(len(base), len(saved)), min(base.dtype, saved.dtype, key=lambda dtype: dtype.itemsize)
-    if base.shape[1:] != saved.shape[1:] or not torch.equal(base[:rows].cpu().to(coarse), saved[:rows].to(coarse)):
-        raise ArtifactError(
-            f"{where}: the embeddings saved with the adapter are not those of this base, though they were not trained; "
-            "is this the base that it was trained on? (Trained embeddings must be in modules_to_save.)"
-        )
+    """Whether PEFT attaches an adapter without changing the base's weights. PiSSA, OLoRA and KaSA change them."""
+    config = read_json(folder / CONFIG)
+    return config.get("init_lora_weights") not in REPEATABLE_INITS and not config.get("kasa_config")
 
 
 def adapter_names(model: PeftModel, bias: str) -> list[str]:
@@ -234,7 +221,7 @@ def gather_adapter(
         raise ArtifactError(f"gather={gather!r}: use auto, state_dict or parameters")
     peft_model = unwrap_peft_model(accelerator, model)
     parameters = dict(peft_model.named_parameters())
-    names = adapter_names(peft_model, bias or peft_model.active_peft_config.bias)
+    names = adapter_names(peft_model, bias or peft_model.active_peft_config.bias) + initial_names(peft_model)
     remaining = {name: parameters[name] for name in names}
     backend = backend_of(accelerator)
     if gather == "auto":
@@ -256,6 +243,8 @@ def gather_adapter(
 def write_adapter(model: PeftModel, state: State, folder: Path, *, bias: str | None = None) -> None:
     """Write a gathered adapter into an existing folder, read it back and compare.
 
+    An adapter that is trained with a frozen one (model/initial_adapter.py) is written as the sum of both.
+
     Raises:
         ArtifactError: a tensor is empty, PEFT would omit one, or the file read back differs.
         TrainingError: a tensor is not finite.
@@ -269,34 +258,64 @@ def write_adapter(model: PeftModel, state: State, folder: Path, *, bias: str | N
             f"{not_finite[0]} is not finite after the update, so it is not saved; lower the learning rate"
         )
     saved: State = {}
+    state = join_initial(state, model.active_adapter)
     for key, name in _keys(model, list(state)).items():
         is_tied = any(state[name] is tensor for tensor in saved.values())  # saved under both names
         saved[key] = state[name].clone() if is_tied else state[name]
     write_tensors(folder / WEIGHTS, saved)
 
-    config = model.active_peft_config.to_dict()
-    config |= {"inference_mode": True, "bias": bias or config["bias"]}
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    write_json(folder / CONFIG, dict(sorted(config.items())))
+    write_json(folder / CONFIG, saved_config(model, bias=bias))
 
     written = read_adapter(folder)
     if written.keys() != saved.keys() or any(not torch.equal(written[name], saved[name]) for name in saved):
         raise ArtifactError(f"{folder}: {WEIGHTS} differs from what was written; check the disk")
 
 
+def saved_config(model: PeftModel, *, bias: str | None = None) -> dict[str, Any]:
+    """Return the PEFT config with which a model's adapter is saved, as JSON values.
+
+    Args:
+        bias: see `gather_adapter`.
+    """
+    config = model.active_peft_config.to_dict()
+    config |= {"inference_mode": True, "bias": bias or config["bias"]}
+    if base := config.get("base_model_name_or_path"):
+        config["base_model_name_or_path"], config["revision"] = recorded_name(base, config.get("revision"))
+    if has_initial_adapter(model):
+        config = joined_config(config)
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.items())}
+
+
 def read_adapter(folder: Path) -> State:
-    """Read an adapter's tensors by their names in the file.
+    """Read an adapter's tensors by their names in the file. Their data is mapped into memory, and read when it is used.
 
     Raises:
-        ArtifactError: the folder is not an adapter, or its file cannot be read. An older `adapter_model.bin`, a pickle,
-            is read without running code.
+        ArtifactError: the folder is not an adapter, its file cannot be read, or a tensor has a dtype or layout that no
+            adapter has. An older `adapter_model.bin`, a pickle, is read without running code.
     """
-    if (folder / CONFIG).is_file() and not (folder / WEIGHTS).exists() and (folder / PICKLED).is_file():
-        return read_pickle(folder / PICKLED)
-    for name in (CONFIG, WEIGHTS):
+    path = folder / WEIGHTS
+    if (folder / CONFIG).is_file() and not path.exists() and (folder / PICKLED).is_file():
+        path = folder / PICKLED
+    for name in (CONFIG, path.name):
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder}: is not an adapter: {name} is missing")
-    return read_tensors(folder / WEIGHTS)
+    tensors = read_pickle(path) if path.name == PICKLED else read_tensors(path)
+    check_tensors(path, tensors)
+    return tensors
+
+
+def check_adapter_files(folder: Path, *, force: bool = False) -> None:
+    """Check an adapter as far as possible without its base: its files, its config, and the kinds of its tensors.
+
+    Args:
+        force: whether to ignore options of adapter_config.json that the installed PEFT does not know.
+
+    Raises:
+        ArtifactError: the adapter cannot be used.
+    """
+    read_adapter(folder)
+    check_untrusted_config(folder / CONFIG, ())
+    check_known_options(folder / CONFIG, force=force)
 
 
 def write_tensors(path: Path, tensors: State) -> None:
@@ -310,19 +329,6 @@ def write_tensors(path: Path, tensors: State) -> None:
         file.write(data[half:])
 
 
-def read_tensors(path: Path) -> State:
-    """Read a safetensors file.
-
-    Raises:
-        ArtifactError: the file cannot be read.
-    """
-    try:
-        state: State = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path}: cannot be read: {first_line(error)}") from None
-    return state
-
-
 def restore_adapter(model: PeftModel, folder: Path, backend: Backend | None = None) -> None:
     """Load saved weights into the adapter that a model already has. Every rank calls this.
 
@@ -332,14 +338,39 @@ def restore_adapter(model: PeftModel, folder: Path, backend: Backend | None = No
     Raises:
         ArtifactError: the file's tensors do not match this adapter.
     """
-    _restore(model, read_adapter(folder), str(folder), backend or ReplicatedBackend())
+    backend = backend or ReplicatedBackend()
+    is_joined = _is_joined(model, folder)
+    expected = saved_shapes(model, backend, joined=is_joined)
+    trained, embeddings = match_tensors(model, read_adapter(folder), expected, str(folder))
+    if embeddings:
+        raise ArtifactError(f"{folder}: contains {min(embeddings)} of the base, which is not restored here")
+    parameters = dict(model.named_parameters())
+    for key, name in _saved_names(model).items():
+        values = split_initial(name, trained[key], model.active_adapter) if is_joined else {name: trained[key]}
+        for own_name, value in values.items():
+            backend.write_parameter(parameters[own_name], value)
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
-    """Return an adapter's parameters by their names in the file."""
+    """Return an adapter's trained parameters by their names in the file."""
     parameters = dict(model.named_parameters())
-    names = adapter_names(model, model.active_peft_config.bias)
-    return {key: parameters[name] for key, name in _keys(model, names).items()}
+    return {key: parameters[name] for key, name in _saved_names(model).items()}
+
+
+def saved_shapes(
+    model: PeftModel, backend: Backend | None = None, *, joined: bool | None = None
+) -> dict[str, torch.Size]:
+    """Return the shapes of an adapter's tensors by their names in the file.
+
+    Args:
+        backend: None = the model is neither wrapped nor sharded.
+        joined: whether the file has the frozen adapter, too; None = if the model has one.
+    """
+    backend, parameters = backend or ReplicatedBackend(), dict(model.named_parameters())
+    shapes = {key: (name, backend.full_shape(parameters[name])) for key, name in _saved_names(model).items()}
+    if not (has_initial_adapter(model) if joined is None else joined):
+        return {key: shape for key, (_, shape) in shapes.items()}
+    return {key: joined_shape(name, shape, model.active_adapter) for key, (name, shape) in shapes.items()}
 
 
 def check_all_trained_is_saved(model: PeftModel) -> None:
@@ -396,6 +427,11 @@ def _added_names(model: PeftModel) -> set[str]:
     }
 
 
+def _saved_names(model: PeftModel) -> dict[str, str]:
+    """Return name in the file -> name of the trained parameter."""
+    return _keys(model, adapter_names(model, model.active_peft_config.bias))
+
+
 def _keys(model: PeftModel, names: list[str]) -> dict[str, str]:
     """Return name in the file -> parameter name. PEFT may save tied parameters under both names."""
     # PEFT renames tensors, so pass numbers instead and see which name each one gets.
@@ -432,35 +468,21 @@ def _peft_state(model: PeftModel, state: Mapping[str, torch.Tensor]) -> State:
     return named | biases
 
 
-def check_adapter_tensors(expected: Mapping[str, torch.Size], tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """Check an adapter's tensors: names, shapes, floating-point dtype, and that they are finite.
+def _is_joined(model: PeftModel, folder: Path) -> bool:
+    """Whether a checkpoint has the frozen adapter, too. Earlier versions changed the base instead.
 
     Raises:
-        ArtifactError: with the first mismatch.
+        ArtifactError: it has not, and the initialization was random.
     """
-    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing or unexpected:
+    init = read_json(folder / CONFIG).get("init_lora_weights", True)
+    if not subtracts_initial_adapter(init):
+        return has_initial_adapter(model)
+    if has_initial_adapter(model) and init not in REPEATABLE_INITS:
         raise ArtifactError(
-            f"{where}: {len(missing)} tensors are missing{_example(missing)}, "
-            f"{len(unexpected)} do not belong to this adapter{_example(unexpected)}; {MISMATCH_HINT}"
+            f"{folder}: an earlier version saved it without the values of its initialization ({init}), which is "
+            "random, so it cannot be resumed; choose another output_dir"
         )
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name]:
-            raise ArtifactError(
-                f"{where}: {name} has shape {tuple(tensor.shape)}, the model expects {tuple(expected[name])}; "
-                f"{MISMATCH_HINT}"
-            )
-        if not tensor.dtype.is_floating_point:
-            raise ArtifactError(f"{where}: {name} is stored as {tensor.dtype}, not as floating point")
-        if not torch.isfinite(tensor).all():
-            raise ArtifactError(f"{where}: {name} contains values that are not finite")
-
-
-def _restore(model: PeftModel, state: State, where: str, backend: Backend) -> None:
-    parameters = adapter_parameters(model)
-    check_adapter_tensors({key: backend.full_shape(parameter) for key, parameter in parameters.items()}, state, where)
-    for key, parameter in parameters.items():
-        backend.write_parameter(parameter, state[key])
+    return False
 
 
 def _check_base_init(folder: Path) -> None:
@@ -474,31 +496,5 @@ def _check_base_init(folder: Path) -> None:
         )
 
 
-def _embeddings(base: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights of the input and output embeddings by module name. A model may have no output embeddings."""
-    embeddings = [getattr(base, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
-    return {
-        name: getattr(module, "weight", torch.empty(0))  # PEFT's wrappers expose the wrapped weight
-        for name, module in base.named_modules()
-        if any(module is embedding for embedding in embeddings)
-    }
-
-
-def _plain_keys(name: str) -> tuple[str, str]:
-    return f"{PREFIX}{name}.weight", f"{PREFIX}{name}.base_layer.weight"
-
-
-def _base_parameter(model: PeftModel, name: str) -> torch.nn.Parameter:
-    module = model.get_base_model().get_submodule(name.rpartition(".")[0])
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
-    parameter: torch.nn.Parameter = getattr(module, "original_module", module).weight
-    return parameter
-
-
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _example(names: list[str]) -> str:
-    return f" (such as {names[0]})" if names else ""

@@ -17,18 +17,20 @@ from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.faults import fault_point
 from lora_accel.model.adapter import trainable_parameters
 from lora_accel.saving.adapter import (
-    State,
     adapter_parameters,
     gather_adapter,
-    read_tensors,
     restore_adapter,
+    saved_shapes,
     unwrap_peft_model,
     write_adapter,
     write_tensors,
 )
-from lora_accel.saving.atomic import atomic_folder, write_json
-from lora_accel.saving.discovery import OPTIMIZER, STATE, Checkpoint, prune, step_folders
+from lora_accel.saving.atomic import atomic_folder, sha256_of, sync, write_json
+from lora_accel.saving.discovery import OPTIMIZER, STATE, WEIGHTS, Checkpoint, prune, step_folders
+from lora_accel.saving.lock import check_exists
+from lora_accel.saving.matching import State
 from lora_accel.saving.provenance import Provenance, changes, changes_table, is_allowed, options_for_key
+from lora_accel.saving.untrusted import read_tensors
 
 METADATA_BYTES = 100_000
 """Upper bound for everything in a checkpoint except its tensors."""
@@ -71,10 +73,15 @@ def save_checkpoint(
     moments = _moments(backend, peft_model, optimizer, names, keep=accelerator.is_main_process)
     with on_all_ranks(accelerator, f"saving {final.name}"):
         if accelerator.is_main_process:
-            with atomic_folder(final) as temporary:
+            check_exists(folder.parent)
+            hashes: dict[str, str] = {}
+            with atomic_folder(final, hashes) as temporary:
                 write_adapter(peft_model, adapter, temporary)
                 write_tensors(temporary / OPTIMIZER, moments)
-                write_json(temporary / STATE, state)
+                for name in (WEIGHTS, OPTIMIZER):
+                    sync(temporary / name)
+                    hashes[name] = sha256_of(temporary / name)
+                write_json(temporary / STATE, state | {"files": hashes})
             prune(folder, keep_last, protected)
     return final
 
@@ -91,14 +98,14 @@ def check_disk_space(
     Raises:
         ConfigError: there is too little free space.
     """
-    backend = backend_of(accelerator)
-    parameters = adapter_parameters(unwrap_peft_model(accelerator, model)).values()
-    num_tensors = 1 + len(OPTIMIZERS[optimizer_name].moments)
-    numel = num_tensors * sum(backend.full_shape(parameter).numel() for parameter in parameters)
+    backend, peft_model = backend_of(accelerator), unwrap_peft_model(accelerator, model)
+    num_trained = sum(backend.full_shape(parameter).numel() for parameter in adapter_parameters(peft_model).values())
+    num_saved = sum(shape.numel() for shape in saved_shapes(peft_model, backend).values())
+    numel = num_saved + len(OPTIMIZERS[optimizer_name].moments) * num_trained
     checkpoint_bytes = 4 * numel + METADATA_BYTES  # float32
     existing = sum(file.lstat().st_size for path in step_folders(folder) for file in path.iterdir())
     needed = max((keep_last + 2) * checkpoint_bytes - existing, 2 * checkpoint_bytes)
-    free = shutil.disk_usage(folder.parent).free
+    free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free  # it may be a link to another disk
     if free < needed:
         raise ConfigError(
             f"output_dir: {folder.parent} has {free / 1e6:,.1f} MB free, but {keep_last + 1} checkpoints of "
@@ -183,7 +190,14 @@ def _restore_moments(
     saved, trained = read_tensors(file), trainable_parameters(model)
     shapes = {f"{moment}.{name}": backend.full_shape(p) for name, p in trained.items() for moment in spec.moments}
     if {key: tensor.shape for key, tensor in saved.items()} != shapes:
-        raise ArtifactError(f"{file}: its tensors are not the moments of the parameters that are trained here")
+        names = saved.keys() | shapes.keys()
+        name = min(key for key in names if key not in saved or key not in shapes or saved[key].shape != shapes[key])
+        found = f"has shape {tuple(saved[name].shape)}" if name in saved else "is missing"
+        expected = f"expected is {tuple(shapes[name])}" if name in shapes else "it is not expected"
+        raise ArtifactError(
+            f"{file}: its tensors are not the moments of the parameters that are trained here: {name} {found}, "
+            f"{expected}"
+        )
     for name, tensor in saved.items():
         if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
             raise ArtifactError(f"{file}: {name} is not float32, or not finite")

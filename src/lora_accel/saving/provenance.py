@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -11,16 +12,18 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from huggingface_hub import snapshot_download
 from pydantic import ValidationError
 from transformers.utils import cached_file
+from typing_extensions import NotRequired
 
+from lora_accel.config.adapter_options import subtracts_initial_adapter
 from lora_accel.config.plan import Plan
 from lora_accel.config.recorded import with_defaults
 from lora_accel.config.schema import ModelSection, RunConfig
 from lora_accel.data.audit import SourceLedger
 from lora_accel.errors import ArtifactError
-from lora_accel.saving.atomic import sha256_of
+from lora_accel.saving.base_identity import base_identity, loaded_hashes
+from lora_accel.saving.hub import recorded_name
 
 PACKAGES = (
     "lora-accel",
@@ -33,15 +36,17 @@ PACKAGES = (
     "safetensors",
 )
 
-VLLM_RANK = 16
-"""The largest rank that vLLM supports without `--max-lora-rank`."""
-UNSUPPORTED_BY_VLLM = {
-    "use_dora": "DoRA",
-    "modules_to_save": "modules_to_save",
-    "trainable_token_indices": "trained tokens",
-    "target_parameters": "target_parameters",
-}
-"""Option -> its name in a message."""
+AUTO_LOADING = """from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained(".")"""
+BASE_LOADING = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), ".")"""
+"""How a model card loads an adapter whose base is on the Hub, and one whose base was a local folder."""
+MAX_HASHES = 3
+"""Maximum number of weight files in a model card."""
 
 # Config keys that may change when a run resumes: they affect where and how it runs, not the result. The pattern matches
 # complete keys, so a key added to the schema counts as affecting the result until it is listed here.
@@ -73,10 +78,15 @@ class BaseProvenance(TypedDict):
     """The base model of a run."""
 
     name_or_path: str
+    """A Hub id, or the absolute path of a folder on the machine of the run."""
     revision: str | None
     sha256: dict[str, str]
-    """Of each weight file, by its name."""
+    """Of each weight file that transformers loads, by its name."""
+    tensors_sha256: str
+    """Of the tensors in these files; see `base_identity.tensors_hash`. Earlier versions did not record it."""
     config_sha256: str
+    quantization: NotRequired[dict[str, Any]]
+    """How the weights are stored, in the fields of the section `quantization`; absent if they are not quantized."""
 
 
 class DataProvenance(TypedDict):
@@ -123,8 +133,7 @@ def describe_run(
     tokenizer: Any,
     template: str,
     ledgers: list[SourceLedger],
-    base: dict[str, str],
-    base_config: str,
+    base: BaseProvenance,
 ) -> Provenance:
     """Return the provenance of a run.
 
@@ -133,18 +142,12 @@ def describe_run(
         base_dtype: name of the base model's dtype.
         template: source of the chat template.
         ledgers: one per training source.
-        base: SHA-256 of the base model's weight files, by file name.
-        base_config: hash of the base model's config.
+        base: name and hashes of the base model.
     """
     return {
         "packages": versions(),
         "num_threads": torch.get_num_threads(),
-        "base": {
-            "name_or_path": config.model.name_or_path,
-            "revision": config.model.revision,
-            "sha256": base,
-            "config_sha256": base_config,
-        },
+        "base": base,
         "tokenizer_sha256": sha256_of_text(tokenizer.backend_tokenizer.to_str()),
         "chat_template_sha256": sha256_of_text(template),
         "data": [
@@ -166,35 +169,36 @@ def describe_run(
     }
 
 
-def model_card(provenance: Mapping[str, Any]) -> str:
-    """Return the README.md of an adapter: what it is, how to load it, and its training data."""
-    config, plan = provenance["config"], provenance["plan"]
-    base = provenance["base"]["name_or_path"]
-    adapter = config["adapter"]
+def model_card(provenance: Mapping[str, Any], saved: Mapping[str, Any], serving: str) -> str:
+    """Return the README.md of an adapter: what it is, how to load it, and its training data.
+
+    Args:
+        saved: the PEFT config in the adapter's folder.
+        serving: how to serve it; see `serving.serving_note`.
+    """
+    config, plan, base = provenance["config"], provenance["plan"], provenance["base"]
+    adapter, on_hub = config["adapter"], not os.path.isabs(base["name_or_path"])
     data = "\n".join(f"- {entry['path']}" for entry in provenance["data"])
     return f"""---
-base_model: {base}
-library_name: peft
+{_base_metadata(base)}library_name: peft
 pipeline_tag: text-generation
 ---
 
-# LoRA adapter for {base}
+# LoRA adapter for {_base_title(base)}
 
-Rank {adapter["r"]}, alpha {adapter["alpha"]}, on {adapter["target_modules"]}; biases: {adapter["bias"]}.
-Trained for {plan["total_steps"]} steps of {plan["batch_size"]} examples with lora_accel
+Rank {saved["r"]}, alpha {saved["lora_alpha"]}, on {adapter["target_modules"]}; biases: {adapter["bias"]}.
+{_init_note(adapter)}Trained for {plan["total_steps"]} steps of {plan["batch_size"]} examples with lora_accel
 {provenance["packages"]["lora-accel"]} on:
 
 {data}
 
-```python
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-model = AutoPeftModelForCausalLM.from_pretrained(".")
+{_local_base_note(base)}```python
+{AUTO_LOADING if on_hub else BASE_LOADING}
 tokenizer = AutoTokenizer.from_pretrained(".")  # with the chat template of training
 ```
 
-`lora-accel merge . OUT` merges it into the base model. Serving: {serving_note(adapter, config["model"])}
+`lora-accel merge . OUT{"" if on_hub else " --base BASE"}` merges it into the base model.
+Serving: {serving}
 {_base_notes(config["model"])}
 `provenance.json` records the config, package versions, and hashes of base model, tokenizer, template and data.
 """
@@ -218,28 +222,38 @@ def recorded_changes(provenance: Mapping[str, Any] | None, where: str) -> ModelS
         raise ArtifactError(f"{where}: its provenance has an invalid model.rope_scaling or model.add_tokens") from None
 
 
-def serving_note(adapter: Mapping[str, Any], model: Mapping[str, Any] | None = None) -> str:
-    """Return how to serve an adapter with vLLM: directly, or after merging.
+def _init_note(adapter: Mapping[str, Any]) -> str:
+    """Return why an adapter has twice the rank of its run; empty if it has not."""
+    init = adapter.get("init_lora_weights")
+    if not subtracts_initial_adapter(init):
+        return ""
+    return f"Trained with {init} and rank {adapter['r']}, and saved as plain LoRA of twice the rank.\n"
 
-    vLLM's checks: https://docs.vllm.ai/en/latest/api/vllm/lora/peft_helper/ (as of 2026-11).
 
-    Args:
-        adapter: the section `adapter` of a run config, or a PEFT config.
-        model: the section `model` of a run config; None = unknown.
-    """
-    unsupported = [name for key, name in UNSUPPORTED_BY_VLLM.items() if adapter.get(key)]
-    model = model or {}
-    if model.get("rope_scaling"):
-        unsupported.append("RoPE scaling that the base's config.json lacks")
-    if model.get("add_tokens"):
-        unsupported.append("added tokens")
-    if adapter.get("bias", "none") != "none":
-        unsupported.append(f"biases ({adapter['bias']})")
-    if unsupported:
-        return f"merge the adapter first: vLLM does not support {', '.join(unsupported)}"
-    rank = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
-    option = "" if rank <= VLLM_RANK else f" --max-lora-rank {rank}"
-    return f"vLLM can load this adapter directly: vllm serve BASE --enable-lora{option} --lora-modules NAME=DIR"
+def _base_metadata(base: Mapping[str, Any]) -> str:
+    """Return the line of a card's metadata that names the base; empty for a local folder, which no one else has."""
+    return "" if os.path.isabs(base["name_or_path"]) else f"base_model: {base['name_or_path']}\n"
+
+
+def _base_title(base: Mapping[str, Any]) -> str:
+    """Return the name of a base in a card: its Hub id with the revision, or the name of its local folder."""
+    name, revision = base["name_or_path"], base["revision"]
+    if os.path.isabs(name):
+        return f"the local model {Path(name).name}"
+    return f"{name} ({revision})" if revision else str(name)
+
+
+def _local_base_note(base: Mapping[str, Any]) -> str:
+    """Return how to recognize a base that was in a local folder; empty for a base on the Hub."""
+    if not os.path.isabs(base["name_or_path"]):
+        return ""
+    hashes = "\n".join(f"- `{name}`: {sha256}" for name, sha256 in sorted(base["sha256"].items())[:MAX_HASHES])
+    folder, more = Path(base["name_or_path"]).name, len(base["sha256"]) > MAX_HASHES
+    return f"""Its base was a model in the local folder `{folder}`; below, BASE is a copy of it. SHA-256 of its weights:
+
+{hashes}{" …" if more else ""}
+
+"""
 
 
 def _base_notes(model: Mapping[str, Any]) -> str:
@@ -266,7 +280,7 @@ number of tokens if the base has fewer, and then `PeftModel.from_pretrained`.
 
 def merged_card(provenance: Mapping[str, Any]) -> str:
     """Return the README.md of a merged model: what it is, its base and adapter, and how it differs from them."""
-    merged, agreement = provenance["merged"], provenance["merged"]["agreement"]
+    merged, agreement, base = provenance["merged"], provenance["merged"]["agreement"], provenance["base"]
     if agreement is None:
         checked = "It was not compared with base + adapter."
     else:
@@ -275,15 +289,14 @@ def merged_card(provenance: Mapping[str, Any]) -> str:
             f"average ({agreement['top1']:.0%} of {agreement['num_tokens']} tokens have the same top token)."
         )
     return f"""---
-base_model: {merged["base"]}
-library_name: transformers
+{_base_metadata(base)}library_name: transformers
 pipeline_tag: text-generation
 ---
 
-# {merged["base"]} with a LoRA adapter merged into it
+# {_base_title(base)} with a LoRA adapter merged into it
 
-The adapter is `{merged["adapter"]}`, the base's weights are the {merged["base_weights"]} ones, stored as
-{merged["dtype"]}. {checked}
+Of the base, the {merged["base_weights"]} weights are used, stored as {merged["dtype"]}. The adapter's file has the
+SHA-256 {merged["adapter_sha256"]}. {checked}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -299,6 +312,7 @@ tokenizer = AutoTokenizer.from_pretrained(".")  # with the chat template of trai
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return the differences of two provenances that affect the result, as (key, then, now)."""
     before, after = _result_inputs(then), _result_inputs(now)
+    before["model.weights"], after["model.weights"] = _weights_of(then["base"], now["base"])
     return [
         (key, before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
@@ -330,24 +344,21 @@ def changes_table(differences: list[tuple[str, Any, Any]]) -> str:
     return "\n".join(f"  {key}: {_short(then)} -> {_short(now)}" for key, then, now in differences)
 
 
-def base_hashes(name_or_path: str, revision: str | None) -> dict[str, str]:
-    """Return the SHA-256 of each weight file of a base model, by file name.
-
-    Files in the Hub's cache are named by their hash, so they are not read.
-
-    Args:
-        name_or_path: a folder, or a model in the Hub's cache.
+def describe_base(name_or_path: str, revision: str | None) -> BaseProvenance:
+    """Return the name of a base, and the hashes of its weights and config. Reads its weight files once.
 
     Raises:
-        ArtifactError: the folder has no weight files.
+        ArtifactError: it has no weight files, or one cannot be read.
     """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(name_or_path, revision=revision, local_files_only=True))
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
-    if not files:
-        raise ArtifactError(f"{name_or_path}: contains no *.safetensors or *.bin file")
-    return {file.name: _hash_of_weights(file) for file in files}
+    hashes, tensors = base_identity(name_or_path, revision)
+    recorded, recorded_revision = recorded_name(name_or_path, revision)
+    return {
+        "name_or_path": recorded,
+        "revision": recorded_revision,
+        "sha256": hashes,
+        "tensors_sha256": tensors,
+        "config_sha256": config_hash(name_or_path, revision),
+    }
 
 
 def config_hash(name_or_path: str, revision: str | None) -> str:
@@ -387,11 +398,6 @@ def _hash_of_files(hashes: Mapping[str, str]) -> str:
     return next(iter(hashes.values())) if len(hashes) == 1 else sha256_of_text("".join(hashes.values()))
 
 
-def _hash_of_weights(file: Path) -> str:
-    blob = file.resolve().name
-    return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else sha256_of(file)
-
-
 def _result_inputs(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything that the result depends on, as a flat dict."""
     config = with_defaults(provenance["config"])
@@ -400,7 +406,6 @@ def _result_inputs(provenance: Mapping[str, Any]) -> dict[str, Any]:
     flat |= {f"plan.{key}": plan[key] for key in ("batch_size", "total_steps", "warmup_steps", "num_examples")}
     flat |= {
         "training.mixed_precision": provenance["mixed_precision"],
-        "model.weights": sorted(provenance["base"]["sha256"].values()),
         "model.config": provenance["base"]["config_sha256"],
         "model.tokenizer": provenance["tokenizer_sha256"],
         "model.chat_template": provenance["chat_template_sha256"],
@@ -410,6 +415,16 @@ def _result_inputs(provenance: Mapping[str, Any]) -> dict[str, Any]:
         flat[f"data.train[{number}].bytes"] = data["sha256"]
         flat[f"data.train[{number}].tokens"] = data["tokens_sha256"]
     return flat
+
+
+def _weights_of(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the hashes of two bases that can be compared: of all tensors, or else of the files.
+
+    Earlier versions recorded only the files.
+    """
+    if "tensors_sha256" in then and "tensors_sha256" in now:
+        return then["tensors_sha256"], now["tensors_sha256"]
+    return loaded_hashes(then["sha256"]), loaded_hashes(now["sha256"])
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -1,58 +1,131 @@
-"""Checks of untrusted adapters: loading one must not run code, exhaust memory or hang."""
+"""Limits on adapters of unknown origin: reading one runs no code, and takes neither much memory nor long.
+
+Everything here is checked before anything is computed: the config's types and sizes, the patterns in it (in a process
+with limits), and the headers of tensor files.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import io
 import json
 import pickle
 import re
-import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from lora_accel.errors import ArtifactError, first_line
+from lora_accel.logs import logger
+from lora_accel.sandbox import check_patterns
 from lora_accel.saving.atomic import read_json
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_RANK = 1024
+MAX_NAMES = 1000
+"""Names or patterns in one option. A base with more modules than this allows as many as it has modules."""
+MAX_PATTERN_LENGTH = 20_000
+MAX_REPLICATION = 4
+"""Layers of `layer_replication`, as a multiple of the base's layers."""
 MAX_LAYERS = 1024
-PATTERN_SECONDS = 10
-"""Limit for matching all patterns with the module names; some regular expressions take exponential time."""
-MATCH_PROGRAM = """
-import json, re, sys
-patterns, names = json.load(sys.stdin)
-for pattern in patterns:
-    for name in names:
-        re.fullmatch(pattern, name)
-        re.match(rf"(.*\\.)?({pattern})$", name)
-        re.match(rf".*\\.{pattern}\\.(\\d+)\\.", name)
-"""
-"""Program that matches patterns with module names in the three ways that PEFT 0.21 does."""
+"""Limit of `layer_replication` where the base is not known yet."""
+MAX_TENSORS = 100_000
+MAX_NAME_LENGTH = 1000
+MAX_HEADER_BYTES = 20_000_000
+"""Of a safetensors header, about 160 bytes per tensor."""
+MAX_PICKLE_BYTES = 8_000_000
+"""Of the part of a pickle that names the tensors. Python reads it instruction by instruction."""
+MAX_PICKLE_READS = 500_000
+"""Limit for the pickles before torch 1.6, where this part has no size of its own."""
+MAX_SPARSENESS = 16
+"""Size of a file per byte on disk. A file of holes could claim any size."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Supported dtypes of an adapter's tensors."""
 
 
 def check_untrusted_config(path: Path, module_names: Iterable[str]) -> None:
     """Check that an adapter_config.json describes a LoRA of ordinary size.
 
     Args:
-        module_names: of the base; PEFT matches the config's patterns with them.
+        module_names: of the base; PEFT matches the config's patterns with them. Empty = the base is not known yet.
 
     Raises:
         ArtifactError: it is not a LoRA config, or a value is not allowed; the message names the key.
     """
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ArtifactError(f"{path}: over {MAX_CONFIG_BYTES:,} bytes; is this an adapter's config?")
-    config = read_json(path)
+    config, names = _read_config(path), list(module_names)
     for key, is_allowed, problem in CHECKS:
         if not is_allowed(config.get(key, DEFAULTS.get(key))):
-            raise ArtifactError(f"{path}: {key}={str(config.get(key))[:60]!r} {problem}")
-    _check_patterns(path, _patterns(config), module_names)
+            raise ArtifactError(f"{path}: {key}={_short(config.get(key))} {problem}")
+    _check_sizes(path, config, names)
+    _check_patterns(path, _patterns(config), names)
+
+
+def check_known_options(path: Path, *, force: bool = False) -> None:
+    """Check that the installed PEFT knows every option that is set in an adapter_config.json.
+
+    PEFT ignores the others with a warning, but they may change what the adapter computes.
+
+    Args:
+        force: whether to ignore them, with a note.
+
+    Raises:
+        ArtifactError: it does not, and `force` is False.
+    """
+    from peft import LoraConfig  # takes seconds, and only this function needs it
+
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    config = _read_config(path)
+    # null, false, 0 and empty values are those of an option that is not used.
+    unknown = [f"{key}={_short(value)}" for key, value in sorted(config.items()) if key not in known and value]
+    if unknown and force:
+        _note_ignored(f"{path}: --force: ignored {', '.join(unknown[:5])}, which the installed PEFT does not know")
+    elif unknown:
+        version = config.get("peft_version")
+        saved_by = f" (saved by PEFT {version})" if isinstance(version, str) else ""
+        raise ArtifactError(
+            f"{path}: {', '.join(unknown[:5])}: the installed PEFT does not know this option{saved_by}, and without it "
+            "the adapter may compute something else; upgrade peft, or pass --force to ignore the option"
+        )
+
+
+@functools.cache
+def _note_ignored(note: str) -> None:
+    """Log a note once: an adapter is checked before its base is loaded, and again when it is added."""
+    logger.warning(note)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        size = path.stat().st_size if path.is_file() else 0  # a pipe would never end; read_json names what is missing
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
+    if size > MAX_CONFIG_BYTES:
+        raise ArtifactError(f"{path}: over {MAX_CONFIG_BYTES:,} bytes; is this an adapter's config?")
+    if path.exists() and not path.is_file():
+        raise ArtifactError(f"{path}: is not a file")
+    return read_json(path)
+
+
+def _short(value: Any) -> str:
+    """Return a value as text of at most 60 characters. An integer of 400 digits is not converted to decimal."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**60:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)[:60]
 
 
 def _is_object(value: Any) -> bool:
     return isinstance(value or {}, dict)
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
 
 
 def _is_rank(value: Any) -> bool:
@@ -63,6 +136,23 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+def _is_probability(value: Any) -> bool:
+    return value is None or (_is_number(value) and 0 <= value <= 1)
+
+
+def _is_index_list(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**31 for n in value)
+
+
+def _is_layer_choice(value: Any) -> bool:
+    return value is None or _is_index_list([value] if type(value) is int else value)
+
+
+def _is_token_choice(value: Any) -> bool:
+    lists = list(value.values()) if isinstance(value, dict) else [[] if value is None else value]
+    return all(_is_index_list(tokens) for tokens in lists)
+
+
 def _is_layer_list(value: Any) -> bool:
     if value is None:
         return True
@@ -70,8 +160,11 @@ def _is_layer_list(value: Any) -> bool:
         return False
     if not all(isinstance(s, list) and len(s) == 2 and all(type(n) is int and n >= 0 for n in s) for s in value):
         return False
-    num_layers = sum(max(0, int(end) - int(first)) for first, end in value)
-    return 0 < num_layers <= MAX_LAYERS
+    return 0 < _num_replicated(value) <= MAX_LAYERS
+
+
+def _num_replicated(value: list[list[int]]) -> int:
+    return sum(max(0, end - first) for first, end in value)
 
 
 def _is_module_list(value: Any) -> bool:
@@ -79,7 +172,11 @@ def _is_module_list(value: Any) -> bool:
     return isinstance(names, str) or (isinstance(names, list) and all(isinstance(name, str) for name in names))
 
 
-MODULE_KEYS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
+MODULE_KEYS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters")
+PATTERN_KEYS = ("rank_pattern", "alpha_pattern")
+FLAGS = (
+    *("ensure_weight_tying", "fan_in_fan_out", "inference_mode", "lora_bias", "use_dora", "use_qalora", "use_rslora"),
+)
 DEFAULTS = {"r": 8, "lora_alpha": 8}
 _RANK = f"is not a rank from 1 to {MAX_RANK}"
 CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -90,16 +187,42 @@ CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("rank_pattern", lambda value: all(map(_is_rank, (value or {}).values())), _RANK),
     ("lora_alpha", _is_number, "is not a finite number"),
     ("alpha_pattern", lambda value: all(map(_is_number, (value or {}).values())), "is not a finite number"),
+    ("lora_dropout", _is_probability, "is not a number from 0 to 1"),
+    ("bias", lambda value: value in (None, "none", "all", "lora_only"), "is not none, all or lora_only"),
+    (
+        "init_lora_weights",
+        lambda value: _is_flag(value) or isinstance(value, str),
+        "is neither a name nor true or false",
+    ),
     ("megatron_config", lambda value: value is None, "would import a module that the adapter names"),
     ("layer_replication", _is_layer_list, f"is not a list of [first, end] of at most {MAX_LAYERS} layers"),
+    ("layers_to_transform", _is_layer_choice, "is neither a layer's number nor a list of them"),
+    ("trainable_token_indices", _is_token_choice, "is neither a list of token ids nor one for each module"),
     *((key, _is_module_list, "is neither a pattern nor a list of names") for key in MODULE_KEYS),
+    *((key, _is_flag, "is not true or false") for key in FLAGS),
 )
-"""(key, check of its value, message if the check fails)."""
+"""(key, check of its value, message if the check fails). Whatever reads these options later relies on their types."""
+
+
+def _check_sizes(path: Path, config: Mapping[str, Any], module_names: Sequence[str]) -> None:
+    """Check that a config names no more modules and layers than its base has, before PEFT tries each."""
+    limit = max(MAX_NAMES, len(module_names))
+    for key in (*MODULE_KEYS, *PATTERN_KEYS):
+        value = config.get(key) or []
+        if not isinstance(value, str) and len(value) > limit:
+            raise ArtifactError(f"{path}: {key} has {len(value):,} entries, more than the base has modules")
+    num_layers = len({name for name in module_names if re.fullmatch(r".*\.\d+", name)})
+    replication = config.get("layer_replication")
+    if replication and num_layers and _num_replicated(replication) > MAX_REPLICATION * num_layers:
+        raise ArtifactError(
+            f"{path}: layer_replication makes {_num_replicated(replication):,} layers, more than {MAX_REPLICATION} "
+            f"times the base's {num_layers}"
+        )
 
 
 def _patterns(config: Mapping[str, Any]) -> list[str]:
     """Return the regular expressions of a config. Plain names are not among them."""
-    patterns = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
+    patterns = [pattern for key in PATTERN_KEYS for pattern in config.get(key) or {}]
     for key in MODULE_KEYS:
         value = config.get(key) or []
         if isinstance(value, str):
@@ -109,29 +232,89 @@ def _patterns(config: Mapping[str, Any]) -> list[str]:
     return [pattern for pattern in patterns if re.escape(pattern) != pattern]
 
 
-def _check_patterns(path: Path, patterns: Sequence[str], module_names: Iterable[str]) -> None:
-    """Check that patterns compile, and match in time. A subprocess matches them: Python cannot interrupt a match."""
-    if not patterns:
-        return
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ArtifactError(f"{path}: {pattern[:60]!r} is not a valid pattern: {error}") from None
-    try:
-        subprocess.run(
-            [sys.executable, "-I", "-c", MATCH_PROGRAM],
-            input=json.dumps([patterns, list(module_names)]),
-            text=True,
-            capture_output=True,
-            timeout=PATTERN_SECONDS,
-            check=True,
+def _check_patterns(path: Path, patterns: Sequence[str], module_names: Sequence[str]) -> None:
+    """Check that patterns are valid, and match in time."""
+    longest = max(patterns, key=len, default="")
+    if len(longest) > MAX_PATTERN_LENGTH:
+        raise ArtifactError(f"{path}: {longest[:60]!r} … is a pattern of over {MAX_PATTERN_LENGTH:,} characters")
+    check_patterns(str(path), patterns, module_names)
+
+
+# Tensor files
+
+
+def check_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check the kinds of an adapter's tensors, without reading their values.
+
+    Raises:
+        ArtifactError: there are none or too many, or one is not a dense floating-point tensor with data on CPU.
+    """
+    if not tensors:
+        raise ArtifactError(f"{path}: contains no tensors; an adapter that was not gathered or saved is empty")
+    num_bytes = 0
+    for name, tensor in tensors.items():
+        if len(name) > MAX_NAME_LENGTH or not name.isprintable():
+            raise ArtifactError(f"{path}: {name[:60]!r} is not the name of a tensor")
+        is_dense = (
+            type(tensor) in (torch.Tensor, torch.nn.Parameter)
+            and tensor.device.type == "cpu"
+            and tensor.layout == torch.strided
+            and not tensor.is_nested
         )
-    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
-        raise ArtifactError(
-            f"{path}: matching its patterns ({patterns[0][:60]!r} …) with the base's modules takes over "
-            f"{PATTERN_SECONDS} seconds; set target_modules to a list of names"
-        ) from None
+        if not is_dense or tensor.is_complex() or tensor.is_quantized:
+            raise ArtifactError(f"{path}: {name} is not a dense floating-point tensor with data")
+        if tensor.dtype not in DTYPES:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ArtifactError(f"{path}: {name} is stored as {dtype}; save the adapter in 16 or 32 bits")
+        # A pickle of a few bytes can expand one value to a tensor of terabytes.
+        if not 0 < tensor.nbytes <= tensor.untyped_storage().nbytes():
+            raise ArtifactError(f"{path}: {name} is not a dense floating-point tensor with data")
+        num_bytes += tensor.nbytes
+    if num_bytes > 2 * path.stat().st_size:  # tied tensors share their data
+        raise ArtifactError(f"{path}: its tensors share their data, and have {num_bytes:,} bytes")
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file. The data is mapped into memory, not read.
+
+    Raises:
+        ArtifactError: the file cannot be read, or its header is too large or names a tensor twice.
+    """
+    try:
+        _check_header(path)
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, RecursionError, MemoryError) as error:
+        raise ArtifactError(f"{path}: cannot be read: {first_line(error) or type(error).__name__}") from None
+    return tensors
+
+
+def _check_header(path: Path) -> None:
+    """Check the size of a safetensors header, and that no name is in it twice: readers would take either tensor."""
+    with path.open("rb") as file:
+        _check_on_disk(path)
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"its header has {length:,} bytes, more than {MAX_HEADER_BYTES:,}")
+        names = json.loads(file.read(length), object_pairs_hook=_reject_duplicates)
+        if len(names) > MAX_TENSORS + 1:  # and the metadata
+            raise ValueError(f"it has {len(names):,} tensors, more than {MAX_TENSORS:,}")
+
+
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice} is in its header twice")
+    return names
+
+
+def _check_on_disk(path: Path) -> None:
+    """Check that a large file has its data on disk."""
+    status = path.stat()
+    on_disk = status.st_blocks * 512  # 0 on file systems that do not know it
+    if status.st_size > 2**30 and 0 < on_disk * MAX_SPARSENESS < status.st_size:
+        raise ValueError(f"it has {status.st_size:,} bytes, but only {on_disk:,} of them are on disk")
 
 
 def read_pickle(file: Path) -> dict[str, torch.Tensor]:
@@ -141,17 +324,57 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
         ArtifactError: it cannot be read, or contains anything but tensors by name.
     """
     try:
-        try:
+        _check_on_disk(file)
+        if zipfile.is_zipfile(file):
+            _check_archive(file)
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before torch 1.6 cannot be memory-mapped
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
+        else:  # the format before torch 1.6, which cannot be memory-mapped
+            with _LimitedReads(file) as stream:
+                tensors = torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ArtifactError(f"{file}: contains more than tensors; code in a pickle is not run") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        reason = first_line(error)
-        raise ArtifactError(f"{file}: cannot be read: {reason}") from None
+    except Exception as error:  # a forged pickle raises many types
+        raise ArtifactError(f"{file}: cannot be read: {first_line(error) or type(error).__name__}") from None
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     ):
         raise ArtifactError(f"{file}: should contain a dict of tensors by name")
     return dict(tensors)
+
+
+def _check_archive(file: Path) -> None:
+    """Check that the archive of a pickle is not compressed, and that its list of tensors is of ordinary size."""
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - 66_000))  # the last record of an archive, with its comment
+        tail = stream.read()
+    directory_bytes = int.from_bytes(tail[(end := tail.rfind(b"PK\x05\x06")) + 12 : end + 16], "little")
+    if directory_bytes > MAX_HEADER_BYTES and directory_bytes != 2**32 - 1:  # which refers to another record
+        raise ValueError(f"its archive has a directory of {directory_bytes:,} bytes")
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("it is compressed, so it could expand to any size; save it with torch.save")
+    size = sum(entry.file_size for entry in entries if entry.filename.endswith("data.pkl"))
+    if size > MAX_PICKLE_BYTES or len(entries) > MAX_TENSORS:
+        raise ValueError(f"its list of tensors has {size:,} bytes, more than {MAX_PICKLE_BYTES:,}; use safetensors")
+
+
+class _LimitedReads(io.BufferedReader):
+    """A file for the pickles before torch 1.6, with a limit on the number of reads: one or two per instruction."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(io.FileIO(file))
+        self._num_reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._count()
+        return super().read(size)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        self._count()
+        return super().readline(size)
+
+    def _count(self) -> None:
+        self._num_reads += 1
+        if self._num_reads > MAX_PICKLE_READS:
+            raise ValueError("its list of tensors is too long; use safetensors")

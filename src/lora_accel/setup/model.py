@@ -15,7 +15,13 @@ from lora_accel.data.chat import Example
 from lora_accel.distributed.backend import Backend, backend_of
 from lora_accel.errors import ConfigError
 from lora_accel.logs import logger
-from lora_accel.model.adapter import add_adapter, count_parameters, key_dropout, trainable_parameters
+from lora_accel.model.adapter import (
+    add_adapter,
+    count_parameters,
+    key_dropout,
+    skipped_experts,
+    trainable_parameters,
+)
 from lora_accel.model.attention import can_pack, pack_attention
 from lora_accel.model.base import check_zero3_dtype, load_base_model
 from lora_accel.model.compile import compile_layers
@@ -24,9 +30,10 @@ from lora_accel.model.dropout import DropoutKeys
 from lora_accel.model.fused_loss import patch_fused_loss
 from lora_accel.model.kernels import patch_norms_and_gates
 from lora_accel.model.new_tokens import extend_vocabulary, train_new_tokens
+from lora_accel.model.prequantized import check_modules_to_save
 from lora_accel.model.tokenizer import load_tokenizer
-from lora_accel.saving.adapter import check_all_trained_is_saved
-from lora_accel.saving.provenance import serving_note
+from lora_accel.saving.adapter import check_all_trained_is_saved, saved_config, saved_shapes
+from lora_accel.saving.serving import serving_note
 from lora_accel.setup.data import PreparedData
 from lora_accel.training.memory import estimate_activation_bytes, free_bytes
 from lora_accel.training.optimizer import make_optimizer
@@ -86,6 +93,7 @@ def prepare_model(config: RunConfig, accelerator: Accelerator, *, checkpoint_dty
         logger.info(f"note: padding rows: {base.config.model_type} does not support packing with this attention")
     # torch.compile fuses the same operations itself.
     (compile_layers if config.training.compile else patch_norms_and_gates)(base)
+    check_modules_to_save(base, adapter)
     model = add_adapter(
         base,
         adapter,
@@ -93,17 +101,21 @@ def prepare_model(config: RunConfig, accelerator: Accelerator, *, checkpoint_dty
         autocast=is_mixed and not backend.keeps_fp32_masters,
         masters=is_mixed and backend.keeps_fp32_masters,
     )
+    recorded = model.active_peft_config
+    recorded.base_model_name_or_path, recorded.revision = config.model.name_or_path, config.model.revision
     trained, total = count_parameters(model)
-    logger.info(f"trainable: {trained:,} of {total:,} parameters ({trained / total:.3%})")
-    logger.info(f"serving: {serving_note(config.adapter.model_dump(), config.model.model_dump())}")
+    share = f"{trained:,} of {total:,} parameters ({trained / total:.3%})"
+    logger.info(f"trainable: {share}{skipped_experts(model, adapter)}")
+    serving = serving_note(saved_config(model), saved_shapes(model, backend), config.model.model_dump())
+    logger.info(f"serving: {serving}")
     check_all_trained_is_saved(model)
-    patch_fused_loss(model.get_base_model())
+    is_fused = patch_fused_loss(model.get_base_model())
     optimizer = make_optimizer(
         trainable_parameters(model).values(),
         config.training,
         fused=has_fused_adamw(detect_device(accelerator.device)),
     )
-    dropout_keys = key_dropout(model)
+    dropout_keys = key_dropout(model, fused_loss=is_fused)
     model, optimizer = accelerator.prepare(model, optimizer)
     backend.init_moments(optimizer, OPTIMIZERS[config.training.optimizer].moments)
     trainable = list(trainable_parameters(model).values())

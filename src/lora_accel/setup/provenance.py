@@ -6,7 +6,8 @@ from accelerate import Accelerator
 
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import Stage
-from lora_accel.saving.provenance import Provenance, base_hashes, config_hash, describe_run
+from lora_accel.model.prequantized import stored_quantization
+from lora_accel.saving.provenance import Provenance, describe_base, describe_run
 from lora_accel.setup.data import PreparedData
 from lora_accel.setup.model import PreparedModel
 
@@ -19,9 +20,10 @@ def make_provenance(
     Raises:
         ArtifactError: the base has no weight files.
     """
-    name, revision = config.model.name_or_path, config.model.revision
     with Stage("hashing the weights of the base model", enabled=accelerator.is_local_main_process):
-        weights = base_hashes(name, revision)
+        base = describe_base(config.model.name_or_path, config.model.revision)
+    if (quantization := stored_quantization(config.model)) is not None:
+        base["quantization"] = quantization.model_dump()
     return describe_run(
         config,
         data.plan,
@@ -30,6 +32,5 @@ def make_provenance(
         tokenizer=data.template.tokenizer,
         template=data.template.source,
         ledgers=data.dataset.ledgers,
-        base=weights,
-        base_config=config_hash(name, revision),
+        base=base,
     )

@@ -9,7 +9,7 @@ import json
 from lora_accel.config.schema import RunConfig
 from lora_accel.data.dataset import Recipe
 from lora_accel.data.template import ChatTemplate, template_source
-from lora_accel.model.tokenizer import load_tokenizer, tokenizer_fingerprint
+from lora_accel.model.tokenizer import check_model_folder, load_tokenizer, tokenizer_fingerprint
 
 
 def make_recipe(config: RunConfig) -> Recipe:
@@ -17,7 +17,10 @@ def make_recipe(config: RunConfig) -> Recipe:
 
     Raises:
         DataError: there is no such template.
+        ArtifactError: the model does not exist.
+        ConfigError: it is an adapter.
     """
+    check_model_folder(config.model)
     name, variables = config.model.chat_template, config.model.chat_template_kwargs
 
     @functools.cache

@@ -10,11 +10,11 @@ from accelerate.utils import gather_object
 
 from lora_accel.config.plan import Plan
 from lora_accel.config.schema import RunConfig
-from lora_accel.errors import ConfigError
+from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.logs import logger
 from lora_accel.saving.atomic import recover_all
 from lora_accel.saving.checkpoint import check_changes, load_checkpoint
-from lora_accel.saving.discovery import find_checkpoint, quarantine
+from lora_accel.saving.discovery import STATE, Checkpoint, find_checkpoint, quarantine
 from lora_accel.saving.provenance import Provenance, changes, changes_table
 from lora_accel.setup.model import PreparedModel
 from lora_accel.training.loss_scale import LossScale
@@ -56,6 +56,8 @@ def resume_run(
     allowed_changes: list[str] = []
     if checkpoint is not None:
         allowed_changes = check_changes(checkpoint, provenance, config.checkpoint.allow_changes)
+        if not allowed_changes:
+            _check_derived(checkpoint, config, plan)
         if checkpoint.step > plan.total_steps:
             raise ConfigError(
                 f"training: the run has {plan.total_steps} steps, but {checkpoint.folder} is after step "
@@ -84,6 +86,23 @@ def resume_run(
         selection.parent_hash,
         selection.parent_path,
     )
+
+
+def _check_derived(checkpoint: Checkpoint, config: RunConfig, plan: Plan) -> None:
+    """Check what follows from the step of a checkpoint with the same inputs as this run.
+
+    Raises:
+        ArtifactError: its state has another epoch, number of examples or seed.
+    """
+    step = checkpoint.step
+    derived = {"epoch": plan.position(step)[0], "examples": plan.examples_after(step), "seed": config.seed}
+    for name, expected in derived.items():
+        recorded = checkpoint.state.get(name)
+        if recorded is not None and recorded != expected:
+            raise ArtifactError(
+                f"{checkpoint.folder / STATE}: {name}={recorded}, but after step {step} of this run it is {expected}; "
+                "name an earlier checkpoint in checkpoint.resume"
+            )
 
 
 def check_ranks_agree(provenance: Provenance, step: int | None) -> None:

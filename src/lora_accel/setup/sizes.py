@@ -13,6 +13,7 @@ from lora_accel.data.template import ChatTemplate
 from lora_accel.errors import ConfigError, DataError
 from lora_accel.logs import logger
 from lora_accel.model.new_tokens import resized_vocabulary
+from lora_accel.model.prequantized import check_quantization
 from lora_accel.model.sizes import ModelSizes, model_sizes, resolve_factor
 
 MAX_NAMED = 5
@@ -23,9 +24,10 @@ def resolve_rope_scaling(config: RunConfig) -> RunConfig:
     """Return a run config whose `model.rope_scaling` has a factor; see `model.sizes.resolve_factor`.
 
     Raises:
-        ArtifactError: the model does not exist.
-        ConfigError: the model has no rotary embeddings.
+        ArtifactError: the model does not exist, or is quantized in a way that is not supported.
+        ConfigError: the model has no rotary embeddings, or is stored in another quantization than the config asks for.
     """
+    check_quantization(config.model, config.quantization)
     return config.model_copy(update={"model": resolve_factor(config.model, config.data.max_length)})
 
 
@@ -41,10 +43,11 @@ def check_examples(config: RunConfig, template: Callable[[], ChatTemplate], sour
 
     Raises:
         DataError: a row holds a token that the model does not have.
-        ConfigError: an example is longer than the model's table of positions, or the model does not support
-            `model.rope_scaling`.
+        ConfigError: an example is longer than the model's table of positions, the model does not support
+            `model.rope_scaling`, or it is stored in another quantization than the config has.
         ArtifactError: the model does not exist, or its padding token is not in its vocabulary.
     """
+    check_quantization(config.model, config.quantization)
     sizes, longest = model_sizes(config.model), 0
     if config.model.add_tokens is not None:
         vocab_size = resized_vocabulary(config.model.add_tokens, template().tokenizer, sizes.vocab_size)
