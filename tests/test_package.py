@@ -191,7 +191,7 @@ def test_merge_of_all_checkpoints_of_a_combination_and_with_fastchats_options(
     shutil.copytree(trained.output_dir, run)
     result = command("merge", "--all", run)
     assert result.returncode == 0, result.stderr
-    names = {path.name for path in (run / "merged").iterdir()}
+    names = {path.name for path in (run / "merged-all").iterdir()}
     assert names == {"adapter", *(path.name for path in (run / "checkpoints").iterdir())}
     assert sum(line.startswith("merged: ") for line in result.stdout.splitlines()) == len(names)
     assert command("merge", "--all", run).stdout.count("already merged: ") == len(names)
@@ -200,7 +200,7 @@ def test_merge_of_all_checkpoints_of_a_combination_and_with_fastchats_options(
     result = command("merge", *args, "--target-model-path", tmp_path / "fastchat")
     assert result.returncode == 0, result.stderr
     weights = "model.safetensors"
-    assert (tmp_path / "fastchat" / weights).read_bytes() == (run / "merged" / "adapter" / weights).read_bytes()
+    assert (tmp_path / "fastchat" / weights).read_bytes() == (run / "merged-all" / "adapter" / weights).read_bytes()
 
     checkpoint = min((run / "checkpoints").iterdir())
     args = ("--adapter", f"{run / 'adapter'}=0.7", "--adapter", f"{checkpoint}=0.3")

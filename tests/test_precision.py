@@ -127,7 +127,7 @@ def test_checkpoint_without_dtype_was_trained_as_stored(
         ("auto", "fp16", "float32", torch.float16),
         ("auto", "no", "bfloat16", torch.bfloat16),
         ("auto", "no", "float32", torch.float32),
-        ("auto", "no", "auto", "auto"),
+        ("auto", "no", "auto", torch.bfloat16),
         ("auto", "no", None, torch.bfloat16 if torch.bfloat16 in NATIVE else torch.float32),
     ],
 )

@@ -49,6 +49,7 @@ def test_run_folder_contents(make_config: Callable[..., RunConfig], tmp_path: Pa
     adapter = run_training(config)
 
     assert adapter == folder / "adapter"
+    assert "is_local" not in json.loads((adapter / "tokenizer_config.json").read_text()), "see model/portable.py"
     assert read_config(folder / "config.yaml") == config
     plan = json.loads((folder / "plan.json").read_text())
     assert (plan["total_steps"], plan["steps_per_epoch"], plan["num_examples"]) == (6, 6, 21)
@@ -320,7 +321,14 @@ def test_adapter_without_checkpoints_is_not_replaced(make_config: Callable[..., 
 
 
 @pytest.mark.parametrize(
-    "names", [[], [".lock"], [".lock", ".plan.json.writing"], [".lock", "plan.json", ".config.yaml.writing"]]
+    "names",
+    [
+        [],
+        [".lock"],
+        [".lock", ".plan.json.lora-accel-writing"],
+        [".lock", "plan.json", ".config.yaml.lora-accel-writing"],
+        [".lock", ".plan.json.writing"],  # of older versions
+    ],
 )
 def test_leftovers_of_a_run_that_was_killed_at_the_start_are_accepted(tmp_path: Path, names: list[str]) -> None:
     for name in (".lock", *names):
@@ -424,11 +432,11 @@ def test_leftovers_in_the_run_folder_are_cleaned_up(make_config: Callable[..., R
     adapter = run_training(config)
     folder = adapter.parent
     checkpoints = folder / "checkpoints"
-    adapter.rename(folder / ".adapter.older")
-    (checkpoints / "step-00000006").rename(checkpoints / ".step-00000006.older")
-    (checkpoints / ".step-00000007.writing").mkdir()
-    (checkpoints / ".step-00000002.deleting").mkdir()
-    (folder / ".status.json.writing").write_text("{")
+    adapter.rename(folder / ".adapter.lora-accel-older")
+    (checkpoints / "step-00000006").rename(checkpoints / ".step-00000006.lora-accel-older")
+    (checkpoints / ".step-00000007.lora-accel-writing").mkdir()
+    (checkpoints / ".step-00000002.lora-accel-deleting").mkdir()
+    (folder / ".status.json.lora-accel-writing").write_text("{")
     run_training(config)
     assert [line["step"] for line in read_metrics(folder, "event") if line["event"] == "resume"] == [6]
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000004", "step-00000006"]
@@ -439,7 +447,7 @@ def test_moved_adapter_is_restored_before_training(make_config: Callable[..., Ru
     """A run that is killed between two renames leaves no adapter under its name; the next run restores it first."""
     adapter = run_training(make_config())
     before = tree(adapter)
-    adapter.rename(adapter.with_name(".adapter.older"))
+    adapter.rename(adapter.with_name(".adapter.lora-accel-older"))
     longer = make_config(training={"epochs": 2, "max_hours": 1e-9}, checkpoint={"allow_changes": ["training.epochs"]})
     with pytest.raises(Interrupted, match="after step 7"):
         run_training(longer)

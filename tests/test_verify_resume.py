@@ -136,7 +136,7 @@ def test_a_killed_merge_can_be_repeated_with_the_same_bytes(
         killed = run_module(*args, env={"LORA_ACCEL_FAULT": f"{point}@1=kill"})
         assert killed.returncode == -9
         assert not (tmp_path / "merged").exists()
-        assert [path.name for path in tmp_path.glob(".*")] == [".merged.writing"]
+        assert [path.name for path in tmp_path.glob(".*")] == [".merged.lora-accel-writing"]
     assert run_module(*args).returncode == 0
     expected = (tmp_path / "merged" / "model.safetensors").read_bytes()
     assert not list(tmp_path.glob(".*"))

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from lora_accel.config.schema import Dtype
+from lora_accel.config.schema import MAX_NEW_TOKENS, Dtype
 from lora_accel.console import print_table, run_command, show_logs, silence_libraries
 from lora_accel.errors import ConfigError, LoraAccelError
 from lora_accel.processes import keep_freed_memory
@@ -36,14 +36,29 @@ RawOption = Annotated[
     Optional[bool],  # noqa: UP045
     typer.Option("--raw/--template", help="Pass prompts without, or with, the chat template. Default: as in training."),
 ]
+ForceOption = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Allow a base that the adapter was not trained on, and options that the installed PEFT does not know.",
+    ),
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the base model's own Python code. Only for code that you trust."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 # typer evaluates these annotations at run time, so they must be valid on Python 3.10.
+
+WRITING_COMMANDS = ("train", "merge", "export", "init", "verify-resume")
+"""Commands whose result is files: they continue if nobody reads what they print."""
 
 
 def main() -> None:
     """Run the command line."""
     show_logs()
-    sys.exit(run_command(lambda: app(standalone_mode=True)))
+    should_continue = any(name in WRITING_COMMANDS for name in sys.argv[1:2])
+    sys.exit(run_command(lambda: app(standalone_mode=True), should_continue=should_continue))
 
 
 @app.command()
@@ -154,7 +169,7 @@ def merge(
     run: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
-            "--all", metavar="RUN", help="Merge every checkpoint of a run and its final adapter into RUN/merged/."
+            "--all", metavar="RUN", help="Merge every checkpoint of a run and its final adapter into RUN/merged-all/."
         ),
     ] = None,
     base_weights: Annotated[
@@ -175,7 +190,8 @@ def merge(
         typer.Option(metavar="5GB", help="Largest weight file. Default: the same files as the base."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Allow a base that the adapter was not trained on.")] = False,
+    force: ForceOption = False,
+    trust_remote_code: TrustOption = False,
     lora_path: Annotated[Optional[str], typer.Option("--lora-path", help="Alias of ADAPTER (FastChat).")] = None,  # noqa: UP045
     target_model_path: Annotated[
         Optional[Path],  # noqa: UP045
@@ -199,6 +215,7 @@ def merge(
         "max_shard_bytes": request.max_shard_bytes,
         "overwrite": overwrite,
         "force": force,
+        "trust_remote_code": trust_remote_code,
     }
     if request.run is not None:
         merged = merge_checkpoints(request.run, base=base, **options)
@@ -233,13 +250,24 @@ def export(
         typer.Option(metavar="NUMBER", help="lora_alpha of a loralib file, which does not store it."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    force: ForceOption = False,
+    trust_remote_code: TrustOption = False,
     as_json: Json = False,
 ) -> None:
     """Convert an adapter to another tool's format, or import one from loralib."""
     silence_libraries()
     from lora_accel.export.export import export_adapter
 
-    written = export_adapter(adapter, out, format=format, base=base, alpha=alpha, overwrite=overwrite)
+    written = export_adapter(
+        adapter,
+        out,
+        format=format,
+        base=base,
+        alpha=alpha,
+        overwrite=overwrite,
+        force=force,
+        trust_remote_code=trust_remote_code,
+    )
     print(json.dumps(written, indent=2) if as_json else f"{format}: {out} ({written['num_tensors']} tensors)")
 
 
@@ -267,11 +295,15 @@ def generate(
     system: Annotated[Optional[str], typer.Option(metavar="TEXT", help="System message.")] = None,  # noqa: UP045
     raw: RawOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum reply length in tokens.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=MAX_NEW_TOKENS, help="Maximum reply length in tokens.")
+    ] = 128,
     streamed: Annotated[
         bool, typer.Option("--stream", help="Print tokens as they are generated (one adapter only).")
     ] = False,
     dtype: DtypeOption = "auto",
+    force: ForceOption = False,
+    trust_remote_code: TrustOption = False,
     as_json: Json = False,
 ) -> None:
     """Generate replies to prompts: greedy decoding, with the chat template of training."""
@@ -294,6 +326,8 @@ def generate(
             raw=raw,
             max_new_tokens=max_new_tokens,
             dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            force=force,
         )
         return
     answers = generate_replies(
@@ -307,6 +341,8 @@ def generate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        force=force,
     )
     replies = [(last_message(prompt), answer) for prompt, answer in zip(conversations, answers, strict=True)]
     if as_json:
@@ -329,8 +365,12 @@ def chat(
     ] = None,
     system: Annotated[Optional[str], typer.Option(metavar="TEXT", help="System message.")] = None,  # noqa: UP045
     raw: RawOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum reply length in tokens.")] = 512,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=MAX_NEW_TOKENS, help="Maximum reply length in tokens.")
+    ] = 512,
     dtype: DtypeOption = "auto",
+    force: ForceOption = False,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Chat with an adapter or a merged model in the terminal. Decoding is greedy."""
     silence_libraries()
@@ -344,6 +384,8 @@ def chat(
         raw=raw,
         max_new_tokens=max_new_tokens,
         dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        force=force,
     )
 
 
@@ -360,20 +402,31 @@ def evaluate(
     ] = None,
     merged: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Merged model to score.")] = None,  # noqa: UP045
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 25,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum reply length in tokens.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=MAX_NEW_TOKENS, help="Maximum reply length in tokens.")
+    ] = 128,
     dtype: DtypeOption = "auto",
+    force: ForceOption = False,
+    trust_remote_code: TrustOption = False,
     as_json: Json = False,
 ) -> None:
     """Compute loss, perplexity and exact match of base, adapters and a merged model on the evaluation data."""
     from lora_accel.config.files import read_config
 
-    run_config = read_config(config, [*(overrides or []), *([] if dtype == "auto" else [f"model.dtype={dtype}"])])
+    options = [] if dtype == "auto" else [f"model.dtype={dtype}"]
+    options += ["model.trust_remote_code=true"] if trust_remote_code else []
+    run_config = read_config(config, [*(overrides or []), *options])
     silence_libraries()
     from lora_accel.inference.evaluation import evaluate as score_models
     from lora_accel.inference.evaluation import scores_as_json, scores_as_table
 
     scores = score_models(
-        run_config, adapters=adapter or [], merged=merged, batch_size=batch_size, max_new_tokens=max_new_tokens
+        run_config,
+        adapters=adapter or [],
+        merged=merged,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        force=force,
     )
     if as_json:
         print(scores_as_json(scores))

@@ -6,8 +6,8 @@
     │   ├── DataError                 a data file, a row or a chat template
     │   └── ArtifactError             an adapter, a checkpoint or a base model that cannot be used
     ├── TrainingError             3   training cannot continue; the last good checkpoint is kept
-    └── Interrupted         143/130   stopped by Ctrl-C (130) or another signal (143); a checkpoint is saved
-    Aborted (KeyboardInterrupt)  143/130  a signal before training started; there is nothing to save
+    └── Interrupted     143/131/130   stopped by Ctrl-C (130), Ctrl-\\ (131) or a signal (143); a checkpoint is saved
+    Aborted (KeyboardInterrupt)       same: a signal before training started; there is nothing to save
 
 A message names the option, file, line or row that is wrong, and how to fix it. It is printed without a traceback.
 """
@@ -68,8 +68,8 @@ class Aborted(KeyboardInterrupt):
 
 
 def exit_code_of(number: int) -> int:
-    """Return the exit code of a run that a signal stopped: 130 for SIGINT, 143 for any other."""
-    return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+    """Return the exit code of a run that a signal stopped: 130 for Ctrl-C, 131 for Ctrl-\\, 143 for any other."""
+    return 128 + (number if number in (signal.SIGINT, signal.SIGQUIT) else signal.SIGTERM)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -85,8 +85,11 @@ def join_or(names: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error message, without a final period."""
-    return str(error).strip().split("\n")[0].rstrip(".")
+    """Return the first line of a library's error message, without a final period; two if the first only announces."""
+    first, *rest = str(error).strip().split("\n")
+    if first.endswith(":") and rest:
+        first += f" {rest[0].strip()}"
+    return first.rstrip(".")
 
 
 def is_full_disk(error: BaseException) -> bool:

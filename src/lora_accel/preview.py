@@ -31,6 +31,7 @@ from lora_accel.data.store import Examples
 from lora_accel.data.tokens import special_tokens
 from lora_accel.errors import ConfigError, did_you_mean
 from lora_accel.labels import IGNORE_INDEX
+from lora_accel.paths import why_not_writable
 from lora_accel.saving.atomic import write_text
 from lora_accel.setup.recipe import make_recipe
 
@@ -480,8 +481,8 @@ def _html_table(title: str, lines: Sequence[tuple[str, ...]]) -> str:
 
 
 def _check_page_path(file: Path) -> None:
-    if file.is_dir():
-        raise ConfigError(f"--html: {file} is a folder; pass a file name")
+    if reason := why_not_writable(file, "file"):
+        raise ConfigError(f"--html: {reason}")
     if not file.parent.is_dir():
         raise ConfigError(f"--html: the folder {file.parent} does not exist; create it first")
 

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_accel.config.plan import Plan
 from lora_accel.config.schema import RunConfig
@@ -33,7 +34,7 @@ def is_finished(
         ledgers: ledgers of the training sources.
         template: source of the chat template.
     """
-    adapter = folder / "adapter"
+    adapter = (folder / "adapter").resolve()  # it may be a link to another disk
     try:
         status, provenance = read_json(folder / "status.json"), read_json(folder / "provenance.json")
         if status["state"] != "done" or status["step"] != plan.total_steps or why_invalid(adapter) is not None:
@@ -41,9 +42,10 @@ def is_finished(
         finished_plan = {key: provenance["plan"][key] for key in plan.as_dict() if key != "num_ranks"}
         tokens = [entry["tokens_sha256"] for entry in provenance["data"]]
         settings, precision = provenance["config"], provenance["mixed_precision"]
-        base = provenance["base"]
-        hashes = (base["sha256"], base["config_sha256"], provenance["chat_template_sha256"])
-    except (ArtifactError, KeyError, TypeError):
+        base, template_sha256 = provenance["base"], provenance["chat_template_sha256"]
+        recorded = {"sha256": dict(base["sha256"]), "config_sha256": base["config_sha256"]}
+        recorded["tensors_sha256"] = base.get("tensors_sha256")
+    except (ArtifactError, KeyError, TypeError, ValueError, AttributeError):
         return False
     is_same = (
         finished_plan == {key: value for key, value in plan.as_dict().items() if key != "num_ranks"}
@@ -51,22 +53,23 @@ def is_finished(
         and settings == json.loads(json.dumps(config.model_dump()))
         and precision == mixed_precision
     )
-    return is_same and hashes == _hashes(config, template)
+    return is_same and _has_same_model(config, template, recorded, template_sha256)
 
 
-def finished_lines(folder: Path, step: int, *, can_evaluate: bool) -> list[str]:
+def finished_lines(folder: Path, step: int, *, can_evaluate: bool, trust_remote_code: bool = False) -> list[str]:
     """Return the message for a run that is already finished.
 
     Args:
         step: its last step.
         can_evaluate: whether the run's config has evaluation data.
+        trust_remote_code: whether the base's own code ran, which the next commands must allow too.
     """
     return [
         f"{folder}: finished after step {step:,}; nothing to do",
         f"adapter: {folder / 'adapter'}",
         "to train longer, add training.epochs=N 'checkpoint.allow_changes=[training.epochs]'",
         "to train from the beginning, add output_dir=ANOTHER",
-        *next_lines(folder, can_evaluate=can_evaluate),
+        *next_lines(folder, can_evaluate=can_evaluate, trust_remote_code=trust_remote_code),
     ]
 
 
@@ -79,6 +82,7 @@ def summary_lines(
     loss: float | None,
     eval_loss: float | None,
     can_evaluate: bool,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """Return the message at the end of a run.
 
@@ -87,6 +91,7 @@ def summary_lines(
         seconds: training time of this process.
         loss, eval_loss: of the last step; None = not logged, not evaluated.
         can_evaluate: whether the run's config has evaluation data.
+        trust_remote_code: see `finished_lines`.
     """
     steps = plan.total_steps - resumed_from
     resumed = f", resumed after step {resumed_from:,}" if resumed_from else ""
@@ -96,30 +101,36 @@ def summary_lines(
         f"finished: {steps:,} steps in {format_seconds(seconds)}{resumed}"
         + (f"; {final_losses}" if final_losses else ""),
         f"adapter: {folder / 'adapter'}",
-        *next_lines(folder, can_evaluate=can_evaluate),
+        *next_lines(folder, can_evaluate=can_evaluate, trust_remote_code=trust_remote_code),
     ]
 
 
-def next_lines(folder: Path, *, can_evaluate: bool) -> list[str]:
+def next_lines(folder: Path, *, can_evaluate: bool, trust_remote_code: bool = False) -> list[str]:
     """Return the commands to run next, ready to copy.
 
     Args:
         can_evaluate: whether the run's config has evaluation data.
+        trust_remote_code: see `finished_lines`.
     """
+    option = " --trust-remote-code" if trust_remote_code else ""
     adapter, merged, config = (shlex.quote(str(folder / name)) for name in ("adapter", "merged", "config.yaml"))
-    lines = [f"lora-accel chat --adapter {adapter}"]
+    lines = [f"lora-accel chat --adapter {adapter}{option}"]
     if can_evaluate:
         lines.append(f"lora-accel evaluate --config {config} --adapter {adapter}")
-    lines.append(f"lora-accel merge {adapter} {merged}")
+    lines.append(f"lora-accel merge {adapter} {merged}{option}")
     return ["next:", *(f"  {line}" for line in lines)]
 
 
-def _hashes(config: RunConfig, template: str) -> tuple[dict[str, str], str, str] | None:
-    """Return the hashes of base weights, base config and chat template; None if the base is not available."""
-    from lora_accel.saving.provenance import base_hashes, config_hash, sha256_of_text
+def _has_same_model(config: RunConfig, template: str, recorded: dict[str, Any], template_sha256: str) -> bool:
+    """Whether a run's base and chat template are the recorded ones. False if the base is not available."""
+    from lora_accel.saving.base_identity import base_hashes, is_same_base, tensors_hash
+    from lora_accel.saving.provenance import config_hash, sha256_of_text
 
     name, revision = config.model.name_or_path, config.model.revision
     try:
-        return base_hashes(name, revision), config_hash(name, revision), sha256_of_text(template)
+        hashes = base_hashes(name, revision, cached=True)
+        same_weights = is_same_base(recorded, hashes, lambda: tensors_hash(name, revision, cached=True))
+        same_config = config_hash(name, revision) == recorded["config_sha256"]
     except (ArtifactError, OSError):  # deleted, or no longer in the cache
-        return None
+        return False
+    return same_weights and same_config and sha256_of_text(template) == template_sha256

@@ -10,6 +10,7 @@ Heavy libraries are imported inside functions, after the config is validated.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,16 +20,19 @@ from lora_accel.config.files import read_config
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import Stage, run_command, show_logs, silence_libraries
 from lora_accel.distributed.launch import (
+    check_local_rank,
+    connect_store,
     exit_process,
     exit_with_launcher,
     is_local_rank_0,
     make_accelerator,
     resolve_launch,
+    use_deepspeed,
 )
 from lora_accel.faults import active_fault
 from lora_accel.logs import logger
 from lora_accel.saving.discovery import KeptSettings, kept_settings
-from lora_accel.saving.lock import check_output_folder, lock_run_folder
+from lora_accel.saving.lock import check_final_adapter, check_output_folder, lock_run_folder
 from lora_accel.summary import finished_lines, is_finished, summary_lines
 from lora_accel.training.stopping import abort_on_signal
 
@@ -45,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train with the options of the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m lora_accel.train", description="Train a LoRA adapter.")
     parser.add_argument("--config", required=True, metavar="FILE", help="run config, YAML")
+    parser.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed JSON, if accelerate launch does not pass one")
+    # The launchers of DeepSpeed and torch.distributed.launch pass it, and set LOCAL_RANK too.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that differ from the file")
     request = parser.parse_args(arguments)
 
@@ -52,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show_logs()
         with abort_on_signal():
             exit_with_launcher()
+            check_local_rank(request.local_rank)
+            if request.deepspeed is not None:
+                use_deepspeed(request.deepspeed)
             run_training(read_config(request.config, request.overrides), silence=True)
 
     return run_command(
@@ -59,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank=int(os.environ.get("RANK", "0")),
         reports=is_local_rank_0(),
         error_file=os.environ.get("TORCHELASTIC_ERROR_FILE"),
+        should_continue=True,
     )
 
 
@@ -117,9 +128,15 @@ def run_in_folder(
         log_data(config, data)
     identity = {"template": data.template.source, "mixed_precision": accelerator.mixed_precision}
     if gather_object([is_main and is_finished(folder, config, data.plan, data.dataset.ledgers, **identity)])[0]:
-        lines = finished_lines(folder, data.plan.total_steps, can_evaluate=bool(data.eval_sources))
+        lines = finished_lines(
+            folder,
+            data.plan.total_steps,
+            can_evaluate=bool(data.eval_sources),
+            trust_remote_code=config.model.trust_remote_code,
+        )
         logger.info("\n".join(lines))
         return folder / "adapter"
+    check_final_adapter(folder / "adapter")
 
     with Stage("importing PEFT", enabled=accelerator.is_local_main_process):
         from lora_accel.saving.checkpoint import check_disk_space
@@ -152,31 +169,34 @@ def train_and_export(
     """Train from the resume point to the last step, and save the final adapter. Updates status.json and the log."""
     from accelerate.utils import gather_object
 
+    from lora_accel.distributed.heartbeat import Process, watch_ranks
     from lora_accel.saving.discovery import prune
     from lora_accel.saving.run_folder import save_final_adapter
-    from lora_accel.saving.status import track_status
+    from lora_accel.saving.status import track_status, write_state
     from lora_accel.setup.run import make_run
     from lora_accel.training.loop import train
     from lora_accel.training.stopping import handle_stop_signals
 
     folder, is_main, first_step = Path(config.output_dir), accelerator.is_main_process, start.progress.step
-    checkpoints, pids = folder / "checkpoints", gather_object([os.getpid()])
+    checkpoints, processes = folder / "checkpoints", gather_object([Process.current()])
+    pids, rank = [process.pid for process in processes], accelerator.process_index
     with (
         handle_stop_signals(config.training.max_hours, reports=accelerator.is_local_main_process) as stop,
         track_status(folder, first_step, start.checkpoint, pids=pids, enabled=is_main) as note_status,
     ):
         run = make_run(config, data, accelerator, prepared, provenance, start, stop, note_status)
-        # Accelerate puts a tracker's files into a folder of the project's name: OUTPUT_DIR/tensorboard.
-        accelerator.init_trackers("tensorboard")
+        run.metrics.start_trackers()
         run.metrics.log_event(first_step, "resume" if first_step else "start")
         try:
             if start.checkpoint is not None and start.checkpoint.parent.resolve() != checkpoints.resolve():
                 run.checkpointer.save(start.progress)  # of another run: save a copy in this one
             run.metrics.begin()
-            train(run, start.progress)
-            save_final_adapter(
-                folder / "adapter", data.template, accelerator, prepared.model, provenance, config.checkpoint.gather
-            )
+            store, end = connect_store(len(processes)), functools.partial(write_state, folder)
+            with watch_ranks(store, run.position, processes, rank, on_abort=end):
+                train(run, start.progress)
+                save_final_adapter(
+                    folder / "adapter", data.template, accelerator, prepared.model, provenance, config.checkpoint.gather
+                )
             if is_main:
                 prune(checkpoints, config.checkpoint.keep_last, protected=config.checkpoint.resume)
             run.metrics.log_event(data.plan.total_steps, "done")
@@ -191,6 +211,7 @@ def train_and_export(
             loss=run.metrics.loss,
             eval_loss=run.metrics.eval_loss,
             can_evaluate=bool(data.eval_sources),
+            trust_remote_code=config.model.trust_remote_code,
         )
         logger.info("\n".join(lines))
     return folder / "adapter"

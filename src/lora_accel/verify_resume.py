@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from lora_accel.config.files import read_config
 from lora_accel.errors import ArtifactError, ConfigError, LoraAccelError
+from lora_accel.paths import why_not_writable
 from lora_accel.saving.atomic import sha256_of
 from lora_accel.saving.discovery import OPTIMIZER, WEIGHTS
 
@@ -47,6 +48,8 @@ def verify_resume(config: Path, overrides: Sequence[str], *, steps: int, launche
     """
     output = Path(read_config(config, overrides).output_dir)
     folder = output.absolute().with_name(f"{output.absolute().name}-verify-resume")
+    if reason := why_not_writable(folder / "uninterrupted", "folder"):
+        raise ConfigError(f"output_dir: {reason}")
     if folder.exists():
         raise ConfigError(f"output_dir: {folder} exists from an earlier verification; delete it")
     half = steps // 2

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import bitsandbytes
 import pytest
@@ -24,7 +25,7 @@ from lora_accel.merging.merge import merge_checkpoints
 from lora_accel.merging.shards import Weights
 from lora_accel.merging.streaming import MergedTensors
 from lora_accel.model.base import load_base_model
-from lora_accel.saving.atomic import why_invalid
+from lora_accel.saving.atomic import why_invalid, write_manifest
 from lora_accel.saving.discovery import WEIGHTS
 from tests.conftest import CHATML
 
@@ -127,7 +128,7 @@ def test_dequantized_base_weights_equal_those_of_a_qlora_run(
 
 def test_dequantized_needs_a_quantized_base(trained: Callable[..., Path], tmp_path: Path) -> None:
     adapter = trained()
-    with pytest.raises(ArtifactError, match="was not quantized to 4 bits; pass --base-weights original"):
+    with pytest.raises(ArtifactError, match="its base was not quantized in training; pass --base-weights original"):
         merge_adapter(adapter, tmp_path / "merged", base_weights="dequantized")
     (adapter / "provenance.json").unlink()
     with pytest.raises(ArtifactError, match="has no record of how its base was quantized"):
@@ -162,7 +163,9 @@ def test_folder_is_complete_and_has_provenance(
     assert why_invalid(out) is None
     files = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "provenance.json"}
     assert files | {"manifest.json", "README.md", "LICENSE.txt"} <= file_names(out)
-    assert str(tiny_model()) in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert f"# the local model {tiny_model().name} with a LoRA adapter merged into it" in card
+    assert str(tiny_model()) not in card, "a path of this machine"
     assert not any("adapter" in name for name in file_names(out))
     assert AutoTokenizer.from_pretrained(out).chat_template == CHATML
     assert AutoConfig.from_pretrained(out).use_cache
@@ -203,15 +206,42 @@ def nothing_written(folder: Path) -> bool:
 
 def test_existing_folder_is_replaced_only_with_overwrite(trained: Callable[..., Path], tmp_path: Path) -> None:
     adapter, out = trained(), tmp_path / "merged"
-    out.mkdir()
-    (out / "mine.txt").write_text("mine")
+    merge_adapter(adapter, out)
+    first = (out / "manifest.json").stat().st_ino
     with pytest.raises(ArtifactError, match="already exists; choose another folder, or pass --overwrite"):
         merge_adapter(adapter, out)
-    assert file_names(out) == {"mine.txt"}
+    assert (out / "manifest.json").stat().st_ino == first
     merge_adapter(adapter, out, overwrite=True)
-    assert "mine.txt" not in file_names(out)
+    assert (out / "manifest.json").stat().st_ino != first
     assert why_invalid(out) is None
     assert {path.name for path in tmp_path.iterdir() if "merged" in path.name} == {"merged"}
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "checkpoints/step-00000001/notes.txt"])
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_files_of_the_user_are_never_overwritten(
+    trained: Callable[..., Path], tmp_path: Path, name: str, is_ours: bool
+) -> None:
+    adapter, out = trained(), tmp_path / "merged"
+    if is_ours:
+        merge_adapter(adapter, out)
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_text("mine")
+    before = file_names(out)
+    with pytest.raises(ArtifactError, match=f"contains files that were not written here, and would be lost: {name}; "):
+        merge_adapter(adapter, out, overwrite=True)
+    assert (out / name).read_text() == "mine"
+    assert file_names(out) == before
+
+
+def test_linked_output_folder_is_replaced_on_its_own_disk(trained: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "disk" / "model").mkdir(parents=True)
+    (tmp_path / "merged").symlink_to(tmp_path / "disk" / "model")
+    for _ in range(2):
+        merge_adapter(trained(), tmp_path / "merged", overwrite=True)
+        assert (tmp_path / "merged").is_symlink()
+        assert why_invalid(tmp_path / "disk" / "model") is None
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
 
 
 def test_empty_output_folder_is_accepted(trained: Callable[..., Path], tmp_path: Path) -> None:
@@ -237,7 +267,7 @@ def test_output_folder_that_contains_the_adapter_raises(trained: Callable[..., P
         merge_adapter(adapter, adapter / "out", overwrite=True)  # inside the adapter's folder: deletes nothing
         assert file_names(adapter) == before | {"out"}
         return
-    with pytest.raises(ArtifactError, match="contains the adapter"):
+    with pytest.raises(ArtifactError, match=r"contains the adapter|is a folder that cannot be replaced"):
         merge_adapter(adapter, adapter / inside, overwrite=True)
     assert file_names(adapter) == before
 
@@ -248,9 +278,11 @@ def test_output_folder_that_is_the_base_raises(
     adapter = trained()
     copy = tmp_path / "base"
     shutil.copytree(tiny_model(), copy)
+    write_manifest(copy)  # as a merged model has, so that it may be overwritten
+    before = file_names(copy)
     with pytest.raises(ArtifactError, match="contains the base"):
         merge_adapter(adapter, copy, base=str(copy), overwrite=True)
-    assert file_names(copy) == file_names(tiny_model())
+    assert file_names(copy) == before
 
 
 def test_different_base_weights_raise(
@@ -422,30 +454,66 @@ def test_merge_checkpoints_reads_the_base_once(
     monkeypatch.setattr(Weights, "_read", count_and_read)
     provenances = merge_checkpoints(run)
     assert set(reads.values()) == {1}
-    assert file_names(run / "merged") == {"step-00000003", "step-00000006", "adapter"}
+    assert file_names(run / "merged-all") == {"step-00000003", "step-00000006", "adapter"}
     names = [Path(provenance["merged"]["adapter"]).name for provenance in provenances]
     assert names == ["step-00000003", "step-00000006", "adapter"]
     for folder, name in [(run / "checkpoints" / "step-00000003", "step-00000003"), (run / "adapter", "adapter")]:
         merge_adapter(folder, tmp_path / "single", overwrite=True)
         expected = load_file(tmp_path / "single" / "model.safetensors")
-        actual = load_file(run / "merged" / name / "model.safetensors")
+        actual = load_file(run / "merged-all" / name / "model.safetensors")
         assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
-        assert why_invalid(run / "merged" / name) is None
-        assert AutoTokenizer.from_pretrained(run / "merged" / name).chat_template == CHATML
-    first, last = (load_file(run / "merged" / name / "model.safetensors") for name in ("step-00000003", "adapter"))
+        assert why_invalid(run / "merged-all" / name) is None
+        assert AutoTokenizer.from_pretrained(run / "merged-all" / name).chat_template == CHATML
+    first, last = (load_file(run / "merged-all" / name / "model.safetensors") for name in ("step-00000003", "adapter"))
     assert not torch.equal(first["model.layers.0.mlp.up_proj.weight"], last["model.layers.0.mlp.up_proj.weight"])
 
 
 def test_merge_checkpoints_skips_valid_outputs_and_replaces_corrupt_ones(run: Path) -> None:
     merge_checkpoints(run)
-    times = {path: path.stat().st_mtime_ns for path in (run / "merged").glob("*/model.safetensors")}
-    corrupt = run / "merged" / "adapter" / "model.safetensors"
+    times = {path: path.stat().st_mtime_ns for path in (run / "merged-all").glob("*/model.safetensors")}
+    corrupt = run / "merged-all" / "adapter" / "model.safetensors"
     corrupt.write_bytes(corrupt.read_bytes()[:-1])
     times[corrupt] = corrupt.stat().st_mtime_ns
     provenances = merge_checkpoints(run)
     assert [provenance.get("already", False) for provenance in provenances] == [True, True, False]
     assert [path for path, time in times.items() if path.stat().st_mtime_ns != time] == [corrupt]
-    assert why_invalid(run / "merged" / "adapter") is None
+    assert why_invalid(run / "merged-all" / "adapter") is None
+
+
+def test_merge_all_touches_no_other_merged_model(run: Path) -> None:
+    """RUN/merged is what the summary of a run suggests for a merged adapter; `--all` has a folder of its own."""
+    merge_adapter(run / "adapter", run / "merged")
+    (run / "merged-all" / "adapter").mkdir(parents=True)
+    (run / "merged-all" / "adapter" / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"would be lost: notes\.txt"):
+        merge_checkpoints(run)
+    assert (run / "merged-all" / "adapter" / "notes.txt").read_text() == "mine"
+    (run / "merged-all" / "adapter" / "notes.txt").unlink()
+    merge_checkpoints(run)
+    assert why_invalid(run / "merged") is None
+    assert not any(path.is_dir() for path in (run / "merged").iterdir())
+
+
+@pytest.mark.parametrize("when", ["listed", "hashing", "writing"])
+def test_checkpoint_that_is_deleted_during_merge_all_is_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """By the rotation of a run in progress."""
+    module, name = {
+        "listed": (merge, "provenance_of"),
+        "hashing": (merge, "existing_merge"),
+        "writing": (merge, "write_weights"),
+    }[when]
+    original = getattr(module, name)
+
+    def delete_and_call(*args: Any, **keywords: Any) -> Any:
+        shutil.rmtree(run / "checkpoints" / "step-00000003", ignore_errors=True)
+        return original(*args, **keywords)
+
+    monkeypatch.setattr(module, name, delete_and_call)
+    with pytest.raises(ArtifactError, match=r"step-00000003: was deleted in the meantime, by a run in progress; merge"):
+        merge_checkpoints(run)
+    assert not (run / "merged-all").exists() or file_names(run / "merged-all") == set()
 
 
 def test_checkpoint_without_an_adapter_gets_the_chat_template_of_its_run(
@@ -455,7 +523,7 @@ def test_checkpoint_without_an_adapter_gets_the_chat_template_of_its_run(
     run = adapter.parent
     shutil.rmtree(adapter)
     merge_checkpoints(run)
-    for merged in (run / "merged").iterdir():
+    for merged in (run / "merged-all").iterdir():
         assert "### Response" in AutoTokenizer.from_pretrained(merged).chat_template
     provenance = json.loads((run / "provenance.json").read_text())
     provenance["config"]["model"]["chat_template"] = "chatml"

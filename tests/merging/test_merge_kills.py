@@ -75,7 +75,7 @@ def test_killed_at_random_times(adapter: Path, tmp_path: Path, times: int) -> No
     rng, reference, out = random.Random(times), tmp_path / "reference", tmp_path / "merged"
     with start_merge(adapter, reference) as process:
         start = time.monotonic()
-        wait_for(tmp_path / ".reference.writing", process)
+        wait_for(tmp_path / ".reference.lora-accel-writing", process)
         start_writing = time.monotonic()
         wait_for(reference, process)
         end = time.monotonic()
@@ -92,7 +92,7 @@ def test_killed_at_random_times(adapter: Path, tmp_path: Path, times: int) -> No
             elif number % 2:
                 time.sleep(rng.uniform(0, end - start))
             else:
-                wait_for(tmp_path / ".merged.writing", process)
+                wait_for(tmp_path / ".merged.lora-accel-writing", process)
                 time.sleep(rng.uniform(0, end - start_writing))
             process.send_signal(signal.SIGKILL)
             process.wait()

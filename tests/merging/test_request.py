@@ -23,7 +23,7 @@ def test_equivalent_arguments_give_the_same_request() -> None:
     assert parse("out", lora_path="adapter") == plain
     assert parse("adapter", target_model_path=Path("out")) == plain
     assert parse("out", weighted_adapters=["a=0.7", "b=x=-0.3"]).adapters == [("a", 0.7), ("b=x", -0.3)]
-    assert parse(run=Path("run")) == MergeRequest([], Path("run/merged"), Path("run"), None)
+    assert parse(run=Path("run")) == MergeRequest([], Path("run/merged-all"), Path("run"), None)
 
 
 @pytest.mark.parametrize(("size", "number"), [("5GB", 5e9), ("500 mb", 5e8), ("2GiB", 2**31), ("0.5KB", 500), ("7", 7)])
@@ -59,7 +59,7 @@ def test_output_lists_what_was_not_checked() -> None:
     assert "only names and shapes were checked" in lines[1]
     assert "b is not the base that the adapter was trained on" in lines[3]
     lines = merge_lines([{"merged": merged, "already": True}], parse(run=Path("run")))
-    assert lines == ["already merged: run/merged/a"]
+    assert lines == ["already merged: run/merged-all/a"]
 
 
 @pytest.mark.parametrize(

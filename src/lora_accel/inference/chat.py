@@ -10,7 +10,7 @@ from lora_accel.config.schema import Dtype, ModelSection, QuantizationSection
 from lora_accel.data.records import Conversation, Message
 from lora_accel.errors import ConfigError, DataError
 from lora_accel.inference.generation import ReplyWriter, stream_reply
-from lora_accel.inference.models import check_adapters, load_candidates, load_template, resolve_section
+from lora_accel.inference.models import find_adapters, load_candidates, load_template, resolve_section
 from lora_accel.inference.prompts import encode_prompts
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ def chat(
     raw: bool | None = None,
     max_new_tokens: int = 512,
     dtype: Dtype = "auto",
+    trust_remote_code: bool = False,
+    force: bool = False,
 ) -> None:
     """Chat with base + adapter, or with a merged model: one message per line of stdin, until `/quit` or end of file.
 
@@ -38,21 +40,22 @@ def chat(
         system: system message.
         raw: whether messages are passed without a chat template, each without those before it; None = as in training.
         max_new_tokens: maximum length of a reply.
-        dtype: compute dtype, as in `generate`.
+        dtype, trust_remote_code, force: as in `generate`.
 
     Raises:
         ConfigError: neither an adapter nor a merged model is given, or there is a system message without a template.
         ArtifactError: the adapter or a model cannot be used.
         DataError: the chat template rejects the system message.
     """
+    found = find_adapters([adapter] if adapter else [], merged)
+    adapter = found[0] if found else None
     template_folder = adapter or merged
     if template_folder is None:
         raise ConfigError("nothing to chat with: pass --adapter DIR or --merged DIR")
-    check_adapters([adapter] if adapter else [], merged)
     if merged or adapter is None:
-        section = ModelSection(name_or_path=str(merged), dtype=dtype)
+        section = ModelSection(name_or_path=str(merged), dtype=dtype, trust_remote_code=trust_remote_code)
     else:
-        section = resolve_section([adapter], base, dtype)
+        section = resolve_section([adapter], base, dtype, trust_remote_code=trust_remote_code)
     template = load_template(template_folder, section)
     raw = template.is_raw if raw is None else raw
     if raw and system:
@@ -61,7 +64,7 @@ def chat(
     prompt = Conversation((*first_messages, Message("user", "hello")))
     encode_prompts([prompt], template, None, raw)  # raises before a model is loaded
     adapters = {} if merged or adapter is None else {"adapter": adapter}
-    for _, model, _ in load_candidates(section, QuantizationSection(), adapters, merged, with_base=False):
+    for _, model, _ in load_candidates(section, QuantizationSection(), adapters, merged, with_base=False, force=force):
         _run_chat(model, template, first_messages, max_new_tokens, raw=raw)
 
 

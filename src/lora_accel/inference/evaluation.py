@@ -12,7 +12,7 @@ from lora_accel.config.schema import RunConfig
 from lora_accel.console import Stage
 from lora_accel.errors import ConfigError
 from lora_accel.inference.generation import reply_in_batches
-from lora_accel.inference.models import check_adapters, load_candidates, name_adapters
+from lora_accel.inference.models import find_adapters, load_candidates, name_adapters
 
 if TYPE_CHECKING:
     from lora_accel.data.chat import Example
@@ -42,6 +42,7 @@ def evaluate(
     merged: Path | None = None,
     batch_size: int = 25,
     max_new_tokens: int = 128,
+    force: bool = False,
 ) -> list[Score]:
     """Score the base, base + each adapter and a merged model on the evaluation data of a run config.
 
@@ -50,6 +51,7 @@ def evaluate(
         merged: folder of a merged model.
         batch_size: number of prompts per batch.
         max_new_tokens: maximum length of a reply.
+        force: whether to accept a base that an adapter was not trained on.
 
     Returns:
         The scores of the base, of each adapter in order, and of the merged model.
@@ -61,8 +63,7 @@ def evaluate(
     """
     if not config.data.eval and not config.data.eval_fraction:
         raise ConfigError("data.eval: no evaluation data; set data.eval, or data.eval_fraction as in training")
-    folders = name_adapters(adapters)
-    check_adapters(adapters, merged)
+    folders = dict(zip(name_adapters(adapters), find_adapters(adapters, merged), strict=True))
 
     from accelerate import Accelerator
 
@@ -87,7 +88,16 @@ def evaluate(
     answers = [decode_reply(template.tokenizer, answer, template.end_ids) for _, answer in questions]
 
     scores = []
-    for name, model, packed in load_candidates(config.model, config.quantization, folders, merged, with_base=True):
+    candidates = load_candidates(
+        config.model,
+        config.quantization,
+        folders,
+        merged,
+        with_base=True,
+        force=force,
+        way_out="set model.name_or_path to that base",
+    )
+    for name, model, packed in candidates:
         options = BatchOptions.from_config(config.training, pad_id=pad_id, packed=packed and config.data.packing)
         batches = {path: step_batch(source, options) for path, source in examples.items()}
         with Stage(f"{name}: loss"):

@@ -10,8 +10,8 @@ from lora_accel.config.schema import Dtype, QuantizationSection
 from lora_accel.console import Stage
 from lora_accel.data.records import Conversation
 from lora_accel.inference.models import (
-    check_adapters,
     check_prompts,
+    find_adapters,
     load_candidates,
     load_template,
     name_adapters,
@@ -37,6 +37,8 @@ def generate(
     batch_size: int = 8,
     max_new_tokens: int = 128,
     dtype: Dtype = "auto",
+    trust_remote_code: bool = False,
+    force: bool = False,
 ) -> list[dict[str, str]]:
     """Generate a reply to each prompt with each adapter, using the chat template that the adapter was trained with.
 
@@ -51,6 +53,8 @@ def generate(
         batch_size: number of prompts per batch.
         max_new_tokens: maximum length of a reply.
         dtype: compute dtype; auto = as stored, or float32 where the device only emulates that dtype.
+        trust_remote_code: whether to run the base's own code.
+        force: whether to accept a base that an adapter was not trained on.
 
     Returns:
         The replies to each prompt by candidate: `base`, `base + adapter` (`base + FOLDER` if there are several),
@@ -61,16 +65,18 @@ def generate(
         ArtifactError: an adapter or a model cannot be used.
         DataError: a chat template rejects a prompt.
     """
-    folders = name_adapters(adapters)
-    check_adapters(adapters, merged)
-    section = resolve_section(adapters, base, dtype)
+    names, found = name_adapters(adapters), find_adapters(adapters, merged)
+    folders = dict(zip(names, found, strict=True))
+    section = resolve_section(found, base, dtype, trust_remote_code=trust_remote_code)
     templates = {name: load_template(folder, section) for name, folder in folders.items()}
     prompt_ids = {name: encode_prompts(prompts, template, system, raw) for name, template in templates.items()}
     for name, folder in folders.items():
         check_prompts(section, None if compare else folder, templates[name], prompt_ids[name])
     first = next(iter(folders))
     answers: list[dict[str, str]] = [{} for _ in prompts]
-    for name, model, _ in load_candidates(section, QuantizationSection(), folders, merged, with_base=compare):
+    for name, model, _ in load_candidates(
+        section, QuantizationSection(), folders, merged, with_base=compare, force=force
+    ):
         adapter = name if name in folders else first
         replies = reply_in_batches(name, model, templates[adapter], prompt_ids[adapter], batch_size, max_new_tokens)
         for answer, reply in zip(answers, replies, strict=True):
@@ -88,6 +94,8 @@ def stream(
     raw: bool | None = None,
     max_new_tokens: int = 128,
     dtype: Dtype = "auto",
+    trust_remote_code: bool = False,
+    force: bool = False,
 ) -> None:
     """Print the reply to each prompt token by token, one prompt after the other.
 
@@ -97,12 +105,14 @@ def stream(
         ArtifactError: the adapter or its base cannot be used.
         DataError: the chat template rejects a prompt.
     """
-    check_adapters([adapter], None)
-    section = resolve_section([adapter], base, dtype)
+    (adapter,) = find_adapters([adapter], None)
+    section = resolve_section([adapter], base, dtype, trust_remote_code=trust_remote_code)
     template = load_template(adapter, section)
     prompt_ids = encode_prompts(prompts, template, system, raw)
     check_prompts(section, adapter, template, prompt_ids)
-    for _, model, _ in load_candidates(section, QuantizationSection(), {"adapter": adapter}, None, with_base=False):
+    for _, model, _ in load_candidates(
+        section, QuantizationSection(), {"adapter": adapter}, None, with_base=False, force=force
+    ):
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
             print(f"> {last_message(prompt)}")
             stream_reply(model, template, ids, max_new_tokens, ReplyWriter(template))

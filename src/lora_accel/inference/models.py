@@ -52,21 +52,27 @@ def name_adapters(adapters: Sequence[Path]) -> dict[str, Path]:
     return folders
 
 
-def check_adapters(adapters: Sequence[Path], merged: Path | None) -> None:
-    """Check adapters and a merged model as far as possible without loading a model.
+def find_adapters(adapters: Sequence[Path], merged: Path | None) -> list[Path]:
+    """Return the folders of adapters, and check them and a merged model as far as possible without loading a model.
+
+    Args:
+        adapters: folders, or Hub ids, which are downloaded.
 
     Raises:
         ArtifactError: a file is missing or unreadable, or a value in adapter_config.json is not allowed.
     """
     from lora_accel.saving.adapter import read_adapter
     from lora_accel.saving.discovery import CONFIG
+    from lora_accel.saving.hub import find_adapter
     from lora_accel.saving.untrusted import check_untrusted_config
 
-    for adapter in adapters:
-        read_adapter(adapter)
-        check_untrusted_config(adapter / CONFIG, ())
+    folders = [find_adapter(adapter) for adapter in adapters]
+    for folder in folders:
+        read_adapter(folder)
+        check_untrusted_config(folder / CONFIG, ())
     if merged and not (merged / "config.json").is_file():
         raise ArtifactError(f"{merged}: not a merged model: config.json is missing")
+    return folders
 
 
 def load_candidates(
@@ -76,6 +82,8 @@ def load_candidates(
     merged: Path | None,
     *,
     with_base: bool,
+    force: bool = False,
+    way_out: str = "pass the right one with --base",
 ) -> Iterator[Candidate]:
     """Load and yield one candidate after the other. The base and all adapters share one copy of the base.
 
@@ -84,37 +92,74 @@ def load_candidates(
         adapters: adapter folders by name.
         merged: folder of a merged model; None = no such candidate.
         with_base: whether the base alone is a candidate.
+        force: whether to accept a base that an adapter was not trained on, with a note, and to ignore options of its
+            config that the installed PEFT does not know.
+        way_out: how to pass the right base, for the message.
 
     Raises:
-        ArtifactError: a model cannot be loaded, or an adapter does not fit the base.
+        ArtifactError: a model cannot be loaded, or an adapter was trained on another base or does not fit it.
         ConfigError: an adapter was trained with another RoPE scaling.
     """
     check_rope_scaling(section, list(adapters.values()))
     from lora_accel.model.fused_loss import patch_fused_loss
     from lora_accel.saving.adapter import keeps_base_weights, load_adapter
+    from lora_accel.saving.discovery import CONFIG
+    from lora_accel.saving.untrusted import check_known_options
 
+    for folder in adapters.values():
+        check_known_options(folder / CONFIG, force=force)
     if with_base or adapters:
-        base, packed = _load(section, quantization)
+        base, packed = _load_base(section, quantization, list(adapters.values()), force=force, way_out=way_out)
         for folder in adapters.values():  # check that every adapter fits before the first one runs
             if keeps_base_weights(folder):  # loading the others is slow
                 with _preserve_base(base, folder):
-                    load_adapter(base, folder)
+                    load_adapter(base, folder, force=force)
         if with_base:
             with _preserve_base(base):
                 patch_fused_loss(base)
                 yield Candidate("base", base, packed)
         for name, folder in adapters.items():
             with _preserve_base(base, folder):
-                model = load_adapter(base, folder)
+                model = load_adapter(base, folder, force=force)
                 patch_fused_loss(base)  # after the adapter, which may train the head
-                yield Candidate(name, model, packed)
+                yield Candidate(name, model, packed and not _looks_for_tokens(folder))
                 del model
         del base
     if merged:
-        merged_section = ModelSection(name_or_path=str(merged), dtype=section.dtype)
+        merged_section = ModelSection(
+            name_or_path=str(merged), dtype=section.dtype, trust_remote_code=section.trust_remote_code
+        )
         merged_model, packed = _load(merged_section, QuantizationSection())
         patch_fused_loss(merged_model)
         yield Candidate("merged", merged_model, packed)
+
+
+def _looks_for_tokens(adapter: Path) -> bool:
+    """Whether an adapter looks for its invocation tokens in each row (aLoRA), so that a row must be one example."""
+    from lora_accel.saving.atomic import read_json
+    from lora_accel.saving.discovery import CONFIG
+
+    return bool(read_json(adapter / CONFIG).get("alora_invocation_tokens"))
+
+
+def _load_base(
+    section: ModelSection, quantization: QuantizationSection, adapters: Sequence[Path], *, force: bool, way_out: str
+) -> tuple[PreTrainedModel, bool]:
+    """Load a base, and check that the adapters were trained on it: first, if it need not be downloaded."""
+    from lora_accel.merging.base import check_trained_on
+
+    def check() -> None:
+        for adapter in adapters:  # reads the base's files the first time
+            check_trained_on(adapter, section, force=force, way_out=way_out)
+
+    is_here = Path(section.name_or_path).is_dir()
+    if is_here and adapters:
+        with Stage(f"checking the weights of {short_names([section.name_or_path])[0]}"):
+            check()
+    loaded = _load(section, quantization)
+    if not is_here:
+        check()
+    return loaded
 
 
 def _load(section: ModelSection, quantization: QuantizationSection) -> tuple[PreTrainedModel, bool]:
@@ -130,7 +175,7 @@ def _load(section: ModelSection, quantization: QuantizationSection) -> tuple[Pre
         model = load_base_model(section, quantization, device=device)
         if section.add_tokens is not None:
             extend_vocabulary(model, section)
-        if quantization.bits is None:
+        if not getattr(model, "is_quantized", False):
             model.to(device)
     packed = can_pack(model)
     if packed:
@@ -146,7 +191,8 @@ def _preserve_base(base: PreTrainedModel, adapter: Path | None = None) -> Iterat
     layers, a resized vocabulary, and the weights that PiSSA and OLoRA change would remain. And on CPU, bitsandbytes
     repacks 4-bit weights at their first use into a layout that DoRA and OLoRA cannot read.
     """
-    from lora_accel.saving.adapter import PREFIX, keeps_base_weights, read_adapter
+    from lora_accel.saving.adapter import keeps_base_weights, read_adapter
+    from lora_accel.saving.matching import plain_name
 
     parameters = list(base.parameters())
     quant_states = [parameter.quant_state for parameter in parameters if hasattr(parameter, "quant_state")]
@@ -159,7 +205,7 @@ def _preserve_base(base: PreTrainedModel, adapter: Path | None = None) -> Iterat
     try:
         if adapter is not None:
             # An adapter replaces most tensors that it changes; only those written in place must be cloned.
-            in_place = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in read_adapter(adapter)}
+            in_place = {plain_name(key) for key in read_adapter(adapter)}
             changes_base = not keeps_base_weights(adapter)
             for name, parameter in base.named_parameters(remove_duplicate=False):
                 if changes_base or name in in_place:
@@ -174,46 +220,53 @@ def _preserve_base(base: PreTrainedModel, adapter: Path | None = None) -> Iterat
             parameter.requires_grad = requires_grad
 
 
-def resolve_base(adapters: Sequence[Path], base: str | None) -> str:
-    """Return `base` if it is given, else the base model that all adapters name.
+def resolve_section(
+    adapters: Sequence[Path], base: str | None, dtype: Dtype, *, trust_remote_code: bool = False
+) -> ModelSection:
+    """Return the model section of the adapters' base, with the RoPE scaling of their training.
+
+    Args:
+        base: Hub id or folder to use instead of the base that all adapters name.
+        dtype: compute dtype.
+        trust_remote_code: whether to run the base's own code.
+
+    Raises:
+        ArtifactError: an adapter does not name its base, the base is not here, or an adapter's provenance is invalid.
+        ConfigError: adapters name different bases.
+    """
+    from lora_accel.merging.base import base_section
+    from lora_accel.merging.job import provenance_of
+    from lora_accel.saving.provenance import recorded_changes
+
+    if not base:
+        _check_same_base(adapters)
+    first = adapters[0]
+    provenance = provenance_of(first)
+    section = base_section(first, provenance, base, trust_remote_code=trust_remote_code, dtype=dtype)
+    return section.model_copy(update={"rope_scaling": recorded_changes(provenance, str(first)).rope_scaling})
+
+
+def _check_same_base(adapters: Sequence[Path]) -> None:
+    """Check that all adapters name the same base, in the same revision.
 
     Raises:
         ArtifactError: an adapter does not name its base.
         ConfigError: adapters name different bases.
     """
+    from lora_accel.merging.job import provenance_of
     from lora_accel.saving.discovery import named_base
+    from lora_accel.saving.hub import recorded_revision
 
-    if base:
-        return base
-    first = ""
+    bases = []
     for adapter in adapters:
-        name = named_base(adapter)
-        first = first or name
-        if os.path.abspath(name) != os.path.abspath(first):
+        name, revision = named_base(adapter), recorded_revision(adapter, provenance_of(adapter))
+        bases.append((os.path.abspath(name), revision, f"{name} ({revision})" if revision else name))
+    for adapter, (path, revision, title) in zip(adapters, bases, strict=True):
+        if (path, revision) != bases[0][:2]:
             raise ConfigError(
-                f"--adapter: {adapters[0]} is for {first}, {adapter} for {name}; pass --base if both are the "
+                f"--adapter: {adapters[0]} is for {bases[0][2]}, {adapter} for {title}; pass --base if both are the "
                 "same model, else run the adapters separately"
             )
-    return first
-
-
-def resolve_section(adapters: Sequence[Path], base: str | None, dtype: Dtype) -> ModelSection:
-    """Return the model section of the adapters' base, with the RoPE scaling of their training.
-
-    Args:
-        base: Hub id or folder to use instead of the base that the adapters name.
-        dtype: compute dtype.
-
-    Raises:
-        ArtifactError: an adapter does not name its base, or its provenance is invalid.
-        ConfigError: adapters name different bases.
-    """
-    from lora_accel.merging.job import provenance_of
-    from lora_accel.saving.provenance import recorded_changes
-
-    name, first = resolve_base(adapters, base), adapters[0]
-    rope_scaling = recorded_changes(provenance_of(first), str(first)).rope_scaling
-    return ModelSection(name_or_path=name, dtype=dtype, rope_scaling=rope_scaling)
 
 
 def check_rope_scaling(section: ModelSection, adapters: Sequence[Path]) -> None:
@@ -250,10 +303,11 @@ def check_prompts(
     """
     from lora_accel.model.base import build_on_meta_device
     from lora_accel.model.sizes import load_config, sizes_of_model
-    from lora_accel.saving.adapter import read_adapter, resize_vocabulary
+    from lora_accel.saving.adapter import read_adapter
+    from lora_accel.saving.matching import resize_vocabulary
     from lora_accel.setup.sizes import check_prompts as check
 
-    model = build_on_meta_device(load_config(section))
+    model = build_on_meta_device(load_config(section), trust_remote_code=section.trust_remote_code)
     if adapter is not None:
         resize_vocabulary(model, adapter, read_adapter(adapter))
     sizes = sizes_of_model(model)

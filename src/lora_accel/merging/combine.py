@@ -13,9 +13,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.model.base import build_on_meta_device
-from lora_accel.saving.adapter import adapter_names, attach_adapter, restore_adapter, write_adapter
+from lora_accel.saving.adapter import adapter_names, attach_adapter, read_adapter, restore_adapter, write_adapter
 from lora_accel.saving.atomic import read_json
 from lora_accel.saving.discovery import CONFIG
+from lora_accel.saving.serving import differences_from_plain_lora
 
 METHODS = ("linear", "svd", "ties", "dare_linear", "dare_ties")
 """PEFT's combination types. linear: weighted sums of the A and of the B matrices, which only approximate the sum of
@@ -33,6 +34,7 @@ def combined_adapter(
     *,
     how: str = "linear",
     density: float | None = None,
+    trust_remote_code: bool = False,
 ) -> Iterator[Path]:
     """Combine adapters into one, in a temporary folder.
 
@@ -41,6 +43,7 @@ def combined_adapter(
         config: config of their base.
         how: one of METHODS.
         density: fraction of each adapter's values to keep, for METHODS_WITH_DENSITY.
+        trust_remote_code: whether to run the base's own code.
 
     Yields:
         The folder of the combined adapter, which is deleted afterwards.
@@ -58,7 +61,7 @@ def combined_adapter(
         raise ConfigError(f"--density: --combine {how} {rule}")
     for folder, _ in adapters:
         _check_plain_lora(Path(folder))
-    base = build_on_meta_device(config)
+    base = build_on_meta_device(config, trust_remote_code=trust_remote_code)
     for module in base.modules():
         for name, parameter in module.named_parameters(recurse=False):
             # PEFT creates adapters on the base's device, so the base must not be on the meta device. An expanded zero
@@ -86,9 +89,9 @@ def combined_adapter(
 
 
 def _check_plain_lora(folder: Path) -> None:
-    config = read_json(folder / CONFIG)
-    for key in ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias"):
-        if config.get(key):
-            raise ArtifactError(f"{folder / CONFIG}: {key} is set; only the matrices of plain LoRA can be combined")
-    if config.get("bias", "none") != "none":
-        raise ArtifactError(f"{folder / CONFIG}: bias is set; only the matrices of plain LoRA can be combined")
+    """Check that an adapter has only LoRA's matrices; ranks and alphas may differ between modules."""
+    shapes = {name: tensor.shape for name, tensor in read_adapter(folder).items()}
+    different = differences_from_plain_lora(read_json(folder / CONFIG), shapes)
+    different = [name for name in different if name not in ("rank_pattern", "alpha_pattern", "LoRA on embeddings")]
+    if different:
+        raise ArtifactError(f"{folder}: has {different[0]}; only the matrices of plain LoRA can be combined")

@@ -8,9 +8,12 @@ from typing import Any, NamedTuple, TypedDict
 
 from lora_accel.errors import ArtifactError
 from lora_accel.merging.streaming import WeightTransform
+from lora_accel.paths import why_not_writable
 from lora_accel.saving.adapter import PICKLED
-from lora_accel.saving.atomic import read_json, sha256_of, why_invalid
-from lora_accel.saving.discovery import WEIGHTS, run_of
+from lora_accel.saving.atomic import check_no_unlisted_files, read_json, sha256_of, why_invalid
+from lora_accel.saving.base_identity import base_hashes, loaded_hashes
+from lora_accel.saving.discovery import CONFIG, WEIGHTS, run_of
+from lora_accel.saving.serving import NEVER_MERGED
 
 PROVENANCE = "provenance.json"
 TOKENIZER = "tokenizer_config.json"
@@ -29,6 +32,8 @@ class MergeOptions(NamedTuple):
     """Whether to replace an existing output folder."""
     force: bool = False
     """Whether to accept a base that the adapter was not trained on."""
+    trust_remote_code: bool = False
+    """Whether to run Python code from the base's folder."""
 
 
 class MergeKeywords(TypedDict, total=False):
@@ -39,6 +44,7 @@ class MergeKeywords(TypedDict, total=False):
     max_shard_bytes: int | None
     overwrite: bool
     force: bool
+    trust_remote_code: bool
 
 
 class MergeJob(NamedTuple):
@@ -63,6 +69,7 @@ class PendingMerge(NamedTuple):
     hashes: dict[str, str]
     """SHA-256 of the files that have been written and synced."""
     tokenizer: Any
+    """None = neither the adapter nor the base has one."""
     transform: WeightTransform | None
 
 
@@ -90,33 +97,56 @@ def provenance_of(adapter: Path) -> dict[str, Any] | None:
     return provenance
 
 
+def check_mergeable(adapter: Path) -> None:
+    """Check that an adapter's update is a change of the base's weights, so that a model folder can hold the sum.
+
+    Raises:
+        ArtifactError: it is not. Raised before the base is read.
+    """
+    config = read_json(adapter / CONFIG)
+    for option, (name, why) in NEVER_MERGED.items():
+        if config.get(option):
+            raise ArtifactError(
+                f"{adapter / CONFIG}: {option}: {name} cannot be merged: {why}; use base and adapter with lora-accel "
+                "generate, or PEFT"
+            )
+
+
 def check_out_folder(out: Path, sources: dict[str, Path], *, overwrite: bool) -> None:
-    """Check that an output folder can be created, and that replacing it would not delete its sources.
+    """Check that an output folder can be created, and that replacing it would delete neither sources nor other files.
 
     Args:
         sources: folders that are read, by what they contain.
 
     Raises:
-        ArtifactError: `out` is a file, exists although `overwrite` is False, or contains a source.
+        ArtifactError: `out` is a file or cannot be written, exists although `overwrite` is False, or contains a source
+            or files that were not written by this package.
     """
-    if out.exists() and not out.is_dir():
-        raise ArtifactError(f"{out}: is a file; choose a folder")
+    if reason := why_not_writable(out, "folder"):
+        raise ArtifactError(reason)
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise ArtifactError(f"{out}: already exists; choose another folder, or pass --overwrite")
     for what, source in sources.items():
         if source.is_dir() and source.resolve().is_relative_to(out.resolve()):
             raise ArtifactError(f"{out}: contains the {what}; choose another folder")
+    check_no_unlisted_files(out)
 
 
-def existing_merge(job: MergeJob, base: str, options: MergeOptions) -> dict[str, Any] | None:
-    """Return the provenance of a job's output if it exists, is valid, and has the same adapter and base."""
+def existing_merge(job: MergeJob, base: str, folder: Path, options: MergeOptions) -> dict[str, Any] | None:
+    """Return the provenance of a job's output if it exists, is valid, and has the same adapter and base.
+
+    Args:
+        base: name of the base.
+        folder: of the base, whose weights may have changed since.
+    """
     if not (job.out / PROVENANCE).is_file() or why_invalid(job.out, hashes=False) is not None:
         return None
-    with contextlib.suppress(ArtifactError, KeyError, TypeError):
+    with contextlib.suppress(ArtifactError, KeyError, TypeError, AttributeError):
         existing = read_json(job.out / PROVENANCE)
         inputs = [existing["merged"][key] for key in ("adapter_sha256", "base", "base_weights")]
         if inputs == [adapter_hash(job.adapter), base, options.base_weights]:
-            return existing
+            hashes = base_hashes(str(folder), None, cached=True)
+            return existing if loaded_hashes(existing["base"]["sha256"]) == loaded_hashes(hashes) else None
     return None
 
 

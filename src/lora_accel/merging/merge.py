@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 from typing_extensions import Unpack
 
 from lora_accel.config.schema import ModelSection
 from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.merging.base import (
+    CODE_FILES,
     Base,
     base_difference,
     check_base_hashes,
@@ -32,17 +32,24 @@ from lora_accel.merging.job import (
     MergeOptions,
     PendingMerge,
     adapter_hash,
+    check_mergeable,
     check_out_folder,
     existing_merge,
     provenance_of,
 )
+from lora_accel.merging.request import ALL
 from lora_accel.merging.verification import Agreement
 from lora_accel.merging.write import verify_merge, write_weights
-from lora_accel.model.tokenizer import load_tokenizer
-from lora_accel.saving.adapter import read_adapter
+from lora_accel.model.portable import restore_config_keys, save_tokenizer
+from lora_accel.model.sizes import load_config
+from lora_accel.model.tokenizer import load_tokenizer, tokens_without_embedding
+from lora_accel.paths import why_not_writable
+from lora_accel.saving.adapter import check_adapter_files
 from lora_accel.saving.atomic import atomic_folder, write_json, write_text
+from lora_accel.saving.base_identity import base_hashes, have_same_base
 from lora_accel.saving.discovery import CONFIG, list_checkpoints
-from lora_accel.saving.provenance import base_hashes, merged_card, versions
+from lora_accel.saving.hub import find_adapter, recorded_name
+from lora_accel.saving.provenance import merged_card, versions
 
 COPIED_FILES = ("generation_config.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 """Files of the base that are copied into the merged model."""
@@ -63,7 +70,7 @@ def merge_adapter(
     twice.
 
     Args:
-        adapter: folder with adapter_config.json and adapter_model.safetensors: an adapter or a checkpoint.
+        adapter: folder with adapter_config.json and adapter_model.safetensors: an adapter or a checkpoint. Or a Hub id.
         out: output folder.
         base: Hub id or folder; None = the base that the adapter names.
         **keywords: the fields of `MergeOptions`.
@@ -75,11 +82,13 @@ def merge_adapter(
         ArtifactError: the adapter is invalid, does not fit the base or was trained on other weights, or `out` exists.
         LoraAccelError: the merged model's logits differ from those of base + adapter. Nothing is written.
     """
-    adapter, options = Path(adapter), MergeOptions(**keywords)
+    source, adapter, options = str(adapter), find_adapter(adapter), MergeOptions(**keywords)
+    check_out_folder(Path(out), {"adapter": adapter}, overwrite=options.overwrite)
     provenance = provenance_of(adapter)
-    read_adapter(adapter)
-    base_model = find_base([adapter], [provenance], base)
-    return _merge([MergeJob(adapter, Path(out), provenance, str(adapter))], base_model, options)[0]
+    check_adapter_files(adapter, force=options.force)
+    check_mergeable(adapter)
+    base_model = find_base([adapter], [provenance], base, trust_remote_code=options.trust_remote_code)
+    return _merge([MergeJob(adapter, Path(out), provenance, source)], base_model, options)[0]
 
 
 def merge_weighted(
@@ -92,23 +101,32 @@ def merge_weighted(
     **keywords: Unpack[MergeKeywords],
 ) -> dict[str, Any]:
     """Merge a weighted combination of adapters of one base; see `merge_adapter` and `combine.combined_adapter`."""
-    options, folders = MergeOptions(**keywords), [Path(adapter) for adapter, _ in adapters]
+    options, folders = MergeOptions(**keywords), [find_adapter(adapter) for adapter, _ in adapters]
+    for folder in folders:
+        check_out_folder(Path(out), {"adapter": folder}, overwrite=options.overwrite)
     provenances = [provenance_of(folder) for folder in folders]
     for folder in folders:
-        read_adapter(folder)
-    base_model = find_base(folders, provenances, base)
+        check_adapter_files(folder, force=options.force)
+        check_mergeable(folder)
+    base_model = find_base(folders, provenances, base, trust_remote_code=options.trust_remote_code)
     weights = {str(folder): weight for folder, (_, weight) in zip(folders, adapters, strict=True)}
     if len(weights) < len(folders):
         raise ConfigError("--adapter: an adapter is given twice; add up its weights")
-    with combined_adapter(list(weights.items()), base_model.config, how=how, density=density) as combined:
+    trusted = base_model.trust_remote_code
+    with combined_adapter(
+        list(weights.items()), base_model.config, how=how, density=density, trust_remote_code=trusted
+    ) as combined:
         with_tokenizer = next((folder for folder in folders if (folder / TOKENIZER).is_file()), None)
         if with_tokenizer is not None:
-            load_tokenizer(ModelSection(name_or_path=str(with_tokenizer))).save_pretrained(combined)
+            save_tokenizer(load_tokenizer(ModelSection(name_or_path=str(with_tokenizer))), combined)
         provenance = next((provenance for provenance in provenances if provenance is not None), None)
         for other in provenances[1:]:
-            difference = other and provenance and base_difference(provenance, base_model.name, other["base"]["sha256"])
-            if difference and not options.force:
-                raise ArtifactError(f"the adapters were trained on different bases: {difference}")
+            is_other = other and provenance and not have_same_base(provenance["base"], other["base"])
+            if is_other and not options.force:
+                raise ArtifactError(
+                    "the adapters were trained on different bases: their provenance.json records other hashes of the "
+                    "base's weights; pass --force to combine them anyway"
+                )
         job = MergeJob(combined, Path(out), provenance, weights, {"how": how, "density": density})
         return _merge([job], base_model, options)[0]
 
@@ -116,24 +134,45 @@ def merge_weighted(
 def merge_checkpoints(
     run: str | Path, *, base: str | None = None, **keywords: Unpack[MergeKeywords]
 ) -> list[dict[str, Any]]:
-    """Merge every checkpoint of a run, and its final adapter, into RUN/merged/. The base is read once for all.
+    """Merge every checkpoint of a run, and its final adapter, into RUN/merged-all/. The base is read once for all.
 
     A checkpoint that has been merged before with the same options is skipped.
 
     Returns:
         The provenance of each merged model, in the order of steps; `already` is set for those that were skipped.
+
+    Raises:
+        ArtifactError: the run has nothing to merge, or a run in progress deleted a checkpoint in the meantime; see also
+            `merge_adapter`.
     """
     run, options = Path(run), MergeOptions(**keywords)
     folders = [run / "checkpoints" / entry.name for entry in list_checkpoints(run, hashes=False) if not entry.reason]
     folders += [run / "adapter"] if (run / "adapter" / CONFIG).is_file() else []
     if not folders:
         raise ArtifactError(f"{run}: has neither a complete checkpoint nor an adapter to merge")
+    if reason := why_not_writable(run / ALL, "folder"):
+        raise ArtifactError(reason)
+    try:
+        return _merge_folders(folders, run / ALL, base, options)
+    except Exception:
+        deleted = [folder for folder in folders if not folder.is_dir()]
+        if not deleted:
+            raise
+        raise ArtifactError(
+            f"{deleted[0]}: was deleted in the meantime, by a run in progress; merge again, or after the run has ended"
+        ) from None
+
+
+def _merge_folders(folders: Sequence[Path], out: Path, base: str | None, options: MergeOptions) -> list[dict[str, Any]]:
+    """Merge adapters of one run, each into a folder of its own name in `out`."""
+    for folder in folders:
+        check_mergeable(folder)
     provenances = [provenance_of(folder) for folder in folders]
-    base_model = find_base(folders, provenances, base)
+    base_model = find_base(folders, provenances, base, trust_remote_code=options.trust_remote_code)
     jobs, merged = [], {}
     for folder, provenance in zip(folders, provenances, strict=True):
-        job = MergeJob(folder, run / "merged" / folder.name, provenance, str(folder))
-        existing = existing_merge(job, base_model.name, options)
+        job = MergeJob(folder, out / folder.name, provenance, str(folder))
+        existing = existing_merge(job, base_model.name, base_model.folder, options)
         if existing is None:
             jobs.append(job)
         else:
@@ -141,7 +180,7 @@ def merge_checkpoints(
     options = options._replace(overwrite=True)  # existing outputs of these jobs are outdated or incomplete
     if jobs:
         merged |= dict(zip([job.out for job in jobs], _merge(jobs, base_model, options), strict=True))
-    return [merged[run / "merged" / folder.name] for folder in folders]
+    return [merged[out / folder.name] for folder in folders]
 
 
 def _merge(jobs: Sequence[MergeJob], base: Base, options: MergeOptions) -> list[dict[str, Any]]:
@@ -159,8 +198,14 @@ def _merge(jobs: Sequence[MergeJob], base: Base, options: MergeOptions) -> list[
         references = write_weights(merges, base, options, pool, hashing)
         check_base_hashes(jobs, base, hashing.result(), options)
         for merge, reference in zip(merges, references, strict=True):
-            merge.tokenizer.save_pretrained(merge.folder)
-            for file in (file for pattern in COPIED_FILES for file in base.folder.glob(pattern)):
+            if merge.tokenizer is not None:
+                save_tokenizer(merge.tokenizer, merge.folder, base.folder / "tokenizer_config.json")
+            base_section = ModelSection(name_or_path=str(base.folder), trust_remote_code=base.trust_remote_code)
+            restore_config_keys(
+                merge.folder / "config.json", base.folder / "config.json", load_config(base_section).to_dict()
+            )
+            copied = (*COPIED_FILES, *([CODE_FILES] if base.trust_remote_code else []))
+            for file in (file for pattern in copied for file in base.folder.glob(pattern)):
                 shutil.copyfile(file, merge.folder / file.name)
             provenance = _provenance(
                 merge, base, options, hashing.result(), verify_merge(merge, base, options, reference)
@@ -175,7 +220,9 @@ def _provenance(
     merge: PendingMerge, base: Base, options: MergeOptions, hashes: dict[str, str], agreement: Agreement | None
 ) -> dict[str, Any]:
     job = merge.job
-    difference = None if job.provenance is None else base_difference(job.provenance, base.name, hashes)
+    same = job.provenance and not base_difference(job.provenance, base.name, str(base.folder), None, hashes)
+    name, revision = recorded_name(base.name, base.revision)
+    config = load_config(ModelSection(name_or_path=str(merge.folder), trust_remote_code=base.trust_remote_code))
     return {
         "merged": {
             "adapter": job.source,
@@ -183,11 +230,15 @@ def _provenance(
             "adapter_sha256": adapter_hash(job.adapter),
             "base": base.name,
             "base_weights": options.base_weights,
-            "same_base": None if difference is None else not difference,  # None: the adapter has no hashes of its base
-            "dtype": str(AutoConfig.from_pretrained(merge.folder).dtype).removeprefix("torch."),
+            "same_base": same,  # None: the adapter has no hashes of its base
+            "has_tokenizer": merge.tokenizer is not None,
+            "tokens_without_embedding": []
+            if merge.tokenizer is None
+            else tokens_without_embedding(merge.tokenizer, config.get_text_config().vocab_size),
+            "dtype": str(config.dtype).removeprefix("torch."),
             "agreement": None if agreement is None else agreement._asdict(),
         },
-        "base": {"name_or_path": base.name, "revision": base.revision, "sha256": hashes},
+        "base": {"name_or_path": name, "revision": revision, "sha256": hashes},
         "packages": versions(),
         "num_threads": torch.get_num_threads(),
         "adapter": job.provenance,

@@ -13,6 +13,8 @@ from lora_accel.errors import ConfigError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 USAGE = "lora-accel merge ADAPTER OUT"
+ALL = "merged-all"
+"""The folder in a run to which `--all` writes. Nothing else is written there; RUN/merged may be a merged adapter."""
 
 
 class MergeRequest(NamedTuple):
@@ -22,7 +24,7 @@ class MergeRequest(NamedTuple):
     """Folder and weight of each; empty if `run` is set."""
     out: Path
     run: Path | None
-    """A run: merge all of its checkpoints and its adapter."""
+    """A run: merge all of its checkpoints and its adapter, into `out`."""
     max_shard_bytes: int | None
 
 
@@ -50,8 +52,8 @@ def parse_merge(
     adapters = [_parse_weighted(arg) for arg in weighted_adapters]
     if run is not None:
         if args or adapters or lora_path or target_model_path:
-            raise ConfigError("merge --all RUN: takes neither ADAPTER nor OUT; models are written to RUN/merged/")
-        return MergeRequest([], run / "merged", run, max_shard_bytes)
+            raise ConfigError(f"merge --all RUN: takes neither ADAPTER nor OUT; models are written to RUN/{ALL}/")
+        return MergeRequest([], run / ALL, run, max_shard_bytes)
     remaining = list(args)
     if lora_path is not None:
         adapters.append((lora_path, 1.0))
@@ -90,14 +92,33 @@ def merge_lines(provenances: Sequence[dict[str, Any]], request: MergeRequest) ->
                 f"same top token at {agreement['top1']:.1%} of {agreement['num_tokens']} positions"
             )
         lines.append(f"merged: {out} ({verification})")
+        if not merged.get("has_tokenizer", True):
+            lines.append("note: neither the adapter nor the base has a tokenizer, so the merged model has none")
+        if tokens := merged.get("tokens_without_embedding"):
+            named = f"{', '.join(map(repr, tokens[:3]))}{', …' if len(tokens) > 3 else ''}"
+            lines.append(
+                f"note: the model has no embedding for {len(tokens):,} token(s) of its tokenizer ({named}): a prompt "
+                "that contains one fails, and so does padding with it; set another pad_token in tokenizer_config.json"
+            )
         if merged["same_base"] is None:
             lines.append("note: the adapter has no hashes of its base: only names and shapes were checked")
+        elif not merged["same_base"] and _trained_quantized(provenance.get("adapter")):
+            lines.append(
+                f"note: the adapter was trained on quantized weights; whether {merged['base']} is the same model in 16 "
+                "or 32 bits was not checked (only names and shapes)"
+            )
         elif not merged["same_base"]:
             lines.append(f"note: --force: {merged['base']} is not the base that the adapter was trained on")
         with contextlib.suppress(KeyError, TypeError):  # provenance.json is untrusted
             if provenance["adapter"]["config"]["quantization"]["bits"] == 4 and merged["base_weights"] == "original":
                 lines.append("note: trained on 4-bit weights; --base-weights dequantized merges into those instead")
     return lines
+
+
+def _trained_quantized(provenance: Any) -> bool:
+    """Whether the base of an adapter was stored quantized. provenance.json is untrusted."""
+    base = provenance.get("base") if isinstance(provenance, dict) else None
+    return isinstance(base, dict) and bool(base.get("quantization"))
 
 
 def _parse_weighted(arg: str) -> tuple[str, float]:

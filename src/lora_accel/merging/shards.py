@@ -19,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 
 from lora_accel.errors import ArtifactError
 from lora_accel.model.base import check_index_paths
+from lora_accel.model.prequantized import dequantized, dequantized_headers, quantized_parts
+from lora_accel.model.weight_files import weight_files
+from lora_accel.model.weights import StoredTensor, main_dtype
 from lora_accel.saving.untrusted import read_pickle
 
 DTYPES = {
@@ -36,7 +39,6 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-BIN = "pytorch_model.bin"
 
 
 class TensorSpec(NamedTuple):
@@ -72,8 +74,8 @@ class Weights:
         self._paths: dict[str, Path] = {}
         self._pickle_cache: tuple[Path | None, dict[str, torch.Tensor]] = (None, {})
         self._last: tuple[str, torch.Tensor] | None = None
-        for file in _weight_files(folder):
-            self._add_file(folder / file)
+        for file in weight_files(folder):
+            self._add_file(file)
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor. The last one is cached, since concurrent merges of one base request it in turn."""
@@ -113,6 +115,33 @@ class Weights:
         if self._pickle_cache[0] != path:
             self._pickle_cache = (path, read_pickle(path))
         return self._pickle_cache[1]
+
+
+class DequantizedWeights(Weights):
+    """The weights of a model folder that bitsandbytes stores in 4 or 8 bits, each dequantized when it is requested.
+
+    Raises:
+        ArtifactError: see `Weights`; also, if the parts of a weight are missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        stored = {name: StoredTensor(*spec) for name, spec in self.specs.items()}
+        self._parts = quantized_parts(stored)
+        """{name of a weight: {key of a part: name of its tensor}}"""
+        headers, dtype = dequantized_headers(str(folder), stored, self._stored), main_dtype(stored)
+        self.specs = {
+            name: TensorSpec(dtype, x.shape) if name in self._parts else self.specs[name] for name, x in headers.items()
+        }
+        self.files = {file: [name for name in names if name in self.specs] for file, names in self.files.items()}
+
+    def _read(self, path: Path, name: str) -> torch.Tensor:
+        if name not in self._parts:
+            return super()._read(path, name)
+        return dequantized({key: self._stored(part) for key, part in self._parts[name].items()})
+
+    def _stored(self, name: str) -> torch.Tensor:
+        return super()._read(self._paths[name], name)
 
 
 class ShardWriter:
@@ -210,20 +239,6 @@ def shard_layout(groups: Sequence[Sequence[tuple[str, TensorSpec]]], max_bytes: 
     if len(groups) == 1:
         return {WEIGHTS: list(groups[0])}
     return {f"model-{n:05}-of-{len(groups):05}.safetensors": list(group) for n, group in enumerate(groups, start=1)}
-
-
-def _weight_files(folder: Path) -> list[str]:
-    for single in (WEIGHTS, BIN):
-        index = folder / (INDEX if single == WEIGHTS else f"{BIN}.index.json")
-        if (folder / single).is_file():
-            return [single]
-        if index.is_file():  # validated by check_index_paths
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            missing = [file for file in files if not (folder / file).is_file()]
-            if missing:
-                raise ArtifactError(f"{folder}: {missing[0]} is missing, which {index.name} names")
-            return files
-    raise ArtifactError(f"{folder}: contains neither {WEIGHTS} nor {BIN}")
 
 
 def _dtype(path: Path, name: str, stored: str) -> torch.dtype:

@@ -20,22 +20,13 @@ from transformers import PretrainedConfig
 from lora_accel.errors import ArtifactError
 from lora_accel.merging.shards import TensorSpec, Weights
 from lora_accel.model.base import build_on_meta_device
-from lora_accel.saving.adapter import (
-    adapter_parameters,
-    attach_adapter,
-    check_adapter_tensors,
-    check_same_embeddings,
-    pop_base_embeddings,
-    read_adapter,
-    resize_vocabulary,
-)
+from lora_accel.saving.adapter import adapter_parameters, attach_adapter, match_adapter, read_adapter
+from lora_accel.saving.matching import WRAPPER_NAMES, check_same_embeddings, resize_vocabulary
 
 WeightTransform = Callable[[str, torch.Tensor], torch.Tensor]
 """Applied to each base weight before the adapter is added: (name, weight as stored) -> weight."""
 BLOCK_NUMEL = 2**20
 """Values of a weight that are computed at once: 4 MB in float32, which stay in the cache."""
-WRAPPER_NAMES = {"base_layer", "original_module", "token_adapter"}
-"""Names that PEFT's wrappers add to the path of a base parameter."""
 
 
 class NotStreamableError(Exception):
@@ -50,6 +41,7 @@ class MergedTensors:
         weights: of the base.
         config: of the base; it is modified. `self.config` is that of the merged model.
         transform: applied to the base's weights first; None = as stored.
+        trust_remote_code: whether to run the base's own code.
 
     Raises:
         NotStreamableError: the base's files and the model have different tensor names: transformers renames or fuses
@@ -58,22 +50,26 @@ class MergedTensors:
     """
 
     def __init__(
-        self, adapter: Path, weights: Weights, config: PretrainedConfig, *, transform: WeightTransform | None = None
+        self,
+        adapter: Path,
+        weights: Weights,
+        config: PretrainedConfig,
+        *,
+        transform: WeightTransform | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self._adapter, self._weights, self._transform = adapter, weights, transform
         stored_dtype, use_cache = config.dtype, getattr(config, "use_cache", True)
-        model = build_on_meta_device(config)
+        model = build_on_meta_device(config, trust_remote_code=trust_remote_code)
         self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
         self._check_names(model.state_dict().keys())
         state = read_adapter(adapter)
         resize_vocabulary(model, adapter, state)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._peft = attach_adapter(model, adapter, on_meta_device=True)
-        self._saved_embeddings = pop_base_embeddings(self._peft, state)
-        """Base embeddings that are saved in the adapter's file, which PEFT does after the vocabulary was resized."""
+        trained, self._saved_embeddings = match_adapter(self._peft, state, str(adapter))
         parameters = adapter_parameters(self._peft)
-        check_adapter_tensors({key: parameter.shape for key, parameter in parameters.items()}, state, str(adapter))
-        loaded = {id(p): torch.nn.Parameter(state[key].float(), requires_grad=False) for key, p in parameters.items()}
+        loaded = {id(p): torch.nn.Parameter(trained[key].float(), requires_grad=False) for key, p in parameters.items()}
         for module in self._peft.modules():
             module._parameters |= {name: loaded[id(p)] for name, p in module._parameters.items() if id(p) in loaded}
         self._base = self._peft.get_base_model()
@@ -120,7 +116,10 @@ class MergedTensors:
         if _is_plain_lora(module):
             return self._merge_linear(path, module)
         loaded = []
-        if not isinstance(module, ModulesToSaveWrapper):  # which replaces the base's weights by the adapter's
+        if isinstance(module, ModulesToSaveWrapper):  # which replaces the base's weights by the adapter's
+            if f"{path}.weight" in self._saved_embeddings:
+                self._read_base(f"{path}.weight")  # checks that they are the base's
+        else:
             for owner_name, owner in module.named_modules():
                 for leaf, parameter in list(owner._parameters.items()):
                     if parameter is not None and parameter.is_meta:
@@ -159,9 +158,10 @@ class MergedTensors:
 
     def _read_base(self, name: str) -> torch.Tensor:
         tensor = self._weights.read(self._stored_name(name))
-        if name in self._saved_embeddings:
-            check_same_embeddings(tensor, self._saved_embeddings[name], f"{self._adapter}: {name}")
-            tensor = self._saved_embeddings[name].to(tensor.dtype)
+        saved = next((x for x in (name, *self._tied_names(name)) if x in self._saved_embeddings), None)
+        if saved is not None:
+            check_same_embeddings(tensor, self._saved_embeddings[saved], f"{self._adapter}: {saved}")
+            tensor = self._saved_embeddings[saved].to(tensor.dtype)
         if len(tensor) < self._shapes[name][0] and self._trains_new_rows(name):
             missing = self._shapes[name][0] - len(tensor)
             tensor = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])  # the adapter replaces them
@@ -191,9 +191,11 @@ class MergedTensors:
         """Return the name of a tensor in the base's files, which store only one of two tied tensors."""
         if name in self._weights.specs:
             return name
+        return next(other for other in self._tied_names(name) if other in self._weights.specs)
+
+    def _tied_names(self, name: str) -> list[str]:
         source = self._tied.get(name)
-        others = [source] if source else [target for target, source in self._tied.items() if source == name]
-        return next(other for other in others if other in self._weights.specs)
+        return [source] if source else [target for target, source in self._tied.items() if source == name]
 
     def _check_names(self, names: Iterable[str]) -> None:
         """Check that the base's files have the model's tensor names; of tied tensors one is enough."""

@@ -48,8 +48,13 @@ class Agreement(NamedTuple):
 
 
 def token_ids(tokenizer: Any, vocab_size: int) -> list[list[int]]:
-    """Return the inputs for both models: the tokens of `TEXTS`, without those outside the model's vocabulary."""
-    rows = [[id for id in tokenizer.encode(text)[:MAX_TOKENS] if id < vocab_size] for text in TEXTS]
+    """Return the inputs for both models: the tokens of `TEXTS`, without those outside the model's vocabulary.
+
+    Args:
+        tokenizer: None = the model has none.
+    """
+    texts = () if tokenizer is None else TEXTS
+    rows = [[id for id in tokenizer.encode(text)[:MAX_TOKENS] if id < vocab_size] for text in texts]
     return [row for row in rows if row] or [list(range(min(32, vocab_size)))]
 
 
@@ -61,9 +66,15 @@ def logits_of(model: torch.nn.Module, rows: Sequence[list[int]]) -> list[torch.T
     return [model(torch.tensor([row], device=device)).logits[0].float().cpu() for row in rows]
 
 
-def logits_of_folder(folder: Path, rows: Sequence[list[int]]) -> list[torch.Tensor]:
-    """Return the logits of a model folder, loaded with `from_pretrained` in float32."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+def logits_of_folder(folder: Path, rows: Sequence[list[int]], *, trust_remote_code: bool = False) -> list[torch.Tensor]:
+    """Return the logits of a model folder, loaded with `from_pretrained` in float32.
+
+    Args:
+        trust_remote_code: whether to run Python code in the folder.
+    """
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=trust_remote_code
+    )
     return logits_of(model, rows)
 
 

@@ -10,15 +10,16 @@ from typing import TypeVar
 
 import psutil
 import torch
-from transformers import AutoConfig
 
+from lora_accel.config.schema import ModelSection
 from lora_accel.errors import ArtifactError, LoraAccelError
 from lora_accel.faults import fault_point
-from lora_accel.merging.base import Base, check_base_hashes, load_base_fp32, read_base_config
+from lora_accel.merging.base import Base, check_base_hashes, load_base_fp32, open_weights, read_base_config
 from lora_accel.merging.job import MergeOptions, PendingMerge
 from lora_accel.merging.shards import Weights, shard_layout, write_shards
 from lora_accel.merging.streaming import MergedTensors, NotStreamableError
 from lora_accel.merging.verification import Agreement, compare, logits_of, logits_of_folder, token_ids
+from lora_accel.model.sizes import load_config
 from lora_accel.saving.adapter import keeps_base_weights, load_adapter
 from lora_accel.saving.atomic import sync
 
@@ -43,8 +44,14 @@ def write_weights(
     try:
         if not all(keeps_base_weights(merge.job.adapter) for merge in merges):
             raise NotStreamableError("the adapter's initialization changes the base's weights")
-        weights = Weights(base.folder)
-        models = [MergedTensors(m.job.adapter, weights, read_base_config(base), transform=m.transform) for m in merges]
+        weights = open_weights(base)
+        trusted = base.trust_remote_code
+        models = [
+            MergedTensors(
+                m.job.adapter, weights, read_base_config(base), transform=m.transform, trust_remote_code=trusted
+            )
+            for m in merges
+        ]
     except NotStreamableError:
         return [_merge_loaded(merge, base, options) for merge in merges]
     # While a tensor is computed, threads write and hash the last one, hash the base and sync files, without the GIL.
@@ -99,13 +106,15 @@ def _merge_loaded(merge: PendingMerge, base: Base, options: MergeOptions) -> lis
     Returns:
         The logits of base + adapter, which are cheap to compute while both are loaded.
     """
-    stored_dtype = base.config.dtype or torch.float32
-    model = load_adapter(load_base_fp32(base, merge.transform), merge.job.adapter)
+    stored_dtype, stored = base.config.dtype or torch.float32, open_weights(base).specs
+    model = load_adapter(load_base_fp32(base, merge.transform), merge.job.adapter, force=options.force)
     reference = logits_of(model, token_ids(merge.tokenizer, model.config.vocab_size))
     try:
-        merged = model.merge_and_unload(safe_merge=True).to(stored_dtype)
+        merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:  # raised by safe_merge if a sum is not finite
         raise ArtifactError(f"{merge.job.source}: {error}") from None
+    for name, parameter in merged.named_parameters():
+        parameter.data = parameter.data.to(stored[name].dtype if name in stored else stored_dtype)
     merged.config.use_cache, merged.config.dtype = True, stored_dtype
     size = {} if options.max_shard_bytes is None else {"max_shard_size": options.max_shard_bytes}
     merged.save_pretrained(merge.folder, **size)
@@ -130,13 +139,18 @@ def verify_merge(
     fits = needed < psutil.virtual_memory().available
     if reference is None and not (fits if options.verify is None else options.verify):
         return None
-    rows = token_ids(merge.tokenizer, AutoConfig.from_pretrained(merge.folder).vocab_size)
+    config = load_config(ModelSection(name_or_path=str(merge.folder), trust_remote_code=base.trust_remote_code))
+    rows = token_ids(merge.tokenizer, config.get_text_config().vocab_size)
     if reference is None:
-        reference = logits_of(load_adapter(load_base_fp32(base, merge.transform), merge.job.adapter), rows)
+        model = load_adapter(load_base_fp32(base, merge.transform), merge.job.adapter, force=options.force)
+        reference = logits_of(model, rows)
+        del model
         gc.collect()
     dtypes = (spec.dtype for spec in specs if spec.dtype.is_floating_point)
     least_precise = min(dtypes, key=lambda dtype: dtype.itemsize)
-    agreement = compare(reference, logits_of_folder(merge.folder, rows), least_precise)
+    agreement = compare(
+        reference, logits_of_folder(merge.folder, rows, trust_remote_code=base.trust_remote_code), least_precise
+    )
     if not agreement.is_within_limit:
         raise LoraAccelError(
             f"{merge.job.out}: the merged model's logits differ from base + adapter by {agreement.mean_moved:.3g} "
