@@ -23,7 +23,7 @@ from lora_accel.config.schema import DataSection
 from lora_accel.data import cache as cache_module
 from lora_accel.data.cache import MANIFEST, CacheError, get_or_build
 from lora_accel.data.dataset import Dataset, Recipe, load_dataset
-from lora_accel.data.regular import hash_file, open_regular
+from lora_accel.data.regular import hash_file, open_unbuffered
 from lora_accel.data.store import INPUT_IDS, LEDGER, SUPERVISED, TABLE, Writer
 from lora_accel.data.template import ChatTemplate
 from lora_accel.errors import ConfigError
@@ -190,7 +190,7 @@ def sign(entry: Path) -> None:
     """Write the manifest that fits the files of an entry."""
     manifest = json.loads((entry / MANIFEST).read_text())
     for name in manifest["files"]:
-        with open_regular(entry / name) as file:
+        with open_unbuffered(entry / name) as file:
             manifest["files"][name] = [(entry / name).stat().st_size, hash_file(file)]
     (entry / MANIFEST).write_text(json.dumps(manifest))
 

@@ -204,9 +204,9 @@ def test_a_pipe_in_place_of_a_file_is_an_error_at_once(
         os.mkfifo(path)
 
     after_hashing(monkeypatch, replace)
-    with pytest.raises(DataError, match=r"a\.jsonl: cannot be read: not a regular file"):
+    with pytest.raises(DataError, match=r"a\.jsonl: cannot be read: not an ordinary file"):
         load(path)
-    with pytest.raises(DataError, match=r"a\.jsonl: is not a regular file"):
+    with pytest.raises(DataError, match=r"a\.jsonl: is not an ordinary file"):
         load(path)
 
 
@@ -278,9 +278,24 @@ def test_a_bomb_is_an_error_before_it_fills_memory(
     monkeypatch.setattr(rows_module, "MIN_EXPANDED_BYTES", 1 << 20)
     data, path = byte * (40 << 20), tmp_path / name
     path.write_bytes(gzip.compress(data, 9) if path.suffix == ".gz" else bytes(pa.compress(data, "zstd", asbytes=True)))
-    with pytest.raises(DataError, match=rf"{name}: expands to more than 200 times its size; .*without compression"):
+    message = rf"{name}(: expands to more than 200 times its size; .*without compression|, line 1: over .* empty lines)"
+    with pytest.raises(DataError, match=message):
         load(path)
     assert not has_entry(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv"])
+def test_too_many_empty_lines_are_an_error(
+    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(rows_module, "MAX_EMPTY_LINES", 10)
+    first, row = (b"text\n", b"hello world\n") if name == "a.csv" else (b"", b'{"text": "hello world"}\n')
+    path, compress = tmp_path / name, gzip.compress if name.endswith("gz") else bytes
+    path.write_bytes(compress(first + row + b"\n" * 10 + row + b"\n" * 10))
+    assert load(path).num_examples == 2
+    path.write_bytes(compress(first + row + row + b"\n" * 11 + row))
+    with pytest.raises(DataError, match=rf"{name}, line [34]: over 10 empty lines follow each other; remove them"):
+        load(path)
 
 
 def test_a_bomb_of_valid_rows_is_an_error(tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,6 +313,25 @@ def test_a_table_of_one_repeated_value_is_a_bomb(tmp_path: Path, load: Load, mon
     assert path.stat().st_size < 20_000
     with pytest.raises(DataError, match=r"a\.parquet: expands to more than"):
         load(path)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_dictionary_that_all_batches_share_is_no_bomb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """As pandas stores a category: counted with each batch, its values would be 30 times the size of the file."""
+    monkeypatch.setattr(rows_module, "MIN_EXPANDED_BYTES", 1 << 18)
+    monkeypatch.setattr(rows_module, "MAX_RATIO", 10)
+    values = ["".join(random.Random(n).choices("abcdefgh", k=100)) for n in range(1000)]
+    texts, path = values * 2, tmp_path / name
+    table = pa.table({"text": pa.array(texts).dictionary_encode()})
+    if name == "a.parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=50)
+    chunks = find_input(SourceSection(path=str(path))).chunks(None)
+    assert [row["text"] for chunk in chunks for _, row in chunk.parsed()] == texts
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.csv", "a.json.gz", "a.tsv.zst"])

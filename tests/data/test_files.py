@@ -186,7 +186,7 @@ def test_a_broken_link_is_an_error(tmp_path: Path, path: str, monkeypatch: pytes
 def test_a_pipe_is_an_error(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "rows.jsonl")
     for path in (tmp_path, tmp_path / "rows.jsonl"):
-        with pytest.raises(DataError, match=r"rows\.jsonl: is not a regular file"):
+        with pytest.raises(DataError, match=r"rows\.jsonl: is not an ordinary file"):
             find_files(section(path))
 
 

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from lora_accel.data.regular import hash_file, open_regular
+from lora_accel.data.regular import hash_file, open_unbuffered
 from lora_accel.errors import ConfigError
 from lora_accel.logs import logger
 
@@ -163,7 +163,7 @@ def _load(folder: Path, key: str, read: Callable[[Entry], Content]) -> Content:
 def _read_manifest(folder: Path, key: str) -> dict[str, tuple[int, str]]:
     """Return size and SHA-256 of each file of an entry."""
     try:
-        with open_regular(folder / MANIFEST) as file:
+        with open_unbuffered(folder / MANIFEST) as file:
             manifest = json.loads(file.read(MAX_MANIFEST_BYTES))
         if manifest["version"] != VERSION or manifest["key"] != key:
             raise DamagedEntry(f"{MANIFEST} is that of another entry or version")
@@ -182,7 +182,7 @@ def _read_manifest(folder: Path, key: str) -> dict[str, tuple[int, str]]:
 def _open(stack: contextlib.ExitStack, folder: Path, name: str, size: int, sha256: str) -> BinaryIO:
     """Open a file of an entry and check all of its bytes."""
     try:
-        file = stack.enter_context(open_regular(folder / name))
+        file = stack.enter_context(open_unbuffered(folder / name))
         is_intact = os.fstat(file.fileno()).st_size == size and hash_file(file) == sha256
     except PermissionError:
         raise
@@ -227,7 +227,7 @@ def _write_manifest(folder: Path, key: str) -> None:
     """Sync all files of a new entry, and write their sizes and hashes."""
     files = {}
     for path in sorted(folder.iterdir()):
-        with open_regular(path) as file:
+        with open_unbuffered(path) as file:
             os.fsync(file.fileno())
             files[path.name] = (os.fstat(file.fileno()).st_size, hash_file(file))
     with (folder / MANIFEST).open("w", encoding="utf-8") as text:

@@ -112,7 +112,7 @@ def _find_local(source: SourceSection, pattern: str) -> dict[str, Path]:
     _check_hub_options(source)
     for file in files:
         if not file.is_file():
-            what = "a symbolic link to a file that is missing" if file.is_symlink() else "not a regular file"
+            what = "a symbolic link to a file that is missing" if file.is_symlink() else "not an ordinary file"
             raise DataError(f"{file}: is {what}")
     return {str(file): file for file in files}
 

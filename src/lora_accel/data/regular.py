@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import stat
 from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from lora_accel.errors import DataError
+from lora_accel.paths import open_regular, open_to_read
 
 
 class Stamp(NamedTuple):
@@ -44,7 +43,7 @@ class HashedFile:
             OSError: it cannot be read.
         """
         self.file, self.name, self._sha256 = file, name, sha256
-        self._stream = open_regular(file)
+        self._stream = open_unbuffered(file)
         self._stamp: Stamp | None = None
         try:
             self.check()
@@ -91,7 +90,7 @@ def stamp_and_hash(file: Path, name: str) -> tuple[Stamp, str]:
         DataError: it cannot be read, or changes while it is read. The message begins with `name`.
     """
     try:
-        with open_regular(file) as stream:
+        with open_unbuffered(file) as stream:
             stamp = Stamp.of(os.fstat(stream.fileno()))
             sha256 = hash_file(stream)
             if stamp != Stamp.of(os.fstat(stream.fileno())) and sha256 != hash_file(stream):
@@ -112,21 +111,17 @@ def read_regular(file: Path) -> bytes:
     Raises:
         OSError: it cannot be read, or is something else.
     """
-    with open_regular(file) as stream:
+    with open_to_read(file) as stream:
         return stream.read()
 
 
-def open_regular(file: Path) -> BinaryIO:
+def open_unbuffered(file: Path) -> BinaryIO:
     """Open a regular file for reading, unbuffered. Unlike `open`, it does not wait for the writer of a named pipe.
 
     Raises:
         OSError: it cannot be opened, or is something else.
     """
-    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(file))
-    return open(descriptor, "rb", buffering=0)
+    return open(open_regular(file), "rb", buffering=0)
 
 
 def hash_file(stream: BinaryIO) -> str:

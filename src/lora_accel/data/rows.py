@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lora_accel.config.schema import SourceSection
 from lora_accel.data.files import COMPRESSED, file_type, find_files
@@ -24,11 +24,14 @@ from lora_accel.data.records import MalformedRow, Row, UnusableRow
 from lora_accel.data.regular import HashedFile, Stamp, changed, stamp_and_hash
 from lora_accel.errors import DataError, first_line
 
+Line = TypeVar("Line", str, bytes)
 TABLES = (".parquet", ".arrow")
 MAX_FIELD = 2**31 - 1  # characters in a CSV field; the csv module's default of 131,072 is too short for documents
 MAX_CHUNK_ROWS, MAX_CHUNK_BYTES = 500, 1 << 20
 MAX_ROW_BYTES = 1 << 24
 """Bytes of a line, or characters of a row: about four million tokens. Tokenizing takes 200 times as much memory."""
+MAX_EMPTY_LINES = 1_000_000
+"""Limit of empty lines between two rows. Reading so many takes a second."""
 MAX_RATIO, MIN_EXPANDED_BYTES = 200, 1 << 28
 """How many times its size a compressed file may expand to, and up to which size it may in any case. Text has a ratio
 of 3 to 10, rows that repeat a long system message one of up to 100; a file of zeros has 1,000 (gz) or more."""
@@ -364,11 +367,21 @@ def _batch_rows(schema: Any, batches: Iterable[Any], expansion: _Expansion) -> I
 
         decode = datasets.Features.from_arrow_schema(schema).decode_example
     for batch in batches:
-        expansion.add(batch.nbytes)
+        expansion.add(sum(map(_num_bytes, batch.columns)))
         batch.validate(full=True)  # a damaged file may hold offsets beyond its data
         for start in range(0, len(batch), BATCH_ROWS):
             rows = batch.slice(start, BATCH_ROWS).to_pylist()
             yield from map(decode, rows) if decode else rows
+
+
+def _num_bytes(column: Any) -> int:
+    """Return the size of a column. In a column with a dictionary, which all batches share, each row has one value."""
+    import pyarrow as pa
+
+    if not pa.types.is_dictionary(column.type):
+        return int(column.nbytes)
+    per_row = column.dictionary.nbytes // max(1, len(column.dictionary))
+    return int(column.indices.nbytes + len(column) * per_row)
 
 
 def _check_size(row: Any, where: str) -> None:
@@ -403,7 +416,7 @@ def _json_line(line: bytes, where: str) -> Any:
 
 
 def _json_lines(lines: Iterable[bytes], file: str) -> Iterator[tuple[int, bytes]]:
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_limit_empty_lines(lines, file), start=1):
         if len(line) > MAX_ROW_BYTES:
             raise DataError(
                 f"{file}, line {number}: is longer than {MAX_ROW_BYTES:,} bytes; divide the row into several, or "
@@ -413,11 +426,24 @@ def _json_lines(lines: Iterable[bytes], file: str) -> Iterator[tuple[int, bytes]
             yield number, line.rstrip(b"\r\n")
 
 
+def _limit_empty_lines(lines: Iterable[Line], file: str) -> Iterator[Line]:
+    """Yield lines; raise if too many empty ones follow each other, which would take minutes without a single row."""
+    num_empty = 0
+    for number, line in enumerate(lines, start=1):
+        num_empty = 0 if line.strip() else num_empty + 1
+        if num_empty > MAX_EMPTY_LINES:
+            first = number - MAX_EMPTY_LINES
+            raise DataError(
+                f"{file}, line {first}: over {MAX_EMPTY_LINES:,} empty lines follow each other; remove them"
+            )
+        yield line
+
+
 def _json_rows(file: str, text: str) -> Iterator[tuple[int, bytes | Row]]:
     """Yield the rows of a .json file: a list of rows, also as the value of `data`, or JSON lines."""
     first, _, others = text.strip().partition("\n")
     if others and _is_json_object(first):  # then all of the text is not one JSON value
-        yield from _json_lines((line.encode() for line in text.split("\n")), file)
+        yield from _json_lines((line.encode() for line in text.removesuffix("\n").split("\n")), file)
         return
     rows = _json(text, file)
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):
@@ -438,7 +464,7 @@ def _is_json_object(text: str) -> bool:
 
 def _csv_rows(file: str, text: str, delimiter: str) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(MAX_FIELD)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    reader = csv.DictReader(_limit_empty_lines(io.StringIO(text, newline=""), file), strict=True, delimiter=delimiter)
     number = 0
     try:
         header = list(reader.fieldnames or [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -17,6 +18,7 @@ from lora_accel.data.spans import RESERVED, Span, locate, mark
 from lora_accel.data.tokens import TextTokenizer
 from lora_accel.data.tools import check_call, check_contains
 from lora_accel.errors import DataError, did_you_mean
+from lora_accel.paths import open_to_read
 from lora_accel.sandbox import check_template
 
 BUILT_IN_TEMPLATES = ("alpaca", "chatml", "gemma", "llama-2", "llama-3", "vicuna_v1.1", "zephyr")
@@ -418,7 +420,8 @@ def template_source(name: str | None) -> str:
             f"built in are {', '.join(BUILT_IN_TEMPLATES)}; a file ends in .jinja"
         )
     try:
-        text = Path(name).read_text(encoding="utf-8")
+        with io.TextIOWrapper(open_to_read(Path(name)), encoding="utf-8") as file:
+            text = file.read()
     except FileNotFoundError:
         raise DataError(
             f"model.chat_template: {name}: no such file; paths are relative to the working directory"
