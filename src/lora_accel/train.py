@@ -2,7 +2,8 @@
 
 Start reading at `run_training`. Cheap checks run first, so that an error in the config or the data shows in seconds:
 
-    config -> launch -> Accelerator -> examples, plan -> model, adapter -> resume point -> train -> adapter/
+    config -> launch -> Accelerator -> headers of the base -> examples, plan
+           -> model, adapter -> resume point -> train -> adapter/
 
 Heavy libraries are imported inside functions, after the config is validated.
 """
@@ -123,6 +124,7 @@ def run_in_folder(
     from lora_accel.setup.sizes import resolve_rope_scaling
 
     is_main, config = accelerator.is_main_process, resolve_rope_scaling(config)
+    check_base_early(config, accelerator)
     data = prepare_data(config, accelerator.num_processes)
     if is_main:
         log_data(config, data)
@@ -156,6 +158,25 @@ def run_in_folder(
         ledgers = {"train": data.dataset.ledgers, "eval": data.eval_ledgers}
         write_run_folder(folder, config, data.plan, ledgers, provenance)
     return train_and_export(config, data, accelerator, prepared, provenance, start)
+
+
+def check_base_early(config: RunConfig, accelerator: Accelerator) -> None:
+    """Check a local base before its data is tokenized, which may take hours. Only headers of its files are read.
+
+    A run folder with a final adapter may hold the finished run, which needs no weights. There, and on the Hub, the base
+    is checked when it is loaded.
+
+    Raises:
+        ArtifactError: the weight files do not hold the model of config.json.
+        TrainingError: they do not on another rank.
+    """
+    from lora_accel.distributed.collectives import on_all_ranks
+    from lora_accel.model.base import check_base
+
+    stage = "checking the base"
+    with Stage(stage, enabled=accelerator.is_local_main_process), on_all_ranks(accelerator, stage):
+        if Path(config.model.name_or_path).is_dir() and not (Path(config.output_dir) / "adapter").exists():
+            check_base(config.model)
 
 
 def train_and_export(

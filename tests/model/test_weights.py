@@ -10,17 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_accel.config.schema import ModelSection, QuantizationSection, RunConfig
-from lora_accel.errors import ArtifactError
+from lora_accel.errors import ArtifactError, DataError
 from lora_accel.merging.merge import merge_adapter
+from lora_accel.model import base as base_module
 from lora_accel.model.base import build_on_meta_device, choose_dtype, load_base_model, stored_dtype
 from lora_accel.model.sizes import load_config, model_sizes
 from lora_accel.model.weights import StoredTensor, check_weights, main_dtype, read_headers
-from lora_accel.train import run_training
+from lora_accel.train import check_base_early, run_training
 from tests.conftest import CommandResult
 from tests.families import SIZES, model_of
 
@@ -116,6 +118,54 @@ def test_every_command_rejects_a_base_with_a_missing_tensor(
     assert not (tmp_path / "out").exists()
 
 
+def test_training_checks_a_local_base_before_it_reads_rows(base: Path, make_config: Callable[..., RunConfig]) -> None:
+    rows = {"train": [{"path": "no-such-rows.jsonl"}]}
+    with pytest.raises(DataError, match="no-such-rows"):
+        run_training(make_config(model={"name_or_path": str(base)}, data=rows))
+    change_weights(base, lambda tensors: tensors.pop(QUERY))
+    config = make_config(model={"name_or_path": str(base)}, data=rows)
+    with pytest.raises(ArtifactError, match=QUERY):
+        run_training(config)
+    (Path(config.output_dir) / "adapter").mkdir(parents=True)
+    check_base_early(config, Accelerator())  # the run may be finished: it needs no weights
+
+
+def test_a_base_is_checked_once_in_a_process(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+
+    def check(name: str, *args: Any) -> None:
+        checked.append(name)
+        check_weights(name, *args)
+
+    monkeypatch.setattr(base_module, "check_weights", check)
+    for _ in range(2):
+        load(base)
+    assert checked == [str(base)]
+    change_weights(base, lambda tensors: tensors.pop(QUERY))
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match=QUERY):
+            load(base)
+    assert len(checked) == 3, "another header is another base, and an error is not remembered"
+
+
+def test_attention_in_config_json_may_be_replaced(base: Path) -> None:
+    change_config(base, attn_implementation="flash_attention_2")
+    section = ModelSection(name_or_path=str(base), attention="sdpa")
+    assert load_base_model(section, QuantizationSection()).config._attn_implementation == "sdpa"
+
+
+def test_names_with_a_prefix_are_reported(base: Path) -> None:
+    def add_prefix(tensors: State) -> None:  # as torch.compile names them
+        for name in list(tensors):
+            tensors[f"_orig_mod.{name}"] = tensors.pop(name)
+
+    change_weights(base, add_prefix)
+    with pytest.raises(
+        ArtifactError, match=r"would be random\. The files have _orig_mod\.lm_head\.weight, .* instead\. Use"
+    ):
+        load(base)
+
+
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     model_of("mixtral").save_pretrained(tmp_path)
     expert = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
@@ -145,8 +195,10 @@ def test_layers_that_predict_several_tokens_are_a_note(base: Path) -> None:
 
 
 def test_masks_and_frequencies_of_old_files_are_ignored(tiny_model: Models, base: Path, tmp_path: Path) -> None:
-    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    load(change_weights(base, lambda tensors: tensors.update(frequencies)))
+    rotary = "model.layers.0.self_attn.rotary_emb"
+    tables = {f"{rotary}.inv_freq": torch.ones(4), f"{rotary}.cos_cached": torch.ones(64, 8)}
+    tables["model.layers.0.self_attn.bias"] = torch.ones(1, 1, 64, 64)  # a family without a buffer of that name
+    load(change_weights(base, lambda tensors: tensors.update(tables)))
     old = Path(shutil.copytree(tiny_model("gpt2"), tmp_path / "old"))
     masks = {
         "transformer.h.0.attn.bias": torch.ones(1, 1, 256, 256),

@@ -38,6 +38,8 @@ from lora_accel.model.weights import (
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NO_ADAPTER = "no-adapter"
 """A subfolder that no model has. transformers looks there for an adapter, which it would load onto the base."""
+_CHECKED: set[tuple[str, str, frozenset[tuple[str, StoredTensor]]]] = set()
+"""What `check_base` accepted (name, config, headers): a run checks its base before its data, and when it loads it."""
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,6 +61,9 @@ def choose_dtype(
         recorded: name of the base's dtype in the checkpoint to resume from; None = a new run. `auto` = the checkpoint
             does not record it: it was written by a version that took the dtype in config.json.
         stored: dtype in which the base is stored; None = read it from its weight files, if it matters.
+
+    Raises:
+        ArtifactError: the model does not exist, or its files cannot be read.
     """
     if section.dtype != "auto":
         return DTYPES[section.dtype]
@@ -183,7 +188,10 @@ def check_base(section: ModelSection) -> tuple[PretrainedConfig, dict[str, Store
         weights = dequantized_headers(section.name_or_path, tensors, lambda name: read_tensor(files, name))
         plain = copy.deepcopy(config)
         del plain.quantization_config
-    check_weights(section.name_or_path, plain, weights)
+    key = (section.name_or_path, repr(plain.to_dict()), frozenset(weights.items()))
+    if key not in _CHECKED:
+        check_weights(section.name_or_path, plain, weights)
+        _CHECKED.add(key)
     return config, tensors
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ FILES = (
 )
 """Files that define a tokenizer and its chat template."""
 
-HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]{1,96}")
+HUB_ID = re.compile(r"([\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
 QUICKSTART_MODEL = "SmolLM2-135M-Instruct"
 """The model that scripts/fetch_model.py creates."""
 
@@ -110,7 +111,7 @@ def tokenizer_fingerprint(section: ModelSection) -> str | None:
 def local_file(section: ModelSection, name: str) -> Path | None:
     """Return a file of a model: in its folder, or in the cache of the Hub; None if it is in neither."""
     folder = Path(section.name_or_path)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path.is_dir, False for names of any length
         return folder / name if (folder / name).is_file() else None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -134,7 +135,7 @@ def _tokenizer_file(section: ModelSection) -> Path | None:
 
 
 def _check_exists(section: ModelSection) -> None:
-    if not is_hub_id(section.name_or_path) and not Path(section.name_or_path).is_dir():
+    if not is_hub_id(section.name_or_path) and not os.path.isdir(section.name_or_path):
         raise ArtifactError(load_error_message(section, "model", FileNotFoundError()))
     folder = Path(section.name_or_path)
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -187,7 +188,7 @@ def load_error_message(section: ModelSection, what: str, error: Exception) -> st
             f"{name}: has Python code of its own, which must run to load the {what}; if you trust it, pass "
             "--trust-remote-code, or set model.trust_remote_code=true in the run config"
         )
-    if not is_hub_id(name) and not Path(name).is_dir():
+    if not is_hub_id(name) and not os.path.isdir(name):
         reason = "there is no such folder"
         if not Path(name).is_absolute():
             reason += f"; paths are relative to the working directory, {Path.cwd()}"

@@ -49,6 +49,8 @@ DTYPES = {
 """safetensors' names of dtypes."""
 ORDINARY_LAYERS = 200
 """A model of so many layers is built on the meta device in a second; one of more must have as many tensors."""
+ATTENTION = "eager"
+"""Every model has it. What config.json names may not be installed here, and `model.attention` may replace it."""
 MAX_COMPUTED_BYTES = 1e9
 """Limit of the masks and sines that a model smaller than that computes from its config. GPT-2's take 12 MB."""
 MAX_TENSORS, MAX_NAME = 500_000, 1_000
@@ -109,7 +111,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_tensor(files: Sequence[Path], name: str) -> torch.Tensor:
-    """Return one tensor of weight files whose headers declare it."""
+    """Return one tensor of weight files.
+
+    Raises:
+        KeyError: no header declares it.
+    """
     for file in files:
         if file.suffix != ".safetensors":
             tensors: dict[str, torch.Tensor] = torch.load(file, map_location="cpu", weights_only=True)
@@ -160,6 +166,7 @@ def check_weights(name: str, config: PretrainedConfig, tensors: Mapping[str, Sto
                 state_dict=declared,
                 device_map={"": "meta"},
                 dtype=torch.float32,
+                attn_implementation=ATTENTION,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
@@ -176,7 +183,9 @@ def check_weights(name: str, config: PretrainedConfig, tensors: Mapping[str, Sto
 def _build(name: str, config: PretrainedConfig, tensors: Mapping[str, StoredTensor]) -> PreTrainedModel:
     """Return the model of a config on the meta device; check what it would compute, since loading it computes that."""
     with without_zero3(), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, attn_implementation=ATTENTION, trust_remote_code=False
+        )
     computed = {key: buffer.numel() * buffer.element_size() for key, buffer in model.named_buffers()}
     total, limit = sum(computed.values()), sum(4 * math.prod(tensor.shape) for tensor in tensors.values())
     if total > max(limit, MAX_COMPUTED_BYTES):
@@ -209,7 +218,8 @@ def check_loading_info(
             "use the config.json that belongs to these weights"
         )
     if missing := sorted(info["missing_keys"]):
-        raise _missing_error(name, missing)
+        unused = [key for key in sorted(info["unexpected_keys"]) if not _is_computed(key, tensors.get(key))]
+        raise _missing_error(name, missing, unused)
     inside, outside = _split_unexpected(model, info["unexpected_keys"], tensors)
     if inside:
         raise ArtifactError(
@@ -274,10 +284,13 @@ def _split_unexpected(
 
 
 def _is_computed(name: str, stored: StoredTensor | None) -> bool:
-    """Whether a stored tensor is a mask or the frequencies of rotary embeddings, which models compute."""
-    if name.endswith("inv_freq"):
+    """Whether a stored tensor is a mask or a table of rotary embeddings, which models compute."""
+    if name.endswith(("inv_freq", "cos_cached", "sin_cached")):
         return True
-    return stored is not None and (not stored.is_floating_point or math.prod(stored.shape) <= 1)
+    if stored is None:
+        return False
+    is_mask = len(stored.shape) == 4 and stored.shape[:2] == (1, 1)  # GPT-J's are stored as numbers in some files
+    return is_mask or not stored.is_floating_point or math.prod(stored.shape) <= 1
 
 
 def _check_floating_point(name: str, model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> None:
@@ -304,11 +317,17 @@ def _note(text: str) -> None:
     logger.info(f"note: {text}")
 
 
-def _missing_error(name: str, missing: Sequence[str]) -> ArtifactError:
+def _missing_error(name: str, missing: Sequence[str], unused: Sequence[str] = ()) -> ArtifactError:
+    """Return the error for missing tensors.
+
+    Args:
+        unused: tensors that the files have and the model lacks, such as `_orig_mod.` and the name of a missing one.
+    """
+    others = f"The files have {_some(unused)} instead. " if unused else ""
     are, they = ("is", "it") if len(missing) == 1 else ("are", "they")
     return ArtifactError(
         f"{name}: {_count(missing)} of the model {are} not in its weight files: {_some(missing)}; {they} would be "
-        "random. Use complete weights, and the config.json that belongs to them"
+        f"random. {others}Use complete weights, and the config.json that belongs to them"
     )
 
 
@@ -362,7 +381,9 @@ def _download(section: ModelSection) -> Path:
         if (index := fetch(f"{name}.index.json")) is not None:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-                [fetch(shard) for shard in sorted(shards) if shard == Path(shard).name]  # weight_files checks the rest
+                for shard in sorted(shards):
+                    if shard == Path(shard).name:  # weight_files reports any other
+                        fetch(shard)
             return index.parent
     raise ArtifactError(
         f"{section.name_or_path}: {SAFETENSORS} or {BIN} is neither in the Hub's cache nor can it be downloaded"
