@@ -178,7 +178,8 @@ def test_limits_by_position() -> None:
     for rank, text in zip(ranks, ("[9, 3, 2]", "[9, 3, 1]", "[9, 3, 2]", "[9, 2, 4]"), strict=True):
         rank.update(text, 10 if rank is ranks[3] else 99)
     ranks[3].update("[10, 2, 4]", 99)
-    assert find_missing(ranks, 100.0, 60.0, 60.0) == [Missing(3, 90.0, False)]
+    assert find_missing(ranks, 100.0, 60.0, 60.0) == [], "the leading ranks have just moved"
+    assert find_missing(ranks, 158.0, 59.0, 60.0) == [Missing(1, 59.0, False), Missing(3, 148.0, False)]
     assert find_missing(ranks, 160.0, 60.0, 60.0) == [Missing(number, 61.0, True) for number in range(4)]
     assert find_missing(ranks[:3], 100.0, 0.5, 60.0) == [Missing(1, 1.0, False)]
 

@@ -110,15 +110,17 @@ def find_missing(ranks: Sequence[_Rank], now: float, limit: float, silent_limit:
     """Return the stalled ranks.
 
     Args:
-        limit: seconds after which a rank that has not arrived where another one is, is stalled.
+        limit: seconds after which a rank that has not moved is stalled, if the leading ranks have not moved either:
+            as long as they compute, nobody waits.
         silent_limit: seconds after which a rank that does not respond is stalled.
     """
     first = max(rank.position for rank in ranks)
+    waiting = now - max(rank.moved for rank in ranks if rank.position == first)
     missing = []
     for number, rank in enumerate(ranks):
         if now - rank.responded >= silent_limit:
             missing.append(Missing(number, now - rank.responded, True))
-        elif rank.position < first and now - rank.moved >= limit:
+        elif rank.position < first and min(waiting, now - rank.moved) >= limit:
             missing.append(Missing(number, now - rank.moved, False))
     return missing
 
