@@ -6,8 +6,10 @@ what they print or read from the environment, start a new interpreter instead.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -69,6 +71,55 @@ def run(args: list[str], environment: dict[str, str], timeout: float) -> subproc
         output = [path.read_text(encoding="utf-8") if path.exists() else "" for path in (stdout, stderr)]
     assert not timed_out, f"{args} still ran after {timeout} seconds\n{output[0][-2000:]}\n{output[1][-4000:]}"
     return subprocess.CompletedProcess(args, process.exitcode or 0, *output)
+
+
+def measure(
+    arguments: list[str], folder: Path, environment: dict[str, str], timeout: int, stdout: Path, stderr: Path
+) -> tuple[int, float, float]:
+    """Run `lora-accel …` in a folder, in a fork; return its exit code, CPU seconds and peak memory in MB.
+
+    The memory includes that of the imports; a fork without arguments does nothing and has only this.
+
+    Args:
+        timeout: in seconds, after which a signal ends the fork.
+    """
+    with tempfile.TemporaryDirectory(prefix="lora-accel-fork-") as results:
+        result = Path(results, "usage.json")
+        process = context().Process(
+            target=_measure, args=(arguments, str(folder), environment, timeout, str(stdout), str(stderr), str(result))
+        )
+        process.start()
+        process.join()
+        code, seconds, megabytes = json.loads(result.read_text(encoding="utf-8"))
+    return code, seconds, megabytes
+
+
+def _measure(
+    arguments: list[str],
+    folder: str,
+    environment: dict[str, str],
+    timeout: int,
+    stdout: str,
+    stderr: str,
+    result: str,
+) -> None:
+    pid = os.fork()
+    if pid == 0:
+        become(environment, stdout, stderr)
+        os.chdir(folder)
+        signal.alarm(timeout)
+        if arguments:
+            sys.argv = ["lora_accel.cli", *arguments]
+            sys.modules.pop("lora_accel.cli", None)  # runpy warns about modules that are already imported
+            runpy.run_module("lora_accel.cli", run_name="__main__", alter_sys=True)
+        return
+    _, status, usage = os.wait4(pid, 0)
+    Path(result).write_text(json.dumps([os.waitstatus_to_exitcode(status), *used(usage)]), encoding="utf-8")
+
+
+def used(usage: resource.struct_rusage) -> tuple[float, float]:
+    """Return CPU seconds and peak memory in MB. Children that the process waited for count, too."""
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6
 
 
 def become(environment: dict[str, str], stdout: str, stderr: str) -> None:

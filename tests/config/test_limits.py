@@ -16,6 +16,46 @@ from tests.config.test_files import MINIMAL
 ALIASES = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9))
 CHAIN = "".join(f"a{n}: {('${a' + str(n - 1) + '}') * 10}\n" for n in range(1, 10))
 NESTED = "lists and mappings are nested more than 40 deep"
+YAML_BOMBS = [
+    ("logging: {trackers: " + "[" * 100_000 + "]" * 100_000 + "}", NESTED),
+    ("logging: {trackers: " + "[" * 500 + "]" * 500 + "}", NESTED),
+    ("adapter: " + "{a: " * 30_000 + "1" + "}" * 30_000, NESTED),
+    ("adapter:\n" + "".join("  " * n + "a:\n" for n in range(1, 600)), NESTED),
+    ("x:\n" + "- " * 100_000 + "x", NESTED),
+    ("a0: &a0 [1, 2, 3]\n" + ALIASES, "over 10,000 values, aliases included"),
+    ("adapter: &a {x: *a}", r"the alias \*a refers to a value that contains it"),
+    ("evaluation: {prompts: [" + "a," * 20_000 + "b]}", "over 10,000 values"),
+    ("adapter: {" + ",".join(f"k{n}: 1" for n in range(2000)) + "}", "… and 1,950 more"),
+    ("seed: " + "9" * 5000, "line 5: not valid YAML: a number of 5,000 characters"),
+    ("seed: 1" + ":59" * 50_000, "a number of 150,001 characters"),
+    ("seed: 0b" + "1" * 500_000, "a number of 500,002 characters"),
+    ("seed: ${seed}", "Recursive interpolation"),
+    ("seed: " + "${" * 2000 + "a" + "}" * 2000, "over 50 interpolations in one value"),
+    ("a0: xxxxxxxxxx\n" + CHAIN, "too many interpolations, or they are too long"),
+    ("? [a, b]\n: 1", "not valid YAML|unhashable|key"),
+    ("seed: 2024-99-99", "month|should be a valid integer"),
+]
+EXTREME_OVERRIDES = [
+    (("seed=" + "[" * 100_000,), "not a YAML value: " + NESTED),
+    ((".".join(["a"] * 100_000) + "=1",), "no option is nested in over 20 sections"),
+    (("seed=1",) * 100_000, "100,000 overrides of 600,000 characters: at most 1,000"),
+    (("evaluation.prompts=['" + "x" * 2_000_000 + "']",), "at most 1,000 of 1,000,000 characters are read"),
+    (("adapter.target_modules='" + "(" * 5000 + "a" + ")" * 5000 + "'",), "is not a regular expression"),
+    (("output_dir=\udc80",), "surrogates not allowed"),
+    (('output_dir="a\\0b"',), "a path cannot contain NUL characters"),
+    (("training.epochs=1e300",), "training.epochs: should be less than or equal to 1000000"),
+    (("training.max_steps=" + "9" * 20,), "training.max_steps: should be less than or equal to"),
+    (("training.max_hours=1e300",), "training.max_hours: should be less than or equal to"),
+    (("training.learning_rate=.nan",), "training.learning_rate: should be a finite number"),
+    (("adapter.alpha=.inf",), "adapter.alpha: should be a finite number"),
+    (("data.train=[{path: a, weight: 1e300}]",), "weight: should be less than or equal to 1000"),
+    (("data.train=[{path: a, weight: .inf}]",), "weight: should be a finite number"),
+    (("evaluation.max_new_tokens=1000000",), "max_new_tokens: should be less than or equal to 100000"),
+    (("data.max_length=1" + "0" * 12,), "data.max_length: should be less than or equal to 16777216"),
+    (("data.num_workers=1000000",), "data.num_workers: should be less than or equal to 1024"),
+    (("model.rope_scaling={rope_type: linear, factor: .nan}",), "should be a number of at least 1"),
+    (("model.rope_scaling={rope_type: linear, factor: .inf}",), "should be a number of at most"),
+]
 
 
 def error_of(path: Path, overrides: tuple[str, ...] = ()) -> str:
@@ -27,28 +67,7 @@ def error_of(path: Path, overrides: tuple[str, ...] = ()) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("logging: {trackers: " + "[" * 100_000 + "]" * 100_000 + "}", NESTED),
-        ("logging: {trackers: " + "[" * 500 + "]" * 500 + "}", NESTED),
-        ("adapter: " + "{a: " * 30_000 + "1" + "}" * 30_000, NESTED),
-        ("adapter:\n" + "".join("  " * n + "a:\n" for n in range(1, 600)), NESTED),
-        ("x:\n" + "- " * 100_000 + "x", NESTED),
-        ("a0: &a0 [1, 2, 3]\n" + ALIASES, "over 10,000 values, aliases included"),
-        ("adapter: &a {x: *a}", r"the alias \*a refers to a value that contains it"),
-        ("evaluation: {prompts: [" + "a," * 20_000 + "b]}", "over 10,000 values"),
-        ("adapter: {" + ",".join(f"k{n}: 1" for n in range(2000)) + "}", "… and 1,950 more"),
-        ("seed: " + "9" * 5000, "line 5: not valid YAML: a number of 5,000 characters"),
-        ("seed: 1" + ":59" * 50_000, "a number of 150,001 characters"),
-        ("seed: 0b" + "1" * 500_000, "a number of 500,002 characters"),
-        ("seed: ${seed}", "Recursive interpolation"),
-        ("seed: " + "${" * 2000 + "a" + "}" * 2000, "over 50 interpolations in one value"),
-        ("a0: xxxxxxxxxx\n" + CHAIN, "too many interpolations, or they are too long"),
-        ("? [a, b]\n: 1", "not valid YAML|unhashable|key"),
-        ("seed: 2024-99-99", "month|should be a valid integer"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), YAML_BOMBS)
 def test_yaml_bomb_is_one_message(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(MINIMAL + text, encoding="utf-8")
@@ -83,30 +102,7 @@ def test_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     assert read_config(file).output_dir == "runs/first"
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (("seed=" + "[" * 100_000,), "not a YAML value: " + NESTED),
-        ((".".join(["a"] * 100_000) + "=1",), "no option is nested in over 20 sections"),
-        (("seed=1",) * 100_000, "100,000 overrides of 600,000 characters: at most 1,000"),
-        (("evaluation.prompts=['" + "x" * 2_000_000 + "']",), "at most 1,000 of 1,000,000 characters are read"),
-        (("adapter.target_modules='" + "(" * 5000 + "a" + ")" * 5000 + "'",), "is not a regular expression"),
-        (("output_dir=\udc80",), "surrogates not allowed"),
-        (('output_dir="a\\0b"',), "a path cannot contain NUL characters"),
-        (("training.epochs=1e300",), "training.epochs: should be less than or equal to 1000000"),
-        (("training.max_steps=" + "9" * 20,), "training.max_steps: should be less than or equal to"),
-        (("training.max_hours=1e300",), "training.max_hours: should be less than or equal to"),
-        (("training.learning_rate=.nan",), "training.learning_rate: should be a finite number"),
-        (("adapter.alpha=.inf",), "adapter.alpha: should be a finite number"),
-        (("data.train=[{path: a, weight: 1e300}]",), "weight: should be less than or equal to 1000"),
-        (("data.train=[{path: a, weight: .inf}]",), "weight: should be a finite number"),
-        (("evaluation.max_new_tokens=1000000",), "max_new_tokens: should be less than or equal to 100000"),
-        (("data.max_length=1" + "0" * 12,), "data.max_length: should be less than or equal to 16777216"),
-        (("data.num_workers=1000000",), "data.num_workers: should be less than or equal to 1024"),
-        (("model.rope_scaling={rope_type: linear, factor: .nan}",), "should be a number of at least 1"),
-        (("model.rope_scaling={rope_type: linear, factor: .inf}",), "should be a number of at most"),
-    ],
-)
+@pytest.mark.parametrize(("overrides", "message"), EXTREME_OVERRIDES)
 def test_extreme_override_is_one_message(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(MINIMAL, encoding="utf-8")

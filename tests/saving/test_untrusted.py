@@ -193,15 +193,15 @@ def test_adapter_config_out_of_bounds_raises(adapter: Path, base: Any, values: d
     assert time.process_time() - began < 60, "the adapter was built, or a pattern matched, before the check"
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"target_modules": "(.*)*(.*)*(.*)*(.*)*(.*)*!"},
-        {"exclude_modules": "(([a-z_.0-9])+)+!"},
-        {"rank_pattern": {"(([a-z_.0-9])+)+!": 4}},
-        {"layers_pattern": ["(([a-z_.0-9])+)+!"], "layers_to_transform": [0]},
-    ],
-)
+PATTERNS: list[dict[str, Any]] = [
+    {"target_modules": "(.*)*(.*)*(.*)*(.*)*(.*)*!"},
+    {"exclude_modules": "(([a-z_.0-9])+)+!"},
+    {"rank_pattern": {"(([a-z_.0-9])+)+!": 4}},
+    {"layers_pattern": ["(([a-z_.0-9])+)+!"], "layers_to_transform": [0]},
+]
+
+
+@pytest.mark.parametrize("values", PATTERNS)
 def test_pattern_with_exponential_time_raises(adapter: Path, base: Any, values: dict[str, Any]) -> None:
     change(adapter, **values)
     with pytest.raises(ArtifactError, match=r"takes over 2 seconds"):
@@ -211,6 +211,18 @@ def test_pattern_with_exponential_time_raises(adapter: Path, base: Any, values: 
 def test_fast_pattern_is_allowed(adapter: Path, base: Any) -> None:
     change(adapter, target_modules=r".*\.(q|k|v|o|gate|up|down)_proj")
     load_adapter(base, adapter)
+
+
+def test_names_in_rank_pattern_are_not_tried_as_patterns(
+    adapter: Path, base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EVA and similar methods write one name for each module: with those of 100 layers, trying them takes seconds."""
+    tried: list[str] = []
+    monkeypatch.setattr(untrusted, "check_patterns", lambda where, patterns, names: tried.extend(patterns))
+    names = ["^model.layers.0.self_attn.q_proj", "layers.0.mlp.up_proj$", "lm_head", r".*\.k_proj"]
+    change(adapter, rank_pattern=dict.fromkeys(names, 4))
+    untrusted.check_untrusted_config(adapter / CONFIG, [])
+    assert tried == [r".*\.k_proj"]
 
 
 def test_too_long_adapter_config_raises(adapter: Path, base: Any) -> None:
@@ -300,6 +312,19 @@ def test_dtype_that_no_adapter_has_raises(plain: Path, case: str) -> None:
         read_adapter(plain)
 
 
+PICKLED_CASES = [
+    "meta",
+    "sparse",
+    "compressed rows",
+    "nested",
+    "quantized",
+    "complex",
+    "expanded",
+    "empty",
+    "no tensor",
+]
+
+
 def pickled_tensors() -> dict[str, Any]:
     ones = torch.ones(4, 32)
     return {
@@ -316,9 +341,7 @@ def pickled_tensors() -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about prototypes
-@pytest.mark.parametrize(
-    "case", ["meta", "sparse", "compressed rows", "nested", "quantized", "complex", "expanded", "empty", "no tensor"]
-)
+@pytest.mark.parametrize("case", PICKLED_CASES)
 def test_pickled_tensor_that_no_adapter_has_raises(plain: Path, case: str) -> None:
     tensors = load_file(plain / WEIGHTS)
     (plain / WEIGHTS).unlink()
@@ -399,23 +422,31 @@ def test_forged_safetensors_raise(plain: Path, case: str) -> None:
         read_adapter(plain)
 
 
-def test_sparse_file_raises(plain: Path) -> None:
-    """A file of holes takes no space, and may claim 8 TB of zeros."""
+def write_sparse(adapter: Path) -> None:
+    """Write a file of holes, which takes no space, and claims 8 TB of zeros."""
     size = 8 * 10**12
     header = json.dumps({KEY: {"dtype": "F32", "shape": [10**12, 2], "data_offsets": [0, size]}}).encode()
-    (plain / WEIGHTS).write_bytes(forged_header(header)[:-64])
-    os.truncate(plain / WEIGHTS, 8 + len(header) + size)
+    (adapter / WEIGHTS).write_bytes(forged_header(header)[:-64])
+    os.truncate(adapter / WEIGHTS, 8 + len(header) + size)
+
+
+def test_sparse_file_raises(plain: Path) -> None:
+    write_sparse(plain)
     with pytest.raises(ArtifactError, match="are on disk"):
         read_adapter(plain)
 
 
-def test_compressed_pickle_raises(plain: Path) -> None:
-    tensors = load_file(plain / WEIGHTS)
-    (plain / WEIGHTS).unlink()
-    torch.save(tensors, plain / "stored.bin")
-    with zipfile.ZipFile(plain / "stored.bin") as source, zipfile.ZipFile(plain / PICKLED, "w") as target:
+def write_compressed_pickle(adapter: Path) -> None:
+    tensors = load_file(adapter / WEIGHTS)
+    (adapter / WEIGHTS).unlink()
+    torch.save(tensors, adapter / "stored.bin")
+    with zipfile.ZipFile(adapter / "stored.bin") as source, zipfile.ZipFile(adapter / PICKLED, "w") as target:
         for entry in source.infolist():
             target.writestr(entry.filename, source.read(entry), zipfile.ZIP_DEFLATED)
+
+
+def test_compressed_pickle_raises(plain: Path) -> None:
+    write_compressed_pickle(plain)
     with pytest.raises(ArtifactError, match="it is compressed, so it could expand to any size"):
         read_adapter(plain)
 
