@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from lora_accel.paths import Purpose, open_regular, open_to_append, open_to_read, temporary_sibling, why_not_writable
+from lora_accel.cli import main
+from lora_accel.config.files import write_recipe
+from lora_accel.config.launch import read_launch
+from lora_accel.console import run_command
+from lora_accel.data.template import template_source
+from lora_accel.errors import ConfigError, UserError
+from lora_accel.inference.prompts import read_prompts
+from lora_accel.merging.job import provenance_of
+from lora_accel.paths import (
+    Purpose,
+    open_regular,
+    open_to_append,
+    open_to_read,
+    real_path,
+    temporary_sibling,
+    why_not_writable,
+)
+from lora_accel.saving.discovery import run_of
+from tests.config.test_launch import TORCHRUN
 from tests.conftest import CommandResult
 
 
@@ -37,9 +56,11 @@ def occupy(path: Path, kind: str) -> Path:
         return path.with_name("m" * 250)
     elif kind == "long path":
         return path.joinpath(*["m" * 200] * 21)
+    elif kind == "many folders":
+        return path.joinpath(*["m"] * 1500)
     elif kind == "NUL":
         return path.with_name("a\0b")
-    elif kind == "surrogate":
+    elif kind == "surrogate" or kind == "not UTF-8":
         return path.with_name("a\ud800b")
     return path
 
@@ -53,8 +74,10 @@ REASONS = {
     "inside a dangling link": "is a link to .*nowhere, which does not exist",
     "long name": "the name is too long",
     "long path": "the name is too long",
+    "many folders": r"is 1,50\d folders below .*; choose a shorter path",
     "NUL": "cannot contain NUL",
     "surrogate": "characters that file names cannot have",
+    "not UTF-8": "or is not UTF-8",
 }
 
 
@@ -134,7 +157,7 @@ def adapter(tmp_path: Path) -> Path:
 COMMANDS = ("merge", "merge --adapter", "merge --overwrite", "export", "init", "inspect --html", "verify-resume")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in REASONS if kind not in ("surrogate", "NUL")])
+@pytest.mark.parametrize("kind", [kind for kind in REASONS if kind not in ("surrogate", "NUL", "not UTF-8")])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_check_their_output_first(
     command: Callable[..., CommandResult], adapter: Path, tmp_path: Path, name: str, kind: str
@@ -162,3 +185,78 @@ def test_commands_check_their_output_first(
     assert "Traceback" not in result.stderr
     assert "out" in result.stderr or kind == "long name"
     assert names(tmp_path) == before
+
+
+# Files that a user names
+
+
+def read_deepspeed_json(file: Path) -> None:
+    """Read a DeepSpeed JSON as a run does."""
+    read_launch(TORCHRUN | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "dangling link", "link to itself", "device"])
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("prompts.txt", lambda file: read_prompts([], file)),
+        ("prompts.jsonl", lambda file: read_prompts([], file)),
+        ("chat.jinja", lambda file: template_source(str(file))),
+        ("zero.json", read_deepspeed_json),
+    ],
+)
+def test_input_file_of_another_kind_is_one_message(
+    tmp_path: Path, name: str, read: Callable[[Path], object], kind: str
+) -> None:
+    file = tmp_path / name
+    if kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        occupy(file, kind)
+    with pytest.raises(UserError, match=name):
+        read(file)
+
+
+def test_looping_links_are_compared_as_paths(tmp_path: Path) -> None:
+    link = occupy(tmp_path / "adapter", "link to itself")
+    assert run_of(link) is None
+    assert provenance_of(link) is None
+    assert run_of(tmp_path / "run" / "checkpoints" / "step-00000001") == tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", ["m" * 300, "m/" * 2100, "a\udcffb", "loop/x"])
+@pytest.mark.parametrize("args", [("checkpoints",), ("merge", "--all"), ("generate", "hello", "--adapter")])
+def test_input_path_that_cannot_exist_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, args: tuple[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    occupy(tmp_path / "loop", "link to itself")
+    monkeypatch.setattr("sys.argv", ["lora-accel", *args, name])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    error = capsys.readouterr().err
+    assert (stopped.value.code, error.count("error: ")) == (2, 1), error
+
+
+def test_path_with_nul_is_compared_as_it_is(tmp_path: Path) -> None:
+    assert real_path(tmp_path / "a\0b") == tmp_path / "a\0b"
+
+
+def test_text_that_a_library_cannot_encode_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    def save() -> None:
+        "model\udcff".encode()
+
+    assert run_command(save) == 2
+    assert capsys.readouterr().err == "error: 'model\\udcff': is not UTF-8; rename this file or folder\n"
+
+
+def test_recipe_on_a_full_disk_leaves_no_file(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"run\.yaml: cannot be written: File too large"):
+            write_recipe(tmp_path / "run.yaml")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == []
+    write_recipe(tmp_path / "run.yaml")

@@ -75,6 +75,19 @@ def test_closed_stdout_ends_a_command_that_only_prints(tmp_path: Path, should_co
     assert result.stderr == (note if should_continue else "")
 
 
+def test_text_that_a_terminal_cannot_show_is_escaped() -> None:
+    code = "from lora_accel.console import run_command; run_command(lambda: print(chr(0x20AC), chr(0xDCFF)))"
+    for encoding, expected in (("ascii", "\\u20ac \\udcff\n"), ("utf-8", "\u20ac \\udcff\n")):
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            cwd=ROOT,
+            check=True,
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+        )
+        assert result.stdout.decode() == expected
+
+
 def test_closed_stderr_with_a_long_stage(tmp_path: Path) -> None:
     """The stage is shown by a thread."""
     result = run(program(tmp_path / "mark", should_continue=True, stage=2.3), stderr=closed_pipe())

@@ -156,6 +156,7 @@ def test_a_killed_merge_can_be_repeated_with_the_same_bytes(
     [
         (["--launcher", "nosuchcmd launch"], "--launcher: program 'nosuchcmd' not found"),
         (["--launcher", 'a "b'], "--launcher: No closing quotation"),
+        (["--launcher", " "], "--launcher: program '' not found"),
     ],
 )
 def test_an_invalid_launcher_is_an_error(file: Path, args: list[str], reason: str) -> None:

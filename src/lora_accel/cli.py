@@ -204,6 +204,8 @@ def merge(
 
     folders = [folder for folder in (adapter, None if out is None else str(out)) if folder is not None]
     request = parse_merge(folders, adapters or [], run, lora_path, target_model_path, max_shard_size)
+    if not adapters and (combine != "linear" or density is not None):
+        raise ConfigError("--combine, --density: need several adapters; pass each one with --adapter DIR=WEIGHT")
     silence_libraries()
     keep_freed_memory()
     from lora_accel.merging.job import MergeKeywords

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -31,6 +32,8 @@ QUIET_SECONDS = 2.0
 NAME_WIDTH = 32
 """Maximum width of the first column of a table, so that the rest fits into 80 columns."""
 CLEAR_LINE = "\r\x1b[K"
+UNUSABLE_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
+"""Errors of a path that names nothing: most of Python's `is_file` and `exists` raise them."""
 NOISE = (
     "Setting accelerator to CPU",  # DeepSpeed, on every import without a GPU
     "Failed to load CPU gemm_4bit_forward",  # bitsandbytes without its optional `kernels` package
@@ -201,13 +204,7 @@ def _run(command: Callable[[], object], rank: int, reports: bool, error_file: st
             print("interrupted; run the same command to resume from the newest checkpoint", file=sys.stderr, flush=True)
         return 130
     except Exception as caught:
-        error: Exception = caught
-        if is_full_disk(caught):
-            error = TrainingError(
-                f"{caught}. Files saved earlier are intact; free up disk space and run the same command again"
-            )
-        elif isinstance(caught, PermissionError):
-            error = ConfigError(f"{caught.filename or 'a file'}: {caught.strerror}: this user may not read or write it")
+        error = _own_error(caught)
         if not isinstance(error, LoraAccelError):
             _write_error_file(traceback.format_exc(), error_file)
             raise
@@ -218,6 +215,24 @@ def _run(command: Callable[[], object], rank: int, reports: bool, error_file: st
         _write_error_file(message, error_file)
         return error.exit_code
     return 0
+
+
+def _own_error(error: Exception) -> Exception:
+    """Return the error of this package for a full disk, or a path that cannot be used; other errors as they are."""
+    if is_full_disk(error):
+        return TrainingError(
+            f"{error}. Files saved earlier are intact; free up disk space and run the same command again"
+        )
+    if isinstance(error, PermissionError):
+        return ConfigError(
+            f"{error.filename or 'a file'}: {error.strerror}: this user may not read or write it; change its "
+            "permissions, or choose another path"
+        )
+    if isinstance(error, OSError) and error.errno in UNUSABLE_PATH and isinstance(error.filename, (str, Path)):
+        return ConfigError(f"{shorten(str(error.filename), 200)}: {error.strerror}; check this path")
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return ConfigError(f"{shorten(ascii(error.object), 200)}: is not UTF-8; rename this file or folder")
+    return error
 
 
 def show_logs() -> None:

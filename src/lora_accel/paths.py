@@ -14,6 +14,8 @@ SUFFIX_LENGTH = len("..lora-accel-deleting")
 """Characters that the name of a temporary sibling adds (see `temporary_sibling`)."""
 INNER_LENGTH = 100
 """Characters left for the names of the files in a folder, within the length limit of a path."""
+MAX_NEW_FOLDERS = 100
+"""How many nested folders are created. Python's `mkdir` and `rmtree` recurse into each."""
 
 
 def temporary_sibling(path: Path, purpose: Purpose) -> Path:
@@ -36,9 +38,9 @@ def why_not_writable(path: Path, kind: Literal["file", "folder"]) -> str | None:
         A sentence that begins with the path that prevents it and ends with a way out.
     """
     try:
-        os.fsencode(path)
-    except UnicodeEncodeError:
-        return f"{str(path)!a}: contains characters that file names cannot have; choose another path"
+        str(path).encode()
+    except UnicodeEncodeError:  # safetensors and tokenizers cannot write to it either
+        return f"{str(path)!a}: contains characters that file names cannot have, or is not UTF-8; choose another path"
     if "\0" in str(path):
         return f"{str(path)!r}: file names cannot contain NUL; choose another path"
     if path.name in ("", ".."):
@@ -51,7 +53,7 @@ def why_not_writable(path: Path, kind: Literal["file", "folder"]) -> str | None:
 
 
 def _why_no_name(path: Path, nearest: Path) -> str | None:
-    """Return whether a name of the path is too long for its file system."""
+    """Return which name of the path is too long for its file system."""
     if nearest.is_symlink() and not nearest.exists():
         return None  # `_why_occupied` reports it
     folder = nearest if nearest.is_dir() else nearest.parent
@@ -60,6 +62,8 @@ def _why_no_name(path: Path, nearest: Path) -> str | None:
     length = len(os.fsencode(path.absolute())) + SUFFIX_LENGTH + INNER_LENGTH
     if longest > os.pathconf(folder, "PC_NAME_MAX") or length > os.pathconf(folder, "PC_PATH_MAX"):
         return f"{path}: the name is too long for this file system; choose a shorter one"
+    if len(missing) > MAX_NEW_FOLDERS:
+        return f"{path}: is {len(missing):,} folders below {folder}; choose a shorter path"
     return None
 
 
@@ -97,8 +101,11 @@ def _why_no_access(path: Path, nearest: Path) -> str | None:
 
 
 def real_path(path: Path) -> Path:
-    """Return a path with its links followed. Unlike `Path.resolve`, it accepts a link to itself."""
-    return Path(os.path.realpath(path))
+    """Return a path with its links followed. Unlike `Path.resolve`, it accepts a link to itself, and any name."""
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError:  # NUL, or a character that file names cannot have
+        return path.absolute()
 
 
 def has_access(path: Path, mode: int) -> bool:
@@ -129,11 +136,13 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     """
     if "\0" in str(path):
         raise OSError(errno.EINVAL, "the name contains a NUL character", str(path))
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "is a folder" if is_folder else "is not an ordinary file", str(path))
+        if is_folder:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "not an ordinary file", str(path))
     return descriptor
 
 

@@ -5,7 +5,6 @@ Data is untrusted: its text is never interpreted as markup, HTML or terminal con
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import re
@@ -31,7 +30,7 @@ from lora_accel.data.store import Examples
 from lora_accel.data.tokens import special_tokens
 from lora_accel.errors import ConfigError, did_you_mean
 from lora_accel.labels import IGNORE_INDEX
-from lora_accel.paths import why_not_writable
+from lora_accel.paths import open_to_read, why_not_writable
 from lora_accel.saving.atomic import write_text
 from lora_accel.setup.recipe import make_recipe
 
@@ -114,8 +113,6 @@ def inspect(
             print(json.dumps(line))
         sys.stdout.flush()  # here, since a closed pipe must not raise at the end of the process
     else:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
         show_examples(parts, config.data, recipe, rows or ROWS, Console())
         show_audit(parts)
     for ledger in _ledgers(parts):
@@ -485,6 +482,18 @@ def _check_page_path(file: Path) -> None:
         raise ConfigError(f"--html: {reason}")
     if not file.parent.is_dir():
         raise ConfigError(f"--html: the folder {file.parent} does not exist; create it first")
+    if file.is_file() and not _is_page(file):
+        raise ConfigError(f"--html: {file} exists and is not an HTML page; choose another name")
+
+
+def _is_page(file: Path) -> bool:
+    """Whether a file is an HTML page, or empty."""
+    try:
+        with open_to_read(file) as stream:
+            begin = stream.read(100).strip().lower()
+    except OSError:  # reported when it is written
+        return True
+    return not begin or begin.startswith((b"<!doctype html", b"<html"))
 
 
 def _write_page(file: Path, text: str) -> None:

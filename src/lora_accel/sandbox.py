@@ -24,16 +24,16 @@ from lora_accel.errors import ArtifactError, DataError
 from lora_accel.sandbox_child import MESSAGE_BYTES, OUTCOMES
 
 CPU_SECONDS = 2
-WALL_SECONDS = 60
-"""Limit where other programs use the processor, too."""
+WALL_SECONDS = 300
+"""Limit where other programs use the processor, too, or a disk is slow."""
 MEMORY_BYTES = 1 << 30
 MAX_TOKENIZER_BYTES = 200_000_000
 """The largest tokenizers have 35 MB."""
 MAX_TEMPLATE_CHARACTERS = 1_000_000
 MAX_CACHED_CHARACTERS = 200_000
 """Outcomes are cached for conversations up to this size."""
-BYTES_PER_SECOND = 10_000_000
-"""A tokenizer's file gets a second more for this many bytes."""
+BYTES_PER_SECOND = 5_000_000
+"""A tokenizer's file gets a second more for this many bytes: 8 seconds for one of 33 MB, which takes less than one."""
 PROBLEMS = {
     "time": f"takes over {CPU_SECONDS} seconds",
     "memory": f"takes over {MEMORY_BYTES >> 20} MB of memory",
@@ -102,15 +102,16 @@ def check_tokenizer(file: Path) -> None:
     if status.st_size > MAX_TOKENIZER_BYTES:
         raise ArtifactError(f"{file}: over {MAX_TOKENIZER_BYTES:,} bytes; is this a tokenizer?")
     stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
-    outcome = _try_tokenizer(str(file.absolute()), stamp)
+    seconds = CPU_SECONDS + status.st_size // BYTES_PER_SECOND
+    outcome = _try_tokenizer(str(file.absolute()), stamp, seconds)
     if outcome in PROBLEMS:
-        raise ArtifactError(f"{file}: tokenizing text with it {PROBLEMS[outcome]}; use another tokenizer")
+        problem = f"takes over {seconds} seconds" if outcome == "time" else PROBLEMS[outcome]
+        raise ArtifactError(f"{file}: tokenizing text with it {problem}; use another tokenizer")
 
 
 @functools.lru_cache(maxsize=256)
-def _try_tokenizer(file: str, stamp: tuple[int, ...]) -> str:
+def _try_tokenizer(file: str, stamp: tuple[int, ...], seconds: int) -> str:
     """Try a tokenizer's file, once for each version of it (`stamp`)."""
-    seconds = CPU_SECONDS + stamp[-1] // BYTES_PER_SECOND
     return _try("run_tokenizer", file=file, cpu_seconds=seconds)[0]
 
 
@@ -136,7 +137,11 @@ class _Child:
         self._lock = threading.Lock()
 
     def ask(self, request: bytes) -> tuple[str, str]:
-        """Return the outcome of a request, one of sandbox_child.OUTCOMES, and a message."""
+        """Return the outcome of a request, one of sandbox_child.OUTCOMES, and a message.
+
+        Raises:
+            ArtifactError: the child cannot be started, or ended twice.
+        """
         with self._lock:
             is_new = self._start()
             reply = self._exchange(request)

@@ -123,7 +123,11 @@ def _check_growth(written: int, read: int) -> None:
 
 
 def match_patterns(request: dict[str, Any]) -> None:
-    """Match patterns with names in the three ways that PEFT 0.21 does."""
+    """Match patterns with names in the three ways that PEFT 0.21 does.
+
+    Raises:
+        InvalidError: a pattern is not valid.
+    """
     for pattern in request["patterns"]:
         try:
             matchers = [re.compile(pattern).fullmatch, re.compile(rf"(.*\.)?({pattern})$").match]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -75,6 +76,10 @@ def safe_output(*, should_continue: bool) -> Iterator[None]:
     """
     _open_missing_streams()
     before = sys.stdout, sys.stderr
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            with contextlib.suppress(OSError):  # it flushes
+                stream.reconfigure(errors="backslashreplace")  # not all terminals and file names are UTF-8
     sys.stdout, sys.stderr = (_Output(stream, should_continue=should_continue) for stream in before)
     try:
         try:

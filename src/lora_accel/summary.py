@@ -43,8 +43,11 @@ def is_finished(
         tokens = [entry["tokens_sha256"] for entry in provenance["data"]]
         settings, precision = provenance["config"], provenance["mixed_precision"]
         base, template_sha256 = provenance["base"], provenance["chat_template_sha256"]
-        recorded = {"sha256": dict(base["sha256"]), "config_sha256": base["config_sha256"]}
-        recorded["tensors_sha256"] = base.get("tensors_sha256")
+        recorded = {
+            "sha256": dict(base["sha256"]),
+            "config_sha256": base["config_sha256"],
+            "tensors_sha256": base.get("tensors_sha256"),
+        }
     except (ArtifactError, KeyError, TypeError, ValueError, AttributeError):
         return False
     is_same = (

@@ -57,8 +57,9 @@ def verify_resume(config: Path, overrides: Sequence[str], *, steps: int, launche
         command = shlex.split(launcher) if launcher else [sys.executable, "-m", "accelerate.commands.launch"]
     except ValueError as error:
         raise ConfigError(f"--launcher: {error}") from None
-    if shutil.which(command[0]) is None:
-        raise ConfigError(f"--launcher: program {command[0]!r} not found")
+    program = command[0] if command else ""
+    if shutil.which(program) is None:
+        raise ConfigError(f"--launcher: program {program!r} not found")
     command += ["-m", "lora_accel.train", "--config", str(config), *overrides]
     command += [f"training.max_steps={steps}", f"checkpoint.every_steps={half}", "checkpoint.resume=auto"]
     command += ["evaluation.every_steps=null", "logging.every_steps=1", "logging.trackers=[]"]

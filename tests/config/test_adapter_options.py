@@ -34,6 +34,7 @@ from tests.conftest import CommandResult
         ({"megatron_config": {"a": 1}}, "megatron_config: is for Megatron"),
         ({"runtime_config": {"ephemeral_gpu_offload": True}}, "runtime_config: is for inference"),
         ({"use_qalora": True}, "use_qalora: needs a GPTQ base"),
+        ({"velora_config": {}}, "velora_config: its projections depend on the batches.*init_type=random"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: dropout is not supported"),
     ],
 )

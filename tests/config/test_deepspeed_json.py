@@ -149,6 +149,8 @@ def test_equal_values_are_accepted(values: dict[str, Any], training: dict[str, A
         ({"optimizer": "AdamW"}, ("optimizer must be an object",)),
         ({"scheduler": {"type": "WarmupLR", "params": []}}, ("scheduler must be an object",)),
         (scheduler("OneCycle"), ('scheduler.type is "OneCycle"', "training.scheduler is cosine")),
+        ({"scheduler": {"type": ["WarmupLR"]}}, ('scheduler.type must be a name, not ["WarmupLR"]',)),
+        ({"optimizer": {"type": None}}, ("optimizer.type must be a name, not null",)),
         (scheduler("WarmupLR", warmup_max_lr=2e-4), ('scheduler.type is "WarmupLR"', "constant = WarmupLR")),
         (scheduler("WarmupCosineLR", warmup_max_lr=1), ("warmup_max_lr is 1,", "training.learning_rate is 0.0002")),
         (scheduler("WarmupCosineLR", warmup_num_steps=9), ("warmup_num_steps is 9", "warmup_steps is not set")),

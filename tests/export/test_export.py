@@ -541,6 +541,12 @@ def test_missing_or_invalid_arguments_raise(
         export_adapter(bare, out, format="peft", alpha=8)
     with pytest.raises(UserError, match="cannot be loaded: there is no such folder"):
         export_adapter(bare, out, format="peft", alpha=8, base=str(tmp_path / "absent"))
+    config = json.loads((tiny_model() / "config.json").read_text())
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"hidden_size": -1}))
+    with pytest.raises(ArtifactError, match=r"hidden_size=-1") as raised:
+        export_adapter(bare, out, format="peft", alpha=8, base=str(tmp_path / "base"))
+    assert "cannot be loaded" not in str(raised.value), "the reason is not hidden in a message about a missing model"
     for absent in (tmp_path / "absent", tmp_path):
         with pytest.raises(ArtifactError, match="is not an adapter"):
             export_adapter(absent, out, format="peft-bin")

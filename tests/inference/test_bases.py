@@ -234,7 +234,12 @@ def test_all_checkpoints_are_merged_again_if_the_base_changed(
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "evaluate"])
 @pytest.mark.parametrize(
-    "base", ["/home/x/llama", "models/Llama", "./llama", "a/b/c", "owner/llama", "llama--2", "C:\\x"]
+    "base",
+    [
+        *("/home/x/llama", "models/Llama", "./llama", "a/b/c", "owner/llama", "llama--2", "C:\\x"),
+        *("a\0b", "a\ud800", "a" * 300, f"{'a' * 300}/b", "/" + "a" * 5000),
+    ],
+    ids=lambda base: ascii(base)[:20],
 )
 def test_a_base_that_is_not_here_is_named_with_the_way_out(
     run: Run, adapter: Path, tmp_path: Path, name: str, base: str
@@ -247,7 +252,7 @@ def test_a_base_that_is_not_here_is_named_with_the_way_out(
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("base", ["/home/x/llama", "a/b/c", "models/Llama"])
+@pytest.mark.parametrize("base", ["/home/x/llama", "a/b/c", "models/Llama", "a" * 300], ids=lambda base: base[:20])
 def test_a_requested_base_that_is_not_here_raises(run: Run, adapter: Path, name: str, base: str) -> None:
     check_error(run(name, adapter, base), base, "there is no such folder", "--base")
 

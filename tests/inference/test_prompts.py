@@ -57,6 +57,11 @@ def test_a_system_message_of_chat_needs_a_template(
         chat_module.chat(merged=tiny_model(), system="Be brief.", raw=True)
 
 
+def test_a_merged_model_takes_no_base(tiny_model: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="--base, --merged: a merged model needs no base"):
+        chat_module.chat(merged=tiny_model(), base=str(tiny_model()))
+
+
 def test_variables_of_a_prompt_reach_the_template(tokenizer_factory: Any) -> None:
     template = ChatTemplate(tokenizer_factory(chat_template="{{ mood }} " + CHATML), variables={"mood": "hello"})
     prompts: list[str | Conversation] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from lora_accel import cli
 from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.merging.merge import merge_weighted
 
@@ -71,11 +73,30 @@ def test_adapters_with_more_than_lora_matrices_raise(
 
 def test_invalid_method_or_density_raises(adapters: Callable[..., list[Path]], tmp_path: Path) -> None:
     pairs = list(zip(adapters(), WEIGHTS, strict=True))
+    out, base = tmp_path / "merged", str(tmp_path / "absent")  # checked before the base, which may be downloaded
     with pytest.raises(ConfigError, match="use linear, svd"):
-        merge_weighted(pairs, tmp_path / "merged", how="median")
+        merge_weighted(pairs, out, how="median", base=base)
     with pytest.raises(ConfigError, match="needs a density above 0 and up to 1"):
-        merge_weighted(pairs, tmp_path / "merged", how="ties")
+        merge_weighted(pairs, out, how="ties", base=base)
     with pytest.raises(ConfigError, match="an adapter is given twice"):
-        merge_weighted([pairs[0], pairs[1], pairs[0]], tmp_path / "merged")
+        merge_weighted([pairs[0], pairs[1], pairs[0]], out, base=base)
     with pytest.raises(ConfigError, match="takes no density"):
-        merge_weighted(pairs, tmp_path / "merged", how="linear", density=0.5)
+        merge_weighted(pairs, out, how="linear", density=0.5, base=base)
+    single: list[dict[str, Any]] = [{"density": 0.5}, {"combine": "ties"}]
+    for options in single:
+        with pytest.raises(ConfigError, match=r"--combine, --density: need several adapters"):
+            cli.merge(str(pairs[0][0]), out, **options)
+
+
+def test_adapters_of_different_bases_raise_before_the_base_is_loaded(
+    adapters: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    folders = adapters()
+    for folder in folders:
+        base = {"name_or_path": "base", "revision": None, "sha256": {"model.safetensors": folder.name}}
+        (folder / "provenance.json").write_text(json.dumps({"base": base}))
+    pairs, out, base = list(zip(folders, WEIGHTS, strict=True)), tmp_path / "merged", str(tmp_path / "absent")
+    with pytest.raises(ArtifactError, match=r"--adapter: .*adapter1 and .*adapter2 were trained on different bases"):
+        merge_weighted(pairs, out, base=base)
+    with pytest.raises(ArtifactError, match="there is no such folder"):
+        merge_weighted(pairs, out, base=base, force=True)

@@ -156,9 +156,11 @@ def test_folder_is_complete_and_has_provenance(
 ) -> None:
     license_file = tiny_model() / "LICENSE.txt"
     license_file.write_text("free")
+    (tiny_model() / "LICENSES").mkdir()  # a folder is not copied
     adapter = trained()
     returned = merge_adapter(adapter, tmp_path / "merged")
     license_file.unlink()
+    (tiny_model() / "LICENSES").rmdir()
     out = tmp_path / "merged"
     assert why_invalid(out) is None
     files = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "provenance.json"}
@@ -478,6 +480,9 @@ def test_merge_checkpoints_skips_valid_outputs_and_replaces_corrupt_ones(run: Pa
     assert [provenance.get("already", False) for provenance in provenances] == [True, True, False]
     assert [path for path, time in times.items() if path.stat().st_mtime_ns != time] == [corrupt]
     assert why_invalid(run / "merged-all" / "adapter") is None
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"adapter: is not an adapter: adapter_model\.safetensors is missing"):
+        merge_checkpoints(run)
 
 
 def test_merge_all_touches_no_other_merged_model(run: Path) -> None:

@@ -61,6 +61,16 @@ def test_merge_is_an_error_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_lora_bias_of_a_layer_without_bias_is_an_error(
+    save_adapter_of_peft: Callable[..., Path], tmp_path: Path, verify: bool
+) -> None:
+    adapter = save_adapter_of_peft(lora_bias=True)
+    with pytest.raises(ArtifactError, match=r"lora_bias: model\.layers\.0\.self_attn\.q_proj has no bias"):
+        merge_adapter(adapter, tmp_path / "merged", verify=verify)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 def test_command_exits_with_2(
     command: Callable[..., CommandResult], save_adapter_of_peft: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -564,6 +564,10 @@ def test_state_that_does_not_follow_from_the_step_raises(
     write_manifest(folder)
     with pytest.raises(ArtifactError, match=rf"state\.json: {name}={value}, but after step 2 of this run it is"):
         run_training(config)
+    if name != "seed":  # another input than the length may be another seed, too
+        longer = make_config(training={"max_steps": 3}, checkpoint={"allow_changes": ["training.max_steps"]})
+        with pytest.raises(ArtifactError, match=f"{name}={value}, but after step 2"):
+            run_training(longer)
 
 
 # Runs

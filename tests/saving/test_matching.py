@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -285,6 +287,25 @@ def test_fused_experts_give_the_logits_of_peft(folder: Path, family: str) -> Non
     model_of(family).save_pretrained(folder / "base")
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     trained = logits(save_adapter_on(load_base(folder), folder, target_parameters=parameters))
+    assert torch.equal(logits(load_adapter(load_base(folder), folder / "adapter")), trained)
+    torch.testing.assert_close(merged_logits(folder), trained, rtol=1e-4, atol=1e-5)
+
+
+def test_biases_of_the_base_that_modules_to_save_replaces_are_ignored(folder: Path) -> None:
+    model_of("phi").save_pretrained(folder / "base")
+    trained = logits(save_adapter_on(load_base(folder), folder, bias="all", modules_to_save=["lm_head"]))
+    assert any("original_module.bias" in name for name in load_file(folder / "adapter" / WEIGHTS)), "PEFT saves it"
+    assert torch.equal(logits(load_adapter(load_base(folder), folder / "adapter")), trained)
+    torch.testing.assert_close(merged_logits(folder), trained, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(Version(peft.__version__) < Version("0.21"), reason="this PEFT has no VeLoRA")
+def test_buffers_that_only_training_reads_are_ignored(folder: Path) -> None:
+    from peft import VeloraConfig
+
+    model_of("llama").save_pretrained(folder / "base")
+    trained = logits(save_adapter_on(load_base(folder), folder, velora_config=VeloraConfig()))
+    assert any("velora" in name for name in load_file(folder / "adapter" / WEIGHTS)), "PEFT saves its projections"
     assert torch.equal(logits(load_adapter(load_base(folder), folder / "adapter")), trained)
     torch.testing.assert_close(merged_logits(folder), trained, rtol=1e-4, atol=1e-5)
 

@@ -126,16 +126,17 @@ def test_rotation_keeps_a_checkpoint_with_other_files(folder: Path, capsys: pyte
     assert "notes/ideas.txt" in stderr
 
 
-def test_notes_in_the_adapter_are_kept(make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "named"), [("notes.txt", "notes.txt"), ("README.md", r"README.md \(edited\)")])
+def test_notes_in_the_adapter_are_kept(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, name: str, named: str
+) -> None:
     adapter = run_training(make_config())
-    (adapter / "notes.txt").write_text("mine")
+    (adapter / name).write_text("mine")
     before = tree(adapter.parent)
     assert run_training(make_config()) == adapter, "finished: nothing to do"
     longer = make_config(training={"epochs": 2}, checkpoint={"allow_changes": ["training.epochs"]})
     monkeypatch.setattr(loop, "train_step", None)
-    with pytest.raises(
-        ConfigError, match=r"^output_dir: .*adapter: contains files .* lost: notes\.txt; move them: the"
-    ):
+    with pytest.raises(ConfigError, match=rf"^output_dir: .*adapter: contains files .* lost: {named}; move them: the"):
         run_training(longer)
     assert tree(adapter.parent) == before
 

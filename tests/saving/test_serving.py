@@ -52,7 +52,7 @@ KINDS = {
     "olora of PEFT": Kind({"init_lora_weights": "olora"}, "init_lora_weights=olora", by_peft=True),
     "kasa": Kind({"kasa_config": {}}, "KaSA"),
     "bdlora": Kind({"use_bdlora": {"target_modules_bd_b": ["_proj"], "nblocks": 2}}, "BD-LoRA"),
-    "velora": Kind({"velora_config": {}}, DIRECTLY),
+    "velora": Kind({"velora_config": {"init_type": "random"}}, DIRECTLY),
     "alpha_pattern": Kind({"alpha_pattern": {"v_proj": 64}}, "alpha_pattern"),
     "rank_pattern": Kind({"rank_pattern": {"v_proj": 2}}, "rank_pattern"),
     "patterns that cancel out": Kind({"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 4}}, DIRECTLY),

@@ -60,6 +60,12 @@ def unsupported_adapter_options(options: Mapping[str, Any]) -> list[str]:
             for name in (*VARIANTS, "ensure_weight_tying", "lora_bias")
             if options[name]
         ]
+    velora = options["velora_config"]
+    if velora is not None and velora.get("init_type") != "random":
+        problems.append(
+            "velora_config: its projections depend on the batches since the process started, which a checkpoint does "
+            "not contain; set adapter.velora_config.init_type=random"
+        )
     if options["alora_invocation_tokens"] and options["dropout"]:
         problems.append("alora_invocation_tokens: dropout is not supported with aLoRA; set adapter.dropout=0.0")
     return problems

@@ -37,8 +37,11 @@ def section_problems(config: RunConfig, values: Mapping[str, Any], source: str) 
         if not isinstance(section, Mapping) or not isinstance(section.get("params", {}), Mapping):
             problems.append(f'{source}: {name} must be an object {{"type": …, "params": {{…}}}}')
             continue
-        explicit = {key: value for key, value in section.get("params", {}).items() if value != "auto"}
         kind = section.get("type", "auto")
+        if not isinstance(kind, str):
+            problems.append(f"{source}: {name}.type must be a name, not {json.dumps(kind)}")
+            continue
+        explicit = {key: value for key, value in section.get("params", {}).items() if value != "auto"}
         if name == "optimizer":
             found = [_optimizer_problem(config.training, kind)]
         else:
@@ -60,8 +63,8 @@ def section_rows(config: RunConfig, values: Mapping[str, Any]) -> list[tuple[str
     return rows
 
 
-def _optimizer_problem(training: TrainingSection, name: object) -> str | None:
-    if name == "auto" or str(name).lower() in OPTIMIZER_TYPES[training.optimizer]:
+def _optimizer_problem(training: TrainingSection, name: str) -> str | None:
+    if name == "auto" or name.lower() in OPTIMIZER_TYPES[training.optimizer]:
         return None
     return (
         f"optimizer.type is {json.dumps(name)}, but training.optimizer is {training.optimizer}; use "
@@ -69,7 +72,7 @@ def _optimizer_problem(training: TrainingSection, name: object) -> str | None:
     )
 
 
-def _scheduler_problem(training: TrainingSection, name: object, *, is_explicit: bool) -> str | None:
+def _scheduler_problem(training: TrainingSection, name: str, *, is_explicit: bool) -> str | None:
     """Return the problem of a scheduler's type.
 
     Args:
@@ -77,7 +80,7 @@ def _scheduler_problem(training: TrainingSection, name: object, *, is_explicit: 
     """
     if name == "auto" or (name in SCHEDULER_TYPES and not is_explicit):
         return None
-    if SCHEDULER_TYPES.get(str(name)) == training.scheduler:
+    if SCHEDULER_TYPES.get(name) == training.scheduler:
         return None
     pairs = ", ".join(f"{ours} = {theirs}" for theirs, ours in SCHEDULER_TYPES.items())
     return (

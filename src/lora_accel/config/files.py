@@ -84,7 +84,12 @@ def write_recipe(path: Path) -> None:
     recipe = resources.files("lora_accel.config") / "my_rows.yaml"
     try:
         with path.open("xb") as file:
-            file.write(recipe.read_bytes())
+            try:
+                file.write(recipe.read_bytes())
+                file.flush()
+            except OSError:
+                path.unlink()  # or the same command would report that the file exists
+                raise
     except FileExistsError:
         raise ConfigError(f"{path} already exists; pass another name, such as lora-accel init other.yaml") from None
     except OSError as error:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from lora_accel.config.deepspeed_json import section_problems, section_rows
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ConfigError
+from lora_accel.paths import open_to_read
 
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables that hold the number of processes: of torchrun and Accelerate, then of MPI launchers."""
@@ -263,7 +264,7 @@ def _conflicts(config: RunConfig, launch: Launch) -> list[str]:
     problems += [
         f"{launch.source}: {key!r} is not supported: it would change the result; remove it"
         for key in UNSUPPORTED_KEYS
-        if key in (launch.deepspeed or {})
+        if key in (launch.deepspeed or {}) and _value(launch.deepspeed, f"{key}.enabled") is not False
     ]
     problems += [
         f"{launch.source}: zero_optimization.{key} is not supported: it would change the result; remove it"
@@ -403,10 +404,11 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open_to_read(path) as file:
+            value = json.loads(file.read().decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"deepspeed_config_file: {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"deepspeed_config_file: {path} is not valid JSON: {error}") from None
     if not isinstance(value, dict) or not isinstance(value.get("zero_optimization"), dict):
         raise ConfigError(f'deepspeed_config_file: {path} has no "zero_optimization": {{"stage": …}}')

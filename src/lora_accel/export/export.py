@@ -19,7 +19,6 @@ from lora_accel.merging.base import base_section, check_trained_on
 from lora_accel.merging.job import check_out_folder, provenance_of
 from lora_accel.model.base import build_on_meta_device
 from lora_accel.model.sizes import load_config
-from lora_accel.model.tokenizer import load_error_message
 from lora_accel.saving.adapter import attach_adapter, match_adapter, read_adapter
 from lora_accel.saving.atomic import atomic_folder, read_json, write_json
 from lora_accel.saving.base_identity import has_weights
@@ -131,12 +130,7 @@ def _build_base(
     section = base_section(adapter, provenance_of(adapter), requested, named=named, trust_remote_code=trust_remote_code)
     if has_weights(section.name_or_path, section.revision):
         check_trained_on(adapter, section, force=force, way_out="pass the right one with --base")
-    try:
-        return build_on_meta_device(load_config(section), trust_remote_code=trust_remote_code)
-    except ConfigError:
-        raise
-    except Exception as error:  # an invalid config raises many types
-        raise ArtifactError(load_error_message(section, "config", error)) from None
+    return build_on_meta_device(load_config(section), trust_remote_code=trust_remote_code)
 
 
 def _attach(adapter: Path, data: AdapterData, model: PreTrainedModel) -> tuple[PeftModel, State]:
@@ -160,6 +154,7 @@ def _attach(adapter: Path, data: AdapterData, model: PreTrainedModel) -> tuple[P
 
 
 def _write(adapter: Path, out: Path, data: AdapterData, target: ExportFormat) -> None:
+    """Write the output folder, read its tensors back and compare them."""
     with atomic_folder(out) as temporary:
         target.write_tensors(temporary / target.tensors_file, data.tensors)
         check_written(temporary / target.tensors_file, data.tensors, target.read_tensors)

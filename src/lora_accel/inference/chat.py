@@ -43,11 +43,14 @@ def chat(
         dtype, trust_remote_code, force: as in `generate`.
 
     Raises:
-        ConfigError: neither an adapter nor a merged model is given, or there is a system message without a template.
+        ConfigError: neither an adapter nor a merged model is given, or `base` with a merged model, or a system message
+            without a template.
         ArtifactError: the adapter or a model cannot be used.
         DataError: the chat template rejects the system message.
     """
-    found = find_adapters([adapter] if adapter else [], merged)
+    if merged and base:
+        raise ConfigError("--base, --merged: a merged model needs no base; pass only one of them")
+    found = find_adapters([adapter] if adapter else [], merged, force=force)
     adapter = found[0] if found else None
     template_folder = adapter or merged
     if template_folder is None:

@@ -51,7 +51,8 @@ def evaluate(
         merged: folder of a merged model.
         batch_size: number of prompts per batch.
         max_new_tokens: maximum length of a reply.
-        force: whether to accept a base that an adapter was not trained on.
+        force: whether to accept a base that an adapter was not trained on, and to ignore options of an adapter that the
+            installed PEFT does not know.
 
     Returns:
         The scores of the base, of each adapter in order, and of the merged model.
@@ -63,7 +64,7 @@ def evaluate(
     """
     if not config.data.eval and not config.data.eval_fraction:
         raise ConfigError("data.eval: no evaluation data; set data.eval, or data.eval_fraction as in training")
-    folders = dict(zip(name_adapters(adapters), find_adapters(adapters, merged), strict=True))
+    folders = dict(zip(name_adapters(adapters), find_adapters(adapters, merged, force=force), strict=True))
 
     from accelerate import Accelerator
 

@@ -54,7 +54,8 @@ def generate(
         max_new_tokens: maximum length of a reply.
         dtype: compute dtype; auto = as stored, or float32 where the device only emulates that dtype.
         trust_remote_code: whether to run the base's own code.
-        force: whether to accept a base that an adapter was not trained on.
+        force: whether to accept a base that an adapter was not trained on, and to ignore options of an adapter that the
+            installed PEFT does not know.
 
     Returns:
         The replies to each prompt by candidate: `base`, `base + adapter` (`base + FOLDER` if there are several),
@@ -65,7 +66,7 @@ def generate(
         ArtifactError: an adapter or a model cannot be used.
         DataError: a chat template rejects a prompt.
     """
-    names, found = name_adapters(adapters), find_adapters(adapters, merged)
+    names, found = name_adapters(adapters), find_adapters(adapters, merged, force=force)
     folders = dict(zip(names, found, strict=True))
     section = resolve_section(found, base, dtype, trust_remote_code=trust_remote_code)
     templates = {name: load_template(folder, section) for name, folder in folders.items()}
@@ -105,7 +106,7 @@ def stream(
         ArtifactError: the adapter or its base cannot be used.
         DataError: the chat template rejects a prompt.
     """
-    (adapter,) = find_adapters([adapter], None)
+    (adapter,) = find_adapters([adapter], None, force=force)
     section = resolve_section([adapter], base, dtype, trust_remote_code=trust_remote_code)
     template = load_template(adapter, section)
     prompt_ids = encode_prompts(prompts, template, system, raw)

@@ -52,24 +52,23 @@ def name_adapters(adapters: Sequence[Path]) -> dict[str, Path]:
     return folders
 
 
-def find_adapters(adapters: Sequence[Path], merged: Path | None) -> list[Path]:
+def find_adapters(adapters: Sequence[Path], merged: Path | None, *, force: bool) -> list[Path]:
     """Return the folders of adapters, and check them and a merged model as far as possible without loading a model.
 
     Args:
         adapters: folders, or Hub ids, which are downloaded.
+        merged: folder of a merged model; None = there is none.
+        force: whether to ignore options of adapter_config.json that the installed PEFT does not know.
 
     Raises:
         ArtifactError: a file is missing or unreadable, or a value in adapter_config.json is not allowed.
     """
-    from lora_accel.saving.adapter import read_adapter
-    from lora_accel.saving.discovery import CONFIG
+    from lora_accel.saving.adapter import check_adapter_files
     from lora_accel.saving.hub import find_adapter
-    from lora_accel.saving.untrusted import check_untrusted_config
 
     folders = [find_adapter(adapter) for adapter in adapters]
     for folder in folders:
-        read_adapter(folder)
-        check_untrusted_config(folder / CONFIG, ())
+        check_adapter_files(folder, force=force)
     if merged and not (merged / "config.json").is_file():
         raise ArtifactError(f"{merged}: not a merged model: config.json is missing")
     return folders
@@ -89,7 +88,7 @@ def load_candidates(
 
     Args:
         section, quantization: the base model.
-        adapters: adapter folders by name.
+        adapters: folders that `find_adapters` returned, by name.
         merged: folder of a merged model; None = no such candidate.
         with_base: whether the base alone is a candidate.
         force: whether to accept a base that an adapter was not trained on, with a note, and to ignore options of its
@@ -103,11 +102,7 @@ def load_candidates(
     check_rope_scaling(section, list(adapters.values()))
     from lora_accel.model.fused_loss import patch_fused_loss
     from lora_accel.saving.adapter import keeps_base_weights, load_adapter
-    from lora_accel.saving.discovery import CONFIG
-    from lora_accel.saving.untrusted import check_known_options
 
-    for folder in adapters.values():
-        check_known_options(folder / CONFIG, force=force)
     if with_base or adapters:
         base, packed = _load_base(section, quantization, list(adapters.values()), force=force, way_out=way_out)
         for folder in adapters.values():  # check that every adapter fits before the first one runs
@@ -152,12 +147,12 @@ def _load_base(
         for adapter in adapters:  # reads the base's files the first time
             check_trained_on(adapter, section, force=force, way_out=way_out)
 
-    is_here = Path(section.name_or_path).is_dir()
-    if is_here and adapters:
+    is_local = Path(section.name_or_path).is_dir()
+    if is_local and adapters:
         with Stage(f"checking the weights of {short_names([section.name_or_path])[0]}"):
             check()
     loaded = _load(section, quantization)
-    if not is_here:
+    if not is_local:
         check()
     return loaded
 

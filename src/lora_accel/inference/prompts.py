@@ -11,6 +11,7 @@ from lora_accel.data.formats import parse_row
 from lora_accel.data.json_text import parse_strictly
 from lora_accel.data.records import Conversation, Message
 from lora_accel.errors import ConfigError
+from lora_accel.paths import open_to_read
 
 if TYPE_CHECKING:
     from lora_accel.data.template import ChatTemplate
@@ -37,7 +38,8 @@ def read_prompts(texts: Sequence[str], file: Path | None) -> list[Conversation]:
         if file.suffix not in (".txt", ".jsonl"):
             raise ConfigError(f"--prompts: {file}: use a .txt file with one prompt per line, or a .jsonl file")
         try:
-            lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+            with open_to_read(file) as stream:
+                lines = stream.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
         except OSError as error:
             raise ConfigError(f"--prompts: {file}: cannot be read: {error.strerror}") from None
         for number, line in enumerate(lines, start=1):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from lora_accel.data.template import template_source
 from lora_accel.errors import ArtifactError, ConfigError, DataError, first_line
 from lora_accel.logs import logger
 from lora_accel.merging.job import TOKENIZER, MergeJob, MergeOptions, provenance_of
+from lora_accel.merging.request import trained_quantized
 from lora_accel.merging.shards import DequantizedWeights, Weights
 from lora_accel.merging.streaming import WeightTransform
 from lora_accel.model.base import (
@@ -135,8 +137,13 @@ def base_section(
     """
     name = requested or named or named_base(adapter)
     revision = None if requested else recorded_revision(adapter, provenance)
-    section = ModelSection(name_or_path=name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-    if not requested and not Path(name).is_dir() and not is_hub_id(name):
+    try:
+        section = ModelSection(name_or_path=name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    except ValidationError:  # NUL or surrogates, which no path has
+        if requested:
+            raise ArtifactError(f"--base {name!r}: there is no such folder") from None
+        raise missing_base(adapter, name) from None
+    if not requested and not os.path.isdir(name) and not is_hub_id(name):
         raise missing_base(adapter, name)
     check_model_folder(section)
     try:
@@ -254,12 +261,6 @@ def make_transform(job: MergeJob, base: Base, options: MergeOptions) -> WeightTr
 def open_weights(base: Base) -> Weights:
     """Return the base's weights, dequantized if they are stored quantized."""
     return Weights(base.folder) if base.quantization is None else DequantizedWeights(base.folder)
-
-
-def trained_quantized(provenance: Mapping[str, Any]) -> bool:
-    """Whether an adapter was trained on a base whose weights are stored quantized, so that no other base equals it."""
-    base = provenance.get("base")
-    return isinstance(base, dict) and bool(base.get("quantization"))
 
 
 def check_base_hashes(jobs: Sequence[MergeJob], base: Base, hashes: dict[str, str], options: MergeOptions) -> None:

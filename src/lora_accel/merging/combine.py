@@ -27,6 +27,23 @@ SEED = 0
 """DARE drops values at random. With a fixed seed the same command gives the same adapter."""
 
 
+def check_method(how: str, density: float | None) -> None:
+    """Check how adapters are to be combined.
+
+    Args:
+        how, density: see `combined_adapter`.
+
+    Raises:
+        ConfigError: one is invalid, or they do not belong together.
+    """
+    if how not in METHODS:
+        raise ConfigError(f"--combine {how}: unknown method; use {', '.join(METHODS)}")
+    needs_density = how in METHODS_WITH_DENSITY
+    if needs_density != (density is not None) or (density is not None and not 0 < density <= 1):
+        rule = "needs a density above 0 and up to 1" if needs_density else "takes no density"
+        raise ConfigError(f"--density: --combine {how} {rule}")
+
+
 @contextlib.contextmanager
 def combined_adapter(
     adapters: Sequence[tuple[str, float]],
@@ -41,7 +58,7 @@ def combined_adapter(
     Args:
         adapters: folder and weight of each.
         config: config of their base.
-        how: one of METHODS.
+        how: one of METHODS; `check_method` checks it.
         density: fraction of each adapter's values to keep, for METHODS_WITH_DENSITY.
         trust_remote_code: whether to run the base's own code.
 
@@ -51,14 +68,7 @@ def combined_adapter(
     Raises:
         ArtifactError: an adapter has more than LoRA matrices (biases, modules_to_save, DoRA), or PEFT cannot combine
             them.
-        ConfigError: `how` or `density` is invalid.
     """
-    if how not in METHODS:
-        raise ConfigError(f"--combine {how}: unknown method; use {', '.join(METHODS)}")
-    needs_density = how in METHODS_WITH_DENSITY
-    if needs_density != (density is not None) or (density is not None and not 0 < density <= 1):
-        rule = "needs a density above 0 and up to 1" if needs_density else "takes no density"
-        raise ConfigError(f"--density: --combine {how} {rule}")
     for folder, _ in adapters:
         _check_plain_lora(Path(folder))
     base = build_on_meta_device(config, trust_remote_code=trust_remote_code)

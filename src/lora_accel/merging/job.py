@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 from lora_accel.errors import ArtifactError
 from lora_accel.merging.streaming import WeightTransform
-from lora_accel.paths import why_not_writable
-from lora_accel.saving.adapter import PICKLED
+from lora_accel.paths import real_path, why_not_writable
+from lora_accel.saving.adapter import tensor_file
 from lora_accel.saving.atomic import check_no_unlisted_files, read_json, sha256_of, why_invalid
 from lora_accel.saving.base_identity import base_hashes, loaded_hashes
-from lora_accel.saving.discovery import CONFIG, WEIGHTS, run_of
+from lora_accel.saving.discovery import CONFIG, run_of
 from lora_accel.saving.serving import NEVER_MERGED
 
 PROVENANCE = "provenance.json"
@@ -31,7 +32,8 @@ class MergeOptions(NamedTuple):
     overwrite: bool = False
     """Whether to replace an existing output folder."""
     force: bool = False
-    """Whether to accept a base that the adapter was not trained on."""
+    """Whether to accept a base that the adapter was not trained on, and to ignore options that the installed PEFT does
+    not know."""
     trust_remote_code: bool = False
     """Whether to run Python code from the base's folder."""
 
@@ -127,7 +129,7 @@ def check_out_folder(out: Path, sources: dict[str, Path], *, overwrite: bool) ->
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise ArtifactError(f"{out}: already exists; choose another folder, or pass --overwrite")
     for what, source in sources.items():
-        if source.is_dir() and source.resolve().is_relative_to(out.resolve()):
+        if os.path.isdir(source) and real_path(source).is_relative_to(real_path(out)):
             raise ArtifactError(f"{out}: contains the {what}; choose another folder")
     check_no_unlisted_files(out)
 
@@ -151,4 +153,5 @@ def existing_merge(job: MergeJob, base: str, folder: Path, options: MergeOptions
 
 
 def adapter_hash(adapter: Path) -> str:
-    return sha256_of(next(path for name in (WEIGHTS, PICKLED) if (path := adapter / name).is_file()))
+    """Return the SHA-256 of the file with an adapter's tensors."""
+    return sha256_of(tensor_file(adapter))

@@ -23,7 +23,7 @@ from lora_accel.merging.base import (
     load_adapter_tokenizer,
     make_transform,
 )
-from lora_accel.merging.combine import combined_adapter
+from lora_accel.merging.combine import check_method, combined_adapter
 from lora_accel.merging.job import (
     PROVENANCE,
     TOKENIZER,
@@ -100,18 +100,30 @@ def merge_weighted(
     base: str | None = None,
     **keywords: Unpack[MergeKeywords],
 ) -> dict[str, Any]:
-    """Merge a weighted combination of adapters of one base; see `merge_adapter` and `combine.combined_adapter`."""
+    """Merge a weighted combination of adapters of one base; see `merge_adapter` for the rest.
+
+    Args:
+        adapters: folder or Hub id, and weight of each.
+        how, density: see `combine.combined_adapter`.
+
+    Raises:
+        ConfigError: `how` or `density` is invalid, or an adapter is given twice.
+        ArtifactError: the adapters were trained on different bases, or cannot be combined.
+    """
+    check_method(how, density)
     options, folders = MergeOptions(**keywords), [find_adapter(adapter) for adapter, _ in adapters]
+    weights = {str(folder): weight for folder, (_, weight) in zip(folders, adapters, strict=True)}
+    if len(weights) < len(folders):
+        raise ConfigError("--adapter: an adapter is given twice; add up its weights")
     for folder in folders:
         check_out_folder(Path(out), {"adapter": folder}, overwrite=options.overwrite)
     provenances = [provenance_of(folder) for folder in folders]
     for folder in folders:
         check_adapter_files(folder, force=options.force)
         check_mergeable(folder)
+    if not options.force:
+        _check_same_base(folders, provenances)
     base_model = find_base(folders, provenances, base, trust_remote_code=options.trust_remote_code)
-    weights = {str(folder): weight for folder, (_, weight) in zip(folders, adapters, strict=True)}
-    if len(weights) < len(folders):
-        raise ConfigError("--adapter: an adapter is given twice; add up its weights")
     trusted = base_model.trust_remote_code
     with combined_adapter(
         list(weights.items()), base_model.config, how=how, density=density, trust_remote_code=trusted
@@ -120,15 +132,23 @@ def merge_weighted(
         if with_tokenizer is not None:
             save_tokenizer(load_tokenizer(ModelSection(name_or_path=str(with_tokenizer))), combined)
         provenance = next((provenance for provenance in provenances if provenance is not None), None)
-        for other in provenances[1:]:
-            is_other = other and provenance and not have_same_base(provenance["base"], other["base"])
-            if is_other and not options.force:
-                raise ArtifactError(
-                    "the adapters were trained on different bases: their provenance.json records other hashes of the "
-                    "base's weights; pass --force to combine them anyway"
-                )
         job = MergeJob(combined, Path(out), provenance, weights, {"how": how, "density": density})
         return _merge([job], base_model, options)[0]
+
+
+def _check_same_base(folders: Sequence[Path], provenances: Sequence[dict[str, Any] | None]) -> None:
+    """Check that adapters were trained on the same base. Those without provenance pass.
+
+    Raises:
+        ArtifactError: they were not.
+    """
+    recorded = [(folder, known["base"]) for folder, known in zip(folders, provenances, strict=True) if known]
+    for folder, base in recorded[1:]:
+        if not have_same_base(recorded[0][1], base):
+            raise ArtifactError(
+                f"--adapter: {recorded[0][0]} and {folder} were trained on different bases: their provenance.json "
+                "records other hashes of the base's weights; pass --force to combine them anyway"
+            )
 
 
 def merge_checkpoints(
@@ -136,7 +156,7 @@ def merge_checkpoints(
 ) -> list[dict[str, Any]]:
     """Merge every checkpoint of a run, and its final adapter, into RUN/merged-all/. The base is read once for all.
 
-    A checkpoint that has been merged before with the same options is skipped.
+    A checkpoint that has been merged before with the same base and `base_weights` is skipped.
 
     Returns:
         The provenance of each merged model, in the order of steps; `already` is set for those that were skipped.
@@ -166,6 +186,7 @@ def merge_checkpoints(
 def _merge_folders(folders: Sequence[Path], out: Path, base: str | None, options: MergeOptions) -> list[dict[str, Any]]:
     """Merge adapters of one run, each into a folder of its own name in `out`."""
     for folder in folders:
+        check_adapter_files(folder, force=options.force)
         check_mergeable(folder)
     provenances = [provenance_of(folder) for folder in folders]
     base_model = find_base(folders, provenances, base, trust_remote_code=options.trust_remote_code)
@@ -205,7 +226,7 @@ def _merge(jobs: Sequence[MergeJob], base: Base, options: MergeOptions) -> list[
                 merge.folder / "config.json", base.folder / "config.json", load_config(base_section).to_dict()
             )
             copied = (*COPIED_FILES, *([CODE_FILES] if base.trust_remote_code else []))
-            for file in (file for pattern in copied for file in base.folder.glob(pattern)):
+            for file in (file for pattern in copied for file in base.folder.glob(pattern) if file.is_file()):
                 shutil.copyfile(file, merge.folder / file.name)
             provenance = _provenance(
                 merge, base, options, hashing.result(), verify_merge(merge, base, options, reference)

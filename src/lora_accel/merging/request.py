@@ -102,7 +102,7 @@ def merge_lines(provenances: Sequence[dict[str, Any]], request: MergeRequest) ->
             )
         if merged["same_base"] is None:
             lines.append("note: the adapter has no hashes of its base: only names and shapes were checked")
-        elif not merged["same_base"] and _trained_quantized(provenance.get("adapter")):
+        elif not merged["same_base"] and trained_quantized(provenance.get("adapter")):
             lines.append(
                 f"note: the adapter was trained on quantized weights; whether {merged['base']} is the same model in 16 "
                 "or 32 bits was not checked (only names and shapes)"
@@ -115,8 +115,12 @@ def merge_lines(provenances: Sequence[dict[str, Any]], request: MergeRequest) ->
     return lines
 
 
-def _trained_quantized(provenance: Any) -> bool:
-    """Whether the base of an adapter was stored quantized. provenance.json is untrusted."""
+def trained_quantized(provenance: Any) -> bool:
+    """Whether an adapter was trained on a base whose weights are stored quantized, so that no other base equals it.
+
+    Args:
+        provenance: of the adapter, which is untrusted; None = it has none.
+    """
     base = provenance.get("base") if isinstance(provenance, dict) else None
     return isinstance(base, dict) and bool(base.get("quantization"))
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
+from peft import PeftModel
+from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from transformers import PretrainedConfig
@@ -67,6 +68,7 @@ class MergedTensors:
         resize_vocabulary(model, adapter, state)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._peft = attach_adapter(model, adapter, on_meta_device=True)
+        check_lora_biases(self._peft, adapter)
         trained, self._saved_embeddings = match_adapter(self._peft, state, str(adapter))
         parameters = adapter_parameters(self._peft)
         loaded = {id(p): torch.nn.Parameter(trained[key].float(), requires_grad=False) for key, p in parameters.items()}
@@ -225,6 +227,21 @@ class MergedTensors:
             self.config.tie_word_embeddings = False
             added += [name for name in (source, target) if name not in self._weights.specs]
         return added
+
+
+def check_lora_biases(model: PeftModel, adapter: Path) -> None:
+    """Check that every layer whose LoRA has a bias has a bias itself, which the merged layer can hold.
+
+    Raises:
+        ArtifactError: one has not.
+    """
+    for name, module in model.get_base_model().named_modules():
+        has_bias = isinstance(module, LoraLayer) and any(module.lora_bias.get(key) for key in module.active_adapters)
+        if has_bias and getattr(module.get_base_layer(), "bias", None) is None:
+            raise ArtifactError(
+                f"{adapter}: lora_bias: {name} has no bias, so the adapter cannot be merged; use base and adapter with "
+                "lora-accel generate, or PEFT"
+            )
 
 
 def _is_plain_lora(module: Any) -> bool:

@@ -17,7 +17,7 @@ from lora_accel.faults import fault_point
 from lora_accel.merging.base import Base, check_base_hashes, load_base_fp32, open_weights, read_base_config
 from lora_accel.merging.job import MergeOptions, PendingMerge
 from lora_accel.merging.shards import Weights, shard_layout, write_shards
-from lora_accel.merging.streaming import MergedTensors, NotStreamableError
+from lora_accel.merging.streaming import MergedTensors, NotStreamableError, check_lora_biases
 from lora_accel.merging.verification import Agreement, compare, logits_of, logits_of_folder, token_ids
 from lora_accel.model.sizes import load_config
 from lora_accel.saving.adapter import keeps_base_weights, load_adapter
@@ -108,6 +108,7 @@ def _merge_loaded(merge: PendingMerge, base: Base, options: MergeOptions) -> lis
     """
     stored_dtype, stored = base.config.dtype or torch.float32, open_weights(base).specs
     model = load_adapter(load_base_fp32(base, merge.transform), merge.job.adapter, force=options.force)
+    check_lora_biases(model, merge.job.adapter)
     reference = logits_of(model, token_ids(merge.tokenizer, model.config.vocab_size))
     try:
         merged = model.merge_and_unload(safe_merge=True)

@@ -293,15 +293,25 @@ def read_adapter(folder: Path) -> State:
         ArtifactError: the folder is not an adapter, its file cannot be read, or a tensor has a dtype or layout that no
             adapter has. An older `adapter_model.bin`, a pickle, is read without running code.
     """
+    path = tensor_file(folder)
+    tensors = read_pickle(path) if path.name == PICKLED else read_tensors(path)
+    check_tensors(path, tensors)
+    return tensors
+
+
+def tensor_file(folder: Path) -> Path:
+    """Return the file with an adapter's tensors: safetensors, or else an older pickle.
+
+    Raises:
+        ArtifactError: the folder is not an adapter.
+    """
     path = folder / WEIGHTS
     if (folder / CONFIG).is_file() and not path.exists() and (folder / PICKLED).is_file():
         path = folder / PICKLED
     for name in (CONFIG, path.name):
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder}: is not an adapter: {name} is missing")
-    tensors = read_pickle(path) if path.name == PICKLED else read_tensors(path)
-    check_tensors(path, tensors)
-    return tensors
+    return path
 
 
 def check_adapter_files(folder: Path, *, force: bool = False) -> None:

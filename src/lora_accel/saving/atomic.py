@@ -7,7 +7,6 @@ any other file in it, nothing is.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -17,12 +16,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
+from lora_accel.data.regular import hash_file, open_unbuffered
 from lora_accel.errors import ArtifactError
 from lora_accel.faults import fault_point
 from lora_accel.paths import Purpose, has_access, open_to_read, real_path, temporary_sibling
 
 MANIFEST = "manifest.json"
-LEFTOVER = re.compile(r"\.(?P<name>.+)\.lora-accel-(writing|older|deleting)")
+CARD = "README.md"
+"""The model card, which users edit before they publish a folder. An edited one is theirs, and no damage."""
+LEFTOVER = re.compile(rf"\.(?P<name>.+)\.lora-accel-(?:{'|'.join(get_args(Purpose))})")
 """Name of the sibling that exists while a folder or file is written, replaced or deleted (`temporary_sibling`)."""
 MAX_NAMED = 3
 """How many files of the user a message names."""
@@ -73,20 +75,25 @@ def atomic_folder(final: Path, hashes: Mapping[str, str] | None = None) -> Itera
 
 
 def unlisted_files(folder: Path) -> list[str]:
-    """Return the files in a folder that its manifest does not list, as relative paths. Links are not followed."""
+    """Return the files in a folder that its manifest does not list, as relative paths. Links are not followed.
+
+    A model card that was edited is one of them.
+    """
     if not folder.is_dir():
         return []
     try:
         files = read_json(folder / MANIFEST)["files"]
-        listed = {MANIFEST, *(name for name, entry in files.items() if "sha256" in entry)}
+        listed = {MANIFEST: "", **{name: entry["sha256"] for name, entry in files.items() if "sha256" in entry}}
     except (ArtifactError, KeyError, TypeError, AttributeError):
-        listed = set()
+        listed = {}
     unlisted = []
     for parent, folders, names in os.walk(folder, onerror=_raise):
         for path in (Path(parent, name) for name in (*folders, *names)):
             mode, name = path.lstat().st_mode, path.relative_to(folder).as_posix()
             if not stat.S_ISDIR(mode) and not (stat.S_ISREG(mode) and name in listed):
                 unlisted.append(name)
+            elif name == CARD and stat.S_ISREG(mode) and sha256_of(path) != listed[name]:
+                unlisted.append(f"{name} (edited)")
     return sorted(unlisted)
 
 
@@ -188,7 +195,7 @@ def why_invalid(folder: Path, *, required: tuple[str, ...] = (), hashes: bool = 
         try:
             if path.resolve() != folder.resolve() / name or not path.is_file():  # links are not followed
                 return f"{name} is missing"
-            if path.stat().st_size != size or (hashes and sha256_of(path) != sha256):
+            if name != CARD and (path.stat().st_size != size or (hashes and sha256_of(path) != sha256)):
                 return f"{name} is corrupt (size or SHA-256 differs)"
         except OSError as error:
             return f"{name[:100]} cannot be read: {error.strerror}"
@@ -206,7 +213,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         with open_to_read(path) as file:
             value = json.loads(file.read().decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: cannot be read: {str(error) or type(error).__name__}") from None
     if not isinstance(value, dict):
         raise ArtifactError(f"{path}: should be an object, not a {type(value).__name__}")
@@ -241,11 +250,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open_to_read(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    with open_unbuffered(path) as file:
+        return hash_file(file)
 
 
 def sync(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from lora_accel.config.recorded import with_defaults
 from lora_accel.errors import ArtifactError
 from lora_accel.logs import logger
-from lora_accel.paths import has_access
+from lora_accel.paths import has_access, real_path
 from lora_accel.saving.atomic import MANIFEST, read_json, remove_folder, sha256_of, why_invalid
 from lora_accel.saving.state import read_state
 
@@ -135,7 +135,7 @@ def _select_named(folder: Path, resume: str) -> CheckpointSelection:
         raise ArtifactError(f"checkpoint.resume: {named} cannot be used: {reason}")
     selection = CheckpointSelection(_read_checkpoint(named), sha256_of(named / MANIFEST), resume, {}, [])
     for candidate in reversed(step_folders(folder)):
-        if candidate.resolve() == named.resolve():
+        if real_path(candidate) == real_path(named):
             break  # the named checkpoint descends from all older ones
         if reason := why_invalid(candidate, required=FILES):
             selection.corrupt[candidate] = reason
@@ -205,8 +205,8 @@ def quarantine(selection: CheckpointSelection, log: Path | None = None) -> list[
         One line per renamed checkpoint.
     """
     if log is not None and log.exists() and selection.checkpoint is not None:
-        own = (log.parent / "checkpoints").resolve()  # which may be a link to another disk
-        if selection.checkpoint.folder.parent.resolve() != own:
+        own = real_path(log.parent / "checkpoints")  # which may be a link to another disk
+        if real_path(selection.checkpoint.folder.parent) != own:
             _rename(log, "superseded")
     corrupt = [
         f"skipped a corrupt checkpoint: {path.name}: {reason}; renamed to {_rename(path, 'corrupt')}"
@@ -229,7 +229,7 @@ def prune(folder: Path, keep_last: int, protected: str = "") -> None:
     """
     valid = [path for path in step_folders(folder) if why_invalid(path, required=FILES, hashes=False) is None]
     for path in valid[:-keep_last]:
-        if not protected or path.resolve() != Path(protected).resolve():
+        if not protected or real_path(path) != real_path(Path(protected)):
             try:
                 remove_folder(path)
             except ArtifactError as error:
@@ -295,7 +295,7 @@ def named_base(adapter: Path) -> str:
 
 def run_of(checkpoint: Path) -> Path | None:
     """Return the run folder of a checkpoint; None if the folder is not in one."""
-    folders = (checkpoint.absolute(), checkpoint.resolve())  # a link may point into a run
+    folders = (checkpoint.absolute(), real_path(checkpoint))  # a link may point into a run
     return next((folder.parent.parent for folder in folders if folder.parent.name == "checkpoints"), None)
 
 

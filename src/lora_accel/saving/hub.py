@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_accel.errors import ArtifactError, first_line
 from lora_accel.model.tokenizer import download_hint, is_hub_id
+from lora_accel.paths import real_path
 from lora_accel.saving.atomic import read_json
 from lora_accel.saving.discovery import CONFIG
 
@@ -19,21 +20,28 @@ SNAPSHOT = re.compile(r".*/models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{4
 
 
 def recorded_name(name_or_path: str, revision: str | None) -> tuple[str, str | None]:
-    """Return how to record a base, so that it is found from other folders: (Hub id, revision) or (absolute path, …).
+    """Return how to record a base, so that other folders can find it: a Hub id or an absolute path, and the revision.
 
     A folder in the Hub's cache has a Hub id, and its revision is a commit.
     """
     if not os.path.isdir(name_or_path):
         return name_or_path, revision
     path = os.path.abspath(name_or_path)
-    match = SNAPSHOT.fullmatch(Path(path).as_posix()) or SNAPSHOT.fullmatch(Path(path).resolve().as_posix())
+    match = SNAPSHOT.fullmatch(Path(path).as_posix()) or SNAPSHOT.fullmatch(real_path(Path(path)).as_posix())
     if match is None:
         return path, revision
     return match["id"].replace("--", "/", 1), match["commit"]
 
 
 def recorded_revision(adapter: Path, provenance: dict[str, Any] | None) -> str | None:
-    """Return the revision of the base that an adapter records; None = the default branch."""
+    """Return the revision of the base that an adapter records; None = the default branch.
+
+    Args:
+        provenance: of the adapter; None = it has none, and its adapter_config.json may name the revision.
+
+    Raises:
+        ArtifactError: adapter_config.json cannot be read.
+    """
     if provenance is None and not (adapter / CONFIG).is_file():
         return None  # of another tool
     recorded = provenance["base"] if provenance is not None else read_json(adapter / CONFIG)
@@ -49,6 +57,7 @@ def find_adapter(name: str | Path) -> Path:
     """
     name = str(name)
     owner, slash, _ = name.partition("/")
+    # A folder with the owner's name: a mistyped path in it, such as `runs/adaptor`, is not looked up on the Hub.
     if not slash or os.path.isdir(owner) or os.path.lexists(name) or not is_hub_id(name):
         return Path(name)
     from huggingface_hub import snapshot_download

@@ -22,8 +22,8 @@ RUN_FILES = ("plan.json", "config.yaml", "provenance.json", "data_ledger.json", 
 """The files that a run writes."""
 RUN_FOLDERS = ("checkpoints", "adapter", "tensorboard")
 """The folders that a run writes to. They may be links to folders on another disk."""
-PLAN_LEFTOVER = temporary_sibling(Path("plan.json"), "writing").name
-"""Left behind by a run that was killed while it created its folder."""
+PLAN_LEFTOVERS = (temporary_sibling(Path("plan.json"), "writing").name, ".plan.json.writing")
+"""Left behind by a run that was killed while it created its folder; the second by an earlier version."""
 
 
 def check_output_folder(folder: Path) -> None:
@@ -43,7 +43,7 @@ def check_output_folder(folder: Path) -> None:
     if not folder.is_dir():
         return
     try:
-        names = {path.name for path in folder.iterdir()} - {LOCK, PLAN_LEFTOVER, ".plan.json.writing"}
+        names = {path.name for path in folder.iterdir()} - {LOCK, *PLAN_LEFTOVERS}
         check_run_files(folder)
         has_checkpoints = bool(step_folders(folder / "checkpoints"))
     except OSError as error:
@@ -196,7 +196,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Lock a run folder until the block or the process ends. Folders created here are deleted if they stay empty.
 
     Raises:
-        ConfigError: another process has locked it.
+        ConfigError: another process has locked it, or it cannot be written to.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -264,12 +264,16 @@ def _in_use(folder: Path) -> ConfigError:
 
 
 def _acquire(path: Path) -> int:
-    """Lock a file, and return its descriptor."""
+    """Lock a file, and return its descriptor.
+
+    Raises:
+        ConfigError: another process has locked it, or it cannot be opened.
+    """
     while True:
         try:
             descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise ConfigError(f"output_dir: {path} {error.strerror}; move it, or choose another folder") from None
+            raise ConfigError(f"output_dir: {path}: {error.strerror}; move it, or choose another folder") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -30,8 +30,8 @@ PREFIX = "base_model.model."
 WRAPPER_NAMES = ("base_layer", "original_module", "token_adapter")
 """Names that PEFT's wrappers add to the path of a base parameter."""
 NAMED_ADAPTER = re.compile(
-    r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|modules_to_save|trainable_tokens_delta)"
-    r"\.[^.]+(?=\.|$)"
+    r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_velora_embed|modules_to_save"
+    r"|trainable_tokens_delta)\.[^.]+(?=\.|$)"
 )
 """The name of an adapter after the part of PEFT that it belongs to."""
 MAGNITUDE = ".lora_magnitude_vector"
@@ -86,7 +86,7 @@ def _match(
     """Match tensors by name and shape. The values of those that are there twice are compared, unless they are meta."""
     matched = AdapterTensors({}, {})
     base_names = {f"{name}.weight" for name in embedding_modules(model.get_base_model())}
-    aliases = _tied_keys(model, expected)
+    aliases, unused = _tied_keys(model, expected), _unused_keys(model)
     unexpected = []
     for name, tensor in tensors.items():
         possible = (aliases.get(key, key) for key in _possible_keys(name))
@@ -95,7 +95,7 @@ def _match(
             _add(matched.trained, key, tensor, f"{where}: {name}")
         elif name.startswith(PREFIX) and plain_name(name) in base_names:
             _add(matched.embeddings, plain_name(name), tensor, f"{where}: {name}")
-        else:
+        elif NAMED_ADAPTER.sub(r".\1", name, count=1) not in unused:
             unexpected.append(name)
     missing = sorted(expected.keys() - matched.trained.keys())
     if missing or unexpected:
@@ -121,6 +121,16 @@ def _tied_keys(model: PeftModel, expected: Mapping[str, torch.Size]) -> dict[str
         by_parameter.setdefault(id(parameter), []).append(NAMED_ADAPTER.sub(r".\1", name, count=1))
     tied = [names for names in by_parameter.values() if len(names) > 1]
     return {name: key for names in tied for key in names if key in expected for name in names if name not in expected}
+
+
+def _unused_keys(model: PeftModel) -> set[str]:
+    """Return the names in a file of tensors that PEFT saves with an adapter and that its model does not read.
+
+    They are VeLoRA's projections, which only training reads, and with bias=all the base's biases of modules_to_save.
+    """
+    names = [name for name, _ in model.named_buffers() if "lora_" in name]
+    names += [name for name, _ in model.named_parameters() if name.endswith(".original_module.bias")]
+    return {NAMED_ADAPTER.sub(r".\1", name, count=1) for name in names}
 
 
 def _possible_keys(name: str) -> Iterator[str]:

@@ -22,6 +22,7 @@ from lora_accel.config.recorded import with_defaults
 from lora_accel.config.schema import ModelSection, RunConfig
 from lora_accel.data.audit import SourceLedger
 from lora_accel.errors import ArtifactError
+from lora_accel.saving.atomic import read_json
 from lora_accel.saving.base_identity import base_identity, loaded_hashes
 from lora_accel.saving.hub import recorded_name
 
@@ -367,11 +368,7 @@ def config_hash(name_or_path: str, revision: str | None) -> str:
     Raises:
         ArtifactError: config.json cannot be read.
     """
-    file = cached_file(name_or_path, "config.json", revision=revision)
-    try:
-        config = json.loads(Path(str(file)).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{name_or_path}: config.json cannot be read: {error}") from None
+    config = read_json(Path(str(cached_file(name_or_path, "config.json", revision=revision))))
     for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"):
         config.pop(key, None)
     return sha256_of_text(json.dumps(config, sort_keys=True))

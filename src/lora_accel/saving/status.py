@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lora_accel.errors import Interrupted, LoraAccelError
-from lora_accel.saving.atomic import write_json
+from lora_accel.saving.atomic import read_json, write_json
 from lora_accel.saving.lock import FolderIdentity
 
 Note = Callable[[int, "Path | None"], None]
@@ -56,6 +55,10 @@ def track_status(
 
 
 def write_state(folder: Path, state: str) -> None:
-    """Change the state in status.json, for a process that ends while its main thread waits in a collective."""
+    """Change the state in status.json, for a process that ends while its main thread waits in a collective.
+
+    Raises:
+        ArtifactError: there is no valid status.json.
+    """
     file = folder / "status.json"
-    write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"state": state})
+    write_json(file, read_json(file) | {"state": state})

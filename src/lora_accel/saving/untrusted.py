@@ -32,6 +32,8 @@ MAX_RANK = 1024
 MAX_NAMES = 1000
 """Names or patterns in one option. A base with more modules than this allows as many as it has modules."""
 MAX_PATTERN_LENGTH = 20_000
+PLAIN_NAME = re.compile(r"\^?[\w.-]+\$?")
+"""A pattern without repetition, such as a module's name in rank_pattern: always valid, and matched in time."""
 MAX_REPLICATION = 4
 """Layers of `layer_replication`, as a multiple of the base's layers."""
 MAX_LAYERS = 1024
@@ -175,7 +177,13 @@ def _is_module_list(value: Any) -> bool:
 MODULE_KEYS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters")
 PATTERN_KEYS = ("rank_pattern", "alpha_pattern")
 FLAGS = (
-    *("ensure_weight_tying", "fan_in_fan_out", "inference_mode", "lora_bias", "use_dora", "use_qalora", "use_rslora"),
+    "ensure_weight_tying",
+    "fan_in_fan_out",
+    "inference_mode",
+    "lora_bias",
+    "use_dora",
+    "use_qalora",
+    "use_rslora",
 )
 DEFAULTS = {"r": 8, "lora_alpha": 8}
 _RANK = f"is not a rank from 1 to {MAX_RANK}"
@@ -229,7 +237,7 @@ def _patterns(config: Mapping[str, Any]) -> list[str]:
             patterns.append(value)
         elif key == "layers_pattern":
             patterns += value
-    return [pattern for pattern in patterns if re.escape(pattern) != pattern]
+    return [pattern for pattern in patterns if not PLAIN_NAME.fullmatch(pattern)]
 
 
 def _check_patterns(path: Path, patterns: Sequence[str], module_names: Sequence[str]) -> None:

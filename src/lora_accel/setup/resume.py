@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -56,8 +57,7 @@ def resume_run(
     allowed_changes: list[str] = []
     if checkpoint is not None:
         allowed_changes = check_changes(checkpoint, provenance, config.checkpoint.allow_changes)
-        if not allowed_changes:
-            _check_derived(checkpoint, config, plan)
+        _check_derived(checkpoint, config.seed if not allowed_changes else None, plan)
         if checkpoint.step > plan.total_steps:
             raise ConfigError(
                 f"training: the run has {plan.total_steps} steps, but {checkpoint.folder} is after step "
@@ -88,14 +88,22 @@ def resume_run(
     )
 
 
-def _check_derived(checkpoint: Checkpoint, config: RunConfig, plan: Plan) -> None:
-    """Check what follows from the step of a checkpoint with the same inputs as this run.
+def _check_derived(checkpoint: Checkpoint, seed: int | None, plan: Plan) -> None:
+    """Check what follows from the step of a checkpoint, and from the plan that it was saved with.
+
+    Args:
+        seed: of this run; None = it may have another one than the checkpoint, as other inputs.
 
     Raises:
         ArtifactError: its state has another epoch, number of examples or seed.
     """
-    step = checkpoint.step
-    derived = {"epoch": plan.position(step)[0], "examples": plan.examples_after(step), "seed": config.seed}
+    step, recorded_plan = checkpoint.step, checkpoint.state["provenance"].get("plan")
+    values = recorded_plan if isinstance(recorded_plan, dict) else {}
+    sizes: dict[str, Any] = {name: values.get(name) for name in ("num_examples", "batch_size", "steps_per_epoch")}
+    derived = {} if seed is None else {"seed": seed}
+    if all(type(size) is int and size > 0 for size in sizes.values()):  # older checkpoints do not record all
+        plan = dataclasses.replace(plan, **sizes)
+        derived |= {"epoch": plan.position(step)[0], "examples": plan.examples_after(step)}
     for name, expected in derived.items():
         recorded = checkpoint.state.get(name)
         if recorded is not None and recorded != expected:
