@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,10 @@ def test_merge_is_an_error_before_anything_is_written(
     adapter = save_adapter_of_peft(**options)
     with pytest.raises(ArtifactError, match=f"{name}: {message}"):
         merge_adapter(adapter, tmp_path / "merged", verify=verify)
+    other = shutil.copytree(adapter, tmp_path / "other")
     with pytest.raises(ArtifactError, match=message):
-        merge_weighted([(adapter, 1.0), (adapter, 0.5)], tmp_path / "merged", verify=verify)
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+        merge_weighted([(adapter, 1.0), (other, 0.5)], tmp_path / "merged", verify=verify)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "other"}
 
 
 @pytest.mark.parametrize("verify", [True, False])
