@@ -616,7 +616,7 @@ def test_is_finished_compares_the_run(make_config: Callable[..., RunConfig], cha
     elif change == "template":
         options["template"] += " "
     elif change == "base":
-        values["base"]["sha256"] = {"model.safetensors": "0"}
+        values["base"] |= {"sha256": {"model.safetensors": "0"}, "tensors_sha256": "0"}
     file.write_text(json.dumps(values))
     if change == "no file":
         file.unlink()
