@@ -28,7 +28,7 @@ from tests.conftest import chat_rows, write_jsonl
 
 SECONDS = 10
 """Limit of one command on an idle machine; the watchdog allows more."""
-CASES, ALL_CASES, BLOCK = 12, 2000, 100
+CASES, ALL_CASES, BLOCK = 8, 2000, 100
 VALUES = (None, True, -1, 0, 1.5, 10**30, float("nan"), float("inf"), "", "x" * 10_000, [], {}, [[]], {"a": 1})
 
 

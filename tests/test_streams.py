@@ -165,6 +165,7 @@ def test_a_printing_command_into_head() -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_training_continues_after_head(config_file: Callable[..., Path], make_config: Callable[..., RunConfig]) -> None:
     """Under the launcher, whose first line ends `head`."""
     config = make_config(training={"max_steps": 1})

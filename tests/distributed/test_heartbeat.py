@@ -198,7 +198,7 @@ def test_one_process_is_not_watched() -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_stopped_rank_of_a_real_run(runs: Runs, tmp_path: Path, stopped: int) -> None:
     """SIGSTOP; the other rank waits in a collective. SIGTERM leaves the state failed, no process, and a checkpoint."""
     expected = runs.uninterrupted("cpu_ddp")
