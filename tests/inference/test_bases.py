@@ -26,6 +26,7 @@ from lora_accel.model.base import load_base_model
 from lora_accel.saving import base_identity
 from lora_accel.saving.hub import find_adapter, recorded_name
 from tests.conftest import CommandResult, chat_rows, write_jsonl
+from tests.inference.test_inference import check_error
 
 COMMANDS = ("merge", "export", "generate", "chat", "evaluate")
 Run = Callable[..., CommandResult]
@@ -130,15 +131,6 @@ def run(
         return command("evaluate", "--config", file, "--adapter", adapter, "--max-new-tokens", "1", *options)
 
     return run
-
-
-def check_error(result: CommandResult, *parts: str) -> None:
-    """Check that a command failed with one error message that contains all parts."""
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, result.stderr
-    assert all(part in lines[0] for part in parts), lines[0]
 
 
 # Identity

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,15 +50,15 @@ def test_gradients_are_those_of_dropout_on_all_tokens(chunk: int, monkeypatch: p
     assert model.eval()(input_ids=IDS, logit_positions=POSITIONS, targets=targets).item() != pytest.approx(loss.item())
 
 
-def test_result_does_not_depend_on_micro_batches(make_config: Callable[..., RunConfig], tmp_path: object) -> None:
+def test_result_does_not_depend_on_micro_batches(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     results = []
     for tokens in (1, 10_000):
         config = make_config(
-            output_dir=f"{tmp_path}/{tokens}",
+            output_dir=str(tmp_path / str(tokens)),
             adapter={"target_modules": ["q_proj", "lm_head"], "dropout": 0.3},
             training={"max_steps": 3, "micro_batch_tokens": tokens},
         )
-        results.append((load_file(run_training(config) / WEIGHTS), read_metrics(tmp_path / str(tokens))))  # type: ignore[operator]
+        results.append((load_file(run_training(config) / WEIGHTS), read_metrics(tmp_path / str(tokens))))
     (one, one_lines), (all_, all_lines) = results
     assert [line["loss"] for line in one_lines] == pytest.approx([line["loss"] for line in all_lines], rel=1e-5)
     for name, tensor in one.items():

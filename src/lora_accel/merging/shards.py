@@ -21,21 +21,9 @@ from lora_accel.errors import ArtifactError
 from lora_accel.model.base import check_index_paths
 from lora_accel.model.prequantized import dequantized, dequantized_headers, quantized_parts
 from lora_accel.model.weight_files import weight_files
-from lora_accel.model.weights import StoredTensor, main_dtype
+from lora_accel.model.weights import DTYPES, StoredTensor, main_dtype, read_header
 from lora_accel.saving.untrusted import read_pickle
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -85,17 +73,10 @@ class Weights:
         return self._last[1]
 
     def _add_file(self, path: Path) -> None:
-        specs = {}
         if path.suffix == ".bin":
             specs = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in self._load_pickle(path).items()}
         else:
-            try:
-                with safe_open(path, "pt") as tensors:
-                    for name in tensors.offset_keys():
-                        tensor = tensors.get_slice(name)
-                        specs[name] = TensorSpec(_dtype(path, name, tensor.get_dtype()), tuple(tensor.get_shape()))
-            except (OSError, SafetensorError) as error:
-                raise ArtifactError(f"{path}: cannot be read: {error}") from None
+            specs = {name: TensorSpec(_dtype(path, name, t.dtype), t.shape) for name, t in read_header(path).items()}
         self.files[path.name] = list(specs)
         self.specs |= specs
         self._paths |= dict.fromkeys(specs, path)
@@ -241,7 +222,7 @@ def shard_layout(groups: Sequence[Sequence[tuple[str, TensorSpec]]], max_bytes: 
     return {f"model-{n:05}-of-{len(groups):05}.safetensors": list(group) for n, group in enumerate(groups, start=1)}
 
 
-def _dtype(path: Path, name: str, stored: str) -> torch.dtype:
-    if stored not in DTYPES:
+def _dtype(path: Path, name: str, stored: torch.dtype | str) -> torch.dtype:
+    if isinstance(stored, str):
         raise ArtifactError(f"{path}: {name} is stored as {stored}; merge into a base in 16 or 32 bits")
-    return DTYPES[stored]
+    return stored
