@@ -145,11 +145,11 @@ def _write_in_place() -> None:
     from lora_accel.saving import atomic, checkpoint
 
     @contextlib.contextmanager
-    def in_place(final: Path) -> Iterator[Path]:
+    def in_place(final: Path, hashes: dict[str, str]) -> Iterator[Path]:
         final.mkdir(parents=True, exist_ok=True)
         yield final
         atomic.fault_point("save.before_manifest")
-        atomic.write_manifest(final)
+        atomic.write_manifest(final, hashes)
 
     checkpoint.atomic_folder = in_place
 
