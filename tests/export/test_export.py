@@ -491,6 +491,22 @@ def test_invalid_adapter_raises(make_adapter: Callable[..., Path], tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("format", ["peft", "peft-bin"])
+def test_formats_of_peft_are_checked_against_a_base_that_is_here(
+    make_adapter: Callable[..., Path], tmp_path: Path, format: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = make_adapter()
+    tensors = load_file(adapter / WEIGHTS)
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name][:, :-1].contiguous()}, adapter / WEIGHTS)
+    with pytest.raises(ArtifactError, match="shape"):
+        export_adapter(adapter, tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()
+    (adapter / CONFIG).write_text(json.dumps(config_of(adapter) | {"base_model_name_or_path": "elsewhere/base"}))
+    export_adapter(adapter, tmp_path / "out", format=format)
+    assert "elsewhere/base is not here, so names and shapes were not checked" in caplog.text
+
+
 def test_tensors_that_do_not_match_the_config_raise(make_adapter: Callable[..., Path], tmp_path: Path) -> None:
     """PEFT saves the base's embeddings if LoRA is applied to them."""
     adapter = make_adapter("qwen2", target_modules=["embed_tokens"])

@@ -485,6 +485,20 @@ def test_merge_checkpoints_skips_valid_outputs_and_replaces_corrupt_ones(run: Pa
         merge_checkpoints(run)
 
 
+def test_merge_checkpoints_repeats_a_merge_with_other_options(run: Path) -> None:
+    def merged(**options: Any) -> list[bool]:
+        return [provenance.get("already", False) for provenance in merge_checkpoints(run, **options)]
+
+    assert merged(verify=False) == [False] * 3
+    assert merged() == merged(verify=False) == [True] * 3
+    assert merged(verify=True) == [False] * 3
+    assert merged(verify=True) == merged(verify=False) == [True] * 3
+    assert merged(max_shard_bytes=50_000) == [False] * 3
+    assert len(list((run / "merged-all" / "adapter").glob("model-*.safetensors"))) > 1
+    assert merged(max_shard_bytes=50_000) == [True] * 3
+    assert merged() == [False] * 3
+
+
 def test_merge_all_touches_no_other_merged_model(run: Path) -> None:
     """RUN/merged is what the summary of a run suggests for a merged adapter; `--all` has a folder of its own."""
     merge_adapter(run / "adapter", run / "merged")

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_accel import faults
+from lora_accel.errors import ArtifactError
 from lora_accel.saving.atomic import (
     MANIFEST,
     atomic_folder,
@@ -50,6 +51,19 @@ def fail_while_writing(folder: Path, error: BaseException) -> None:
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def test_a_folder_that_is_being_written_is_left_to_its_writer(tmp_path: Path) -> None:
+    """Two merges into one folder: the second used to delete what the first had written so far."""
+    final = tmp_path / "result"
+    with atomic_folder(final) as temporary:
+        fill(temporary)
+        with pytest.raises(ArtifactError, match="result: another process is writing it"):
+            fail_while_writing(final, AssertionError("the block must not run"))
+        with pytest.raises(ArtifactError, match="another process is writing it"):
+            recover_all(tmp_path)
+    assert why_invalid(final) is None
+    assert names(tmp_path) == {"result"}
 
 
 def test_folder_appears_only_after_the_block(tmp_path: Path) -> None:

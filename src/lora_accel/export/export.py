@@ -15,6 +15,7 @@ from lora_accel.errors import ArtifactError, ConfigError, did_you_mean
 from lora_accel.export import loralib
 from lora_accel.export.formats import FORMATS, ExportFormat
 from lora_accel.export.tensors import AdapterData, check_written, finite_copies
+from lora_accel.logs import logger
 from lora_accel.merging.base import base_section, check_trained_on
 from lora_accel.merging.job import check_out_folder, provenance_of
 from lora_accel.model.base import build_on_meta_device
@@ -23,7 +24,7 @@ from lora_accel.saving.adapter import attach_adapter, match_adapter, read_adapte
 from lora_accel.saving.atomic import atomic_folder, read_json, write_json
 from lora_accel.saving.base_identity import has_weights
 from lora_accel.saving.discovery import CONFIG
-from lora_accel.saving.hub import find_adapter, recorded_name
+from lora_accel.saving.hub import find_adapter, recorded_name, recorded_revision
 from lora_accel.saving.matching import State, resize_vocabulary
 from lora_accel.saving.untrusted import check_known_options, check_untrusted_config
 
@@ -43,8 +44,9 @@ def export_adapter(
 ) -> dict[str, Any]:
     """Write an adapter in another format.
 
-    If source or target is loralib's format, or `base` is given, every name and shape is checked against the base's
-    modules. They are built from its config. Its weights are only compared with those of training, if both are known.
+    Every name and shape is checked against the base's modules, which are built from its config. Its weights are only
+    compared with those of training, if both are known. Between PEFT's formats the base is not needed: if it is not
+    here, nothing is checked, with a note.
 
     Args:
         adapter: a PEFT folder, a folder that this function wrote, or a file of `loralib.lora_state_dict`.
@@ -80,8 +82,10 @@ def export_adapter(
         check_known_options(adapter / CONFIG, force=force)
 
     model = None
-    if is_loralib or base or target.convert is not None:
+    if is_loralib or base or target.convert is not None or _is_base_here(adapter, config):
         model = _build_base(adapter, config, base, force=force, trust_remote_code=trust_remote_code)
+    else:
+        logger.warning(f"note: {base_name} is not here, so names and shapes were not checked; --base names its folder")
     if is_loralib and model is not None:
         data = loralib.read_loralib(adapter, config, model, recorded_name(str(base_name), None)[0])
     else:
@@ -118,6 +122,15 @@ def _read_config(adapter: Path, alpha: float | None) -> dict[str, Any]:
     if not file.is_file():
         raise ArtifactError(f"{adapter}: is not an adapter: it has neither {CONFIG} nor {loralib.CONFIG_FILE}")
     return read_json(file)
+
+
+def _is_base_here(adapter: Path, config: dict[str, Any]) -> bool:
+    """Whether the base that an adapter names is in its folder or in the Hub's cache. Nothing is downloaded."""
+    named = config.get(BASE_KEY)
+    try:
+        return isinstance(named, str) and has_weights(named, recorded_revision(adapter, provenance_of(adapter)))
+    except ValueError:  # no folder's name, nor a Hub id
+        return False
 
 
 def _build_base(

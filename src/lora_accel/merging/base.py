@@ -107,6 +107,8 @@ def find_base(
     name, revision = section.name_or_path, section.revision
     try:
         folder = _local_folder(name, revision, with_code=trust_remote_code)
+    except ArtifactError:
+        raise
     except Exception as error:  # huggingface_hub raises many types
         raise ArtifactError(load_error_message(section, "model", error)) from None
     base = Base(name, revision, folder, PretrainedConfig(), rope_scaling, trust_remote_code)

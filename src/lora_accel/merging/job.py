@@ -135,7 +135,7 @@ def check_out_folder(out: Path, sources: dict[str, Path], *, overwrite: bool) ->
 
 
 def existing_merge(job: MergeJob, base: str, folder: Path, options: MergeOptions) -> dict[str, Any] | None:
-    """Return the provenance of a job's output if it exists, is valid, and has the same adapter and base.
+    """Return the provenance of a job's output if it exists, is valid, and is what these options ask for.
 
     Args:
         base: name of the base.
@@ -145,8 +145,10 @@ def existing_merge(job: MergeJob, base: str, folder: Path, options: MergeOptions
         return None
     with contextlib.suppress(ArtifactError, KeyError, TypeError, AttributeError):
         existing = read_json(job.out / PROVENANCE)
-        inputs = [existing["merged"][key] for key in ("adapter_sha256", "base", "base_weights")]
-        if inputs == [adapter_hash(job.adapter), base, options.base_weights]:
+        merged = existing["merged"]
+        inputs = [merged[key] for key in ("adapter_sha256", "base", "base_weights", "max_shard_bytes")]
+        requested = [adapter_hash(job.adapter), base, options.base_weights, options.max_shard_bytes]
+        if inputs == requested and (merged["agreement"] is not None or not options.verify):
             hashes = base_hashes(str(folder), None, cached=True)
             return existing if loaded_hashes(existing["base"]["sha256"]) == loaded_hashes(hashes) else None
     return None

@@ -156,7 +156,7 @@ def merge_checkpoints(
 ) -> list[dict[str, Any]]:
     """Merge every checkpoint of a run, and its final adapter, into RUN/merged-all/. The base is read once for all.
 
-    A checkpoint that has been merged before with the same base and `base_weights` is skipped.
+    A checkpoint that has been merged before with the same base and options is skipped.
 
     Returns:
         The provenance of each merged model, in the order of steps; `already` is set for those that were skipped.
@@ -251,6 +251,7 @@ def _provenance(
             "adapter_sha256": adapter_hash(job.adapter),
             "base": base.name,
             "base_weights": options.base_weights,
+            "max_shard_bytes": options.max_shard_bytes,
             "same_base": same,  # None: the adapter has no hashes of its base
             "has_tokenizer": merge.tokenizer is not None,
             "tokens_without_embedding": []

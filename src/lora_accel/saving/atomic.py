@@ -7,6 +7,7 @@ any other file in it, nothing is.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -42,14 +43,19 @@ def atomic_folder(final: Path, hashes: Mapping[str, str] | None = None) -> Itera
         hashes: SHA-256 by name, of files that the block has already synced and hashed.
 
     Raises:
-        ArtifactError: `final` contains files that its manifest does not list, is a file, or a link to nothing.
+        ArtifactError: `final` contains files that its manifest does not list, is a file, or a link to nothing, or
+            another process is writing it.
     """
     final = _target(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     recover(final)
     check_no_unlisted_files(final)
     temporary, older = temporary_sibling(final, "writing"), temporary_sibling(final, "older")
-    temporary.mkdir()
+    try:
+        temporary.mkdir()
+    except FileExistsError:
+        raise _in_use(final) from None
+    lock = _lock(temporary)
     try:
         yield temporary
         _fix_modes(temporary)
@@ -72,6 +78,8 @@ def atomic_folder(final: Path, hashes: Mapping[str, str] | None = None) -> Itera
         shutil.rmtree(older, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def unlisted_files(folder: Path) -> list[str]:
@@ -132,8 +140,14 @@ def remove_folder(folder: Path) -> None:
 
 
 def recover(final: Path) -> None:
-    """Clean up after a process that crashed while it wrote, replaced or deleted this folder or file."""
+    """Clean up after a process that crashed while it wrote, replaced or deleted this folder or file.
+
+    Raises:
+        ArtifactError: the process is still writing it.
+    """
     final = real_path(final) if final.is_symlink() else final  # what it links to may be renamed at the moment
+    if _is_locked(temporary_sibling(final, "writing")):
+        raise _in_use(final)
     older = temporary_sibling(final, "older")
     if older.exists() and not os.path.lexists(final):
         older.rename(final)
@@ -261,6 +275,37 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _in_use(final: Path) -> ArtifactError:
+    return ArtifactError(f"{final}: another process is writing it; wait for it, or choose another path")
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the returned descriptor is closed or the process ends; None = only files can be locked."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # NFS
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether another process, or another open descriptor of this one, has locked a folder."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _delete(leftover: Path) -> None:
