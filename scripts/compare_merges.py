@@ -22,7 +22,7 @@ from lora_accel.console import silence_libraries
 from lora_accel.inference.evaluation import evaluate
 from lora_accel.merging.verification import compare, logits_of, logits_of_folder, token_ids
 from lora_accel.model.base import load_base_model
-from lora_accel.saving.adapter import load_adapter
+from lora_accel.saving.attach import load_adapter
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ from lora_accel import cli
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import show_logs
 from tests import forked
-from tests.tiers import ProcessGuard, select_fast_tests
+from tests.tiers import ProcessGuard, outside_samples, select_fast_tests
 
 PATIENCE_SECONDS = 1200
 """Timeout of a process that hangs: many times the duration of any test on a slow, busy machine."""
@@ -76,17 +76,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Reduce hypothesis's examples in the fast tier."""
+    """Reduce hypothesis's examples in the fast tier; let Ctrl-C reach the processes of tests in the background too."""
     hypothesis.settings.register_profile("tier", max_examples=20 if config.getoption("--fast") else 300)
     hypothesis.settings.load_profile("tier")
     show_logs()  # as the commands do
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started with `&`, which child processes inherit
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip slow tests without `--faults`; select the fast tier with `--fast` (tests/tiers.py)."""
     if not config.getoption("--faults"):
+        outside = outside_samples(items)
         for item in items:
-            if item.get_closest_marker("slow"):
+            if item.get_closest_marker("slow") or item in outside:
                 item.add_marker(pytest.mark.skip(reason="slow; pass --faults"))
     if not config.getoption("--fast"):
         return

@@ -22,13 +22,15 @@ from typing import Any, NamedTuple
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
-from lora_accel import RunConfig, cli, run_training
+from lora_accel import RunConfig, cli, run_training, train
 from lora_accel.config.files import config_to_yaml
 from tests.conftest import chat_rows, write_jsonl
 
 SECONDS = 10
-"""Limit of one command on an idle machine; the watchdog allows more."""
-CASES, ALL_CASES, BLOCK = 8, 2000, 100
+"""CPU seconds of one command and its child processes. The watchdog allows six times as many by the clock."""
+CASES, ALL_CASES, BLOCK = 40, 2000, 100
+TRAIN = "-m lora_accel.train"
+"""Marks the command lines of the module that `accelerate launch` starts."""
 VALUES = (None, True, -1, 0, 1.5, 10**30, float("nan"), float("inf"), "", "x" * 10_000, [], {}, [[]], {"a": 1})
 
 
@@ -40,11 +42,17 @@ class Inputs(NamedTuple):
     def commands(self, folder: Path) -> dict[str, list[str]]:
         """Return the command lines for a copy of the folder."""
         adapter, out = str(folder / "run" / "adapter"), str(folder / "out")
-        checkpoint = str(folder / "run" / "checkpoints" / "step-00000002")
+        checkpoint = str(folder / "run" / "checkpoints" / "step-00000001")
         config = ["--config", str(folder / "config.yaml"), f"data.cache_dir={folder / 'cache'}"]
+        new_run = [*config, f"output_dir={folder / 'new'}"]
         base = ["--base", str(folder / "base")]
         return {
             "plan": ["plan", *config],
+            "inspect": ["inspect", *config],
+            "train": [TRAIN, *new_run],
+            "resume from": [TRAIN, *new_run, f"checkpoint.resume={folder / 'run/checkpoints/step-00000001'}"],
+            "resume": [TRAIN, *config],
+            "chat": ["chat", "--adapter", adapter, *base, "--max-new-tokens", "1"],
             "evaluate": ["evaluate", *config, "--adapter", adapter, "--max-new-tokens", "1"],
             "generate": ["generate", "--adapter", adapter, *base, "--max-new-tokens", "1", "hello"],
             "checkpoint": ["generate", "--adapter", checkpoint, *base, "--max-new-tokens", "1", "hello"],
@@ -66,12 +74,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., P
         "adapter": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
         "data": {"train": [{"path": "rows.jsonl"}], "eval": [{"path": "rows.jsonl"}], "num_workers": 1},
         "training": {"max_steps": 2, "batch_size": 2, "mixed_precision": "no"},
+        "checkpoint": {"every_steps": 1},
         "logging": {"trackers": []},
     }
     config = RunConfig.model_validate(values)
     (root / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
     with contextlib.chdir(root) if sys.version_info >= (3, 11) else _in_folder(root):
         run_training(config)
+    # As if the run had been killed in its last step.
+    shutil.rmtree(root / "run" / "checkpoints" / "step-00000002")
     return Inputs(root)
 
 
@@ -176,7 +187,7 @@ class Hang(BaseException):
 
 
 def run(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
-    """Run a command line in this process. Return its exit code and stderr; 99 for an unexpected exception."""
+    """Run a command line in this process. Return its exit code and stderr; 98 for no end, 99 for another exception."""
 
     def stop(*_: object) -> None:
         raise Hang
@@ -184,11 +195,14 @@ def run(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     monkeypatch.setattr(sys, "argv", ["lora-accel", *arguments])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
     output, errors = io.StringIO(), io.StringIO()
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(6 * SECONDS)  # the machine may be busy
     try:
         with _in_folder(folder), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            if arguments[0] == TRAIN:
+                return train.main(arguments[1:]), errors.getvalue()
             cli.main()
     except SystemExit as error:
         return int(error.code or 0), errors.getvalue()
@@ -202,15 +216,21 @@ def run(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return 0, errors.getvalue()
 
 
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of its children that have ended."""
+    return sum(os.times()[:4])
+
+
 def snapshot(folder: Path) -> set[tuple[str, int]]:
-    """Return names and sizes of all files in a folder."""
-    return {(str(path), path.lstat().st_size) for path in folder.rglob("*") if not path.is_dir()}
+    """Return names and sizes of all files in a folder, those of its data cache excepted."""
+    paths = [path for path in folder.rglob("*") if not path.is_dir() and "cache" not in path.relative_to(folder).parts]
+    return {(str(path), path.lstat().st_size) for path in paths}
 
 
 def run_cases(inputs: Inputs, numbers: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     """Run the cases of some seeds. Fails with all tracebacks and hangs."""
     codes: Counter[int] = Counter()
-    faults = []
+    faults, slowest = [], (0.0, 0)
     for number in numbers:
         rng = random.Random(number)
         outer = tmp_path / f"{number}"
@@ -218,18 +238,21 @@ def run_cases(inputs: Inputs, numbers: range, tmp_path: Path, monkeypatch: pytes
         shutil.copytree(inputs.root, folder, symlinks=True)
         done = ", ".join(mutate(folder, rng) for _ in range(rng.choice([1, 1, 2, 4])))
         name, arguments = rng.choice(sorted(inputs.commands(folder).items()))
-        others = snapshot(inputs.root)
+        originals, copies, start = snapshot(inputs.root), snapshot(folder), cpu_seconds()
         code, errors = run(arguments, folder, monkeypatch)
+        slowest = max(slowest, (cpu_seconds() - start, number))
         codes[code] += 1
         is_message = code == 0 or "error: " in errors or "Usage" in errors
         if code not in (0, 1, 2, 3) or "Traceback" in errors or not is_message:
             faults.append(f"case {number}: {name} after {done}: {code}\n{errors[-1500:]}")
-        if {path.name for path in outer.iterdir()} != {"inner"} or snapshot(inputs.root) != others:
+        if {path.name for path in outer.iterdir()} != {"inner"} or snapshot(inputs.root) != originals:
             faults.append(f"case {number}: {name} after {done}: wrote outside its folder")
-        if code == 2 and (folder / "out").exists():
-            faults.append(f"case {number}: {name} after {done}: exit 2, but wrote")
+        if code == 2 and (changed := snapshot(folder) ^ copies):
+            faults.append(f"case {number}: {name} after {done}: exit 2, but wrote {sorted(changed)[:5]}")
+        if cpu_seconds() - start > SECONDS:
+            faults.append(f"case {number}: {name} after {done}: {cpu_seconds() - start:.1f} CPU seconds")
         shutil.rmtree(outer)
-    print(dict(codes))
+    print(f"exit codes {dict(sorted(codes.items()))}; slowest: case {slowest[1]}, {slowest[0]:.1f} CPU seconds")
     assert not faults, f"{len(faults)} of {len(numbers)}\n" + "\n\n".join(faults)
     return codes
 

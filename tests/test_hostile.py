@@ -22,8 +22,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_accel.saving.adapter import PICKLED
 from lora_accel.saving.discovery import CONFIG, WEIGHTS
+from lora_accel.saving.tensor_files import PICKLED
 from tests import forked
 from tests.config.test_limits import EXTREME_OVERRIDES, YAML_BOMBS
 from tests.conftest import PATIENCE_SECONDS, chat_rows, write_jsonl

@@ -28,8 +28,8 @@ from lora_accel.errors import ConfigError
 from lora_accel.export import formats as export_formats
 from lora_accel.export.export import export_adapter
 from lora_accel.export.formats import ExportFormat
-from lora_accel.saving.adapter import State
 from lora_accel.saving.discovery import WEIGHTS
+from lora_accel.saving.tensor_files import State
 from tests.conftest import PATIENCE_SECONDS, ROOT, read_metrics, write_jsonl
 
 PACKAGE = ROOT / "src" / "lora_accel"

@@ -23,7 +23,7 @@ from lora_accel.batching.batch import MicroBatch
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ArtifactError, ConfigError, Interrupted, TrainingError
 from lora_accel.saving.atomic import why_invalid
-from lora_accel.saving.lock import check_output_folder
+from lora_accel.saving.output_dir import check_output_folder
 from lora_accel.setup.data import prepare_data
 from lora_accel.summary import is_finished
 from lora_accel.train import main

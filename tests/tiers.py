@@ -39,9 +39,29 @@ def select_fast_tests(items: Sequence[pytest.Item]) -> set[pytest.Item]:
     for cases in cases_by_test.values():
         if isinstance(cases[0], pytest.Function) and starts_processes(cases[0]):
             continue
-        # By hash: every n-th case of a product of parameters may have the same value of one parameter each time.
-        selected.update(sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))[:MAX_CASES])
+        selected.update(sorted(cases, key=_hash)[:MAX_CASES])
     return selected
+
+
+def _hash(item: pytest.Item) -> int:
+    """Return a key for sorting: every n-th case of a product of parameters may have the same value of one of them."""
+    return zlib.crc32(item.nodeid.encode())
+
+
+def outside_samples(items: Sequence[pytest.Item]) -> set[pytest.Item]:
+    """Return the cases that run only with `--faults` because their test is marked `sample(n)`: all but n of its cases.
+
+    They are the same ones each time, and those of the fast tier are among the n.
+    """
+    cases_by_test: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sample") and not item.get_closest_marker("slow"):
+            cases_by_test[item.nodeid.split("[")[0]].append(item)
+    outside: set[pytest.Item] = set()
+    for cases in cases_by_test.values():
+        size = next(mark.args[0] for mark in cases[0].iter_markers("sample"))
+        outside.update(sorted(cases, key=_hash)[size:])
+    return outside
 
 
 def starts_processes(item: pytest.Function) -> bool:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from lora_accel.inference.evaluation import evaluate
     from lora_accel.inference.generation import generate
     from lora_accel.merging.merge import merge_adapter, merge_checkpoints, merge_weighted
-    from lora_accel.saving.adapter import load_adapter, save_adapter
+    from lora_accel.saving.adapter import save_adapter
+    from lora_accel.saving.attach import load_adapter
     from lora_accel.setup.data import prepare_data
     from lora_accel.setup.model import prepare_model
     from lora_accel.train import run_training
@@ -71,7 +72,8 @@ _MODULES = {
     "inference.evaluation": ("evaluate",),
     "inference.generation": ("generate",),
     "merging.merge": ("merge_adapter", "merge_checkpoints", "merge_weighted"),
-    "saving.adapter": ("load_adapter", "save_adapter"),
+    "saving.adapter": ("save_adapter",),
+    "saving.attach": ("load_adapter",),
     "setup.data": ("prepare_data",),
     "setup.model": ("prepare_model",),
     "train": ("run_training",),

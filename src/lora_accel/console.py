@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -193,15 +194,15 @@ def _run(command: Callable[[], object], rank: int, reports: bool, error_file: st
             sys.stdout.flush()  # here, so that an error of it is reported
     except Interrupted as stopped:
         if reports:
-            print(stopped, file=sys.stderr, flush=True)
+            _report(stopped)
         return stopped.exit_code
     except Aborted as aborted:
         if reports:
-            print(aborted, file=sys.stderr, flush=True)
+            _report(aborted)
         return aborted.exit_code
     except KeyboardInterrupt:
         if reports:
-            print("interrupted; run the same command to resume from the newest checkpoint", file=sys.stderr, flush=True)
+            _report("interrupted; run the same command to resume from the newest checkpoint")
         return 130
     except Exception as caught:
         error = _own_error(caught)
@@ -211,10 +212,16 @@ def _run(command: Callable[[], object], rank: int, reports: bool, error_file: st
         if not reports:
             time.sleep(ERROR_DELAY_SECONDS)
         message = f"error on rank {rank}: {error}" if rank > 0 else f"error: {error}"
-        print(message, file=sys.stderr, flush=True)
+        _report(message)
         _write_error_file(message, error_file)
         return error.exit_code
     return 0
+
+
+def _report(message: object) -> None:
+    """Print a message to stderr. If its disk is full, too, the exit code alone has to do."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def _own_error(error: Exception) -> Exception:
@@ -270,7 +277,8 @@ def silence_libraries() -> None:
 def _write_error_file(message: str, error_file: str | None) -> None:
     if error_file:
         text = json.dumps({"message": message, "timestamp": int(time.time())})
-        Path(error_file).write_text(text, encoding="utf-8")
+        with contextlib.suppress(OSError):  # the disk is full, perhaps: the message has been printed
+            Path(error_file).write_text(text, encoding="utf-8")
         # torchrun reports the rank that failed first, by these timestamps in seconds: ranks that fail as a consequence
         # must have later ones.
         time.sleep(1.1)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from lora_accel.config.files import read_config
 from lora_accel.console import Stage
 from lora_accel.errors import Aborted, ConfigError, LoraAccelError, exit_code_of
-from lora_accel.saving.lock import check_output_folder
+from lora_accel.saving.output_dir import check_output_folder
 from lora_accel.training.stopping import SIGNALS, StartupHandler, signal_handler
 
 

@@ -54,17 +54,20 @@ class _Output:
         if not self._should_continue and error.errno == errno.EPIPE:
             raise SystemExit(CLOSED_PIPE)
         if not self._should_continue and is_first:
+            error.filename = f"<{self._name}>"
             raise error
         if is_first:
             self._note(error)
 
+    @property
+    def _name(self) -> str:
+        return "stdout" if self is sys.stdout else "stderr"
+
     def _note(self, error: OSError) -> None:
-        is_stdout = self is sys.stdout
-        other, name = (sys.stderr, "stdout") if is_stdout else (sys.stdout, "stderr")
+        other = sys.stderr if self is sys.stdout else sys.stdout
         if isinstance(other, _Output) and not other._is_closed:
-            print(
-                f"note: {name} cannot be written to ({error.strerror}); continuing without it", file=other, flush=True
-            )
+            note = f"note: {self._name} cannot be written to ({error.strerror}); continuing without it"
+            print(note, file=other, flush=True)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,8 @@ from lora_accel.distributed.launch import (
 from lora_accel.faults import active_fault
 from lora_accel.logs import logger
 from lora_accel.saving.discovery import KeptSettings, kept_settings
-from lora_accel.saving.lock import check_final_adapter, check_output_folder, lock_run_folder
+from lora_accel.saving.lock import lock_run_folder
+from lora_accel.saving.output_dir import check_final_adapter, check_output_folder
 from lora_accel.summary import finished_lines, is_finished, summary_lines
 from lora_accel.training.stopping import abort_on_signal
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from lora_accel.setup.data import PreparedData
     from lora_accel.setup.model import PreparedModel
     from lora_accel.setup.resume import ResumePoint
+    from lora_accel.training.metrics import Metrics
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,13 +132,8 @@ def run_in_folder(
         log_data(config, data)
     identity = {"template": data.template.source, "mixed_precision": accelerator.mixed_precision}
     if gather_object([is_main and is_finished(folder, config, data.plan, data.dataset.ledgers, **identity)])[0]:
-        lines = finished_lines(
-            folder,
-            data.plan.total_steps,
-            can_evaluate=bool(data.eval_sources),
-            trust_remote_code=config.model.trust_remote_code,
-        )
-        logger.info("\n".join(lines))
+        options = {"can_evaluate": bool(data.eval_sources), "trust_remote_code": config.model.trust_remote_code}
+        logger.info("\n".join(finished_lines(folder, data.plan.total_steps, **options)))
         return folder / "adapter"
     check_final_adapter(folder / "adapter")
 
@@ -224,18 +221,23 @@ def train_and_export(
         finally:
             run.metrics.close()
     if is_main:
-        lines = summary_lines(
-            folder,
-            data.plan,
-            resumed_from=first_step,
-            seconds=run.metrics.elapsed_seconds,
-            loss=run.metrics.loss,
-            eval_loss=run.metrics.eval_loss,
-            can_evaluate=bool(data.eval_sources),
-            trust_remote_code=config.model.trust_remote_code,
-        )
-        logger.info("\n".join(lines))
+        log_summary(config, data, run.metrics, first_step)
     return folder / "adapter"
+
+
+def log_summary(config: RunConfig, data: PreparedData, metrics: Metrics, first_step: int) -> None:
+    """Log the results of a run that has finished, and the commands that use its adapter."""
+    lines = summary_lines(
+        Path(config.output_dir),
+        data.plan,
+        resumed_from=first_step,
+        seconds=metrics.elapsed_seconds,
+        loss=metrics.loss,
+        eval_loss=metrics.eval_loss,
+        can_evaluate=bool(data.eval_sources),
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    logger.info("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def test_public_json_is_accepted_and_the_run_config_fills_it(
         assert rows["scheduler"] == (f"cosine (not {values['scheduler']['type']})", "run config")
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
-    given = launching._deepspeed_plugin(settings).deepspeed_config
+    given = launching._deepspeed_plugin(launch, settings).deepspeed_config
     assert not {"optimizer", "scheduler"} & set(given), "Accelerate would raise, and DeepSpeed would build its own"
     assert given["zero_optimization"]["stage"] == values["zero_optimization"]["stage"]
     assert given["gradient_clipping"] == 1.0
@@ -165,6 +165,102 @@ def test_other_values_are_an_error_that_names_both(
     assert message.startswith(environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] + ": ")
     for fragment in fragments:
         assert fragment in message
+
+
+def plugin_values(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return the config that DeepSpeed gets."""
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    launch = read_launch(environment)
+    return dict(launching._deepspeed_plugin(launch, reconcile(config_of(), launch, device_default)).deepspeed_config)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op is "sum", but the training loop needs "mean"'),
+        ({"gradient_predivide_factor": "2"}, 'gradient_predivide_factor is "2", but the training loop needs 1.0'),
+        ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation is false, but the training loop"),
+        (
+            {"zero_optimization": {"stage": 2, "compute_grad_norm": False}},
+            "zero_optimization.compute_grad_norm is false",
+        ),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "zero_quantized_gradients' is not"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}}, "weights' is not supported"),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "'zero_optimization.zenflow' is not"),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, "'bf16.bf16_master_weights_and_grads' is not supported"),
+        ({"data_types": {"param_dtype": "bf16"}}, "'data_types.param_dtype' is not supported: it would change"),
+        ({"hybrid_engine": {"enabled": True}}, "'hybrid_engine' is not supported: it would change the result"),
+    ],
+)
+def test_values_that_change_the_result_are_an_error(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (line,) = error_lines(environment_of({"zero_optimization": {"stage": 2}} | values, tmp_path))
+    assert message in line
+
+
+def test_auto_without_a_meaning_is_the_default_of_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate would raise after the model is loaded: it knows no value for these."""
+    zero = {"stage": 3, "overlap_comm": AUTO, "sub_group_size": AUTO, "reduce_bucket_size": AUTO}
+    zero |= {"offload_optimizer": {"device": AUTO, "pin_memory": AUTO}}
+    sections = {"bf16": {"enabled": AUTO, "immediate_grad_update": AUTO}, "checkpoint": {"tag_validation": AUTO}}
+    given = plugin_values(environment_of({"zero_optimization": zero} | sections, tmp_path), monkeypatch)
+    left = {"stage": 3, "reduce_bucket_size": AUTO, "offload_optimizer": {}}
+    assert {key: given["zero_optimization"][key] for key in left} == left
+    assert not {"overlap_comm", "sub_group_size"} & given["zero_optimization"].keys()
+    assert (given["checkpoint"], given["bf16"]) == ({}, {"enabled": False, "check_grad_overflow": True})
+
+
+def test_what_is_off_is_not_passed_to_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed 0.19 rejects removed features by their names, even if they are off."""
+    names = ("amp", "elasticity", "flops_profiler", "sparse_attention")
+    values: dict[str, Any] = {name: {"enabled": False} for name in names} | {"sparse_gradients": False, "bf16": None}
+    values |= {"nebula": None, "data_types": None, "zero_optimization": {"stage": 2, "offload_optimizer": None}}
+    given = plugin_values(environment_of(values | {"amp": {"enabled": AUTO, "opt_level": AUTO}}, tmp_path), monkeypatch)
+    assert not given.keys() & {*names, "sparse_gradients", "nebula"}
+    assert given["zero_optimization"] == {"stage": 2}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"overlap_comms": True}, "DeepSpeed rejects overlap_comms: Extra inputs are not permitted"),
+        ({"reduce_bucket_size": "big"}, "DeepSpeed rejects reduce_bucket_size: Input should be a valid"),
+        ({"offload_param": {"device": "cpu", "pin_memory": "x"}, "stage": 3}, "pin_memory: Input should be"),
+        ({"cpu_offload": []}, "cpu_offload is deprecated"),
+    ],
+)
+def test_what_deepspeed_rejects_is_one_message_before_the_model_is_loaded(
+    values: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = environment_of({"zero_optimization": {"stage": 2} | values}, tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        plugin_values(environment, monkeypatch)
+    assert str(caught.value).startswith(environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"data_types": {"grad_accum_dtype": "fp7"}},
+        {"communication_data_type": "fp7"},
+        {"eigenvalue": {"enabled": True}},
+        {"wall_clock_breakdown": "loud"},
+    ],
+)
+def test_other_rejections_of_deepspeed_are_one_message(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = environment_of({"zero_optimization": {"stage": 2}} | values, tmp_path)
+    with pytest.raises(ConfigError, match=r"zero\.json: DeepSpeed rejects the config: \S+"):
+        plugin_values(environment, monkeypatch)
+
+
+def test_a_key_that_appears_twice_is_an_error(tmp_path: Path) -> None:
+    environment = environment_of({}, tmp_path)
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2, "stage": 3}}', encoding="utf-8")
+    with pytest.raises(ConfigError, match="the key 'stage' appears twice in one object; keep one"):
+        read_launch(environment)
 
 
 # --- the options that launchers pass

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_accel.config.schema import DataSection, SourceSection
 from lora_accel.data import dataset as dataset_module
+from lora_accel.data import decompression
 from lora_accel.data import rows as rows_module
 from lora_accel.data.dataset import Dataset, Recipe, load_dataset
 from lora_accel.data.rows import MAX_ROW_BYTES, Input, find_input
@@ -275,7 +276,7 @@ def test_a_prompt_of_a_million_characters_is_one_row_of_the_ledger(tmp_path: Pat
 def test_a_bomb_is_an_error_before_it_fills_memory(
     tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch, name: str, byte: bytes
 ) -> None:
-    monkeypatch.setattr(rows_module, "MIN_EXPANDED_BYTES", 1 << 20)
+    monkeypatch.setattr(decompression, "MIN_EXPANDED_BYTES", 1 << 20)
     data, path = byte * (40 << 20), tmp_path / name
     path.write_bytes(gzip.compress(data, 9) if path.suffix == ".gz" else bytes(pa.compress(data, "zstd", asbytes=True)))
     message = rf"{name}(: expands to more than 200 times its size; .*without compression|, line 1: over .* empty lines)"
@@ -299,7 +300,7 @@ def test_too_many_empty_lines_are_an_error(
 
 
 def test_a_bomb_of_valid_rows_is_an_error(tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "MIN_EXPANDED_BYTES", 1 << 17)
+    monkeypatch.setattr(decompression, "MIN_EXPANDED_BYTES", 1 << 17)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": ""}\n' * 50_000, 9))
     with pytest.raises(DataError, match="expands to more than"):
@@ -307,7 +308,7 @@ def test_a_bomb_of_valid_rows_is_an_error(tmp_path: Path, load: Load, monkeypatc
 
 
 def test_a_table_of_one_repeated_value_is_a_bomb(tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "MIN_EXPANDED_BYTES", 1 << 20)
+    monkeypatch.setattr(decompression, "MIN_EXPANDED_BYTES", 1 << 20)
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["a " * 500] * 5000}), path)
     assert path.stat().st_size < 20_000
@@ -320,8 +321,8 @@ def test_a_dictionary_that_all_batches_share_is_no_bomb(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """As pandas stores a category: counted with each batch, its values would be 30 times the size of the file."""
-    monkeypatch.setattr(rows_module, "MIN_EXPANDED_BYTES", 1 << 18)
-    monkeypatch.setattr(rows_module, "MAX_RATIO", 10)
+    monkeypatch.setattr(decompression, "MIN_EXPANDED_BYTES", 1 << 18)
+    monkeypatch.setattr(decompression, "MAX_RATIO", 10)
     values = ["".join(random.Random(n).choices("abcdefgh", k=100)) for n in range(1000)]
     texts, path = values * 2, tmp_path / name
     table = pa.table({"text": pa.array(texts).dictionary_encode()})

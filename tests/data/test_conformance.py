@@ -738,6 +738,7 @@ def test_every_format_is_detected_and_parsed() -> None:
     assert {detect_format(row) for row, _ in ROWS.values()} == set(FORMATS) - {"text", "tokens"}
 
 
+@pytest.mark.sample(240)
 @pytest.mark.parametrize("begin", BEGINS)
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -979,6 +980,7 @@ def untrusted_rows(draw: st.DrawFn) -> dict[str, Any]:
     return {"messages": messages}
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     ("style", "family", "begin"),
     [

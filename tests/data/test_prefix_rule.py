@@ -473,6 +473,7 @@ def check_rows(name: str, num_examples: int) -> None:
     assert counts["left out"] <= 0.02 * counts["answers"], "nearly all answers are used"
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_fed_tokens_are_a_prefix_and_the_rest_is_supervised(name: str) -> None:
     check_rows(name, max(10, hypothesis.settings.default.max_examples // 6))

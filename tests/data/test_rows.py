@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,15 @@ def test_a_broken_json_file_is_an_error(tmp_path: Path, text: str, message: str)
     with pytest.raises(DataError) as caught:
         read(tmp_path / "a.json")
     assert message in str(caught.value)
+
+
+def test_a_repeated_key_of_a_large_object_is_found_in_time(tmp_path: Path) -> None:
+    keys = ", ".join(f'"{n}": 0' for n in range(20_000))
+    (tmp_path / "a.jsonl").write_text(f'{{{keys}, "19999": 1}}\n')
+    start = time.process_time()
+    with pytest.raises(DataError, match="key '19999' appears twice in one object"):
+        read(tmp_path / "a.jsonl")
+    assert time.process_time() - start < 2
 
 
 # Tables

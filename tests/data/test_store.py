@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_accel.config.files import config_to_yaml
 from lora_accel.config.schema import DataSection, RunConfig
-from lora_accel.data import rows
+from lora_accel.data import dataset, rows
 from lora_accel.data.cache import get_or_build
 from lora_accel.data.chat import Example
 from lora_accel.data.dataset import Dataset, Recipe, load_dataset
@@ -241,6 +242,14 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path, template: Callabl
         contents.append({path.name: path.read_bytes() for path in folder.iterdir()})
         assert len(dataset.examples) == 67
     assert contents[0] == contents[1] == contents[2]
+
+
+@pytest.mark.launch
+def test_workers_leave_the_keys_of_a_terminal_to_their_parent() -> None:
+    """Ctrl-\\ goes to all processes; each worker used to print a traceback."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), dataset._init_worker, (os.getpid(), len)) as pool:
+        keys = signal.SIGINT, signal.SIGQUIT
+        assert [pool.submit(signal.getsignal, key).result() for key in keys] == [signal.SIG_IGN] * 2
 
 
 @pytest.mark.launch

@@ -76,6 +76,7 @@ def runs(
     return lambda family, mode: root / f"{family}-{mode}"
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_expected_tensors_are_saved_in_full(

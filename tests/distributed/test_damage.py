@@ -46,6 +46,7 @@ def swapped_for_a_link(folder: Path) -> None:
     file.symlink_to(elsewhere)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("preset", ["cpu", "cpu_ddp"])
 @pytest.mark.parametrize("damage", [truncated, flipped, emptied, without_manifest, swapped_for_a_link])
 def test_corrupt_newest_checkpoint_is_quarantined_and_the_previous_one_used(

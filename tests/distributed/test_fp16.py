@@ -71,6 +71,7 @@ def test_forty_steps_on_every_backend(fp16_runs: Runs) -> None:
         assert table[preset] <= 1e-3, table
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("preset", BACKENDS)
 def test_killed_run_resumes_bit_for_bit(fp16_runs: Runs, preset: str) -> None:
     runs = fp16_runs

@@ -21,6 +21,7 @@ CASES = [(backend, precision) for precision in ("no", "bf16", "fp16") for backen
 PROMPTS = ["repeat alpha", "repeat bravo and more than that"]
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize(("backend", "precision"), CASES)
 def test_replies_during_training(
     forks: Forks,

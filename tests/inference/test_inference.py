@@ -30,8 +30,9 @@ from lora_accel.inference import generation
 from lora_accel.inference.chat import chat
 from lora_accel.inference.evaluation import evaluate, scores_as_table
 from lora_accel.inference.generation import generate
-from lora_accel.inference.models import load_template, name_adapters
+from lora_accel.inference.models import name_adapters
 from lora_accel.inference.prompts import read_prompts
+from lora_accel.inference.templates import load_template
 from lora_accel.model import base as base_module
 from lora_accel.model.generation import generate_replies
 from lora_accel.setup.data import prepare_data

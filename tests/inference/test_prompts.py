@@ -15,8 +15,8 @@ from lora_accel.data.records import Conversation, Message
 from lora_accel.data.template import ChatTemplate
 from lora_accel.errors import ConfigError
 from lora_accel.inference import chat as chat_module
-from lora_accel.inference.models import load_template
 from lora_accel.inference.prompts import encode_prompts, read_prompts
+from lora_accel.inference.templates import load_template
 from tests.conftest import CHATML
 
 TOOLS = [{"type": "function", "function": {"name": "weather"}}]

@@ -133,9 +133,12 @@ def test_dequantized_needs_a_quantized_base(trained: Callable[..., Path], tmp_pa
     (adapter / "provenance.json").unlink()
     with pytest.raises(ArtifactError, match="has no record of how its base was quantized"):
         merge_adapter(adapter, tmp_path / "merged", base_weights="dequantized")
-    with pytest.raises(UserError, match="use original or dequantized"):
-        merge_adapter(adapter, tmp_path / "merged", base_weights="rounded")
     assert nothing_written(tmp_path)
+
+
+def test_unknown_base_weights_raise_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--base-weights rounded: use original or dequantized"):
+        merge_adapter(tmp_path / "none", tmp_path / "merged", base_weights="rounded")
 
 
 def test_qlora_adapter_merges_into_the_unquantized_base(

@@ -23,7 +23,7 @@ from lora_accel.inference.evaluation import evaluate
 from lora_accel.merging.merge import merge_adapter, merge_checkpoints, merge_weighted
 from lora_accel.model.adapter import add_adapter, trainable_parameters
 from lora_accel.model.fused_loss import patch_fused_loss
-from lora_accel.saving.adapter import keeps_base_weights
+from lora_accel.saving.attach import keeps_base_weights
 from lora_accel.training.loss import summed_token_loss
 from tests.conftest import CommandResult, read_metrics
 from tests.families import model_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,6 +93,17 @@ def test_end_token_is_the_pad_token_if_there_is_none(
         tokenizer.save_pretrained(tmp_path / name)
         loaded = load_tokenizer(ModelSection(name_or_path=str(tmp_path / name)))
         assert (loaded.pad_token, len(loaded)) == ("</s>", size)
+
+
+def test_an_unknown_token_that_the_vocabulary_lacks_is_reported(
+    tokenizer_factory: Callable[..., PreTrainedTokenizerFast], tmp_path: Path
+) -> None:
+    """transformers looks up an unknown token as the unknown token, without end."""
+    tokenizer_factory().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"unk_token": ""}))
+    with pytest.raises(ArtifactError, match="unk_token '' is not in its vocabulary; correct it in tokenizer_config"):
+        load_tokenizer(ModelSection(name_or_path=str(tmp_path)))
 
 
 def test_missing_model_folder_is_reported(tmp_path: Path) -> None:

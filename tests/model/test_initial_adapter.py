@@ -20,8 +20,9 @@ from lora_accel.merging.merge import merge_adapter, merge_checkpoints
 from lora_accel.model.adapter import add_adapter, trainable_parameters
 from lora_accel.model.base import load_base_model
 from lora_accel.model.initial_adapter import initial_names
-from lora_accel.saving.adapter import restore_adapter, saved_shapes
+from lora_accel.saving.attach import restore_adapter
 from lora_accel.saving.discovery import CONFIG, WEIGHTS, step_folders
+from lora_accel.saving.names import saved_shapes
 from tests.conftest import read_metrics
 from tests.families import model_of
 

@@ -20,8 +20,8 @@ from lora_accel.inference.generation import generate
 from lora_accel.merging.streaming import MergedTensors
 from lora_accel.model.new_tokens import extend_vocabulary, token_ids
 from lora_accel.model.tokenizer import load_tokenizer
-from lora_accel.saving.adapter import read_adapter
 from lora_accel.saving.atomic import read_json
+from lora_accel.saving.tensor_files import read_adapter
 from lora_accel.setup.data import prepare_data
 from tests.conftest import read_metrics, run_module, write_jsonl
 from tests.model.test_sizes import Tokenizers, save_model

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -21,6 +22,7 @@ from lora_accel.model.base import load_base_model, stored_dtype
 from lora_accel.model.prequantized import check_quantization, stored_quantization
 from lora_accel.train import run_training
 from tests.conftest import CommandResult
+from tests.families import model_of
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
@@ -83,6 +85,24 @@ def test_the_stored_quantization_is_recognized(quantized: Quantized, kind: str, 
 
 def test_a_base_that_is_not_quantized(tiny_model: Callable[..., Path]) -> None:
     assert stored_quantization(section_of(tiny_model())) is None
+
+
+def test_experts_that_cannot_be_written_after_dequantizing_are_an_error(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """transformers fuses Mixtral's experts when it loads them, and cannot divide quantized ones again."""
+    source = tmp_path / "source"
+    model_of("mixtral").save_pretrained(source)
+    AutoTokenizer.from_pretrained(tiny_model()).save_pretrained(source)
+    options = BitsAndBytesConfig(**OPTIONS["nf4"])
+    base = AutoModelForCausalLM.from_pretrained(source, quantization_config=options, device_map={"": "cpu"})
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ArtifactError, match="pass --base with the same model in 16 or 32 bits"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "out", base=str(tmp_path / "base"), base_weights="dequantized")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

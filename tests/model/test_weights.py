@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from lora_accel.errors import ArtifactError, DataError
 from lora_accel.merging.merge import merge_adapter
 from lora_accel.model import base as base_module
 from lora_accel.model.base import build_on_meta_device, choose_dtype, load_base_model, stored_dtype
+from lora_accel.model.headers import StoredTensor, main_dtype, read_headers
 from lora_accel.model.sizes import load_config, model_sizes
-from lora_accel.model.weights import StoredTensor, check_weights, main_dtype, read_headers
+from lora_accel.model.weights import check_weights
 from lora_accel.train import check_base_early, run_training
 from tests.conftest import CommandResult
 from tests.families import SIZES, model_of
@@ -415,3 +418,18 @@ def test_merge_keeps_the_dtype_of_each_tensor(base: Path, tmp_path: Path) -> Non
     assert {name: tensor.dtype for name, tensor in before.items()} == {n: t.dtype for n, t in after.items()}
     name = "model.layers.0.input_layernorm.weight"
     assert torch.equal(before[name], after[name])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to read as another user")
+def test_a_weight_file_that_this_user_may_not_read_is_named() -> None:
+    folder = Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
+    try:
+        folder.chmod(0o755)
+        save_file({"x": torch.ones(1)}, folder / "model.safetensors")
+        (folder / "model.safetensors").chmod(0o600)
+        os.seteuid(65534)
+        with pytest.raises(ArtifactError, match=r"model\.safetensors: this user may not read it"):
+            read_headers([folder / "model.safetensors"])
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(folder)

@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from lora_accel import load_adapter, save_adapter
 from lora_accel.errors import ArtifactError, TrainingError
-from lora_accel.saving.adapter import check_all_trained_is_saved, read_adapter, write_adapter
+from lora_accel.saving.adapter import write_adapter
 from lora_accel.saving.atomic import why_invalid
 from lora_accel.saving.discovery import WEIGHTS
+from lora_accel.saving.names import check_all_trained_is_saved
+from lora_accel.saving.tensor_files import read_adapter
 
 TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],

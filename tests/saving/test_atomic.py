@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -66,6 +69,67 @@ def test_a_folder_that_is_being_written_is_left_to_its_writer(tmp_path: Path) ->
     assert names(tmp_path) == {"result"}
 
 
+def test_a_folder_is_left_to_its_writer_until_the_old_version_is_deleted(
+    committed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next process used to start after the rename, and the first one then deleted what it had written."""
+    from lora_accel.saving import atomic
+
+    attempts = []
+
+    def write_too(folder: Path) -> None:
+        sync(folder)
+        if folder == committed.parent:
+            attempts.append(folder)
+            with pytest.raises(ArtifactError, match="another process is writing it"):
+                fail_while_writing(committed, AssertionError("the block must not run"))
+
+    sync = atomic.sync
+    monkeypatch.setattr(atomic, "sync", write_too)
+    with atomic_folder(committed) as temporary:
+        (temporary / "a.txt").write_text("two")
+    assert attempts
+    assert (committed / "a.txt").read_text() == "two"
+    assert names(committed.parent) == {"result"}
+
+
+def test_a_name_that_another_process_uses_after_the_rename_is_left_to_it(
+    committed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On file systems without locks for folders nothing else keeps the next process from starting."""
+    from lora_accel.saving import atomic
+
+    of_next = committed.parent / ".result.lora-accel-writing"
+    monkeypatch.setattr(atomic, "lock_folder", lambda folder: None)
+    monkeypatch.setattr(atomic, "sync", lambda path: of_next.mkdir() if path == committed.parent else None)
+    with atomic_folder(committed) as temporary:
+        (temporary / "a.txt").write_text("two")
+    assert of_next.is_dir()
+
+
+@pytest.mark.parametrize("other", ["locks it", "deletes it", "replaces it"])
+def test_a_folder_that_another_process_takes_before_it_is_locked_is_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    from lora_accel.saving import atomic
+
+    def take(folder: Path) -> int | None:
+        if other == "locks it":
+            raise BlockingIOError
+        if other == "replaces it":
+            descriptor = lock_folder(folder)
+            folder.rename(tmp_path / "elsewhere")
+            folder.mkdir()
+            return descriptor
+        folder.rmdir()
+        return lock_folder(folder)
+
+    lock_folder = atomic.lock_folder
+    monkeypatch.setattr(atomic, "lock_folder", take)
+    with pytest.raises(ArtifactError, match="result: another process is writing it"):
+        fail_while_writing(tmp_path / "result", AssertionError("must not run"))
+
+
 def test_folder_appears_only_after_the_block(tmp_path: Path) -> None:
     final = tmp_path / "deep" / "er" / "result"
     with atomic_folder(final) as temporary:
@@ -99,6 +163,43 @@ def test_existing_folder_is_replaced(committed: Path) -> None:
     assert names(committed) == {"a.txt", MANIFEST}
     assert (committed / "a.txt").read_text() == "two"
     assert names(committed.parent) == {"result"}
+
+
+def test_cleanup_after_a_crash_holds_the_lock(committed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It used to run before the lock: of two commands and a kill, one could delete the only version of the other."""
+    from lora_accel.saving import atomic
+
+    writing, older = (committed.parent / f".result.lora-accel-{purpose}" for purpose in ("writing", "older"))
+    are_locked = []
+
+    def note(leftover: Path) -> None:
+        if leftover == older:
+            are_locked.append(atomic._is_locked(writing))
+        delete(leftover)
+
+    delete = atomic._delete
+    monkeypatch.setattr(atomic, "_delete", note)
+    for clean_up in (recover, lambda folder: fail_while_writing(folder, KeyError())):
+        older.mkdir()
+        with contextlib.suppress(KeyError):
+            clean_up(committed)
+    assert are_locked == [True, True]
+    assert names(committed.parent) == {"result"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_leftover_of_another_user_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """It named a file within the folder only: `a: Permission denied`."""
+    leftover = tmp_path / ".result.lora-accel-writing"
+    leftover.mkdir() if kind == "folder" else leftover.touch()
+
+    def fail(path: Path, **_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "a")
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    monkeypatch.setattr(Path, "unlink", fail)
+    with pytest.raises(ArtifactError, match=rf"{leftover}: was left behind .* \(Permission denied\); delete it as its"):
+        fail_while_writing(tmp_path / "result", AssertionError("must not run"))
 
 
 def test_leftovers_of_a_crash_are_deleted(tmp_path: Path) -> None:
@@ -137,6 +238,25 @@ def test_failure_while_committing_keeps_the_existing_folder(
     monkeypatch.undo()
     assert why_invalid(committed) is None
     assert (committed / "a.txt").read_text() == "one"
+
+
+@pytest.mark.parametrize(("point", "text"), [("save.before_rename", "one"), ("save.after_rename", "two")])
+def test_interrupt_while_committing_leaves_one_version(
+    committed: Path, monkeypatch: pytest.MonkeyPatch, point: str, text: str
+) -> None:
+    """Ctrl-C between the two renames used to leave the old version under its hidden name only."""
+    from lora_accel.saving import atomic
+
+    def interrupt(name: str) -> None:
+        if name == point:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic, "fault_point", interrupt)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(committed) as temporary:
+        fill(temporary, "two")
+    assert why_invalid(committed) is None
+    assert (committed / "a.txt").read_text() == text
+    assert names(committed.parent) == {"result"}
 
 
 def test_kill_at_any_file_operation_leaves_a_valid_folder(tmp_path: Path) -> None:
@@ -415,6 +535,16 @@ def test_file_modes_follow_the_umask(tmp_path: Path, umask: int) -> None:
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "result").rglob("*") if path.is_file()}
     assert modes == {0o666 & ~umask}
     assert stat.S_IMODE((tmp_path / "result").stat().st_mode) == 0o777 & ~umask
+
+
+def test_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path / 'a'}'"):
+        write_text(tmp_path / "a", "new")
+    assert names(tmp_path) == set()
 
 
 def test_failed_write_leaves_the_existing_file(tmp_path: Path) -> None:

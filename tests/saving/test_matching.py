@@ -22,8 +22,8 @@ from lora_accel.errors import ArtifactError
 from lora_accel.export.export import export_adapter
 from lora_accel.inference.models import load_candidates
 from lora_accel.merging.merge import merge_weighted
+from lora_accel.saving.adapter_config import check_known_options
 from lora_accel.saving.discovery import CONFIG, WEIGHTS
-from lora_accel.saving.untrusted import check_known_options
 from tests.families import model_of
 
 IDS = torch.arange(5, 29).reshape(2, 12)

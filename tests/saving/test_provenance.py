@@ -12,12 +12,12 @@ import pytest
 
 from lora_accel import RunConfig, run_training
 from lora_accel.saving.atomic import sha256_of
+from lora_accel.saving.cards import model_card
 from lora_accel.saving.provenance import (
     PACKAGES,
     changes,
     changes_table,
     is_allowed,
-    model_card,
     options_for_key,
     versions,
 )

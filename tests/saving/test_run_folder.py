@@ -19,9 +19,10 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lora_accel import RunConfig, run_training
 from lora_accel.errors import ArtifactError, ConfigError, TrainingError
-from lora_accel.saving.atomic import MANIFEST, atomic_folder, read_json, sha256_of, why_invalid
+from lora_accel.saving.atomic import MANIFEST, atomic_folder, read_json, recover_all, sha256_of, why_invalid
 from lora_accel.saving.discovery import FILES, find_checkpoint, list_checkpoints, prune, step_folders
-from lora_accel.saving.lock import LOCK, RUN_FILES, RUN_FOLDERS, check_output_folder, locked
+from lora_accel.saving.lock import LOCK, locked
+from lora_accel.saving.output_dir import RUN_FILES, RUN_FOLDERS, check_output_folder
 from lora_accel.training import loop, metrics
 from tests.conftest import CommandResult, read_metrics
 from tests.saving.test_lock import attempt
@@ -124,6 +125,24 @@ def test_rotation_keeps_a_checkpoint_with_other_files(folder: Path, capsys: pyte
     stderr = capsys.readouterr().err
     assert stderr.count("note: kept an old checkpoint: ") == 1
     assert "notes/ideas.txt" in stderr
+
+
+def test_rotation_that_cannot_delete_does_not_end_a_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NFS keeps `.nfs…` files in a folder while another process reads the deleted ones, such as merge --all."""
+    checkpoints = folder / "checkpoints"
+
+    def fail(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", fail)
+        prune(checkpoints, keep_last=1)
+    assert [path.name for path in step_folders(checkpoints)] == ["step-00000003"]
+    assert "note: an old checkpoint cannot be deleted: " in capsys.readouterr().err
+    recover_all(checkpoints)  # as the next run does
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000003"]
 
 
 @pytest.mark.parametrize(("name", "named"), [("notes.txt", "notes.txt"), ("README.md", r"README.md \(edited\)")])

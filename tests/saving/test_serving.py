@@ -18,8 +18,11 @@ from transformers.pytorch_utils import Conv1D
 from lora_accel.config.schema import AdapterSection
 from lora_accel.model.adapter import add_adapter, skipped_experts
 from lora_accel.model.initial_adapter import initial_names
-from lora_accel.saving.adapter import adapter_names, load_adapter, read_adapter, write_adapter
+from lora_accel.saving.adapter import write_adapter
+from lora_accel.saving.attach import load_adapter
+from lora_accel.saving.names import adapter_names
 from lora_accel.saving.serving import PREFIX, differences_from_plain_lora, serving_note
+from lora_accel.saving.tensor_files import read_adapter
 from tests.families import model_of
 
 DIRECTLY = "vLLM can load this adapter directly"

@@ -26,11 +26,12 @@ from lora_accel.errors import ArtifactError, LoraAccelError, UserError
 from lora_accel.export.export import export_adapter
 from lora_accel.inference.generation import generate
 from lora_accel.merging.merge import merge_adapter
-from lora_accel.model.base import check_index_paths
-from lora_accel.saving import untrusted
-from lora_accel.saving.adapter import PICKLED, load_adapter, read_adapter
+from lora_accel.model.weight_files import check_index_paths
+from lora_accel.saving import adapter_config, tensor_files
 from lora_accel.saving.atomic import MANIFEST, why_invalid, write_manifest
+from lora_accel.saving.attach import load_adapter
 from lora_accel.saving.discovery import CONFIG, WEIGHTS
+from lora_accel.saving.tensor_files import PICKLED, read_adapter
 
 
 class Canary:
@@ -218,15 +219,15 @@ def test_names_in_rank_pattern_are_not_tried_as_patterns(
 ) -> None:
     """EVA and similar methods write one name for each module: with those of 100 layers, trying them takes seconds."""
     tried: list[str] = []
-    monkeypatch.setattr(untrusted, "check_patterns", lambda where, patterns, names: tried.extend(patterns))
+    monkeypatch.setattr(adapter_config, "check_patterns", lambda where, patterns, names: tried.extend(patterns))
     names = ["^model.layers.0.self_attn.q_proj", "layers.0.mlp.up_proj$", "lm_head", r".*\.k_proj"]
     change(adapter, rank_pattern=dict.fromkeys(names, 4))
-    untrusted.check_untrusted_config(adapter / CONFIG, [])
+    adapter_config.check_untrusted_config(adapter / CONFIG, [])
     assert tried == [r".*\.k_proj"]
 
 
 def test_too_long_adapter_config_raises(adapter: Path, base: Any) -> None:
-    (adapter / CONFIG).write_text(json.dumps({"a": "x" * untrusted.MAX_CONFIG_BYTES}))
+    (adapter / CONFIG).write_text(json.dumps({"a": "x" * adapter_config.MAX_CONFIG_BYTES}))
     with pytest.raises(ArtifactError, match="is this an adapter's config"):
         load_adapter(base, adapter)
 
@@ -456,8 +457,8 @@ def test_pickle_with_too_many_instructions_raises(
     plain: Path, monkeypatch: pytest.MonkeyPatch, is_archive: bool
 ) -> None:
     (plain / WEIGHTS).unlink()
-    monkeypatch.setattr(untrusted, "MAX_PICKLE_BYTES", 10_000)
-    monkeypatch.setattr(untrusted, "MAX_PICKLE_READS", 10_000)
+    monkeypatch.setattr(tensor_files, "MAX_PICKLE_BYTES", 10_000)
+    monkeypatch.setattr(tensor_files, "MAX_PICKLE_READS", 10_000)
     torch.save({"a": [0] * 20_000}, plain / PICKLED, _use_new_zipfile_serialization=is_archive)
     with pytest.raises(ArtifactError, match=r"list of tensors (has .* bytes, more than|is too long)"):
         read_adapter(plain)

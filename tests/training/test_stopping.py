@@ -262,6 +262,34 @@ def test_second_ctrl_c_before_training_ends_the_process_at_once(
     assert codes == ([] if code is None else [code])
 
 
+def test_signal_before_training_ends_a_main_thread_that_waits_in_a_library() -> None:
+    """A rank used to wait for another one that stood still, for half an hour, and no signal ended it."""
+    program = """
+import ctypes, os, signal, threading
+from lora_accel.training import stopping
+stopping.ABORT_SECONDS = 0.1
+mutex = ctypes.create_string_buffer(64)
+with stopping.abort_on_signal():
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)  # as a collective does: it returns to its wait after the signal
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 143
+    assert ended.stderr == "stopped by SIGTERM before training started; run the same command to start again\n"
+
+
+def test_time_limit_of_an_abort_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "ABORT_SECONDS", 0.05)
+    exits: list[int] = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    for _ in range(3):
+        with pytest.raises(Aborted), abort_on_signal():
+            send(signal.SIGTERM)
+    time.sleep(0.2)
+    assert exits == []
+
+
 def test_signals_after_training_are_ignored() -> None:
     with abort_on_signal():
         with handle_stop_signals(None) as stop:

@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 PLAIN_INITS = ("gaussian", "orthogonal", "mica")
-"""Values of init_lora_weights, besides true and false, that leave the base's weights unchanged."""
+"""Values of init_lora_weights, besides true and false, that leave the base's weights unchanged. A run supports them."""
+BASE_PRESERVING_INITS = (*PLAIN_INITS, "eva")
+"""Values that leave them unchanged, also those of adapters that other tools trained."""
+REPEATABLE_INITS = ("pissa", "olora")
+"""Values that change them, as a function of the weights alone: PEFT repeats the change when it attaches the adapter."""
 SUBTRACTED_INITS = re.compile(r"pissa|pissa_niter_\d{1,4}|olora")
 """Values whose initial adapter is not zero. PEFT subtracts it from the base's weights; a run subtracts it by a second
 adapter, which is frozen (model/initial_adapter.py)."""

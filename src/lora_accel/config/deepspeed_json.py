@@ -1,7 +1,7 @@
-"""The `optimizer` and `scheduler` sections of a DeepSpeed JSON, compared with the run config; pure.
+"""The content of a DeepSpeed JSON: what the run config owns, what is not supported, and what DeepSpeed gets; pure.
 
-The run config owns both. A section in which everything is `auto`, as in the files of Hugging Face's documentation,
-asks for the run config's values. DeepSpeed never sees these sections (`RUN_CONFIG_SECTIONS`).
+The run config owns `optimizer` and `scheduler`. A section in which everything is `auto`, as in the files of Hugging
+Face's documentation, asks for the run config's values. DeepSpeed never sees these sections (`RUN_CONFIG_SECTIONS`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,80 @@ SCHEDULER_TYPES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCos
 """DeepSpeed's types -> `training.scheduler`."""
 IMPLEMENTATION_KEYS = ("torch_adam", "fused")
 """Keys of optimizer.params that select an implementation, not a result."""
+UNSUPPORTED_KEYS = (
+    *("torch_autocast", "amp", "bfloat16", "elasticity", "tensor_parallel", "expert_parallel", "hybrid_engine"),
+    *("sequence_parallel_size", "compression_training", "curriculum_learning", "data_efficiency"),
+    *("progressive_layer_drop", "quantize_training", "weight_quantization"),
+    *("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states"),
+    *("data_types.param_dtype", "data_types.buffer_dtype", "data_types.keep_in_fp32_modules"),
+    *("zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_nontrainable_weights"),
+    *("zero_optimization.zero_quantized_gradients", "zero_optimization.zenflow"),
+)
+"""Keys that would change the result, or which rank computes what, if they are on."""
+REQUIRED_VALUES = {
+    "gradient_allreduce_op": "mean",
+    "gradient_predivide_factor": 1.0,
+    "managed_gradient_accumulation": True,
+    "zero_optimization.compute_grad_norm": True,
+}
+"""Keys that the loop needs at DeepSpeed's default -> the default."""
+REMOVED_SWITCHES = ("sparse_gradients", "graph_harvesting")
+"""Switches that newer versions of DeepSpeed reject even if they are off, as they do with sections."""
+COMPUTED_BY_ACCELERATE = tuple(
+    f"zero_optimization.{key}"
+    for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+)
+"""Keys whose `auto` Accelerate replaces by a value that depends on the size of the model."""
+
+
+def key_problems(values: Mapping[str, Any], source: str) -> list[str]:
+    """Return the keys that are not supported, because they would change the result."""
+    problems = [
+        f"{source}: {key!r} is not supported: it would change the result; remove it"
+        for key in UNSUPPORTED_KEYS
+        if not is_off(value_of(values, key))
+    ]
+    return problems + [
+        f"{source}: {key} is {json.dumps(value)}, but the training loop needs {json.dumps(needed)}; remove it"
+        for key, needed in REQUIRED_VALUES.items()
+        if (value := value_of(values, key)) not in (None, "auto") and value is not needed and value != needed
+    ]
+
+
+def deepspeed_values(values: Mapping[str, Any], *, keep_computed: bool = True, prefix: str = "") -> dict[str, Any]:
+    """Return the values that DeepSpeed gets: without the run config's sections, what is off, null, and `auto`.
+
+    So DeepSpeed's default replaces null, and an `auto` that neither the run config nor Accelerate knows; Accelerate
+    would raise.
+
+    Args:
+        keep_computed: whether to keep the `auto` that Accelerate replaces.
+        prefix: path of a section, with a final dot.
+    """
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        is_section, path = isinstance(value, Mapping), f"{prefix}{key}"
+        is_removed = not prefix and (is_section or key in REMOVED_SWITCHES) and is_off(value)
+        is_unset = value is None or (value == "auto" and not (keep_computed and path in COMPUTED_BY_ACCELERATE))
+        if path in RUN_CONFIG_SECTIONS or is_removed or is_unset:
+            continue
+        kept[key] = deepspeed_values(value, keep_computed=keep_computed, prefix=f"{path}.") if is_section else value
+    return kept
+
+
+def is_off(value: object) -> bool:
+    """Whether a value is not set, `auto` or false, or a section with such a value under `enabled`."""
+    if isinstance(value, Mapping) and "enabled" in value:
+        value = value["enabled"]
+    return value is None or value is False or value == "auto"
+
+
+def value_of(values: Mapping[str, Any] | None, key: str) -> Any:
+    """Return the value under a dotted key, None if there is none."""
+    node: Any = values
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node
 
 
 def section_problems(config: RunConfig, values: Mapping[str, Any], source: str) -> list[str]:

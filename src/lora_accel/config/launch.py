@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_accel.config.deepspeed_json import section_problems, section_rows
+from lora_accel.config.deepspeed_json import key_problems, section_problems, section_rows, value_of
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ConfigError
 from lora_accel.paths import open_to_read
@@ -27,11 +27,6 @@ OTHER_BACKENDS = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
-UNSUPPORTED_KEYS = (
-    *("torch_autocast", "amp", "bfloat16", "elasticity", "tensor_parallel", "sequence_parallel_size"),
-    *("compression_training", "curriculum_learning", "data_efficiency", "progressive_layer_drop"),
-)
-"""Keys of a DeepSpeed config that would change the result, or which rank computes what."""
 LOSS_SCALE = {"loss_scale": 0, "initial_scale_power": 16, "hysteresis": 1, "min_loss_scale": 1}
 """DeepSpeed scales the loss, unscales gradients and skips overflows; training/loss_scale.py sets the scale."""
 LOSS_SCALE_WINDOW = 2**30
@@ -183,7 +178,7 @@ def _requested_precision(config: RunConfig, launch: Launch) -> Precision | None:
 
     The launcher's `no` does not count: Accelerate sets it by default.
     """
-    enabled = [name for name in ("bf16", "fp16") if _value(launch.deepspeed, f"{name}.enabled") is True]
+    enabled = [name for name in ("bf16", "fp16") if value_of(launch.deepspeed, f"{name}.enabled") is True]
     if config.training.mixed_precision != "auto":
         return Precision(config.training.mixed_precision, RUN_CONFIG)
     if enabled:
@@ -195,7 +190,7 @@ def _requested_precision(config: RunConfig, launch: Launch) -> Precision | None:
 
 def _unless_disabled(precision: Precision, launch: Launch) -> Precision:
     """Return the precision, or `no` if a DeepSpeed JSON disables it."""
-    if _value(launch.deepspeed, f"{precision.value}.enabled") is False:
+    if value_of(launch.deepspeed, f"{precision.value}.enabled") is False:
         return Precision("no", launch.source, f"{precision.value}.enabled is false")
     return precision
 
@@ -209,7 +204,7 @@ def _precision_problems(config: RunConfig, launch: Launch, precision: Precision)
     }.get(decided_by, "mixed precision")
     problems = []
     for name in ("bf16", "fp16"):
-        explicit = _value(launch.deepspeed, f"{name}.enabled")
+        explicit = value_of(launch.deepspeed, f"{name}.enabled")
         if explicit not in (None, "auto") and explicit is not (value == name):
             problems.append(
                 f"{launch.source}: {name}.enabled is {json.dumps(explicit)}, but {option} is {value}; "
@@ -218,7 +213,7 @@ def _precision_problems(config: RunConfig, launch: Launch, precision: Precision)
     if value not in ("no", "bf16", "fp16"):
         prefix = "training.mixed_precision=" if decided_by == RUN_CONFIG else "mixed precision "
         problems.append(f"{prefix}{value} is not supported; use bf16, fp16, or no")
-    if _value(launch.deepspeed, "fp16.loss_scale") not in (None, "auto", 0) and value == "fp16":
+    if value_of(launch.deepspeed, "fp16.loss_scale") not in (None, "auto", 0) and value == "fp16":
         problems.append(f"{launch.source}: fp16.loss_scale is fixed, but the loss scale is dynamic here; set it to 0")
     dtype = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(value)
     if launch.deepspeed is not None and dtype and config.model.dtype not in ("auto", dtype):
@@ -246,7 +241,7 @@ def _conflicts(config: RunConfig, launch: Launch) -> list[str]:
     }
     problems = []
     for key, (option, value) in owned.items():
-        explicit = _value(launch.deepspeed, key)
+        explicit = value_of(launch.deepspeed, key)
         if explicit in (None, "auto") or explicit == value:
             continue
         # DeepSpeed always gets 1: the loop itself marks the last micro-batch of a step.
@@ -261,16 +256,7 @@ def _conflicts(config: RunConfig, launch: Launch) -> list[str]:
             f'{launch.source}: {key} is {json.dumps(explicit)}, but {ours}; use "auto" there, or the same value in both'
         )
     problems += section_problems(config, launch.deepspeed or {}, launch.source)
-    problems += [
-        f"{launch.source}: {key!r} is not supported: it would change the result; remove it"
-        for key in UNSUPPORTED_KEYS
-        if key in (launch.deepspeed or {}) and _value(launch.deepspeed, f"{key}.enabled") is not False
-    ]
-    problems += [
-        f"{launch.source}: zero_optimization.{key} is not supported: it would change the result; remove it"
-        for key in ("zero_quantized_weights", "zero_quantized_gradients")
-        if launch.zero.get(key)
-    ]
+    problems += key_problems(launch.deepspeed or {}, launch.source)
     return problems
 
 
@@ -336,13 +322,13 @@ def _deepspeed_values(config: RunConfig, launch: Launch, precision: str) -> dict
         "train_batch_size": launch.num_processes,
         "gradient_clipping": config.training.max_grad_norm,
         # Skip a step whose gradient is not finite.
-        "bf16": {**values.get("bf16", {}), "enabled": precision == "bf16", "check_grad_overflow": True},
+        "bf16": {**_non_auto(values.get("bf16") or {}), "enabled": precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": True, **LOSS_SCALE, "loss_scale_window": LOSS_SCALE_WINDOW}
         if precision == "fp16"
         else {"enabled": False},
         # float32 sums over micro-batches and ranks cost nothing: an adapter's gradients are small.
         **({"communication_data_type": "fp32"} | _non_auto(values, "communication_data_type")),
-        "data_types": {"grad_accum_dtype": "fp32"} | _non_auto(values.get("data_types", {})),
+        "data_types": {"grad_accum_dtype": "fp32"} | _non_auto(values.get("data_types") or {}),
     }
 
 
@@ -405,7 +391,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         with open_to_read(path) as file:
-            value = json.loads(file.read().decode("utf-8"))
+            value = json.loads(file.read().decode("utf-8"), object_pairs_hook=_unique_keys)
     except OSError as error:
         raise ConfigError(f"deepspeed_config_file: {path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -423,6 +409,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the members of a JSON object.
+
+    Raises:
+        ValueError: a key appears twice; DeepSpeed raises too, and Accelerate would use the last.
+    """
+    members: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in members:
+            raise ValueError(f"the key {key!r} appears twice in one object; keep one")
+        members[key] = value
+    return members
+
+
 def _non_auto(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     """Return the values, or those of some keys, that are not `auto`."""
     return {key: value for key, value in values.items() if value != "auto" and (not keys or key in keys)}
@@ -437,14 +437,6 @@ def _number(environment: Mapping[str, str], name: str, default: str = "", kind: 
         raise ConfigError(
             f"the environment variable {name} is {text!r}, which is not a number; fix or unset it"
         ) from None
-
-
-def _value(config: Mapping[str, Any] | None, key: str) -> Any:
-    """Return the value under a dotted key, None if there is none."""
-    node: Any = config
-    for name in key.split("."):
-        node = node.get(name) if isinstance(node, Mapping) else None
-    return node
 
 
 def _is_true(text: str | None) -> bool:

@@ -496,6 +496,12 @@ class RunConfig(Section):
                 "adapter.alora_invocation_tokens: aLoRA looks for these tokens once per row, and a packed row has "
                 "several examples; set data.packing=false"
             )
+        evaluates = has_eval or bool(self.evaluation.prompts)
+        if self.adapter.alora_invocation_tokens and self.training.activation_checkpointing and evaluates:
+            problems.append(
+                "adapter.alora_invocation_tokens with training.activation_checkpointing does not support evaluation: "
+                "PEFT expects a backward pass after each forward; set training.activation_checkpointing=false"
+            )
         if self.model.add_tokens is not None and self.adapter.trainable_token_indices is not None:
             problems.append("model.add_tokens and adapter.trainable_token_indices: set one of them")
         if self.model.add_tokens is not None and self.model.add_tokens.train == "embeddings" and self.quantization.bits:

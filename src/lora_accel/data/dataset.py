@@ -251,10 +251,11 @@ _task: Callable[[Chunk], TokenizedChunk]
 
 
 def _init_worker(parent: int, task: Callable[[Chunk], TokenizedChunk]) -> None:
-    """Set up a worker: ignore Ctrl-C, which the parent handles, and exit when the parent dies."""
+    """Set up a worker: ignore Ctrl-C and Ctrl-\\, which the parent handles, and exit when the parent dies."""
     global _task
     _task = task
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     end_with_parent(parent)

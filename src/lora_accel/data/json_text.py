@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 from typing import Any
 
@@ -30,7 +31,8 @@ def parse_strictly(text: str, *, allow_nan: bool = True) -> Any:
 
 def first_duplicate(names: list[str]) -> str:
     """Return the first of several names that occurs again."""
-    return next(name for name in names if names.count(name) > 1)
+    counts = collections.Counter(names)
+    return next(name for name in names if counts[name] > 1)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from lora_accel.config.schema import SourceSection
-from lora_accel.data.files import COMPRESSED, file_type, find_files
+from lora_accel.data.decompression import Expansion, decompressed, read_all
+from lora_accel.data.files import file_type, find_files
 from lora_accel.data.formats import detect_format, parse_row
 from lora_accel.data.json_text import first_duplicate, parse_strictly
 from lora_accel.data.records import MalformedRow, Row, UnusableRow
@@ -32,9 +33,6 @@ MAX_ROW_BYTES = 1 << 24
 """Bytes of a line, or characters of a row: about four million tokens. Tokenizing takes 200 times as much memory."""
 MAX_EMPTY_LINES = 1_000_000
 """Limit of empty lines between two rows. Reading so many takes a second."""
-MAX_RATIO, MIN_EXPANDED_BYTES = 200, 1 << 28
-"""How many times its size a compressed file may expand to, and up to which size it may in any case. Text has a ratio
-of 3 to 10, rows that repeat a long system message one of up to 100; a file of zeros has 1,000 (gz) or more."""
 BATCH_ROWS = 50
 """Rows of a table that are in memory at once."""
 
@@ -252,17 +250,17 @@ def _read_rows(opened: HashedFile) -> Iterator[tuple[int, bytes | Row]]:
     try:
         if kind in (".jsonl", ".ndjson"):
             # Lines end at "\n" only: U+2028, at which str.splitlines splits, is valid in a JSON string.
-            stream = _decompressed(opened)
+            stream = decompressed(opened)
             yield from _json_lines(iter(functools.partial(stream.readline, MAX_ROW_BYTES + 1), b""), name)
         elif kind in TABLES:
             yield from enumerate(_table_rows(opened, kind), start=1)
         elif kind == ".txt":
-            document = _decompressed(opened).read(MAX_ROW_BYTES + 1)
+            document = decompressed(opened).read(MAX_ROW_BYTES + 1)
             if len(document) > MAX_ROW_BYTES:
                 raise DataError(f"{name}: is longer than {MAX_ROW_BYTES:,} bytes; divide it into several files")
             yield 1, {"text": _decode(document, name)}
         else:
-            text = _decode(_read_all(opened), name)
+            text = _decode(read_all(opened), name)
             if kind == ".json":
                 yield from _json_rows(name, text)
             else:
@@ -273,79 +271,12 @@ def _read_rows(opened: HashedFile) -> Iterator[tuple[int, bytes | Row]]:
         raise DataError(f"{name}: not a {kind[1:]} file: {first_line(error)}") from None
 
 
-def _decompressed(opened: HashedFile) -> io.BufferedReader:
-    """Return a stream of a file's content."""
-    suffix = opened.file.suffix.lower()
-    if suffix not in COMPRESSED:
-        return opened.reader()
-    import pyarrow as pa
-
-    stream = pa.CompressedInputStream(pa.PythonFile(opened.reader(), mode="r"), COMPRESSED[suffix])
-    return io.BufferedReader(_Expanded(stream, _Expansion(opened.name, opened.position)), 1 << 18)
-
-
-def _read_all(opened: HashedFile) -> bytearray:
-    """Return the content of a file that is parsed in memory, where it takes three times its size at least."""
-    import psutil
-
-    limit, data = psutil.virtual_memory().available // 3, bytearray()
-    if opened.size > limit:  # before it is read: a sparse file may have any size
-        raise MemoryError
-    stream = _decompressed(opened)
-    while block := stream.read(1 << 24):
-        data += block
-        if len(data) > limit:
-            raise MemoryError
-    return data
-
-
-class _Expansion:
-    """Counts the bytes that a compressed file expands to."""
-
-    def __init__(self, name: str, position: Callable[[], int]) -> None:
-        """Begin to count.
-
-        Args:
-            name: the file in messages.
-            position: returns how many of its bytes are read.
-        """
-        self._name, self._position, self._num_bytes = name, position, 0
-
-    def add(self, num_bytes: int) -> None:
-        """Count bytes.
-
-        Raises:
-            DataError: they are too many.
-        """
-        self._num_bytes += num_bytes
-        if self._num_bytes > MIN_EXPANDED_BYTES and self._num_bytes > MAX_RATIO * self._position():
-            raise DataError(
-                f"{self._name}: expands to more than {MAX_RATIO} times its size; if its rows are as intended, save "
-                "them as a .jsonl file without compression and set path to it"
-            )
-
-
-class _Expanded(io.RawIOBase):
-    """A stream of decompressed bytes, which are counted."""
-
-    def __init__(self, stream: Any, expansion: _Expansion) -> None:
-        self._stream, self._expansion = stream, expansion
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        num_bytes = int(self._stream.readinto(buffer))
-        self._expansion.add(num_bytes)
-        return num_bytes
-
-
 def _table_rows(opened: HashedFile, kind: str) -> Iterator[Row]:
     """Yield the rows of a parquet or arrow file, one record batch in memory at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    source, expansion = pa.PythonFile(opened.reader(), mode="r"), _Expansion(opened.name, lambda: opened.size)
+    source, expansion = pa.PythonFile(opened.reader(), mode="r"), Expansion(opened.name, lambda: opened.size)
     if kind == ".parquet":
         table = pq.ParquetFile(source)
         yield from _batch_rows(table.schema_arrow, table.iter_batches(batch_size=BATCH_ROWS), expansion)
@@ -359,7 +290,7 @@ def _table_rows(opened: HashedFile, kind: str) -> Iterator[Row]:
     yield from _batch_rows(reader.schema, batches, expansion)
 
 
-def _batch_rows(schema: Any, batches: Iterable[Any], expansion: _Expansion) -> Iterator[Row]:
+def _batch_rows(schema: Any, batches: Iterable[Any], expansion: Expansion) -> Iterator[Row]:
     """Yield the rows of record batches. JSON text that the `datasets` library stored for a `Json` feature is parsed."""
     decode: Callable[[Row], Row] | None = None
     if b'"_type": "Json"' in (schema.metadata or {}).get(b"huggingface", b""):

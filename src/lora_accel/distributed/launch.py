@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lora_accel.config.deepspeed_json import RUN_CONFIG_SECTIONS
-from lora_accel.config.launch import RENDEZVOUS, Launch, Precision, Settings, read_launch, reconcile
+from lora_accel.config.deepspeed_json import deepspeed_values
+from lora_accel.config.launch import LAUNCHER, RENDEZVOUS, Launch, Precision, Settings, read_launch, reconcile
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import format_table
 from lora_accel.distributed.builds import exclusive_builds
@@ -140,7 +140,7 @@ def make_accelerator(config: RunConfig, launch: Launch, settings: Settings) -> A
         # Without a GPU Accelerate joins launched processes only with cpu=True, which would disable DeepSpeed silently.
         cpu=joins_on_cpu and launch.zero_stage == 0,
         kwargs_handlers=handlers,
-        deepspeed_plugin=_deepspeed_plugin(settings) if launch.zero_stage else None,
+        deepspeed_plugin=_deepspeed_plugin(launch, settings) if launch.zero_stage else None,
         # The loop sets the number of micro-batches of each step itself.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         log_with=config.logging.trackers or None,
@@ -268,17 +268,30 @@ def extensions_root() -> tuple[Path, bool]:
     return root, root == own
 
 
-def _deepspeed_plugin(settings: Settings) -> DeepSpeedPlugin:
-    """Return Accelerate's DeepSpeed plugin for this launch, updated with the run config's values."""
-    from accelerate.utils import DeepSpeedPlugin
+def _deepspeed_plugin(launch: Launch, settings: Settings) -> DeepSpeedPlugin:
+    """Return Accelerate's DeepSpeed plugin for this launch, updated with the run config's values.
 
+    Raises:
+        ConfigError: Accelerate or DeepSpeed rejects a value.
+    """
+    from accelerate.utils import DeepSpeedPlugin
+    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
+    from pydantic import ValidationError
+
+    # For a file, Accelerate gets the content that was checked.
+    content = None if launch.source == LAUNCHER else deepspeed_values(launch.deepspeed or {})
     try:
-        plugin = DeepSpeedPlugin(gradient_accumulation_steps=1)
-    except ValueError as error:
-        raise ConfigError(f"accelerate launch: {error}") from None
-    plugin.deepspeed_config.update(settings.deepspeed)
-    for section in RUN_CONFIG_SECTIONS:
-        plugin.deepspeed_config.pop(section, None)
+        plugin = DeepSpeedPlugin(hf_ds_config=content, gradient_accumulation_steps=1)
+        plugin.deepspeed_config.update(settings.deepspeed)
+        # Without what depends on the model or on the other ranks, which this process has not met yet.
+        values = deepspeed_values(plugin.deepspeed_config, keep_computed=False)
+        DeepSpeedConfig({key: value for key, value in values.items() if key != "train_batch_size"})
+        DtypeEnum(values["data_types"]["grad_accum_dtype"])
+    except ValidationError as error:
+        reasons = [f"{'.'.join(map(str, reason['loc']))}: {reason['msg']}" for reason in error.errors()]
+        raise ConfigError(f"{launch.source}: DeepSpeed rejects {'; '.join(reasons)}") from None
+    except Exception as error:  # each of DeepSpeed's sections is read by code of its own
+        raise ConfigError(f"{launch.source}: DeepSpeed rejects the config: {first_line(error)}") from None
     return plugin
 
 

@@ -16,17 +16,19 @@ from lora_accel.export import loralib
 from lora_accel.export.formats import FORMATS, ExportFormat
 from lora_accel.export.tensors import AdapterData, check_written, finite_copies
 from lora_accel.logs import logger
-from lora_accel.merging.base import base_section, check_trained_on
+from lora_accel.merging.base import base_section
 from lora_accel.merging.job import check_out_folder, provenance_of
+from lora_accel.merging.trained_on import check_trained_on
 from lora_accel.model.base import build_on_meta_device
 from lora_accel.model.sizes import load_config
-from lora_accel.saving.adapter import attach_adapter, match_adapter, read_adapter
+from lora_accel.saving.adapter_config import check_known_options, check_untrusted_config
 from lora_accel.saving.atomic import atomic_folder, read_json, write_json
+from lora_accel.saving.attach import attach_adapter, match_adapter
 from lora_accel.saving.base_identity import has_weights
 from lora_accel.saving.discovery import CONFIG
 from lora_accel.saving.hub import find_adapter, recorded_name, recorded_revision
-from lora_accel.saving.matching import State, resize_vocabulary
-from lora_accel.saving.untrusted import check_known_options, check_untrusted_config
+from lora_accel.saving.tensor_files import State, read_adapter
+from lora_accel.saving.vocabulary import resize_vocabulary
 
 BASE_KEY = "base_model_name_or_path"
 
@@ -69,45 +71,38 @@ def export_adapter(
     adapter, out = find_adapter(adapter), Path(out)
     if format not in FORMATS:
         raise ConfigError(f"--format={format}: unknown; use {', '.join(FORMATS)}{did_you_mean(format, FORMATS)}")
-    target = FORMATS[format]
-    is_loralib = adapter.is_file() or (adapter / loralib.CONFIG_FILE).is_file()
-    config = _read_config(adapter, alpha)
+    target, config = FORMATS[format], _read_config(adapter, alpha)
     base_name = base or config.get(BASE_KEY)
     sources = {"adapter": adapter.parent if adapter.is_file() else adapter, "base": Path(str(base_name))}
     check_out_folder(out, sources, overwrite=overwrite)
-    if not is_loralib:
+    if not _is_loralib(adapter):
         check_untrusted_config(adapter / CONFIG, ())
         if target.check_config is not None:
             target.check_config(adapter / CONFIG, config)
         check_known_options(adapter / CONFIG, force=force)
 
     model = None
-    if is_loralib or base or target.convert is not None or _is_base_here(adapter, config):
+    if _is_loralib(adapter) or base or target.convert is not None or _is_base_here(adapter, config):
         model = _build_base(adapter, config, base, force=force, trust_remote_code=trust_remote_code)
     else:
         logger.warning(f"note: {base_name} is not here, so names and shapes were not checked; --base names its folder")
-    if is_loralib and model is not None:
-        data = loralib.read_loralib(adapter, config, model, recorded_name(str(base_name), None)[0])
-    else:
-        renamed = dict(zip((BASE_KEY, "revision"), recorded_name(base, None), strict=True)) if base else {}
-        data = AdapterData(read_adapter(adapter), config | renamed)
-    bias = data.config.get("bias")
-    if model is not None:
-        peft_model, tensors = _attach(adapter, data, model)
-        if target.convert is not None:
-            data = target.convert(adapter, data._replace(tensors=tensors), peft_model)
-    data = data._replace(tensors=finite_copies(adapter, data.tensors))
-
+    source = _read(adapter, config, base, model)
+    data = _converted(adapter, source, model, target)
     _write(adapter, out, data, target)
     return {
         "format": format,
         "adapter": str(adapter),
         "out": str(out),
         "base": base_name,
-        "bias": bias,
+        "bias": source.config.get("bias"),
         "num_tensors": len(data.tensors),
         "files": sorted(path.name for path in out.iterdir()),
     }
+
+
+def _is_loralib(adapter: Path) -> bool:
+    """Whether an adapter is a file of loralib, or a folder that was exported in loralib's format."""
+    return adapter.is_file() or (adapter / loralib.CONFIG_FILE).is_file()
 
 
 def _read_config(adapter: Path, alpha: float | None) -> dict[str, Any]:
@@ -144,6 +139,27 @@ def _build_base(
     if has_weights(section.name_or_path, section.revision):
         check_trained_on(adapter, section, force=force, way_out="pass the right one with --base")
     return build_on_meta_device(load_config(section), trust_remote_code=trust_remote_code)
+
+
+def _read(adapter: Path, config: dict[str, Any], base: str | None, model: PreTrainedModel | None) -> AdapterData:
+    """Return an adapter in PEFT's format. Its config names the requested base, if there is one.
+
+    Args:
+        model: the base on the meta device, which loralib's names need.
+    """
+    if _is_loralib(adapter) and model is not None:
+        return loralib.read_loralib(adapter, config, model, recorded_name(str(base or config.get(BASE_KEY)), None)[0])
+    renamed = dict(zip((BASE_KEY, "revision"), recorded_name(base, None), strict=True)) if base else {}
+    return AdapterData(read_adapter(adapter), config | renamed)
+
+
+def _converted(adapter: Path, data: AdapterData, model: PreTrainedModel | None, target: ExportFormat) -> AdapterData:
+    """Return an adapter in another format, after a check that it fits the base, if that is known."""
+    if model is not None:
+        peft_model, tensors = _attach(adapter, data, model)
+        if target.convert is not None:
+            data = target.convert(adapter, data._replace(tensors=tensors), peft_model)
+    return data._replace(tensors=finite_copies(adapter, data.tensors))
 
 
 def _attach(adapter: Path, data: AdapterData, model: PreTrainedModel) -> tuple[PeftModel, State]:

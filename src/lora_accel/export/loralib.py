@@ -20,10 +20,11 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_accel.config.adapter_options import BASE_PRESERVING_INITS
 from lora_accel.errors import ArtifactError, did_you_mean
 from lora_accel.export.tensors import AdapterData, read_tensor_file
-from lora_accel.saving.adapter import BASE_PRESERVING_INITS
-from lora_accel.saving.matching import PREFIX, State
+from lora_accel.saving.names import PREFIX
+from lora_accel.saving.tensor_files import State
 
 TENSORS_FILE, CONFIG_FILE = "lora.pt", "loralib.json"
 LAYERS = (torch.nn.Linear, Conv1D, torch.nn.Embedding)

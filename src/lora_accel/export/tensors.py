@@ -11,8 +11,7 @@ import torch
 
 from lora_accel.errors import ArtifactError
 from lora_accel.saving.atomic import write_bytes
-from lora_accel.saving.matching import State
-from lora_accel.saving.untrusted import check_tensors, read_pickle, read_tensors
+from lora_accel.saving.tensor_files import State, check_tensors, read_pickle, read_tensors
 
 
 class AdapterData(NamedTuple):

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from lora_accel.config.schema import Dtype, ModelSection, QuantizationSection
 from lora_accel.data.records import Conversation, Message
 from lora_accel.errors import ConfigError, DataError
+from lora_accel.inference.bases import resolve_section
 from lora_accel.inference.generation import ReplyWriter, stream_reply
-from lora_accel.inference.models import find_adapters, load_candidates, load_template, resolve_section
+from lora_accel.inference.models import find_adapters, load_candidates
 from lora_accel.inference.prompts import encode_prompts
+from lora_accel.inference.templates import load_template
 
 if TYPE_CHECKING:
     import torch

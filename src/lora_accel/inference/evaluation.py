@@ -16,6 +16,7 @@ from lora_accel.inference.models import find_adapters, load_candidates, name_ada
 
 if TYPE_CHECKING:
     from lora_accel.data.chat import Example
+    from lora_accel.data.template import ChatTemplate
 
 
 class Score(NamedTuple):
@@ -33,6 +34,18 @@ class Score(NamedTuple):
     """Number of rows with a complete supervised answer."""
     sources: dict[str, dict[str, Any]]
     """`eval_loss` and `eval_tokens` by source; empty if there is only one."""
+
+
+class _EvaluationData(NamedTuple):
+    """The evaluation data of a run config, tokenized."""
+
+    template: ChatTemplate
+    pad_id: int
+    sources: dict[str, list[Example]]
+    """Examples by source."""
+    prompts: list[list[int]]
+    """Of the rows with an answer, as token ids."""
+    answers: list[str]
 
 
 def evaluate(
@@ -69,25 +82,11 @@ def evaluate(
     from accelerate import Accelerator
 
     from lora_accel.batching.batches import BatchOptions, step_batch
-    from lora_accel.data.splits import examples_by_name, load_evaluation
-    from lora_accel.model.generation import decode_reply
-    from lora_accel.model.tokenizer import padding_id
-    from lora_accel.setup.recipe import make_recipe
-    from lora_accel.setup.sizes import check_examples, resolve_rope_scaling
+    from lora_accel.setup.sizes import resolve_rope_scaling
     from lora_accel.training.evaluator import evaluate_sources
-    from lora_accel.training.loss import perplexity
 
-    accelerator = Accelerator(cpu=None)
-    config = resolve_rope_scaling(config)
-    recipe = make_recipe(config)
-    template, sources = recipe.template(), load_evaluation(config.data, config.seed, recipe)
-    sizes = check_examples(config, recipe.template, [source.examples for source in sources])
-    pad_id = padding_id(template.tokenizer, sizes.vocab_size)
-    examples = examples_by_name(sources)
-    questions = [question for source in sources for question in find_questions(source.examples)]
-    prompts = [prompt for prompt, _ in questions]
-    answers = [decode_reply(template.tokenizer, answer, template.end_ids) for _, answer in questions]
-
+    accelerator, config = Accelerator(cpu=None), resolve_rope_scaling(config)
+    data = _load_data(config)
     scores = []
     candidates = load_candidates(
         config.model,
@@ -99,25 +98,51 @@ def evaluate(
         way_out="set model.name_or_path to that base",
     )
     for name, model, packed in candidates:
-        options = BatchOptions.from_config(config.training, pad_id=pad_id, packed=packed and config.data.packing)
-        batches = {path: step_batch(source, options) for path, source in examples.items()}
+        options = BatchOptions.from_config(config.training, pad_id=data.pad_id, packed=packed and config.data.packing)
+        batches = {path: step_batch(source, options) for path, source in data.sources.items()}
         with Stage(f"{name}: loss"):
-            values = evaluate_sources(accelerator, model, batches)
-        replies = reply_in_batches(name, model, template, prompts, batch_size, max_new_tokens)
-        matches = sum(reply == answer for reply, answer in zip(replies, answers, strict=True))
-        scores.append(
-            Score(
-                name,
-                eval_loss=values["eval_loss"],
-                eval_perplexity=perplexity(values["eval_loss"]),
-                eval_tokens=values["eval_tokens"],
-                exact_match=matches / len(questions) if questions else None,
-                rows=len(questions),
-                sources=values.get("sources", {}),
-            )
-        )
+            losses = evaluate_sources(accelerator, model, batches)
+        replies = reply_in_batches(name, model, data.template, data.prompts, batch_size, max_new_tokens)
+        scores.append(_score(name, losses, replies, data.answers))
         del model  # frees memory for the merged model
     return scores
+
+
+def _load_data(config: RunConfig) -> _EvaluationData:
+    """Load the evaluation data of a run config, and check that the base has its tokens and positions."""
+    from lora_accel.data.splits import examples_by_name, load_evaluation
+    from lora_accel.model.generation import decode_reply
+    from lora_accel.model.tokenizer import padding_id
+    from lora_accel.setup.recipe import make_recipe
+    from lora_accel.setup.sizes import check_examples
+
+    recipe = make_recipe(config)
+    template, sources = recipe.template(), load_evaluation(config.data, config.seed, recipe)
+    sizes = check_examples(config, recipe.template, [source.examples for source in sources])
+    questions = [question for source in sources for question in find_questions(source.examples)]
+    return _EvaluationData(
+        template,
+        padding_id(template.tokenizer, sizes.vocab_size),
+        sources=examples_by_name(sources),
+        prompts=[prompt for prompt, _ in questions],
+        answers=[decode_reply(template.tokenizer, answer, template.end_ids) for _, answer in questions],
+    )
+
+
+def _score(name: str, losses: dict[str, Any], replies: Sequence[str], answers: Sequence[str]) -> Score:
+    """Return the scores of a model from its losses and its replies."""
+    from lora_accel.training.loss import perplexity
+
+    matches = sum(reply == answer for reply, answer in zip(replies, answers, strict=True))
+    return Score(
+        name,
+        eval_loss=losses["eval_loss"],
+        eval_perplexity=perplexity(losses["eval_loss"]),
+        eval_tokens=losses["eval_tokens"],
+        exact_match=matches / len(answers) if answers else None,
+        rows=len(answers),
+        sources=losses.get("sources", {}),
+    )
 
 
 def find_questions(examples: Iterable[Example]) -> list[tuple[list[int], list[int]]]:

@@ -9,15 +9,10 @@ from typing import TYPE_CHECKING, Any
 from lora_accel.config.schema import Dtype, QuantizationSection
 from lora_accel.console import Stage
 from lora_accel.data.records import Conversation
-from lora_accel.inference.models import (
-    check_prompts,
-    find_adapters,
-    load_candidates,
-    load_template,
-    name_adapters,
-    resolve_section,
-)
+from lora_accel.inference.bases import check_prompts, resolve_section
+from lora_accel.inference.models import find_adapters, load_candidates, name_adapters
 from lora_accel.inference.prompts import encode_prompts, last_message
+from lora_accel.inference.templates import load_template
 
 if TYPE_CHECKING:
     import torch

@@ -13,10 +13,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.model.base import build_on_meta_device
-from lora_accel.saving.adapter import adapter_names, attach_adapter, read_adapter, restore_adapter, write_adapter
+from lora_accel.saving.adapter import write_adapter
 from lora_accel.saving.atomic import read_json
+from lora_accel.saving.attach import attach_adapter, restore_adapter
 from lora_accel.saving.discovery import CONFIG
+from lora_accel.saving.names import adapter_names
 from lora_accel.saving.serving import differences_from_plain_lora
+from lora_accel.saving.tensor_files import read_adapter
 
 METHODS = ("linear", "svd", "ties", "dare_linear", "dare_ties")
 """PEFT's combination types. linear: weighted sums of the A and of the B matrices, which only approximate the sum of

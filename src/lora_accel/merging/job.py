@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from lora_accel.errors import ArtifactError
+from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.merging.streaming import WeightTransform
 from lora_accel.paths import real_path, why_not_writable
-from lora_accel.saving.adapter import tensor_file
 from lora_accel.saving.atomic import check_no_unlisted_files, read_json, sha256_of, why_invalid
 from lora_accel.saving.base_identity import base_hashes, loaded_hashes
 from lora_accel.saving.discovery import CONFIG, run_of
 from lora_accel.saving.serving import NEVER_MERGED
+from lora_accel.saving.tensor_files import tensor_file
 
 PROVENANCE = "provenance.json"
 TOKENIZER = "tokenizer_config.json"
@@ -47,6 +47,18 @@ class MergeKeywords(TypedDict, total=False):
     overwrite: bool
     force: bool
     trust_remote_code: bool
+
+
+def make_options(keywords: MergeKeywords) -> MergeOptions:
+    """Return the options of a merge.
+
+    Raises:
+        ConfigError: `base_weights` has another value.
+    """
+    options = MergeOptions(**keywords)
+    if options.base_weights not in ("original", "dequantized"):
+        raise ConfigError(f"--base-weights {options.base_weights}: use original or dequantized")
+    return options
 
 
 class MergeJob(NamedTuple):

@@ -14,15 +14,8 @@ from typing_extensions import Unpack
 
 from lora_accel.config.schema import ModelSection
 from lora_accel.errors import ArtifactError, ConfigError
-from lora_accel.merging.base import (
-    CODE_FILES,
-    Base,
-    base_difference,
-    check_base_hashes,
-    find_base,
-    load_adapter_tokenizer,
-    make_transform,
-)
+from lora_accel.merging.base import CODE_FILES, Base, find_base
+from lora_accel.merging.base_weights import make_transform
 from lora_accel.merging.combine import check_method, combined_adapter
 from lora_accel.merging.job import (
     PROVENANCE,
@@ -35,21 +28,25 @@ from lora_accel.merging.job import (
     check_mergeable,
     check_out_folder,
     existing_merge,
+    make_options,
     provenance_of,
 )
 from lora_accel.merging.request import ALL
+from lora_accel.merging.tokenizer import load_adapter_tokenizer
+from lora_accel.merging.trained_on import base_difference, check_base_hashes
 from lora_accel.merging.verification import Agreement
 from lora_accel.merging.write import verify_merge, write_weights
 from lora_accel.model.portable import restore_config_keys, save_tokenizer
 from lora_accel.model.sizes import load_config
 from lora_accel.model.tokenizer import load_tokenizer, tokens_without_embedding
 from lora_accel.paths import why_not_writable
-from lora_accel.saving.adapter import check_adapter_files
 from lora_accel.saving.atomic import atomic_folder, write_json, write_text
+from lora_accel.saving.attach import check_adapter_files
 from lora_accel.saving.base_identity import base_hashes, have_same_base
+from lora_accel.saving.cards import merged_card
 from lora_accel.saving.discovery import CONFIG, list_checkpoints
 from lora_accel.saving.hub import find_adapter, recorded_name
-from lora_accel.saving.provenance import merged_card, versions
+from lora_accel.saving.provenance import versions
 
 COPIED_FILES = ("generation_config.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 """Files of the base that are copied into the merged model."""
@@ -79,10 +76,11 @@ def merge_adapter(
         The provenance of the merged model, which is also written to provenance.json.
 
     Raises:
+        ConfigError: an option is invalid.
         ArtifactError: the adapter is invalid, does not fit the base or was trained on other weights, or `out` exists.
         LoraAccelError: the merged model's logits differ from those of base + adapter. Nothing is written.
     """
-    source, adapter, options = str(adapter), find_adapter(adapter), MergeOptions(**keywords)
+    source, adapter, options = str(adapter), find_adapter(adapter), make_options(keywords)
     check_out_folder(Path(out), {"adapter": adapter}, overwrite=options.overwrite)
     provenance = provenance_of(adapter)
     check_adapter_files(adapter, force=options.force)
@@ -111,7 +109,7 @@ def merge_weighted(
         ArtifactError: the adapters were trained on different bases, or cannot be combined.
     """
     check_method(how, density)
-    options, folders = MergeOptions(**keywords), [find_adapter(adapter) for adapter, _ in adapters]
+    options, folders = make_options(keywords), [find_adapter(adapter) for adapter, _ in adapters]
     weights = {str(folder): weight for folder, (_, weight) in zip(folders, adapters, strict=True)}
     if len(weights) < len(folders):
         raise ConfigError("--adapter: an adapter is given twice; add up its weights")
@@ -165,7 +163,7 @@ def merge_checkpoints(
         ArtifactError: the run has nothing to merge, or a run in progress deleted a checkpoint in the meantime; see also
             `merge_adapter`.
     """
-    run, options = Path(run), MergeOptions(**keywords)
+    run, options = Path(run), make_options(keywords)
     folders = [run / "checkpoints" / entry.name for entry in list_checkpoints(run, hashes=False) if not entry.reason]
     folders += [run / "adapter"] if (run / "adapter" / CONFIG).is_file() else []
     if not folders:

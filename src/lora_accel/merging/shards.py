@@ -18,11 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lora_accel.errors import ArtifactError
-from lora_accel.model.base import check_index_paths
+from lora_accel.model.headers import DTYPES, StoredTensor, main_dtype, read_header
 from lora_accel.model.prequantized import dequantized, dequantized_headers, quantized_parts
-from lora_accel.model.weight_files import weight_files
-from lora_accel.model.weights import DTYPES, StoredTensor, main_dtype, read_header
-from lora_accel.saving.untrusted import read_pickle
+from lora_accel.model.weight_files import check_index_paths, weight_files
+from lora_accel.saving.tensor_files import read_pickle
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHTS = "model.safetensors"

@@ -21,8 +21,10 @@ from transformers import PretrainedConfig
 from lora_accel.errors import ArtifactError
 from lora_accel.merging.shards import TensorSpec, Weights
 from lora_accel.model.base import build_on_meta_device
-from lora_accel.saving.adapter import adapter_parameters, attach_adapter, match_adapter, read_adapter
-from lora_accel.saving.matching import WRAPPER_NAMES, check_same_embeddings, resize_vocabulary
+from lora_accel.saving.attach import attach_adapter, match_adapter
+from lora_accel.saving.names import WRAPPER_NAMES, adapter_parameters
+from lora_accel.saving.tensor_files import read_adapter
+from lora_accel.saving.vocabulary import check_same_embeddings, resize_vocabulary
 
 WeightTransform = Callable[[str, torch.Tensor], torch.Tensor]
 """Applied to each base weight before the adapter is added: (name, weight as stored) -> weight."""

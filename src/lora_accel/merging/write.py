@@ -14,14 +14,16 @@ import torch
 from lora_accel.config.schema import ModelSection
 from lora_accel.errors import ArtifactError, LoraAccelError
 from lora_accel.faults import fault_point
-from lora_accel.merging.base import Base, check_base_hashes, load_base_fp32, open_weights, read_base_config
+from lora_accel.merging.base import Base, read_base_config
+from lora_accel.merging.base_weights import load_base_fp32, open_weights
 from lora_accel.merging.job import MergeOptions, PendingMerge
 from lora_accel.merging.shards import Weights, shard_layout, write_shards
 from lora_accel.merging.streaming import MergedTensors, NotStreamableError, check_lora_biases
+from lora_accel.merging.trained_on import check_base_hashes
 from lora_accel.merging.verification import Agreement, compare, logits_of, logits_of_folder, token_ids
 from lora_accel.model.sizes import load_config
-from lora_accel.saving.adapter import keeps_base_weights, load_adapter
 from lora_accel.saving.atomic import sync
+from lora_accel.saving.attach import keeps_base_weights, load_adapter
 
 VERIFY_MEMORY_FACTOR = 1.3
 """Memory that verification needs, as a multiple of the model's size in float32."""
@@ -118,7 +120,13 @@ def _merge_loaded(merge: PendingMerge, base: Base, options: MergeOptions) -> lis
         parameter.data = parameter.data.to(stored[name].dtype if name in stored else stored_dtype)
     merged.config.use_cache, merged.config.dtype = True, stored_dtype
     size = {} if options.max_shard_bytes is None else {"max_shard_size": options.max_shard_bytes}
-    merged.save_pretrained(merge.folder, **size)
+    try:
+        merged.save_pretrained(merge.folder, **size)
+    except NotImplementedError:  # experts that were fused while they were loaded quantized
+        raise ArtifactError(
+            f"{base.name}: transformers cannot write this model's weights after loading them quantized; pass --base "
+            "with the same model in 16 or 32 bits"
+        ) from None
     fault_point("merge.mid")
     return reference
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,20 +19,12 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from lora_accel.config.schema import ModelSection, QuantizationSection
 from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.model.device import detect_device, native_dtype
+from lora_accel.model.headers import StoredTensor, main_dtype, read_headers, read_tensor
 from lora_accel.model.prequantized import check_quantization, dequantized_headers, stored_quantization
 from lora_accel.model.sizes import check_config, load_config, unknown_name
 from lora_accel.model.tokenizer import check_model_folder, load_error_message
-from lora_accel.model.weights import (
-    StoredTensor,
-    check_loading_info,
-    check_weights,
-    describe_error,
-    find_weight_files,
-    main_dtype,
-    read_headers,
-    read_tensor,
-    without_zero3,
-)
+from lora_accel.model.weight_files import check_index_paths, find_weight_files
+from lora_accel.model.weights import check_loading_info, check_weights, describe_error, without_zero3
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NO_ADAPTER = "no-adapter"
@@ -266,22 +257,6 @@ def quantize_round_trip(
     )
     dequantized: torch.Tensor = dequantize_4bit(quantized, state)
     return dequantized.T if transposed else dequantized
-
-
-def check_index_paths(folder: Path) -> None:
-    """Check that the weight index names only files in its own folder: transformers would follow any path.
-
-    Raises:
-        ArtifactError: the index names a file outside its folder, or is not a weight index.
-    """
-    for index in sorted(folder.glob("*.index.json")):
-        try:
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ArtifactError(f"{index}: is not a weight index") from None
-        for file in files:
-            if not isinstance(file, str) or file != Path(file).name:
-                raise ArtifactError(f"{index}: names {file!r}, which is outside its folder")
 
 
 def _bitsandbytes_config(quantization: QuantizationSection, dtype: torch.dtype) -> BitsAndBytesConfig:

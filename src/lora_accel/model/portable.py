@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_accel.model.json_files import read_object
+
 NEW_CLASSES = ("TokenizersBackend", "SentencePieceBackend", "PythonBackend", "MistralCommonBackend")
 """Tokenizer classes that transformers 4 does not know."""
 LOAD_KEYS = (
@@ -36,10 +38,10 @@ def save_tokenizer(tokenizer: Any, folder: Path, base_file: Path | None = None) 
     """
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
-    stored = _read_object(getattr(tokenizer, "config_file", None))
+    stored = read_object(getattr(tokenizer, "config_file", None)) or {}
     if stored.get("tokenizer_class", NEW_CLASSES[0]) in NEW_CLASSES:
-        stored = _read_object(base_file) or stored
-    values = _read_object(file)
+        stored = read_object(base_file) or stored
+    values = read_object(file) or {}
     for key in (*LOAD_KEYS, *(() if "backend" in stored else ("backend",))):
         values.pop(key, None)
     if stored.get("tokenizer_class"):
@@ -61,7 +63,7 @@ def restore_config_keys(file: Path, base_file: Path, base_config: Mapping[str, A
         base_file: the base's config.json.
         base_config: the base's config, as transformers reads it, as a dictionary.
     """
-    saved, base = _read_object(file), _read_object(base_file)
+    saved, base = read_object(file), read_object(base_file)
     if saved and base:
         _write_object(file, _with_keys_of(saved, base, base_config))
 
@@ -93,17 +95,6 @@ def _with_keys_of(saved: dict[str, Any], base: Mapping[str, Any], parsed: Mappin
     if "torch_dtype" in base and "dtype" not in base and "dtype" in values:
         values["torch_dtype"] = values.pop("dtype")
     return values
-
-
-def _read_object(file: Path | None) -> dict[str, Any]:
-    """Return the object in a JSON file; empty if there is none."""
-    if file is None or not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # transformers has read what it needs
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _write_object(file: Path, values: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from lora_accel.model.weights import StoredTensor
+    from lora_accel.model.headers import StoredTensor
 
 STATE = "quant_state.bitsandbytes__"
 """In the name of the tensor with the shape of a weight in 4 bits, as JSON."""
@@ -149,7 +149,7 @@ def dequantized_headers(
     Raises:
         ArtifactError: a part is missing, or does not fit.
     """
-    from lora_accel.model.weights import StoredTensor, main_dtype
+    from lora_accel.model.headers import StoredTensor, main_dtype
 
     dtype, headers = main_dtype(tensors), dict(tensors)
     for weight, parts in quantized_parts(tensors.keys()).items():

@@ -6,7 +6,6 @@ torch and transformers are imported inside functions: the plan of a run needs th
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import re
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_accel.config.schema import ModelSection
 from lora_accel.errors import ArtifactError, ConfigError, did_you_mean, first_line, join_or
+from lora_accel.model.json_files import read_object
 from lora_accel.model.tokenizer import check_model_folder, load_error_message, local_file
 
 if TYPE_CHECKING:
@@ -96,14 +96,7 @@ def load_config(section: ModelSection) -> PretrainedConfig:
 
 def read_config_file(section: ModelSection) -> dict[str, Any] | None:
     """Return the content of a model's config.json; None if it is not on this machine, or is not an object."""
-    file = local_file(section, "config.json")
-    if file is None:
-        return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None  # transformers reports it
-    return config if isinstance(config, dict) else None
+    return read_object(local_file(section, "config.json"))
 
 
 def check_config(config: Mapping[str, Any], name: str) -> None:

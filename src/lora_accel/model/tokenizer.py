@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from lora_accel.config.schema import AddedTokens, ModelSection
 from lora_accel.errors import ArtifactError, ConfigError, first_line
+from lora_accel.model.json_files import read_object
 from lora_accel.sandbox import check_tokenizer, is_panic
 
 FILES = (
@@ -33,8 +33,8 @@ def load_tokenizer(section: ModelSection) -> Any:
     supervised, since labels are masked by position. The unknown token is never used, since real text may contain it.
 
     Raises:
-        ArtifactError: the model does not exist, or its tokenizer has neither a pad nor an end token, or takes too much
-            time or memory.
+        ArtifactError: the model does not exist, or its tokenizer has neither a pad nor an end token, an unknown token
+            that its vocabulary lacks, or takes too much time or memory.
     """
     _check_exists(section)  # it may be the folder of an adapter
     if (file := _tokenizer_file(section)) is not None:
@@ -51,7 +51,14 @@ def load_tokenizer(section: ModelSection) -> Any:
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         raise ArtifactError(load_error_message(section, "tokenizer", Exception(str(error)))) from None
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.unk_token_id:
+    try:
+        unknown_id = tokenizer.unk_token_id
+    except RecursionError:  # transformers looks an unknown token up as the unknown token
+        raise ArtifactError(
+            f"{section.name_or_path}: the tokenizer's unk_token {tokenizer.unk_token!r:.50} is not in its vocabulary; "
+            "correct it in tokenizer_config.json"
+        ) from None
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == unknown_id:
         if tokenizer.eos_token is None:
             raise ArtifactError(
                 f"{section.name_or_path}: the tokenizer has neither a pad nor an end token; add an eos_token to it"
@@ -166,10 +173,7 @@ def check_model_folder(section: ModelSection) -> None:
 
 def _base_of_adapter(config_file: Path) -> str:
     """Return ` of BASE` for an adapter_config.json that names its base, else an empty text."""
-    try:
-        base = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return ""
+    base = (read_object(config_file) or {}).get("base_model_name_or_path")
     return f" of {base}" if base and isinstance(base, str) else ""
 
 

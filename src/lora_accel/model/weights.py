@@ -1,4 +1,4 @@
-"""What the headers of a base's weight files declare, and whether it is the model that config.json describes.
+"""Check that a base's weight files hold the model that its config.json describes.
 
 transformers initializes at random what its files lack and only warns. Here that is an error, found before any weight is
 read: transformers loads the declared tensors on the meta device, with all its renaming and fusing, and reports what is
@@ -11,131 +11,29 @@ import collections
 import contextlib
 import copy
 import functools
-import json
 import logging
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from lora_accel.config.schema import ModelSection
 from lora_accel.errors import ArtifactError, first_line
 from lora_accel.logs import logger
+from lora_accel.model.headers import StoredTensor
 from lora_accel.model.sizes import unknown_name
-from lora_accel.model.weight_files import BIN, SAFETENSORS, weight_files
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""safetensors' names of dtypes."""
 ORDINARY_LAYERS = 200
 """A model of so many layers is built on the meta device in a second; one of more must have as many tensors."""
 ATTENTION = "eager"
 """Every model has it. What config.json names may not be installed here, and `model.attention` may replace it."""
 MAX_COMPUTED_BYTES = 1e9
 """Limit of the masks and sines that a model smaller than that computes from its config. GPT-2's take 12 MB."""
-MAX_TENSORS, MAX_NAME = 500_000, 1_000
-"""Tensors of a file, and characters of their names. The largest models have 200,000 tensors in all their files."""
 MAX_NAMED = 3
 """Maximum number of tensors in a message."""
-
-
-class StoredTensor(NamedTuple):
-    """A tensor as the header of its file declares it."""
-
-    dtype: torch.dtype | str
-    """A string if torch has no such dtype."""
-    shape: tuple[int, ...]
-
-    @property
-    def is_floating_point(self) -> bool:
-        """Whether the values are floating-point numbers."""
-        return isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point
-
-
-def find_weight_files(section: ModelSection) -> list[Path]:
-    """Return the weight files that transformers loads for a base; downloads them if necessary.
-
-    Raises:
-        ArtifactError: there are none, an index is invalid, or a file that it names is missing.
-    """
-    folder = Path(section.name_or_path)
-    return weight_files(folder if folder.is_dir() else _download(section))
-
-
-def read_headers(files: Sequence[Path]) -> dict[str, StoredTensor]:
-    """Return the tensors that weight files declare, by name, each file in the order in which it stores them.
-
-    Raises:
-        ArtifactError: a file cannot be read, or holds anything but tensors.
-    """
-    return {name: tensor for file in files for name, tensor in read_header(file).items()}
-
-
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Return the tensors that one weight file declares; see `read_headers`. A pickle runs no code."""
-    if file.suffix != ".safetensors":
-        return _read_pickle_header(file)
-    tensors = {}
-    try:
-        with safe_open(file, "pt") as content:
-            names = content.offset_keys()
-            if len(names) > MAX_TENSORS or any(len(name) > MAX_NAME for name in names):
-                raise ArtifactError(f"{file}: has more tensors, or longer names, than any model")
-            for name in names:
-                declared = content.get_slice(name)
-                dtype = declared.get_dtype()
-                tensors[name] = StoredTensor(DTYPES.get(dtype, dtype), tuple(declared.get_shape()))
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{file}: cannot be read: {first_line(error)}; is the download complete?") from None
-    return tensors
-
-
-def read_tensor(files: Sequence[Path], name: str) -> torch.Tensor:
-    """Return one tensor of weight files.
-
-    Raises:
-        KeyError: no header declares it.
-    """
-    for file in files:
-        if file.suffix != ".safetensors":
-            tensors: dict[str, torch.Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-            if name in tensors:
-                return tensors[name]
-            continue
-        with safe_open(file, "pt") as content:
-            if name in content.keys():  # noqa: SIM118
-                found: torch.Tensor = content.get_tensor(name)
-                return found
-    raise KeyError(name)
-
-
-def main_dtype(tensors: Mapping[str, StoredTensor]) -> torch.dtype:
-    """Return the floating-point dtype of most elements; float32 if there are none."""
-    counts: collections.Counter[torch.dtype] = collections.Counter()
-    for tensor in tensors.values():
-        if isinstance(tensor.dtype, torch.dtype) and tensor.dtype.is_floating_point:
-            counts[tensor.dtype] += math.prod(tensor.shape)
-    return counts.most_common(1)[0][0] if counts else torch.float32
 
 
 def check_weights(name: str, config: PretrainedConfig, tensors: Mapping[str, StoredTensor]) -> None:
@@ -348,46 +246,6 @@ def _count(names: Sequence[str]) -> str:
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else ""
     return f"{', '.join(names[:MAX_NAMED])}{more}"
-
-
-def _read_pickle_header(file: Path) -> dict[str, StoredTensor]:
-    try:
-        try:
-            content = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before torch 1.6 cannot be memory-mapped
-            content = torch.load(file, map_location="meta", weights_only=True)
-    except Exception as error:  # a damaged pickle raises many types
-        raise ArtifactError(f"{file}: cannot be read: {first_line(error)}; code in a pickle is not run") from None
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-        for name, tensor in content.items()
-    ):
-        raise ArtifactError(f"{file}: should contain a dict of tensors by name")
-    return {name: StoredTensor(tensor.dtype, tuple(tensor.shape)) for name, tensor in content.items()}
-
-
-def _download(section: ModelSection) -> Path:
-    """Download the weight files of a model on the Hub, unless they are in its cache; return their folder."""
-
-    def fetch(name: str) -> Path | None:
-        try:
-            return Path(hf_hub_download(section.name_or_path, name, revision=section.revision))
-        except EntryNotFoundError:  # also: offline, and not in the cache
-            return None
-
-    for name in (SAFETENSORS, BIN):
-        if (file := fetch(name)) is not None:
-            return file.parent
-        if (index := fetch(f"{name}.index.json")) is not None:
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-                for shard in sorted(shards):
-                    if shard == Path(shard).name:  # weight_files reports any other
-                        fetch(shard)
-            return index.parent
-    raise ArtifactError(
-        f"{section.name_or_path}: {SAFETENSORS} or {BIN} is neither in the Hub's cache nor can it be downloaded"
-    )
 
 
 @contextlib.contextmanager

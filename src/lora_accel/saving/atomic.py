@@ -7,7 +7,6 @@ any other file in it, nothing is.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from lora_accel.data.regular import hash_file, open_unbuffered
 from lora_accel.errors import ArtifactError
 from lora_accel.faults import fault_point
 from lora_accel.paths import Purpose, has_access, open_to_read, real_path, temporary_sibling
+from lora_accel.saving.lock import lock_folder
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -48,36 +48,34 @@ def atomic_folder(final: Path, hashes: Mapping[str, str] | None = None) -> Itera
     """
     final = _target(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    recover(final)
-    check_no_unlisted_files(final)
     temporary, older = temporary_sibling(final, "writing"), temporary_sibling(final, "older")
+    lock, is_published = _claim(final), False
     try:
-        temporary.mkdir()
-    except FileExistsError:
-        raise _in_use(final) from None
-    lock = _lock(temporary)
-    try:
+        check_no_unlisted_files(final)
         yield temporary
         _fix_modes(temporary)
         fault_point("save.before_manifest")
         write_manifest(temporary, hashes or {})
         fault_point("save.after_manifest")
         check_no_unlisted_files(final)  # again: writing may have taken an hour
-        if final.exists():
-            final.rename(older)
         try:
+            if final.exists():
+                final.rename(older)
             fault_point("save.before_rename")
             temporary.rename(final)
-        except OSError:
-            if older.exists():
+            is_published = True
+        except BaseException:  # Ctrl-C, too
+            if older.exists() and not os.path.lexists(final):
                 older.rename(final)
             raise
         fault_point("save.after_rename")
         fault_point("save.before_fsync_dir")
         sync(final.parent)
-        shutil.rmtree(older, ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not is_published:  # afterwards, another process may use this name
+            shutil.rmtree(temporary, ignore_errors=True)
+        if os.path.lexists(final):
+            shutil.rmtree(older, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
@@ -146,13 +144,11 @@ def recover(final: Path) -> None:
         ArtifactError: the process is still writing it.
     """
     final = real_path(final) if final.is_symlink() else final  # what it links to may be renamed at the moment
-    if _is_locked(temporary_sibling(final, "writing")):
-        raise _in_use(final)
-    older = temporary_sibling(final, "older")
-    if older.exists() and not os.path.lexists(final):
-        older.rename(final)
-    for purpose in get_args(Purpose):
-        _delete(temporary_sibling(final, purpose))
+    if _is_locked(final) or any(os.path.lexists(temporary_sibling(final, purpose)) for purpose in get_args(Purpose)):
+        lock = _claim(final)
+        temporary_sibling(final, "writing").rmdir()
+        if lock is not None:
+            os.close(lock)
 
 
 def recover_all(folder: Path) -> None:
@@ -256,8 +252,9 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)  # for the message: on a full disk Python names no file
         raise
     sync(path.parent)
 
@@ -281,39 +278,114 @@ def _in_use(final: Path) -> ArtifactError:
     return ArtifactError(f"{final}: another process is writing it; wait for it, or choose another path")
 
 
-def _lock(folder: Path) -> int | None:
-    """Lock a folder until the returned descriptor is closed or the process ends; None = only files can be locked."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _claim(final: Path) -> int | None:
+    """Create the temporary folder of `final`, lock it, and clean up after crashed processes.
+
+    Whoever has locked that folder may rename and delete `final` and what is beside it. The lock moves with the folder
+    when it is published, until older versions are deleted.
+
+    Returns:
+        The lock; None on file systems without locks for folders.
+
+    Raises:
+        ArtifactError: another process is writing, or what a crashed one left behind belongs to another user.
+    """
+    temporary, older = temporary_sibling(final, "writing"), temporary_sibling(final, "older")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # NFS
-        os.close(descriptor)
-        return None
-    return descriptor
+        if os.path.lexists(temporary):
+            _delete_unused(temporary)
+        temporary.mkdir()
+        lock = _lock_at(temporary)
+    except (FileExistsError, FileNotFoundError, BlockingIOError):  # each step may be lost to another process
+        raise _in_use(final) from None
+    try:
+        if _is_locked(final):
+            raise _in_use(final)
+        if older.exists() and not os.path.lexists(final):
+            older.rename(final)
+        _delete(older)
+        _delete(temporary_sibling(final, "deleting"))
+    except BaseException:
+        temporary.rmdir()
+        if lock is not None:
+            os.close(lock)
+        raise
+    return lock
+
+
+def _delete_unused(temporary: Path) -> None:
+    """Delete the temporary folder or file of a crashed process, which holds no lock.
+
+    Raises:
+        BlockingIOError, FileNotFoundError: it is that of another process.
+    """
+    lock = None
+    try:
+        if temporary.is_dir() and not temporary.is_symlink():
+            with contextlib.suppress(PermissionError):  # `_delete` reports it
+                lock = _lock_at(temporary)
+            _delete(temporary)
+        else:
+            with _deleting(temporary):
+                temporary.unlink(missing_ok=True)
+    except (IsADirectoryError, NotADirectoryError):  # replaced since it was looked at
+        raise BlockingIOError from None
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock_at(folder: Path) -> int | None:
+    """Lock a folder that other processes may delete or replace.
+
+    Raises:
+        BlockingIOError: it is locked, or was replaced.
+        FileNotFoundError: it was deleted.
+    """
+    lock = lock_folder(folder)
+    if lock is not None and not os.path.samestat(os.fstat(lock), folder.stat()):
+        os.close(lock)
+        raise BlockingIOError
+    return lock
 
 
 def _is_locked(folder: Path) -> bool:
     """Whether another process, or another open descriptor of this one, has locked a folder."""
     if not folder.is_dir() or folder.is_symlink():
         return False
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = lock_folder(folder)
     except BlockingIOError:
         return True
-    except OSError:
+    except OSError:  # of another user, or deleted in the meantime
         return False
-    finally:
+    if descriptor is not None:
         os.close(descriptor)
     return False
 
 
 def _delete(leftover: Path) -> None:
-    """Delete a temporary folder or file of this package, if it exists."""
-    if leftover.is_dir() and not leftover.is_symlink():
-        shutil.rmtree(leftover)
-    else:
-        leftover.unlink(missing_ok=True)
+    """Delete a temporary folder or file of this package, if it exists.
+
+    Raises:
+        ArtifactError: it belongs to another user.
+    """
+    with _deleting(leftover):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _deleting(leftover: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:  # its path may be relative to a folder within
+        raise ArtifactError(
+            f"{leftover}: was left behind by a process that was killed, and this user may not delete it "
+            f"({error.strerror}); delete it as its owner, or choose another path"
+        ) from None
 
 
 def _target(final: Path) -> Path:

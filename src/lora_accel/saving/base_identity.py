@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from lora_accel.errors import ArtifactError, first_line
 from lora_accel.model.weight_files import weight_files
 from lora_accel.saving.atomic import sha256_of, write_text
-from lora_accel.saving.untrusted import read_pickle
+from lora_accel.saving.tensor_files import read_pickle
 
 RACY_SECONDS = 2.0
 """A file that changed this recently could change again without another time of change, so its hash is not kept."""

@@ -16,21 +16,14 @@ from lora_accel.distributed.collectives import on_all_ranks
 from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.faults import fault_point
 from lora_accel.model.adapter import trainable_parameters
-from lora_accel.saving.adapter import (
-    adapter_parameters,
-    gather_adapter,
-    restore_adapter,
-    saved_shapes,
-    unwrap_peft_model,
-    write_adapter,
-    write_tensors,
-)
+from lora_accel.saving.adapter import gather_adapter, unwrap_peft_model, write_adapter
 from lora_accel.saving.atomic import atomic_folder, sha256_of, sync, write_json
+from lora_accel.saving.attach import restore_adapter
 from lora_accel.saving.discovery import OPTIMIZER, STATE, WEIGHTS, Checkpoint, prune, step_folders
-from lora_accel.saving.lock import check_exists
-from lora_accel.saving.matching import State
+from lora_accel.saving.names import adapter_parameters, saved_shapes
+from lora_accel.saving.output_dir import check_exists
 from lora_accel.saving.provenance import Provenance, changes, changes_table, is_allowed, options_for_key
-from lora_accel.saving.untrusted import read_tensors
+from lora_accel.saving.tensor_files import State, read_tensors, write_tensors
 
 METADATA_BYTES = 100_000
 """Upper bound for everything in a checkpoint except its tensors."""

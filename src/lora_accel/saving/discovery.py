@@ -222,7 +222,8 @@ def quarantine(selection: CheckpointSelection, log: Path | None = None) -> list[
 def prune(folder: Path, keep_last: int, protected: str = "") -> None:
     """Delete all but the newest `keep_last` checkpoints. Incomplete checkpoints are neither counted nor deleted.
 
-    A checkpoint into which somebody has put other files is kept, with a warning.
+    A checkpoint into which somebody has put other files is kept, and one that cannot be deleted is left, each with a
+    warning.
 
     Args:
         protected: checkpoint folder that is never deleted.
@@ -234,6 +235,8 @@ def prune(folder: Path, keep_last: int, protected: str = "") -> None:
                 remove_folder(path)
             except ArtifactError as error:
                 _warn_once(f"note: kept an old checkpoint: {error}")
+            except OSError as error:  # on NFS, for example, while another process reads it; training can continue
+                _warn_once(f"note: an old checkpoint cannot be deleted: {error}")
 
 
 @functools.cache

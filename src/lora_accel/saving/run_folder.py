@@ -16,12 +16,14 @@ from lora_accel.data.template import ChatTemplate
 from lora_accel.distributed.collectives import on_all_ranks
 from lora_accel.faults import fault_point
 from lora_accel.model.portable import save_tokenizer
-from lora_accel.saving.adapter import gather_adapter, read_adapter, unwrap_peft_model, write_adapter
+from lora_accel.saving.adapter import gather_adapter, unwrap_peft_model, write_adapter
 from lora_accel.saving.atomic import atomic_folder, read_json, write_json, write_text
+from lora_accel.saving.cards import model_card
 from lora_accel.saving.discovery import CONFIG
-from lora_accel.saving.lock import check_exists
-from lora_accel.saving.provenance import Provenance, model_card
+from lora_accel.saving.output_dir import check_exists
+from lora_accel.saving.provenance import Provenance
 from lora_accel.saving.serving import serving_note
+from lora_accel.saving.tensor_files import read_adapter
 
 
 def write_run_folder(

@@ -8,7 +8,8 @@ from typing import Any
 
 from peft.utils.other import get_pattern_key
 
-from lora_accel.config.adapter_options import PLAIN_INITS
+from lora_accel.config.adapter_options import BASE_PRESERVING_INITS
+from lora_accel.saving.names import PREFIX
 
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
 """The values of vLLM's `--max-lora-rank` from its default on."""
@@ -37,7 +38,6 @@ TENSORS = {
     "trainable_tokens_delta": "trained tokens",
 }
 """Part of a tensor's name -> what it belongs to. More parts are handled in `_of_tensor`."""
-PREFIX = "base_model.model."
 
 
 def serving_note(
@@ -85,7 +85,7 @@ def differences_from_plain_lora(config: Mapping[str, Any], shapes: Mapping[str, 
     if config.get("bias", "none") != "none":  # servers reject the option even if the model has no biases
         found.append("biases")
     init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init not in (*PLAIN_INITS, "eva"):
+    if isinstance(init, str) and init not in BASE_PRESERVING_INITS:
         found.append(f"init_lora_weights={init}, which changed the base's weights")
     found += _of_patterns(config, shapes)
     found += [name for key in shapes if (name := _of_tensor(key))]

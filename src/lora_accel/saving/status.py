@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora_accel.errors import Interrupted, LoraAccelError
 from lora_accel.saving.atomic import read_json, write_json
-from lora_accel.saving.lock import FolderIdentity
+from lora_accel.saving.output_dir import FolderIdentity
 
 Note = Callable[[int, "Path | None"], None]
 """Records the current step and the newest checkpoint in status.json."""

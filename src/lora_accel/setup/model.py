@@ -6,10 +6,12 @@ import dataclasses
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from lora_accel.batching.batches import BatchOptions, step_batch
 from lora_accel.config.optimizers import OPTIMIZERS
-from lora_accel.config.schema import RunConfig
+from lora_accel.config.schema import AdapterSection, RunConfig
 from lora_accel.console import Stage, short_names
 from lora_accel.data.chat import Example
 from lora_accel.distributed.backend import Backend, backend_of
@@ -32,7 +34,8 @@ from lora_accel.model.kernels import patch_norms_and_gates
 from lora_accel.model.new_tokens import extend_vocabulary, train_new_tokens
 from lora_accel.model.prequantized import check_modules_to_save
 from lora_accel.model.tokenizer import load_tokenizer
-from lora_accel.saving.adapter import check_all_trained_is_saved, saved_config, saved_shapes
+from lora_accel.saving.adapter import saved_config
+from lora_accel.saving.names import check_all_trained_is_saved, saved_shapes
 from lora_accel.saving.serving import serving_note
 from lora_accel.setup.data import PreparedData
 from lora_accel.training.memory import estimate_activation_bytes, free_bytes
@@ -67,22 +70,8 @@ def prepare_model(config: RunConfig, accelerator: Accelerator, *, checkpoint_dty
         ArtifactError: the base cannot be read, or a trained tensor would not be saved.
         ConfigError: the base or the adapter does not support an option.
     """
-    backend = backend_of(accelerator)
-    is_mixed = accelerator.mixed_precision != "no"
-    is_zero3 = getattr(accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3
-    if is_zero3 and config.model.add_tokens is not None:
-        raise ConfigError("model.add_tokens is not supported under ZeRO-3; use ZeRO-2, or a backend without DeepSpeed")
-    if is_zero3 and not is_mixed:
-        check_zero3_dtype(config.model, accelerator.device, checkpoint_dtype)
-    with Stage(f"loading {short_names([config.model.name_or_path])[0]}", enabled=accelerator.is_local_main_process):
-        base = load_base_model(
-            config.model,
-            config.quantization,
-            mixed_precision=accelerator.mixed_precision,
-            device=accelerator.device,
-            recorded_dtype=checkpoint_dtype,
-        )
-    adapter = config.adapter
+    backend, adapter = backend_of(accelerator), config.adapter
+    base = _load_base(config, accelerator, checkpoint_dtype)
     if config.model.add_tokens is not None:
         extend_vocabulary(base, config.model)
         adapter = train_new_tokens(adapter, base, config.model.add_tokens, load_tokenizer(config.model))
@@ -94,6 +83,48 @@ def prepare_model(config: RunConfig, accelerator: Accelerator, *, checkpoint_dty
     # torch.compile fuses the same operations itself.
     (compile_layers if config.training.compile else patch_norms_and_gates)(base)
     check_modules_to_save(base, adapter)
+    model = _add_adapter(config, adapter, base, backend, is_mixed=accelerator.mixed_precision != "no")
+    is_fused = patch_fused_loss(model.get_base_model())
+    optimizer = make_optimizer(
+        trainable_parameters(model).values(),
+        config.training,
+        fused=has_fused_adamw(detect_device(accelerator.device)),
+    )
+    dropout_keys = key_dropout(model, fused_loss=is_fused)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    backend.init_moments(optimizer, OPTIMIZERS[config.training.optimizer].moments)
+    trainable = list(trainable_parameters(model).values())
+    return PreparedModel(model, optimizer, trainable, backend, dropout_keys, packed)
+
+
+def _load_base(config: RunConfig, accelerator: Accelerator, checkpoint_dtype: str | None) -> PreTrainedModel:
+    """Load the base, if the backend supports what the config asks for."""
+    if getattr(accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3:
+        if config.model.add_tokens is not None:
+            raise ConfigError(
+                "model.add_tokens is not supported under ZeRO-3; use ZeRO-2, or a backend without DeepSpeed"
+            )
+        if accelerator.mixed_precision == "no":
+            check_zero3_dtype(config.model, accelerator.device, checkpoint_dtype)
+    with Stage(f"loading {short_names([config.model.name_or_path])[0]}", enabled=accelerator.is_local_main_process):
+        return load_base_model(
+            config.model,
+            config.quantization,
+            mixed_precision=accelerator.mixed_precision,
+            device=accelerator.device,
+            recorded_dtype=checkpoint_dtype,
+        )
+
+
+def _add_adapter(
+    config: RunConfig, adapter: AdapterSection, base: PreTrainedModel, backend: Backend, *, is_mixed: bool
+) -> PeftModel:
+    """Add the adapter, and log how many parameters it trains and how it can be served.
+
+    Args:
+        adapter: section of the config, with what added tokens need.
+        is_mixed: whether training is in mixed precision.
+    """
     model = add_adapter(
         base,
         adapter,
@@ -109,17 +140,7 @@ def prepare_model(config: RunConfig, accelerator: Accelerator, *, checkpoint_dty
     serving = serving_note(saved_config(model), saved_shapes(model, backend), config.model.model_dump())
     logger.info(f"serving: {serving}")
     check_all_trained_is_saved(model)
-    is_fused = patch_fused_loss(model.get_base_model())
-    optimizer = make_optimizer(
-        trainable_parameters(model).values(),
-        config.training,
-        fused=has_fused_adamw(detect_device(accelerator.device)),
-    )
-    dropout_keys = key_dropout(model, fused_loss=is_fused)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    backend.init_moments(optimizer, OPTIMIZERS[config.training.optimizer].moments)
-    trainable = list(trainable_parameters(model).values())
-    return PreparedModel(model, optimizer, trainable, backend, dropout_keys, packed)
+    return model
 
 
 def enable_activation_checkpointing(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from lora_accel.batching.batches import Batches, BatchOptions, step_batch
+from lora_accel.config.plan import Plan
 from lora_accel.config.schedules import learning_rate
 from lora_accel.config.schema import RunConfig
 from lora_accel.saving.provenance import Provenance
@@ -41,28 +43,6 @@ def make_run(
         num_ranks=data.plan.num_ranks,
     )
     metrics = Metrics(accelerator, Path(config.output_dir), data.plan, start.progress.step)
-    evaluator = Evaluator(
-        accelerator=accelerator,
-        model=prepared.model,
-        sources={name: step_batch(examples, options) for name, examples in data.eval_sources.items()},
-        tokenizer=data.template.tokenizer,
-        prompts=config.evaluation.prompts,
-        prompt_ids=data.prompts,
-        max_new_tokens=config.evaluation.max_new_tokens,
-    )
-    checkpointer = Checkpointer(
-        accelerator=accelerator,
-        model=prepared.model,
-        optimizer=prepared.optimizer,
-        loss_scale=start.loss_scale,
-        config=config,
-        plan=data.plan,
-        provenance=provenance,
-        parent_hash=start.parent_hash,
-        parent_path=start.parent_path,
-        sync_log=metrics.sync,
-        note=note_status,
-    )
     return Run(
         accelerator=accelerator,
         backend=prepared.backend,
@@ -73,18 +53,49 @@ def make_run(
         training=config.training,
         plan=data.plan,
         seed=config.seed,
-        learning_rate=functools.partial(
-            learning_rate,
-            peak=config.training.learning_rate,
-            scheduler=config.training.scheduler,
-            warmup_steps=data.plan.warmup_steps,
-            total_steps=data.plan.total_steps,
-            from_zero=config.training.warmup_from_zero,
-        ),
+        learning_rate=_learning_rate(config, data.plan),
         batches=Batches(data.dataset, data.plan, options, seed=config.seed),
-        evaluator=evaluator,
-        checkpointer=checkpointer,
+        evaluator=_evaluator(config, data, accelerator, prepared, options),
+        checkpointer=Checkpointer(
+            accelerator=accelerator,
+            model=prepared.model,
+            optimizer=prepared.optimizer,
+            loss_scale=start.loss_scale,
+            config=config,
+            plan=data.plan,
+            provenance=provenance,
+            parent_hash=start.parent_hash,
+            parent_path=start.parent_path,
+            sync_log=metrics.sync,
+            note=note_status,
+        ),
         metrics=metrics,
         stop=stop,
         loss_scale=start.loss_scale,
+    )
+
+
+def _learning_rate(config: RunConfig, plan: Plan) -> Callable[[int], float]:
+    """Return the learning rate as a function of the step."""
+    return functools.partial(
+        learning_rate,
+        peak=config.training.learning_rate,
+        scheduler=config.training.scheduler,
+        warmup_steps=plan.warmup_steps,
+        total_steps=plan.total_steps,
+        from_zero=config.training.warmup_from_zero,
+    )
+
+
+def _evaluator(
+    config: RunConfig, data: PreparedData, accelerator: Accelerator, prepared: PreparedModel, options: BatchOptions
+) -> Evaluator:
+    return Evaluator(
+        accelerator=accelerator,
+        model=prepared.model,
+        sources={name: step_batch(examples, options) for name, examples in data.eval_sources.items()},
+        tokenizer=data.template.tokenizer,
+        prompts=config.evaluation.prompts,
+        prompt_ids=data.prompts,
+        max_new_tokens=config.evaluation.max_new_tokens,
     )

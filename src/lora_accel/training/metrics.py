@@ -24,7 +24,7 @@ from lora_accel.console import format_seconds
 from lora_accel.errors import TrainingError, first_line
 from lora_accel.paths import open_to_append, open_to_read
 from lora_accel.saving.atomic import write_bytes
-from lora_accel.saving.lock import FolderIdentity
+from lora_accel.saving.output_dir import FolderIdentity
 from lora_accel.training.loss import perplexity
 from lora_accel.training.progress import StepResult
 

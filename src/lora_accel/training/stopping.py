@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +72,7 @@ class StartupHandler:
     def __init__(self) -> None:
         self.is_over = False
         self._since = 0.0
+        self._lock = threading.RLock()
         self._timer: threading.Timer | None = None
 
     def handle(self, number: int, frame: FrameType | None = None) -> None:
@@ -78,18 +80,25 @@ class StartupHandler:
         now = time.monotonic()
         if not self.is_over:
             self.is_over, self._since = True, now
-            self._timer = threading.Timer(ABORT_SECONDS, self._exit, [number])
-            self._timer.daemon = True
-            self._timer.start()
+            self.limit(number)
             raise Aborted(number)
         if self._timer is not None and number in FROM_KEYBOARD and now - self._since > DEBOUNCE_SECONDS:
             self._exit(number)
 
+    def limit(self, number: int) -> None:
+        """End the process after `ABORT_SECONDS`, if the abort has not arrived by then."""
+        with self._lock:
+            if self._timer is None:
+                self._timer = threading.Timer(ABORT_SECONDS, self._exit, [number])
+                self._timer.daemon = True
+                self._timer.start()
+
     def close(self) -> None:
         """End the time limit of the abort, which has arrived."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
 
     def _exit(self, number: int) -> None:
         with contextlib.suppress(OSError):
@@ -105,10 +114,41 @@ def abort_on_signal() -> Iterator[None]:
     """Raise `Aborted` at a signal, until `handle_stop_signals` takes over. After training, signals are ignored."""
     _startup.is_over = False
     try:
-        with signal_handler(_startup.handle):
+        with signal_handler(_startup.handle), _watch_signals(_startup):
             yield
     finally:
         _startup.close()
+
+
+@contextlib.contextmanager
+def _watch_signals(handler: StartupHandler) -> Iterator[None]:
+    """Limit the time of an abort in a thread, too: the main thread may wait for a rank that is stopped.
+
+    Python runs no handler while it waits in a library, but writes the signal to a socket.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+
+    def watch() -> None:
+        while numbers := receiver.recv(64):
+            for number in SIGNALS:
+                if number in numbers and not handler.is_over:
+                    handler.limit(number)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        sender.shutdown(socket.SHUT_WR)  # the thread ends, even if a forked process has a copy of this socket
+        thread.join()
+        sender.close()
+        receiver.close()
 
 
 @contextlib.contextmanager
