@@ -189,3 +189,17 @@ def test_checkpoint_of_an_earlier_version(init: str, message: str, tmp_path: Pat
     trained = trainable_parameters(model)
     assert all(torch.equal(trained[name.replace(".weight", ".default.weight")], t) for name, t in saved.items())
     assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in initial.items())
+
+
+def test_initial_values_of_a_run_in_16_bits_are_the_same_on_every_backend() -> None:
+    """DeepSpeed has no float32 masters of the frozen adapter: what it subtracts must be exact in 16 bits."""
+
+    def initial(**how: bool) -> dict[str, torch.Tensor]:
+        model = add_adapter(model_of("llama").bfloat16(), section("pissa"), seed=0, **({"autocast": False} | how))
+        return {name: model.get_parameter(name).float() for name in initial_names(model)}
+
+    alone, with_masters = initial(autocast=True), initial(masters=True)
+    assert alone.keys() == with_masters.keys()
+    assert all(torch.equal(alone[name], with_masters[name]) for name in alone)
+    in_fp32 = initial()
+    assert not any(torch.equal(alone[name], in_fp32[name]) for name in alone)

@@ -55,7 +55,8 @@ def add_adapter(
             "be merged correctly. Remove lm_head and embed_tokens, or set adapter.ensure_weight_tying=true"
         )
     if subtracts_initial_adapter(section.init_lora_weights):
-        add_initial_adapter(model, str(section.init_lora_weights))
+        is_mixed = autocast or masters
+        add_initial_adapter(model, str(section.init_lora_weights), base.dtype if is_mixed else torch.float32)
     _check_layers(model, section)
     if masters:
         for parameter in (*trainable_parameters(model).values(), *map(model.get_parameter, initial_names(model))):

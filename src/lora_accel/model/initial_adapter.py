@@ -29,12 +29,14 @@ _FIRST = ("lora_A", "lora_embedding_A")
 _SECOND = ("lora_B", "lora_embedding_B")
 
 
-def add_initial_adapter(model: PeftModel, init: str) -> None:
+def add_initial_adapter(model: PeftModel, init: str, exact_in: torch.dtype = torch.float32) -> None:
     """Initialize the active adapter by PiSSA or OLoRA, and add the frozen adapter that subtracts its initial value.
 
     Args:
         model: with an adapter that was added with init_lora_weights=True.
         init: pissa, pissa_niter_N or olora.
+        exact_in: dtype to which A0 and B0 are rounded. DeepSpeed keeps float32 masters only of what is trained: a run
+            in 16 bits that resumes there would subtract other values than it began with.
 
     Raises:
         ConfigError: a layer is not linear, or the rank exceeds the size of its weight.
@@ -42,7 +44,7 @@ def add_initial_adapter(model: PeftModel, init: str) -> None:
     layers = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
     trained, active = {p for p in model.parameters() if p.requires_grad}, model.active_adapter
     for name, layer in layers.items():
-        _initialize(name, layer, active, init)
+        _initialize(name, layer, active, init, exact_in)
     config = model.active_peft_config
     model.add_adapter(
         INITIAL,
@@ -131,7 +133,7 @@ def joined_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _initialize(name: str, layer: Any, active: str, init: str) -> None:
+def _initialize(name: str, layer: Any, active: str, init: str, exact_in: torch.dtype) -> None:
     """Initialize one layer's A and B by PEFT, from a copy of the base's weight, which PEFT would change."""
     if isinstance(layer, Embedding):
         return  # PEFT's default for embeddings: A is zero
@@ -157,7 +159,7 @@ def _initialize(name: str, layer: Any, active: str, init: str) -> None:
     finally:
         layer.base_layer = base
     for part in parts:
-        part.weight.data = part.weight.data.to(device, dtype).contiguous()
+        part.weight.data = part.weight.data.to(exact_in).to(device, dtype).contiguous()
 
 
 def _part(name: str) -> str:
