@@ -18,12 +18,14 @@ from lora_accel import RunConfig, run_training
 from lora_accel.batching.packing import pad
 from lora_accel.config.schema import AdapterSection
 from lora_accel.data.chat import Example
-from lora_accel.errors import ArtifactError
+from lora_accel.data.store import Examples
+from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.inference.evaluation import evaluate
 from lora_accel.merging.merge import merge_adapter, merge_checkpoints, merge_weighted
 from lora_accel.model.adapter import add_adapter, trainable_parameters
 from lora_accel.model.fused_loss import patch_fused_loss
 from lora_accel.saving.attach import keeps_base_weights
+from lora_accel.setup.sizes import num_with
 from lora_accel.training.loss import summed_token_loss
 from tests.conftest import CommandResult, read_metrics
 from tests.families import model_of
@@ -129,3 +131,25 @@ def test_alora_run_is_evaluated_as_in_training_and_not_merged(
     with pytest.raises(ArtifactError, match="aLoRA cannot be merged"):
         merge_checkpoints(config.output_dir)
     assert not [path for path in Path(config.output_dir).iterdir() if path.name.startswith("merged")]
+
+
+def test_alora_whose_tokens_occur_in_no_row_is_not_trained(
+    make_config: Callable[..., RunConfig], tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train_on(tokens: list[int]) -> None:
+        run_training(
+            make_config(
+                adapter={"alora_invocation_tokens": tokens, "dropout": 0.0},
+                data={"packing": False},
+                training={"max_steps": 1},
+            )
+        )
+
+    start = tokenizer.encode("<|im_start|>")
+    with pytest.raises(ConfigError, match="no example contains these tokens, so the adapter would never be used"):
+        train_on(start * 2)
+    assert not Path(make_config().output_dir).exists()
+    assert num_with([1, 2], Examples.of([Example(ids, ids) for ids in ([0, 1, 2], [1, 0, 2, 1], [2, 1])])) == 1
+    caplog.set_level("INFO")
+    train_on(start)
+    assert "do not contain adapter.alora_invocation_tokens" not in caplog.text

@@ -44,7 +44,8 @@ def check_examples(config: RunConfig, template: Callable[[], ChatTemplate], sour
     Raises:
         DataError: a row holds a token that the model does not have.
         ConfigError: an example is longer than the model's table of positions, the model does not support
-            `model.rope_scaling`, or it is stored in another quantization than the config has.
+            `model.rope_scaling`, or it is stored in another quantization than the config has; or no example has the
+            tokens of `adapter.alora_invocation_tokens`.
         ArtifactError: the model does not exist, or its padding token is not in its vocabulary.
     """
     check_quantization(config.model, config.quantization)
@@ -52,6 +53,9 @@ def check_examples(config: RunConfig, template: Callable[[], ChatTemplate], sour
     if config.model.add_tokens is not None:
         vocab_size = resized_vocabulary(config.model.add_tokens, template().tokenizer, sizes.vocab_size)
         sizes = sizes._replace(vocab_size=vocab_size)
+    sources = list(sources)
+    if config.adapter.alora_invocation_tokens:
+        _check_invocations(config.adapter.alora_invocation_tokens, sources)
     for examples in sources:
         if len(examples):
             _check_tokens(config.model, sizes, template, examples)
@@ -89,6 +93,17 @@ def check_prompts(
             )
 
 
+def num_with(tokens: Sequence[int], examples: Examples) -> int:
+    """Return how many examples contain some tokens in sequence."""
+    ids, ends = np.asarray(examples.input_ids), examples.table[:, 0]
+    starts = np.arange(max(0, len(ids) - len(tokens) + 1))
+    for offset, token in enumerate(tokens):
+        starts = starts[ids[starts + offset] == token]
+    owners = np.searchsorted(ends, starts, side="right")
+    owners = np.unique(owners[starts + len(tokens) <= ends[owners]])
+    return len(owners if examples.indices is None else np.intersect1d(owners, examples.indices))
+
+
 def _check_tokens(
     section: ModelSection, sizes: ModelSizes, template: Callable[[], ChatTemplate], examples: Examples
 ) -> None:
@@ -107,6 +122,22 @@ def _check_tokens(
     unknown = np.unique(examples.input_ids[positions]).tolist()
     reason = _describe(section, sizes, template().tokenizer, unknown)
     raise DataError(f"{examples.files[file]}, row {row}{others}: {reason}, or remove it from the rows")
+
+
+def _check_invocations(tokens: Sequence[int], sources: Sequence[Examples]) -> None:
+    """Check that examples contain the tokens from which on an aLoRA adapter computes. Log a note if some do not."""
+    numbers = [len(examples) for examples in sources]
+    without = sum(numbers) - sum(num_with(tokens, examples) for examples in sources)
+    if without and without == sum(numbers):
+        raise ConfigError(
+            f"adapter.alora_invocation_tokens={list(tokens)}: no example contains these tokens, so the adapter would "
+            "never be used; lora-accel inspect --json shows the token ids of each row"
+        )
+    if without:
+        logger.info(
+            f"note: {without:,} of {sum(numbers):,} examples do not contain adapter.alora_invocation_tokens; in them "
+            "the adapter is not used"
+        )
 
 
 def _check_length(config: RunConfig, sizes: ModelSizes, examples: Examples) -> int:
