@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from lora_accel.config.schema import RunConfig
@@ -116,3 +117,25 @@ def test_run_resumes_on_the_same_backend_bit_for_bit(
         runs.train(preset, LORA_ACCEL_FAULT=f"step.begin@{steps_done + 1}=kill")
         runs.check_resumed(expected, preset)
         assert f"resuming after step {steps_done} from" in runs.forks.log()
+
+
+@pytest.mark.parametrize("destination", ["cpu_zero2", pytest.param("cpu_zero3", marks=pytest.mark.slow)])
+def test_initial_values_are_subtracted_unchanged_by_the_next_backend(
+    forks: Forks, make_config: Callable[..., RunConfig], tmp_path: Path, destination: str
+) -> None:
+    """PiSSA in bf16: DeepSpeed keeps what is frozen in bf16, and what is trained in float32."""
+    config = make_config(
+        adapter={"init_lora_weights": "pissa", "target_modules": ["q_proj"], "dropout": 0.0},
+        training={"max_steps": 4, "mixed_precision": "bf16"},
+        checkpoint={"every_steps": 1, "keep_last": 9},
+    )
+    runs = Runs(forks, config, tmp_path)
+    runs.train("cpu_ddp", LORA_ACCEL_FAULT="step.begin@3=kill")
+    before, after = runs.output / "checkpoints" / "step-00000002", runs.output / "adapter"
+    first = load_file(before / "adapter_model.safetensors")
+    assert set(runs.train(destination)) == {0}, forks.log()
+    for name, tensor in load_file(after / "adapter_model.safetensors").items():
+        trained, subtracted = tensor.chunk(2, dim=0 if "lora_A" in name else 1)
+        trained_before, subtracted_before = first[name].chunk(2, dim=0 if "lora_A" in name else 1)
+        assert torch.equal(subtracted, subtracted_before), name
+        assert not torch.equal(trained, trained_before), name
