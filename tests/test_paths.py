@@ -60,11 +60,13 @@ def occupy(path: Path, kind: str) -> Path:
         return path.joinpath(*["m"] * 1500)
     elif kind == "NUL":
         return path.with_name("a\0b")
-    elif kind == "surrogate" or kind == "not UTF-8":
-        return path.with_name("a\ud800b")
+    elif kind in NO_TEXT:
+        return path.with_name(NO_TEXT[kind])
     return path
 
 
+NO_TEXT = {"surrogate": "a\ud800b", "not UTF-8": "a\udcffb"}
+"""Names that are not UTF-8. Only the second can be an argument of a process."""
 REASONS = {
     "file": "is a file; choose a folder",
     "fifo": "is a file; choose a folder",
