@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import filelock
 import numpy as np
 import pytest
+from packaging.version import Version
 from transformers import PreTrainedTokenizerFast
 
 from lora_accel.config.schema import DataSection
@@ -434,6 +436,8 @@ def test_something_else_in_place_of_a_lock_gives_an_entry_of_its_own(tmp_path: P
         lock.symlink_to("missing")
     folder = get_or_build(tmp_path, "key", lambda folder: (folder / "data").touch())
     assert get_or_build(tmp_path, "key", never) == folder
+    if kind == "dangling link" and Version(filelock.__version__) < Version("3.20.1"):
+        kind = "pipe"  # earlier versions follow the link, and lock where it points
     assert folder.name == ("key" if kind == "pipe" else f"key-{os.geteuid()}")
 
 

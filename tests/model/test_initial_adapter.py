@@ -7,8 +7,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -71,8 +73,18 @@ def test_base_is_unchanged_and_the_run_begins_with_it(init: str, family: str) ->
     assert not set(initial_names(model)) & trainable_parameters(model).keys()
 
 
+since_peft_021 = pytest.mark.skipif(
+    Version(peft.__version__) < Version("0.21"), reason="this PEFT rejects or ignores it"
+)
+
+
 @pytest.mark.parametrize(
-    "options", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 5]}, {"bias": "all"}]
+    "options",
+    [
+        pytest.param({"modules_to_save": ["lm_head"]}, marks=since_peft_021),
+        {"trainable_token_indices": [3, 5]},
+        {"bias": "all"},
+    ],
 )
 def test_what_is_trained_besides_is_still_trained(options: dict[str, object]) -> None:
     model, plain = (
@@ -104,6 +116,7 @@ def test_rank_above_the_size_of_a_weight_is_an_error() -> None:
         add_adapter(model_of("llama"), section("pissa", r=20, target_modules=["k_proj"]), seed=0, autocast=False)
 
 
+@since_peft_021
 def test_layer_that_is_not_linear_is_an_error() -> None:
     adapter = section("pissa", target_modules=["q_proj", "w1", "w2", "w3"])
     with pytest.raises(ConfigError, match=r"init_lora_weights=pissa does not support .*experts"):

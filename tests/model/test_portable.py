@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -74,6 +76,8 @@ def test_a_class_of_transformers_5_is_kept_and_a_missing_one_is_set(
             AutoConfig.for_model("llama", **COMMON).save_pretrained(base)
         save_tokenizer(load_tokenizer(ModelSection(name_or_path=str(base))), tmp_path / "out")
         saved = read(tmp_path / "out" / "tokenizer_config.json")
+        if kind is None and Version(transformers.__version__) < Version("5.3"):
+            expected = "CodeLlamaTokenizer"  # what it loads for Llama
         assert saved["tokenizer_class"] == expected
         assert "is_local" not in saved
 
