@@ -259,7 +259,7 @@ def test_other_rejections_of_deepspeed_are_one_message(
 def test_a_key_that_appears_twice_is_an_error(tmp_path: Path) -> None:
     environment = environment_of({}, tmp_path)
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2, "stage": 3}}', encoding="utf-8")
-    with pytest.raises(ConfigError, match="the key 'stage' appears twice in one object; keep one"):
+    with pytest.raises(ConfigError, match="key 'stage' appears twice in one object; keep one"):
         read_launch(environment)
 
 

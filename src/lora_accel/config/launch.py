@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from lora_accel.config.deepspeed_json import key_problems, section_problems, section_rows, value_of
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ConfigError
+from lora_accel.json_text import unique_keys
 from lora_accel.paths import open_to_read
 
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -391,7 +392,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         with open_to_read(path) as file:
-            value = json.loads(file.read().decode("utf-8"), object_pairs_hook=_unique_keys)
+            value = json.loads(file.read().decode("utf-8"), object_pairs_hook=unique_keys)
     except OSError as error:
         raise ConfigError(f"deepspeed_config_file: {path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -407,20 +408,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         if section is not None and not isinstance(section, dict):
             raise ConfigError(f"deepspeed_config_file: {path}: {key} must be an object, not {json.dumps(section)}")
     return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the members of a JSON object.
-
-    Raises:
-        ValueError: a key appears twice; DeepSpeed raises too, and Accelerate would use the last.
-    """
-    members: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in members:
-            raise ValueError(f"the key {key!r} appears twice in one object; keep one")
-        members[key] = value
-    return members
 
 
 def _non_auto(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from lora_accel.config.schema import SourceSection
 from lora_accel.data.decompression import Expansion, decompressed, read_all
 from lora_accel.data.files import file_type, find_files
 from lora_accel.data.formats import detect_format, parse_row
-from lora_accel.data.json_text import first_duplicate, parse_strictly
 from lora_accel.data.records import MalformedRow, Row, UnusableRow
 from lora_accel.data.regular import HashedFile, Stamp, changed, stamp_and_hash
 from lora_accel.errors import DataError, first_line
+from lora_accel.json_text import first_duplicate, parse_strictly
 
 Line = TypeVar("Line", str, bytes)
 TABLES = (".parquet", ".arrow")

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lora_accel.data.json_text import parse_strictly
 from lora_accel.data.records import MalformedRow, Message, Row, UnusableRow
+from lora_accel.json_text import parse_strictly
 
 
 def parse_tools(row: Row) -> list[dict[str, Any]] | None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_accel.data.formats import parse_row
-from lora_accel.data.json_text import parse_strictly
 from lora_accel.data.records import Conversation, Message
 from lora_accel.errors import ConfigError
+from lora_accel.json_text import parse_strictly
 from lora_accel.paths import open_to_read
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lora_accel.data.json_text import parse_strictly
 from lora_accel.errors import ArtifactError
+from lora_accel.json_text import parse_strictly
 from lora_accel.paths import open_to_read
 
 MAX_STATE_BYTES = 10_000_000

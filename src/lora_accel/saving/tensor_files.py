@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from lora_accel.data.json_text import first_duplicate
 from lora_accel.errors import ArtifactError, first_line
 from lora_accel.faults import fault_point
+from lora_accel.json_text import first_duplicate
 from lora_accel.saving.discovery import CONFIG, WEIGHTS
 
 State = dict[str, torch.Tensor]

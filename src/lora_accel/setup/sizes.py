@@ -96,8 +96,8 @@ def check_prompts(
 def num_with(tokens: Sequence[int], examples: Examples) -> int:
     """Return how many examples contain some tokens in sequence."""
     ids, ends = np.asarray(examples.input_ids), examples.table[:, 0]
-    starts = np.arange(max(0, len(ids) - len(tokens) + 1))
-    for offset, token in enumerate(tokens):
+    starts = np.flatnonzero(ids[: max(0, len(ids) - len(tokens) + 1)] == tokens[0])
+    for offset, token in enumerate(tokens[1:], start=1):
         starts = starts[ids[starts + offset] == token]
     owners = np.searchsorted(ends, starts, side="right")
     owners = np.unique(owners[starts + len(tokens) <= ends[owners]])

@@ -19,7 +19,7 @@ def parse_strictly(text: str, *, allow_nan: bool = True) -> Any:
             The message is the reason, without the location.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=None if allow_nan else _reject_constant)
+        value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=None if allow_nan else _reject_constant)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -35,7 +35,12 @@ def first_duplicate(names: list[str]) -> str:
     return next(name for name in names if counts[name] > 1)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the members of a JSON object; for `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        ValueError: a key appears twice.
+    """
     members = dict(pairs)
     if len(members) < len(pairs):
         raise ValueError(f"key {first_duplicate([key for key, _ in pairs])!r} appears twice in one object; keep one")
