@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -443,20 +444,15 @@ def checkpoints(
     verify: Annotated[bool, typer.Option("--verify", help="Also compare the SHA-256 of every file.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the checkpoints of a run: step, age, size, and whether each is valid."""
-    from lora_accel.saving.discovery import list_checkpoints
+    """List the checkpoints of a run: step, age, size, figures, and whether each is valid, newest, best, exported."""
+    from lora_accel.saving.listing import as_table, list_checkpoints
 
     infos = list_checkpoints(run, hashes=verify)
     if as_json:
-        print(json.dumps([info._asdict() for info in infos], indent=2))
+        print(json.dumps([dataclasses.asdict(info) for info in infos], indent=2))
         return
-    rows = [
-        (x.name, str(x.step), f"{x.age_seconds / 3600:,.1f} h", f"{x.bytes / 1e6:,.1f} MB", x.reason or "valid")
-        for x in infos
-    ]
-    print_table(
-        str(run), rows, headers=("checkpoint", "step", "age", "size", "bytes and hashes" if verify else "state")
-    )
+    headers, *rows = as_table(run, infos, hashes=verify)
+    print_table(str(run), rows, headers=headers)
 
 
 @app.command(name="verify-resume")

@@ -84,6 +84,12 @@ def join_or(names: Iterable[str]) -> str:
     return f"{', '.join(rest)} or {last}" if rest else last
 
 
+def join_and(names: Iterable[str]) -> str:
+    """Return `A, B and C`."""
+    *rest, last = names
+    return f"{', '.join(rest)} and {last}" if rest else last
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's error message, without a final period; two if the first only announces."""
     first, *rest = str(error).strip().split("\n")

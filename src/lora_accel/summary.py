@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_accel.config.plan import Plan
 from lora_accel.config.schema import RunConfig
@@ -14,6 +14,9 @@ from lora_accel.console import format_seconds
 from lora_accel.data.audit import SourceLedger
 from lora_accel.errors import ArtifactError
 from lora_accel.saving.atomic import read_json, why_invalid
+
+if TYPE_CHECKING:
+    from lora_accel.saving.provenance import Exported
 
 
 def is_finished(
@@ -37,7 +40,8 @@ def is_finished(
     adapter = (folder / "adapter").resolve()  # it may be a link to another disk
     try:
         status, provenance = read_json(folder / "status.json"), read_json(folder / "provenance.json")
-        if status["state"] != "done" or status["step"] != plan.total_steps or why_invalid(adapter) is not None:
+        total_steps = status.get("total_steps", status["step"])  # a run that stopped early has done fewer
+        if status["state"] != "done" or total_steps != plan.total_steps or why_invalid(adapter) is not None:
             return False
         finished_plan = {key: provenance["plan"][key] for key in plan.as_dict() if key != "num_ranks"}
         tokens = [entry["tokens_sha256"] for entry in provenance["data"]]
@@ -59,16 +63,16 @@ def is_finished(
     return is_same and _has_same_model(config, template, recorded, template_sha256)
 
 
-def finished_lines(folder: Path, step: int, *, can_evaluate: bool, trust_remote_code: bool = False) -> list[str]:
+def finished_lines(folder: Path, plan: Plan, *, can_evaluate: bool, trust_remote_code: bool = False) -> list[str]:
     """Return the message for a run that is already finished.
 
     Args:
-        step: its last step.
         can_evaluate: whether the run's config has evaluation data.
         trust_remote_code: whether the base's own code ran, which the next commands must allow too.
     """
+    step = read_json(folder / "status.json")["step"]
     return [
-        f"{folder}: finished after step {step:,}; nothing to do",
+        f"{folder}: finished after step {step:,}{_early_note(step, plan)}; nothing to do",
         f"adapter: {folder / 'adapter'}",
         "to train longer, add training.epochs=N 'checkpoint.allow_changes=[training.epochs]'",
         "to train from the beginning, add output_dir=ANOTHER",
@@ -81,6 +85,8 @@ def summary_lines(
     plan: Plan,
     *,
     resumed_from: int,
+    last_step: int,
+    exported: Exported,
     seconds: float,
     loss: float | None,
     eval_loss: float | None,
@@ -91,21 +97,29 @@ def summary_lines(
 
     Args:
         resumed_from: the step after which this process started.
+        last_step: the last step of the plan, or the one at which the run stopped early.
+        exported: which weights adapter/ has.
         seconds: training time of this process.
         loss, eval_loss: of the last step; None = not logged, not evaluated.
         can_evaluate: whether the run's config has evaluation data.
         trust_remote_code: see `finished_lines`.
     """
-    steps = plan.total_steps - resumed_from
+    steps = last_step - resumed_from
     resumed = f", resumed after step {resumed_from:,}" if resumed_from else ""
     losses = [("loss", loss), ("eval loss", eval_loss)]
     final_losses = ", ".join(f"{name} {value:.4f}" for name, value in losses if value is not None)
+    best = f", of step {exported['step']:,}: best {exported['figure']}" if exported["selected"] == "best" else ""
     return [
-        f"finished: {steps:,} steps in {format_seconds(seconds)}{resumed}"
+        f"finished: {steps:,} steps in {format_seconds(seconds)}{resumed}{_early_note(last_step, plan)}"
         + (f"; {final_losses}" if final_losses else ""),
-        f"adapter: {folder / 'adapter'}",
+        f"adapter: {folder / 'adapter'}{best}",
         *next_lines(folder, can_evaluate=can_evaluate, trust_remote_code=trust_remote_code),
     ]
+
+
+def _early_note(step: int, plan: Plan) -> str:
+    """Return that a run stopped early; empty if it did not."""
+    return "" if step == plan.total_steps else f", stopped early (of {plan.total_steps:,} steps)"
 
 
 def next_lines(folder: Path, *, can_evaluate: bool, trust_remote_code: bool = False) -> list[str]:

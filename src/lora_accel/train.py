@@ -41,7 +41,7 @@ from lora_accel.training.stopping import abort_on_signal
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from lora_accel.saving.provenance import Provenance
+    from lora_accel.saving.provenance import Exported, Provenance
     from lora_accel.setup.data import PreparedData
     from lora_accel.setup.model import PreparedModel
     from lora_accel.setup.resume import ResumePoint
@@ -133,7 +133,7 @@ def run_in_folder(
     identity = {"template": data.template.source, "mixed_precision": accelerator.mixed_precision}
     if gather_object([is_main and is_finished(folder, config, data.plan, data.dataset.ledgers, **identity)])[0]:
         options = {"can_evaluate": bool(data.eval_sources), "trust_remote_code": config.model.trust_remote_code}
-        logger.info("\n".join(finished_lines(folder, data.plan.total_steps, **options)))
+        logger.info("\n".join(finished_lines(folder, data.plan, **options)))
         return folder / "adapter"
     check_final_adapter(folder / "adapter")
 
@@ -150,7 +150,7 @@ def run_in_folder(
     start = resume_run(config, accelerator, prepared, provenance, data.plan)
     create_folder()
     if is_main:
-        keep_last = config.checkpoint.keep_while_training
+        keep_last = config.checkpoint.keep_while_training + config.checkpoint.keeps_best
         check_disk_space(accelerator, prepared.model, folder / "checkpoints", keep_last, config.training.optimizer)
         ledgers = {"train": data.dataset.ledgers, "eval": data.eval_ledgers}
         write_run_folder(folder, config, data.plan, ledgers, provenance)
@@ -200,7 +200,9 @@ def train_and_export(
     pids, rank = [process.pid for process in processes], accelerator.process_index
     with (
         handle_stop_signals(config.training.max_hours, reports=accelerator.is_local_main_process) as stop,
-        track_status(folder, first_step, start.checkpoint, pids=pids, enabled=is_main) as note_status,
+        track_status(
+            folder, first_step, start.checkpoint, total_steps=data.plan.total_steps, pids=pids, enabled=is_main
+        ) as note_status,
     ):
         run = make_run(config, data, accelerator, prepared, provenance, start, stop, note_status)
         run.metrics.start_trackers()
@@ -212,25 +214,35 @@ def train_and_export(
             store, end = connect_store(len(processes)), functools.partial(write_state, folder)
             with watch_ranks(store, run.position, processes, rank, on_abort=end):
                 train(run, start.progress)
+                exported = run.checkpointer.restore_exported(start.progress)
                 save_final_adapter(
-                    folder / "adapter", data.template, accelerator, prepared.model, provenance, config.checkpoint.gather
+                    folder / "adapter",
+                    data.template,
+                    accelerator,
+                    prepared.model,
+                    {**provenance, "exported": exported},
+                    config.checkpoint.gather,
                 )
             if is_main:
-                prune(checkpoints, config.checkpoint.keep_last, protected=config.checkpoint.resume)
-            run.metrics.log_event(data.plan.total_steps, "done")
+                prune(checkpoints, config.checkpoint.keep_last, run.checkpointer.protected(start.progress))
+            run.metrics.log_event(start.progress.step, "done")
         finally:
             run.metrics.close()
     if is_main:
-        log_summary(config, data, run.metrics, first_step)
+        log_summary(config, data, run.metrics, first_step, start.progress.step, exported)
     return folder / "adapter"
 
 
-def log_summary(config: RunConfig, data: PreparedData, metrics: Metrics, first_step: int) -> None:
+def log_summary(
+    config: RunConfig, data: PreparedData, metrics: Metrics, first_step: int, last_step: int, exported: Exported
+) -> None:
     """Log the results of a run that has finished, and the commands that use its adapter."""
     lines = summary_lines(
         Path(config.output_dir),
         data.plan,
         resumed_from=first_step,
+        last_step=last_step,
+        exported=exported,
         seconds=metrics.elapsed_seconds,
         loss=metrics.loss,
         eval_loss=metrics.eval_loss,

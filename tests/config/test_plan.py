@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
 
-from lora_accel.config.plan import Plan, make_plan
+from lora_accel.config.counts import scale
+from lora_accel.config.plan import Plan, is_due, make_plan
 from lora_accel.config.schema import RunConfig
 
 
@@ -154,12 +157,66 @@ def test_evaluates_only_with_examples_or_prompts(
     assert steps_with(plan.evaluates_after, 5) == steps
 
 
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [
+        (1 / 3, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
+        (1, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
+        (3, [3, 6, 9, 12]),
+        (3.5, [4, 7, 11]),
+        (2.1, [3, 5, 7, 9, 11]),
+        (None, []),
+    ],
+)
+def test_is_due_after_the_first_step_that_is_not_before_a_multiple(every: float | None, steps: list[int]) -> None:
+    assert [step for step in range(13) if is_due(step, every)] == steps
+
+
+@pytest.mark.parametrize("epochs", [0.1, 0.3, 0.5, 0.7, 1.1, 1.5, 3.0])
+@pytest.mark.parametrize("steps_per_epoch", [1, 7, 10, 1001])
+def test_is_due_as_often_as_the_decimals_of_the_interval_require(epochs: float, steps_per_epoch: int) -> None:
+    total = 33 * steps_per_epoch
+    every = Fraction(str(epochs)) * steps_per_epoch
+    due = {math.ceil(k * every) for k in range(1, math.ceil(total / every) + 1)}
+    assert {s for s in range(total + 1) if is_due(s, scale(epochs, steps_per_epoch))} == {s for s in due if s <= total}
+
+
+def test_intervals_in_epochs_become_steps() -> None:
+    values = {"checkpoint": {"every_epochs": 0.5}, "evaluation": {"every_epochs": 1.0}, "training": {"batch_size": 3}}
+    plan = plan_of(num_eval_examples=2, **values)  # 7 steps per epoch
+    assert (plan.save_every, plan.evaluate_every) == (3.5, 7)
+    assert steps_with(plan.saves_after, 21) == [4, 7, 11, 14, 18, 21]
+    assert steps_with(plan.evaluates_after, 21) == [7, 14, 21]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"checkpoint": {"keep_best": "eval_loss"}}, {"checkpoint": {"export": "best"}}, {"evaluation": {"patience": 3}}],
+)
+def test_evaluated_steps_are_saved_if_one_is_selected(changes: dict[str, Any]) -> None:
+    values = {"evaluation": {"every_steps": 2}, "training": {"max_steps": 5}}
+    assert steps_with(plan_of(num_eval_examples=2, **values).saves_after, 5) == [5]
+    values = {key: values.get(key, {}) | changes.get(key, {}) for key in values | changes}
+    plan = plan_of(num_eval_examples=2, **values)
+    assert steps_with(plan.saves_after, 5) == [2, 4, 5]
+    assert not plan.saves_after(0)
+
+
+@pytest.mark.parametrize(("at_start", "num", "expected"), [(True, 2, True), (False, 2, False), (True, 0, False)])
+def test_evaluates_before_the_first_step(at_start: bool, num: int, expected: bool) -> None:
+    plan = plan_of(num_eval_examples=num, evaluation={"at_start": at_start})
+    assert plan.evaluates_after(0) is expected
+
+
 def test_table_shows_the_numbers() -> None:
     table = dict(plan_of(num_eval_examples=2, training={"batch_size": 4, "epochs": 2}).table())
     assert table["examples"] == "21 per epoch, 2 for evaluation"
     assert table["tokens"] == "1,000 per epoch, 25.0% supervised"
     assert table["steps"] == "12 = 2 epoch(s) of 6 steps; 1 warm-up step(s)"
-    assert table["evaluation"] == "only after the last step"
+    assert table["evaluation"] == "before the first step and after the last step"
+    evaluation = {"at_start": False, "every_epochs": 0.25}
+    table = dict(plan_of(num_eval_examples=2, training={"batch_size": 4}, evaluation=evaluation).table())
+    assert table["evaluation"] == "every 1.5 steps and after the last step"
 
 
 def test_as_dict_rebuilds_the_plan() -> None:

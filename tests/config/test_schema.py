@@ -175,12 +175,33 @@ def test_allow_changes_rejects_unknown_options(option: str, nearest: str | None)
         assert f"(did you mean {nearest}?)" in message
 
 
+EVERY = {"every_steps": 5}
+HELD_OUT = {"train": [{"path": "rows.jsonl"}], "eval_fraction": 0.1}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"quantization": {"bits": 4}, "model": {"name_or_path": "m", "dtype": "float16"}}, "model.dtype=float16"),
         ({"quantization": {"bits": 4}, "adapter": {"modules_to_save": ["lm_head"]}}, "modules_to_save"),
-        ({"evaluation": {"every_steps": 1}}, "nothing to evaluate"),
+        ({"evaluation": {"every_steps": 1}}, "evaluation.every_steps: there is nothing to evaluate"),
+        ({"evaluation": {"every_epochs": 0.5}}, "evaluation.every_epochs: there is nothing to evaluate"),
+        ({"evaluation": EVERY | {"every_epochs": 0.5, "prompts": ["a"]}}, "set every_steps or every_epochs, not both"),
+        ({"evaluation": {"min_delta": 0.1}}, "min_delta needs patience"),
+        (
+            {"evaluation": EVERY | {"patience": 2, "prompts": ["a"]}},
+            "evaluation.patience: there are no evaluation rows",
+        ),
+        ({"data": HELD_OUT, "evaluation": {"patience": 2}}, "evaluation.patience: the run is evaluated after its last"),
+        ({"data": HELD_OUT, "checkpoint": {"export": "best"}}, "checkpoint.export=best: the run is evaluated after"),
+        ({"checkpoint": {"keep_best": "eval_loss"}}, "checkpoint.keep_best: there are no evaluation rows"),
+        (
+            {"data": HELD_OUT, "evaluation": EVERY, "checkpoint": {"keep_best": "eval_los"}},
+            r"no figure 'eval_los' \(did you mean eval_loss\?\)",
+        ),
+        ({"checkpoint": {"best_is": "max"}}, "checkpoint.best_is needs checkpoint.keep_best"),
+        ({"checkpoint": {"every_steps": 5, "every_epochs": 0.5}}, "set every_steps or every_epochs, not both"),
+        ({"checkpoint": {"every_steps": None}}, "every_steps is null; set it, or every_epochs"),
     ],
 )
 def test_conflicting_sections_are_an_error(changes: dict[str, Any], message: str) -> None:

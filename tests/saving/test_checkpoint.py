@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from lora_accel import RunConfig, faults, run_training
 from lora_accel.errors import ArtifactError, ConfigError, TrainingError
 from lora_accel.saving import checkpoint as checkpoints
-from lora_accel.saving import discovery
+from lora_accel.saving import listing
 from lora_accel.saving.atomic import MANIFEST, sha256_of, why_invalid, write_manifest
 from lora_accel.saving.checkpoint import METADATA_BYTES, check_disk_space, load_checkpoint, save_checkpoint
 from lora_accel.saving.discovery import (
@@ -30,10 +30,10 @@ from lora_accel.saving.discovery import (
     Checkpoint,
     CheckpointSelection,
     find_checkpoint,
-    list_checkpoints,
     prune,
     quarantine,
 )
+from lora_accel.saving.listing import list_checkpoints
 from tests.conftest import read_metrics
 
 Prepared = tuple[Accelerator, PeftModel, torch.optim.Optimizer]
@@ -65,7 +65,9 @@ def update(accelerator: Accelerator, model: PeftModel, optimizer: torch.optim.Op
 
 
 def save(prepared: Prepared, folder: Path, step: int, keep_last: int = 10, protected: str = "", **state: Any) -> Path:
-    return save_checkpoint(*prepared, folder, {"step": step, **state}, keep_last=keep_last, protected=protected)
+    return save_checkpoint(
+        *prepared, folder, {"step": step, **state}, keep_last=keep_last, protected=[protected] if protected else []
+    )
 
 
 def newest(folder: Path) -> Checkpoint:
@@ -182,7 +184,7 @@ def test_protected_checkpoint_is_not_pruned(
         protected = str(three.parent / "link" / "step-00000001")
     save(make(1), three, 4, keep_last=1, protected=protected)
     assert names(three) == ["step-00000001", "step-00000004"]
-    prune(three, 1, protected="auto")
+    prune(three, 1, protected=["auto"])
     assert names(three) == ["step-00000004"]
 
 
@@ -501,6 +503,12 @@ def test_malformed_state_raises(three: Path, state: str) -> None:
         ({"begun_from": 3}, "begun_from=3: "),
         ({"provenance": []}, r"provenance=\[\]: "),
         ({"loss_scale": {"value": "x"}}, "loss_scale.value"),
+        ({"evaluations": [{"step": 1, "eval_loss": "low"}]}, r"evaluations\.0\.eval_loss"),
+        (
+            {"evaluations": [{"step": 3, "eval_loss": 1.0}]},
+            r"evaluations has the steps \[3\], which are not increasing",
+        ),
+        ({"evaluations": [{"step": 2}, {"step": 1}]}, r"evaluations has the steps \[2, 1\], which are not increasing"),
         ({"steps": 3}, "steps is not a field that this version knows"),
         ({"files": {WEIGHTS: "0" * 64}}, f"{WEIGHTS} is not the file that was saved with this state"),
         ({"files": {"../x": "0" * 64}}, r"\.\./x is not the file"),
@@ -737,7 +745,7 @@ def test_disallowed_change_raises_with_the_options_that_allow_it(
 
 def test_checkpoint_deleted_while_listing_is_omitted(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run in progress prunes its checkpoints."""
-    why_invalid = discovery.why_invalid
+    why_invalid = listing.why_invalid
 
     def deleting_why_invalid(folder: Path, **options: Any) -> str | None:
         reason = why_invalid(folder, **options)
@@ -745,5 +753,5 @@ def test_checkpoint_deleted_while_listing_is_omitted(three: Path, monkeypatch: p
             shutil.rmtree(folder)
         return reason
 
-    monkeypatch.setattr(discovery, "why_invalid", deleting_why_invalid)
+    monkeypatch.setattr(listing, "why_invalid", deleting_why_invalid)
     assert [entry.step for entry in list_checkpoints(three.parent, hashes=True)] == [2, 3]

@@ -20,7 +20,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from lora_accel import RunConfig, run_training
 from lora_accel.errors import ArtifactError, ConfigError, TrainingError
 from lora_accel.saving.atomic import MANIFEST, atomic_folder, read_json, recover_all, sha256_of, why_invalid
-from lora_accel.saving.discovery import FILES, find_checkpoint, list_checkpoints, prune, step_folders
+from lora_accel.saving.discovery import FILES, find_checkpoint, prune, step_folders
+from lora_accel.saving.listing import list_checkpoints
 from lora_accel.saving.lock import LOCK, locked
 from lora_accel.saving.output_dir import RUN_FILES, RUN_FOLDERS, check_output_folder
 from lora_accel.training import loop, metrics

@@ -25,7 +25,7 @@ def fail_in(
     folder: Path, error: BaseException, *, enabled: bool = True, before: Callable[[Path], None] | None = None
 ) -> None:
     """Record step 2, call `before`, and raise an error."""
-    with track_status(folder, 0, None, pids=[1], enabled=enabled) as note:
+    with track_status(folder, 0, None, total_steps=9, pids=[1], enabled=enabled) as note:
         note(2, folder / "step-00000002")
         if before is not None:
             before(folder)
@@ -33,8 +33,8 @@ def fail_in(
 
 
 def test_state_is_running_then_done(tmp_path: Path) -> None:
-    with track_status(tmp_path, 0, None, pids=[os.getpid(), 7], enabled=True) as note:
-        expected = {"state": "running", "step": 0, "checkpoint": None}
+    with track_status(tmp_path, 0, None, total_steps=9, pids=[os.getpid(), 7], enabled=True) as note:
+        expected = {"state": "running", "step": 0, "total_steps": 9, "checkpoint": None}
         assert read(tmp_path) == expected | {"pids": [os.getpid(), 7], "host": socket.gethostname()}
         note(3, tmp_path / "checkpoints" / "step-00000003")
         status = read(tmp_path)
@@ -45,7 +45,7 @@ def test_state_is_running_then_done(tmp_path: Path) -> None:
 
 
 def test_resumed_run_records_its_checkpoint_at_once(tmp_path: Path) -> None:
-    with track_status(tmp_path, 4, tmp_path / "step-00000004", pids=[1], enabled=True):
+    with track_status(tmp_path, 4, tmp_path / "step-00000004", total_steps=9, pids=[1], enabled=True):
         status = read(tmp_path)
         assert (status["step"], status["checkpoint"]) == (4, str(tmp_path / "step-00000004"))
 
@@ -76,7 +76,7 @@ def test_failed_status_write_does_not_hide_the_error(tmp_path: Path) -> None:
 
 
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
-    with track_status(tmp_path, 0, None, pids=[1], enabled=False) as note:
+    with track_status(tmp_path, 0, None, total_steps=9, pids=[1], enabled=False) as note:
         note(3, None)
     with pytest.raises(ValueError, match="a bug"):
         fail_in(tmp_path, ValueError("a bug"), enabled=False)

@@ -383,7 +383,7 @@ def with_evaluation(make_config: Callable[..., RunConfig], tmp_path: Path) -> Ca
     def make(name: str, **changes: Any) -> RunConfig:
         values = {
             "data": {"eval": [{"path": str(held_out)}]},
-            "evaluation": {"every_steps": 3, "prompts": ["repeat alpha"], "max_new_tokens": 4},
+            "evaluation": {"every_steps": 3, "prompts": ["repeat alpha"], "max_new_tokens": 4, "at_start": False},
             "checkpoint": {"every_steps": 3},
             "training": ONE_FORWARD,
         }

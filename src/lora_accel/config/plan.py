@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_accel.config.counts import scale
 from lora_accel.config.schema import RunConfig
+from lora_accel.errors import join_and
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +28,16 @@ class Plan:
     total_steps: int
     warmup_steps: int
     log_every: int
-    save_every: int
-    evaluate_every: int | None
-    """None = after the last step only."""
+    save_every: float
+    """In steps. A part of an epoch need not be a number of steps; see `is_due`."""
+    evaluate_every: float | None
+    """In steps; None = after the last step only."""
     evaluates: bool
     """Whether there are evaluation examples or prompts."""
+    evaluates_at_start: bool
+    """Whether the first evaluation is before the first step."""
+    saves_evaluated: bool
+    """Whether every evaluated step is saved, because one of them is selected by its figures."""
 
     def position(self, step: int) -> tuple[int, int]:
         """Return (epoch, step within the epoch) of the 0-based step."""
@@ -48,12 +54,15 @@ class Plan:
 
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint is saved after `step` steps."""
-        return step % self.save_every == 0 or step == self.total_steps
+        if self.saves_evaluated and step > 0 and self.evaluates_after(step):
+            return True
+        return is_due(step, self.save_every) or step == self.total_steps
 
     def evaluates_after(self, step: int) -> bool:
-        """Whether the model is evaluated after `step` steps."""
-        due = self.evaluate_every is not None and step > 0 and step % self.evaluate_every == 0
-        return self.evaluates and (due or step == self.total_steps)
+        """Whether the model is evaluated after `step` steps; 0 = before the first one."""
+        if step == 0:
+            return self.evaluates and self.evaluates_at_start
+        return self.evaluates and (is_due(step, self.evaluate_every) or step == self.total_steps)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as plain values."""
@@ -67,7 +76,8 @@ class Plan:
     def table(self) -> list[tuple[str, str]]:
         """Return (name, value) rows to print."""
         share = self.num_supervised_tokens / max(1, self.num_tokens)
-        when = f"every {self.evaluate_every} steps and" if self.evaluate_every else "only"
+        times = ["before the first step"] if self.evaluates_at_start else []
+        times += [f"every {self.evaluate_every:g} steps"] if self.evaluate_every else []
         return [
             ("examples", f"{self.num_examples:,} per epoch, {self.num_eval_examples:,} for evaluation"),
             ("tokens", f"{self.num_tokens:,} per epoch, {share:.1%} supervised"),
@@ -77,9 +87,23 @@ class Plan:
                 f"{self.total_steps:,} = {self.total_steps / self.steps_per_epoch:.4g} epoch(s) of "
                 f"{self.steps_per_epoch:,} steps; {self._describe_warmup()}",
             ),
-            ("checkpoints", f"every {self.save_every} steps and after the last step"),
-            ("evaluation", f"{when} after the last step" if self.evaluates else "none"),
+            ("checkpoints", f"every {self.save_every:g} steps and after the last step"),
+            ("evaluation", join_and([*times, "after the last step"]) if self.evaluates else "none"),
         ]
+
+
+def is_due(step: int, every: float | None) -> bool:
+    """Whether something that happens every `every` steps happens after `step` steps.
+
+    Its k-th time is after the first step that is not before k * every: every 3.5 steps is after steps 4, 7, 11, 14.
+
+    Args:
+        every: None = never.
+    """
+    if every is None or step <= 0:
+        return False
+    # The small number makes up for the rounding of the division, so that a multiple of 2.1 is one.
+    return math.floor(step / every + 1e-9) > math.floor((step - 1) / every + 1e-9)
 
 
 def make_plan(
@@ -105,6 +129,7 @@ def make_plan(
     warmup_steps = training.warmup_steps
     if warmup_steps is None:
         warmup_steps = math.ceil(scale(training.warmup_ratio, total_steps))
+    checkpoint, evaluation = config.checkpoint, config.evaluation
     return Plan(
         num_ranks=num_ranks,
         num_examples=num_examples,
@@ -116,7 +141,9 @@ def make_plan(
         total_steps=total_steps,
         warmup_steps=warmup_steps,
         log_every=config.logging.every_steps,
-        save_every=config.checkpoint.every_steps,
-        evaluate_every=config.evaluation.every_steps,
-        evaluates=num_eval_examples > 0 or bool(config.evaluation.prompts),
+        save_every=checkpoint.every_steps or scale(checkpoint.every_epochs or 0, steps_per_epoch),
+        evaluate_every=evaluation.every_steps or scale(evaluation.every_epochs or 0, steps_per_epoch) or None,
+        evaluates=num_eval_examples > 0 or bool(evaluation.prompts),
+        evaluates_at_start=evaluation.at_start,
+        saves_evaluated=checkpoint.keeps_best or evaluation.patience is not None,
     )

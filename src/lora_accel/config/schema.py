@@ -73,6 +73,8 @@ def _check_path(value: str) -> str:
 
 PathText = Annotated[str, AfterValidator(_check_path)]
 """A path, a URL or a Hub id."""
+LOSS_FIGURES = ("eval_loss", "eval_perplexity")
+"""The figures that every evaluation has; of these, the smallest value is the best."""
 MAX_STEPS = 1_000_000_000
 MAX_TOKENS = 1 << 24
 """Limits of counts. Larger values are typing errors: 10^9 steps take years, and no model has 2^24 positions."""
@@ -415,10 +417,20 @@ class TrainingSection(Section):
 class CheckpointSection(Section):
     """Checkpoints and resuming."""
 
-    every_steps: int = Field(200, ge=1, le=MAX_STEPS)
+    every_steps: int | None = Field(200, ge=1, le=MAX_STEPS)
     """Steps between checkpoints. The last step is always saved."""
+    every_epochs: float | None = Field(None, gt=0, le=1e6)
+    """Epochs between checkpoints, such as 0.5. Replaces every_steps."""
     keep_last: int = Field(2, ge=1, le=MAX_STEPS)
     """Number of checkpoints to keep after the run. During the run at least 2 are kept, in case one is corrupt."""
+    keep_best: str | None = None
+    """Figure of the evaluation, such as eval_loss, whose best checkpoint is kept beside the newest ones. Every
+    evaluated step is then saved. null = no checkpoint is kept for its figures."""
+    best_is: Literal["auto", "min", "max"] = "auto"
+    """Whether the smallest or the largest value of keep_best is the best. auto = as the figure is defined."""
+    export: Literal["last", "best"] = "last"
+    """Which weights adapter/ gets: those of the last step, or those of the best evaluated checkpoint (keep_best, or
+    eval_loss)."""
     resume: PathText = "auto"
     """Where to resume from: auto = the newest valid checkpoint of the run | never | a checkpoint folder."""
     allow_changes: list[str] = []
@@ -432,16 +444,59 @@ class CheckpointSection(Section):
         """Return how many checkpoints a run keeps while it trains: the newest may turn out to be corrupt."""
         return max(2, self.keep_last)
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best evaluated checkpoint is kept."""
+        return self.keep_best is not None or self.export == "best"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_epochs(cls, values: Any) -> Any:
+        """Drop the default every_steps if every_epochs is set."""
+        if isinstance(values, dict) and values.get("every_epochs") is not None:
+            return {"every_steps": None} | values
+        return values
+
+    @model_validator(mode="after")
+    def _check_interval(self) -> Self:
+        if self.every_steps is not None and self.every_epochs is not None:
+            raise ValueError("set every_steps or every_epochs, not both")
+        if self.every_steps is None and self.every_epochs is None:
+            raise ValueError("every_steps is null; set it, or every_epochs")
+        return self
+
 
 class EvaluationSection(Section):
     """Evaluation during training."""
 
     every_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     """Steps between evaluations. null = after the last step only. Needs data.eval, data.eval_fraction or prompts."""
+    every_epochs: float | None = Field(None, gt=0, le=1e6)
+    """Epochs between evaluations, such as 0.5, in place of every_steps."""
+    at_start: bool = True
+    """Whether to evaluate before the first step too: what the base, or the adapter that the run starts from, does."""
+    patience: int | None = Field(None, ge=1, le=MAX_STEPS)
+    """Stop the run if this many evaluations in a row do not improve checkpoint.keep_best (or eval_loss). null = never.
+    """
+    min_delta: float = Field(0.0, ge=0, le=1e6)
+    """Smallest change that counts as an improvement for patience."""
     prompts: list[str] = []
     """User messages to reply to at each evaluation. The replies are written to metrics.jsonl."""
     max_new_tokens: int = Field(64, ge=1, le=MAX_NEW_TOKENS)
     """Maximum length of a reply, in tokens."""
+
+    @property
+    def is_periodic(self) -> bool:
+        """Whether the run evaluates between its first and its last step."""
+        return self.every_steps is not None or self.every_epochs is not None
+
+    @model_validator(mode="after")
+    def _check_interval(self) -> Self:
+        if self.every_steps is not None and self.every_epochs is not None:
+            raise ValueError("set every_steps or every_epochs, not both")
+        if self.min_delta and self.patience is None:
+            raise ValueError("min_delta needs patience")
+        return self
 
 
 class LoggingSection(Section):
@@ -473,11 +528,13 @@ class RunConfig(Section):
     def _check_sections(self) -> Self:
         problems = []
         has_eval = bool(self.data.eval) or self.data.eval_fraction > 0
-        if self.evaluation.every_steps and not (has_eval or self.evaluation.prompts):
+        interval = "every_epochs" if self.evaluation.every_epochs else "every_steps"
+        if self.evaluation.is_periodic and not (has_eval or self.evaluation.prompts):
             problems.append(
-                "evaluation.every_steps: there is nothing to evaluate; set data.eval, data.eval_fraction "
+                f"evaluation.{interval}: there is nothing to evaluate; set data.eval, data.eval_fraction "
                 "or evaluation.prompts"
             )
+        problems += self._selection_problems(has_eval)
         if self.quantization.bits and self.model.dtype == "float16":
             problems.append(
                 "model.dtype=float16 with quantization.bits loses precision in the norms; use bfloat16, float32 or auto"
@@ -518,3 +575,31 @@ class RunConfig(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _selection_problems(self, has_eval: bool) -> list[str]:
+        """Return what is wrong with the options that select a checkpoint by its evaluation."""
+        checkpoint, evaluation = self.checkpoint, self.evaluation
+        options = {
+            "checkpoint.keep_best": checkpoint.keep_best is not None,
+            "checkpoint.export=best": checkpoint.export == "best",
+            "evaluation.patience": evaluation.patience is not None,
+        }
+        name = next((name for name, is_set in options.items() if is_set), None)
+        problems = []
+        if name is None:
+            if checkpoint.best_is != "auto":
+                problems.append(
+                    "checkpoint.best_is needs checkpoint.keep_best, checkpoint.export or evaluation.patience"
+                )
+        elif not has_eval:
+            problems.append(f"{name}: there are no evaluation rows; set data.eval or data.eval_fraction")
+        elif not evaluation.is_periodic:
+            problems.append(
+                f"{name}: the run is evaluated after its last step only; set evaluation.every_steps or "
+                "evaluation.every_epochs"
+            )
+        figure = checkpoint.keep_best
+        if figure is not None and figure not in LOSS_FIGURES:
+            hint = did_you_mean(figure, LOSS_FIGURES)
+            problems.append(f"checkpoint.keep_best: the evaluation has no figure {figure!r}{hint}")
+        return problems

@@ -44,8 +44,9 @@ from lora_accel.saving.atomic import atomic_folder, write_json, write_text
 from lora_accel.saving.attach import check_adapter_files
 from lora_accel.saving.base_identity import base_hashes, have_same_base
 from lora_accel.saving.cards import merged_card
-from lora_accel.saving.discovery import CONFIG, list_checkpoints
+from lora_accel.saving.discovery import CONFIG
 from lora_accel.saving.hub import find_adapter, recorded_name
+from lora_accel.saving.listing import list_checkpoints
 from lora_accel.saving.provenance import versions
 
 COPIED_FILES = ("generation_config.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")

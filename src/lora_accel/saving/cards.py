@@ -41,7 +41,7 @@ pipeline_tag: text-generation
 # LoRA adapter for {_base_title(base)}
 
 Rank {saved["r"]}, alpha {saved["lora_alpha"]}, on {adapter["target_modules"]}; biases: {adapter["bias"]}.
-{_init_note(adapter)}Trained for {plan["total_steps"]} steps of {plan["batch_size"]} examples with lora_accel
+{_init_note(adapter)}Trained for {_steps(provenance)} of {plan["batch_size"]} examples with lora_accel
 {provenance["packages"]["lora-accel"]} on:
 
 {data}
@@ -87,6 +87,16 @@ tokenizer = AutoTokenizer.from_pretrained(".")  # with the chat template of trai
 
 `provenance.json` records package versions, hashes, and the provenance of the adapter.
 """
+
+
+def _steps(provenance: Mapping[str, Any]) -> str:
+    """Return how many steps an adapter was trained for, and why its run has more."""
+    total = provenance["plan"]["total_steps"]
+    exported = provenance.get("exported") or {"step": total, "selected": "last"}
+    step = exported["step"]
+    if exported["selected"] == "best":
+        return f"{step} steps (of {total}; {exported['figure']} was best there: {exported['value']:.4g})"
+    return f"{step} steps" if step == total else f"{step} steps (stopped early, of {total})"
 
 
 def _init_note(adapter: Mapping[str, Any]) -> str:

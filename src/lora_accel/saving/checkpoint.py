@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lora_accel.model.adapter import trainable_parameters
 from lora_accel.saving.adapter import gather_adapter, unwrap_peft_model, write_adapter
 from lora_accel.saving.atomic import atomic_folder, sha256_of, sync, write_json
 from lora_accel.saving.attach import restore_adapter
-from lora_accel.saving.discovery import OPTIMIZER, STATE, WEIGHTS, Checkpoint, prune, step_folders
+from lora_accel.saving.discovery import OPTIMIZER, STATE, WEIGHTS, Checkpoint, prune, step_folder, step_folders
 from lora_accel.saving.names import adapter_parameters, saved_shapes
 from lora_accel.saving.output_dir import check_exists
 from lora_accel.saving.provenance import Provenance, changes, changes_table, is_allowed, options_for_key
@@ -39,7 +39,7 @@ def save_checkpoint(
     optimizer_name: str = "adamw",
     keep_last: int,
     gather: str = "auto",
-    protected: str = "",
+    protected: Iterable[str | Path] = (),
 ) -> Path:
     """Save the state after `state["step"]` steps as `folder/step-…`. Every rank calls this.
 
@@ -49,7 +49,7 @@ def save_checkpoint(
         optimizer_name: `training.optimizer`, which determines the moments to save.
         keep_last: number of checkpoints to keep.
         gather: see `gather_adapter`.
-        protected: checkpoint folder that is never deleted.
+        protected: checkpoint folders that are not deleted.
 
     Returns:
         The new checkpoint's folder.
@@ -57,7 +57,7 @@ def save_checkpoint(
     Raises:
         TrainingError: on every rank, if the disk is full or a rank failed. Earlier checkpoints are left unchanged.
     """
-    final = folder / f"step-{state['step']:08d}"
+    final = step_folder(folder, state["step"])
     peft_model = unwrap_peft_model(accelerator, model)
     with on_all_ranks(accelerator, f"saving {final.name}"):
         fault_point("save.begin")

@@ -6,14 +6,14 @@ import contextlib
 import functools
 import os
 import re
-import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_accel.config.recorded import with_defaults
 from lora_accel.errors import ArtifactError
 from lora_accel.logs import logger
-from lora_accel.paths import has_access, real_path
+from lora_accel.paths import real_path
 from lora_accel.saving.atomic import MANIFEST, read_json, remove_folder, sha256_of, why_invalid
 from lora_accel.saving.state import read_state
 
@@ -47,6 +47,11 @@ class Checkpoint(NamedTuple):
     def overflowed(self) -> int:
         """Return how many of them made no update because the loss scale was too large."""
         return int(self.state["overflowed"])
+
+    @property
+    def evaluations(self) -> list[dict[str, float]]:
+        """Return the step and the figures of each evaluation before the checkpoint."""
+        return list(self.state["evaluations"])
 
 
 class KeptSettings(NamedTuple):
@@ -219,18 +224,19 @@ def quarantine(selection: CheckpointSelection, log: Path | None = None) -> list[
     return corrupt + superseded
 
 
-def prune(folder: Path, keep_last: int, protected: str = "") -> None:
+def prune(folder: Path, keep_last: int, protected: Iterable[str | Path] = ()) -> None:
     """Delete all but the newest `keep_last` checkpoints. Incomplete checkpoints are neither counted nor deleted.
 
     A checkpoint into which somebody has put other files is kept, and one that cannot be deleted is left, each with a
     warning.
 
     Args:
-        protected: checkpoint folder that is never deleted.
+        protected: checkpoint folders that are not deleted.
     """
     valid = [path for path in step_folders(folder) if why_invalid(path, required=FILES, hashes=False) is None]
+    kept = {real_path(Path(path)) for path in protected}
     for path in valid[:-keep_last]:
-        if not protected or real_path(path) != real_path(Path(protected)):
+        if real_path(path) not in kept:
             try:
                 remove_folder(path)
             except ArtifactError as error:
@@ -242,46 +248,6 @@ def prune(folder: Path, keep_last: int, protected: str = "") -> None:
 @functools.cache
 def _warn_once(message: str) -> None:
     logger.warning(message)
-
-
-class CheckpointInfo(NamedTuple):
-    """One row of the list of checkpoints."""
-
-    name: str
-    step: int
-    age_seconds: float
-    bytes: int
-    reason: str | None
-    """Why it cannot be used; None = it can."""
-
-
-def list_checkpoints(run: Path, *, hashes: bool) -> list[CheckpointInfo]:
-    """List a run's checkpoints, oldest first, quarantined ones last.
-
-    Args:
-        hashes: whether to read all files and compare their SHA-256.
-
-    Raises:
-        ArtifactError: there is no such run, or it cannot be read.
-    """
-    folder = run / "checkpoints"
-    if not folder.is_dir():
-        raise ArtifactError(f"{run}: no checkpoints/ folder; pass the output_dir of a run")
-    steps = step_folders(folder)
-    quarantined = sorted(
-        path for path in folder.iterdir() if re.fullmatch(rf"({'|'.join(QUARANTINED)})-step-\d{{8,}}.*", path.name)
-    )
-    infos = []
-    for path in [*steps, *quarantined]:
-        reason = why_invalid(path, required=FILES, hashes=hashes)
-        if path in quarantined:
-            reason = f"quarantined{'' if reason is None else f': {reason}'}"
-        step = int(re.sub(r".*step-(\d+).*", r"\1", path.name))
-        with contextlib.suppress(FileNotFoundError):  # deleted in the meantime, by a run in progress
-            readable = path.is_dir() and has_access(path, os.R_OK | os.X_OK)
-            size = sum(file.lstat().st_size for file in path.iterdir()) if readable else 0
-            infos.append(CheckpointInfo(path.name, step, time.time() - path.lstat().st_mtime, size, reason))
-    return infos
 
 
 def named_base(adapter: Path) -> str:
@@ -300,6 +266,15 @@ def run_of(checkpoint: Path) -> Path | None:
     """Return the run folder of a checkpoint; None if the folder is not in one."""
     folders = (checkpoint.absolute(), real_path(checkpoint))  # a link may point into a run
     return next((folder.parent.parent for folder in folders if folder.parent.name == "checkpoints"), None)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after a step.
+
+    Args:
+        folder: of the checkpoints.
+    """
+    return folder / f"step-{step:08d}"
 
 
 def step_folders(folder: Path) -> list[Path]:

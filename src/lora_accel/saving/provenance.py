@@ -88,6 +88,18 @@ class DataProvenance(TypedDict):
     """Of all its token ids and masks."""
 
 
+class Exported(TypedDict):
+    """Which weights of its run an adapter has."""
+
+    step: int
+    """The step after which they were saved."""
+    selected: str
+    """last | best"""
+    figure: NotRequired[str]
+    """Name of the figure that is the best there."""
+    value: NotRequired[float]
+
+
 class Provenance(TypedDict):
     """What the result of a run depends on: the content of provenance.json.
 
@@ -110,6 +122,8 @@ class Provenance(TypedDict):
     config_sha256: str
     config: dict[str, Any]
     plan: dict[str, Any]
+    exported: NotRequired[Exported]
+    """In the folder of the final adapter only."""
 
 
 def describe_run(

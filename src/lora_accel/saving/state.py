@@ -27,6 +27,8 @@ class StepState(BaseModel):
     skipped: Count = 0
     overflowed: Count = 0
     loss_scale: dict[str, float | int] | None = None
+    evaluations: list[dict[str, float | int]] = []
+    """The step and the figures of each evaluation before this checkpoint was saved."""
     seed: int | None = Field(None, ge=0, lt=2**32)
     begun_from: str | None = Field(None, max_length=200)
     begun_at: str | None = Field(None, max_length=10_000)
@@ -43,7 +45,7 @@ def read_state(file: Path, listed: dict[str, str]) -> dict[str, Any]:
         listed: SHA-256 by name, as the checkpoint's manifest lists them.
 
     Returns:
-        The state, with the defaults of the counts.
+        The state, with defaults of the fields that older versions did not write.
 
     Raises:
         ArtifactError: a field is missing, unknown, or has a value that the run cannot have written. The message names
@@ -65,8 +67,8 @@ def read_state(file: Path, listed: dict[str, str]) -> dict[str, Any]:
         raise ArtifactError(f"{file}: {_describe(error)}") from None
     if problem := _contradiction(state, file.parent.name, listed):
         raise ArtifactError(f"{file}: {problem}")
-    counts = {"skipped": state.skipped, "overflowed": state.overflowed}
-    return dict(values) | counts
+    defaults = {"skipped": state.skipped, "overflowed": state.overflowed, "evaluations": state.evaluations}
+    return dict(values) | defaults
 
 
 def _describe(error: ValidationError) -> str:
@@ -84,6 +86,9 @@ def _contradiction(state: StepState, folder: str, listed: dict[str, str]) -> str
     """Return what in a state contradicts itself, the name of its folder, or the files beside it."""
     if state.skipped + state.overflowed > state.step:
         return f"skipped={state.skipped} and overflowed={state.overflowed} are more than step={state.step}"
+    steps = [entry.get("step", 0) for entry in state.evaluations]
+    if steps != sorted(set(steps)) or any(not 1 <= step < state.step for step in steps):
+        return f"evaluations has the steps {steps!r:.60}, which are not increasing and before step={state.step}"
     number = re.fullmatch(r"step-(\d{8,})", folder)
     if number and int(number[1]) != state.step:
         return f"step={state.step}, but the folder is {folder}; was it renamed?"

@@ -17,11 +17,12 @@ Note = Callable[[int, "Path | None"], None]
 
 @contextlib.contextmanager
 def track_status(
-    folder: Path, step: int, checkpoint: Path | None, *, pids: Sequence[int], enabled: bool
+    folder: Path, step: int, checkpoint: Path | None, *, total_steps: int, pids: Sequence[int], enabled: bool
 ) -> Iterator[Note]:
     """Write status.json during a run: its state is running, then done, preempted (asked to stop) or failed.
 
     Args:
+        total_steps: of the plan. A run that stopped early is done after fewer steps.
         pids: process ids of all ranks in order, each on the machine that the rank runs on.
         enabled: whether this process writes; True on the main process.
 
@@ -36,8 +37,9 @@ def track_status(
     def write(state: str) -> None:
         if identity is not None:
             identity.check()
-            values = {"state": state, "step": latest[0], "checkpoint": latest[1] and str(latest[1])}
-            write_json(folder / "status.json", values | {"pids": list(pids), "host": socket.gethostname()})
+            values = {"state": state, "step": latest[0], "total_steps": total_steps}
+            values |= {"checkpoint": latest[1] and str(latest[1]), "pids": list(pids), "host": socket.gethostname()}
+            write_json(folder / "status.json", values)
 
     def note(step: int, checkpoint: Path | None) -> None:
         nonlocal latest

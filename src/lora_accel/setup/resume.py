@@ -13,6 +13,7 @@ from lora_accel.config.plan import Plan
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.logs import logger
+from lora_accel.paths import real_path
 from lora_accel.saving.atomic import recover_all
 from lora_accel.saving.checkpoint import check_changes, load_checkpoint
 from lora_accel.saving.discovery import STATE, Checkpoint, find_checkpoint, quarantine
@@ -79,8 +80,11 @@ def resume_run(
     logger.info(f"resuming after step {checkpoint.step} from {checkpoint.folder}")
     for line in allowed_changes:
         logger.info(f"changed, allowed by checkpoint.allow_changes:{line}")
+    # The checkpoints that another run evaluated are not in this one.
+    is_own = real_path(checkpoint.folder.parent) == real_path(folder / "checkpoints")
+    evaluations = checkpoint.evaluations if is_own else []
     return ResumePoint(
-        Progress(checkpoint.step, checkpoint.skipped, checkpoint.overflowed),
+        Progress(checkpoint.step, checkpoint.skipped, checkpoint.overflowed, evaluations),
         LossScale.from_state(checkpoint.state.get("loss_scale")) if is_fp16 else None,
         checkpoint.folder,
         selection.parent_hash,

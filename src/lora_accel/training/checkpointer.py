@@ -12,9 +12,16 @@ from accelerate import Accelerator
 
 from lora_accel.config.plan import Plan
 from lora_accel.config.schema import RunConfig
+from lora_accel.config.selection import Selection
+from lora_accel.distributed.backend import backend_of
 from lora_accel.distributed.collectives import on_all_ranks
+from lora_accel.errors import TrainingError
+from lora_accel.saving.adapter import unwrap_peft_model
+from lora_accel.saving.atomic import why_invalid
+from lora_accel.saving.attach import restore_adapter
 from lora_accel.saving.checkpoint import save_checkpoint
-from lora_accel.saving.provenance import Provenance
+from lora_accel.saving.discovery import FILES, step_folder
+from lora_accel.saving.provenance import Exported, Provenance
 from lora_accel.saving.status import Note
 from lora_accel.training.loss_scale import LossScale
 from lora_accel.training.progress import Progress
@@ -43,6 +50,41 @@ class Checkpointer:
         """The folder of the checkpoints."""
         return Path(self.config.output_dir) / "checkpoints"
 
+    @property
+    def selection(self) -> Selection:
+        """Which checkpoint is the best."""
+        return Selection.from_config(self.config)
+
+    def protected(self, progress: Progress) -> list[Path]:
+        """Return the checkpoints that are not deleted: the one that the run began from, and the best."""
+        best = self.selection.step_to_keep(progress.evaluations)
+        return [Path(self.config.checkpoint.resume), *([] if best is None else [step_folder(self.folder, best)])]
+
+    def restore_exported(self, progress: Progress) -> Exported:
+        """Restore the weights that adapter/ gets: of the best checkpoint, or of the last step. Every rank calls this.
+
+        Returns:
+            Where they are from.
+
+        Raises:
+            TrainingError: the best checkpoint was deleted or damaged.
+        """
+        exported: Exported = {"step": progress.step, "selected": "last"}
+        best = self.selection.best(progress.evaluations) if self.config.checkpoint.export == "best" else None
+        if best is None:
+            return exported
+        figure, step = self.selection.figure, int(best["step"])
+        if step < progress.step:
+            folder = step_folder(self.folder, step)
+            with on_all_ranks(self.accelerator, "checking the best checkpoint"):
+                if reason := why_invalid(folder, required=FILES):
+                    raise TrainingError(
+                        f"checkpoint.export=best: {folder} has the best {figure}, but cannot be used: {reason}. To "
+                        "export the weights of the last step, run the same command with checkpoint.export=last"
+                    )
+            restore_adapter(unwrap_peft_model(self.accelerator, self.model), folder, backend_of(self.accelerator))
+        return exported | {"step": step, "selected": "best", "figure": figure, "value": best[figure]}
+
     def save(self, progress: Progress) -> None:
         """Save the state after `progress.step` steps, then delete checkpoints that are no longer needed.
 
@@ -59,6 +101,7 @@ class Checkpointer:
             "skipped": progress.skipped,
             "overflowed": progress.overflowed,
             "loss_scale": None if self.loss_scale is None else self.loss_scale.state(),
+            "evaluations": progress.evaluations,
             "seed": self.config.seed,
             "begun_from": self.parent_hash,  # the stored names of parent_hash and parent_path
             "begun_at": self.parent_path,
@@ -73,6 +116,6 @@ class Checkpointer:
             optimizer_name=self.config.training.optimizer,
             keep_last=section.keep_while_training,
             gather=section.gather,
-            protected=section.resume,
+            protected=self.protected(progress),
         )
         self.note(progress.step, saved)

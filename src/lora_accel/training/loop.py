@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import signal
+from collections.abc import Mapping
+from typing import Any
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from lora_accel.errors import Interrupted, TrainingError, exit_code_of
 from lora_accel.faults import fault_point
@@ -13,7 +16,9 @@ from lora_accel.training.step import Run, train_step
 
 
 def train(run: Run, progress: Progress) -> None:
-    """Run the steps from `progress` to the last one of the plan. New and resumed runs take the same code path.
+    """Run the steps from `progress` to the last one of the plan, or until evaluations stop improving.
+
+    New and resumed runs take the same code path.
 
     Raises:
         TrainingError: more than `training.skip_nonfinite` steps were not finite; the last one changed no weight.
@@ -21,7 +26,8 @@ def train(run: Run, progress: Progress) -> None:
     """
     # The loop saves a checkpoint before it evaluates, so a crash during evaluation loses no step. A run that resumes
     # from that checkpoint evaluates first.
-    evaluate_if_due(run, progress.step)
+    if evaluate_if_due(run, progress):
+        return
     run.model.train()
     for step in range(progress.step, run.plan.total_steps):
         result = train_step(run, step)
@@ -39,15 +45,46 @@ def train(run: Run, progress: Progress) -> None:
             run.checkpointer.save(progress)
         if result.should_stop:
             raise interrupted(run, done)
-        evaluate_if_due(run, done)
+        if evaluate_if_due(run, progress):
+            return
 
 
-def evaluate_if_due(run: Run, done: int) -> None:
-    """Evaluate after `done` steps if the plan asks for it."""
-    if run.plan.evaluates_after(done):
-        fault_point("evaluate.begin")
-        run.metrics.log_evaluation(done, run.evaluator.evaluate(run.metrics))
-        run.model.train()
+def evaluate_if_due(run: Run, progress: Progress) -> bool:
+    """Evaluate after `progress.step` steps if the plan asks for it.
+
+    Returns:
+        Whether the run stops early, because the last evaluations did not improve. The same on every rank.
+    """
+    done = progress.step
+    if not run.plan.evaluates_after(done):
+        return False
+    fault_point("evaluate.begin")
+    values = run.evaluator.evaluate(run.metrics)
+    run.metrics.log_evaluation(done, values)
+    run.model.train()
+    if done == 0:
+        return False  # it has no checkpoint that could be selected
+    # The losses are reduced over ranks, so they are the same everywhere; other figures need not be.
+    (figures,) = broadcast_object_list([finite_figures(values)])
+    progress.evaluations.append({"step": done, **figures})
+    selection = run.checkpointer.selection
+    if done == run.plan.total_steps or not selection.has_stalled(progress.evaluations):
+        return False
+    best = selection.best(progress.evaluations)
+    run.metrics.log_event(done, "early_stop", figure=selection.figure, best_step=best and best["step"])
+    run.metrics.print(
+        f"step {done}: stopping early: {selection.figure} has not improved in the last {selection.patience} evaluations"
+    )
+    return True
+
+
+def finite_figures(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures among the values of an evaluation, without those that are not finite."""
+    return {
+        name: value
+        for name, value in values.items()
+        if name.startswith("eval_") and isinstance(value, (int, float)) and math.isfinite(value)
+    }
 
 
 def log_overflow(run: Run, done: int) -> None:

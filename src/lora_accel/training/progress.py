@@ -17,6 +17,8 @@ class Progress:
     """Of these, steps without an update because the loss or the gradient norm was not finite."""
     overflowed: int = 0
     """Of these, steps without an update because the loss scale was too large."""
+    evaluations: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    """The step and the figures of each evaluation since the first step."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,146 @@
+"""The list of a run's checkpoints, with the figures of their evaluations. Reads no tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lora_accel.config.schema import RunConfig
+from lora_accel.config.selection import Selection
+from lora_accel.errors import ArtifactError
+from lora_accel.paths import has_access, open_to_read
+from lora_accel.saving.atomic import read_json, why_invalid
+from lora_accel.saving.discovery import FILES, QUARANTINED, step_folders
+
+
+@dataclasses.dataclass
+class CheckpointInfo:
+    """One row of the list of checkpoints."""
+
+    name: str
+    step: int
+    age_seconds: float
+    bytes: int
+    reason: str | None
+    """Why it cannot be used; None = it can."""
+    figures: dict[str, float]
+    """Of the evaluation after its step; empty = not evaluated."""
+    marks: list[str] = dataclasses.field(default_factory=list)
+    """newest: the run resumes from it | best: of the figure that the config selects by | exported: adapter/ has its
+    weights."""
+
+
+def list_checkpoints(run: Path, *, hashes: bool) -> list[CheckpointInfo]:
+    """List a run's checkpoints, oldest first, quarantined ones last.
+
+    Args:
+        hashes: whether to read all files and compare their SHA-256.
+
+    Raises:
+        ArtifactError: there is no such run, or it cannot be read.
+    """
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        raise ArtifactError(f"{run}: no checkpoints/ folder; pass the output_dir of a run")
+    steps, figures = step_folders(folder), read_figures(run)
+    quarantined = sorted(
+        path for path in folder.iterdir() if re.fullmatch(rf"({'|'.join(QUARANTINED)})-step-\d{{8,}}.*", path.name)
+    )
+    infos = []
+    for path in [*steps, *quarantined]:
+        reason = why_invalid(path, required=FILES, hashes=hashes)
+        if path in quarantined:
+            reason = f"quarantined{'' if reason is None else f': {reason}'}"
+        step = int(re.sub(r".*step-(\d+).*", r"\1", path.name))
+        with contextlib.suppress(FileNotFoundError):  # deleted in the meantime, by a run in progress
+            readable = path.is_dir() and has_access(path, os.R_OK | os.X_OK)
+            size = sum(file.lstat().st_size for file in path.iterdir()) if readable else 0
+            age = time.time() - path.lstat().st_mtime
+            own_figures = {} if path in quarantined else figures.get(step, {})
+            infos.append(CheckpointInfo(path.name, step, age, size, reason, own_figures))
+    _mark(run, infos, figures)
+    return infos
+
+
+def as_table(run: Path, infos: Sequence[CheckpointInfo], *, hashes: bool) -> list[tuple[str, ...]]:
+    """Return a list of checkpoints as rows of a table, the column headers first.
+
+    Of the figures it has the loss, and the one by which the run selects a checkpoint.
+
+    Args:
+        hashes: whether the SHA-256 of the files were compared.
+    """
+    selection = selection_of(run)
+    names = dict.fromkeys(["eval_loss", *([selection.figure] if selection else [])])
+    names = {name: None for name in names if any(name in info.figures for info in infos)}
+    rows = [("checkpoint", "step", "age", "size", *names, "bytes and hashes" if hashes else "state", "")]
+    for info in infos:
+        figures = [f"{info.figures[name]:.4f}" if name in info.figures else "" for name in names]
+        age, size = f"{info.age_seconds / 3600:,.1f} h", f"{info.bytes / 1e6:,.1f} MB"
+        rows.append((info.name, str(info.step), age, size, *figures, info.reason or "valid", ", ".join(info.marks)))
+    return rows
+
+
+def read_figures(run: Path) -> dict[int, dict[str, float]]:
+    """Return the figures of a run's evaluations by their step, from its metrics.jsonl."""
+    figures = {}
+    for line in _read_log(run / "metrics.jsonl"):
+        if line.get("kind") == "eval" and isinstance(line.get("step"), int):
+            values = {name: value for name, value in line.items() if name.startswith("eval_")}
+            figures[line["step"]] = {name: x for name, x in values.items() if isinstance(x, (int, float))}
+    return figures
+
+
+def selection_of(run: Path) -> Selection | None:
+    """Return the figure by which a run selects a checkpoint; None = its config is missing or of another version."""
+    try:
+        recorded = read_json(run / "provenance.json")["config"]
+        return Selection.from_config(RunConfig.model_validate(recorded))
+    except (ArtifactError, KeyError, TypeError, ValidationError):
+        return None
+
+
+def _mark(run: Path, infos: list[CheckpointInfo], figures: Mapping[int, Mapping[str, float]]) -> None:
+    """Mark the newest valid, the best and the exported checkpoint."""
+    usable = [info for info in infos if info.reason is None]
+    if usable:
+        usable[-1].marks.append("newest")
+    selection = selection_of(run)
+    evaluations = [{"step": step, **values} for step, values in sorted(figures.items()) if step > 0]
+    best = selection.best(evaluations) if selection and evaluations else None
+    exported = _exported_step(run / "adapter")
+    for info in usable:
+        info.marks += ["best"] if best is not None and info.step == best["step"] else []
+        info.marks += ["exported"] if info.step == exported else []
+
+
+def _exported_step(adapter: Path) -> int | None:
+    """Return the step of the weights in a final adapter; None = it does not record one."""
+    try:
+        step = read_json(adapter / "provenance.json")["exported"]["step"]
+    except (ArtifactError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
+
+
+def _read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the valid lines of a metrics.jsonl; none if there is no such file."""
+    try:
+        with open_to_read(path) as file:
+            lines = file.read().split(b"\n")
+    except OSError:
+        return
+    for text in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict):
+                yield line

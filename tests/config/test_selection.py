@@ -1,0 +1,71 @@
+"""Which evaluation is the best, and when a run stops early."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from lora_accel.config.selection import Selection
+
+
+def selection(**changes: Any) -> Selection:
+    values = {"figure": "eval_loss", "is_larger_better": False, "keeps_best": True, "patience": 2, "min_delta": 0.0}
+    return Selection(**(values | changes))
+
+
+def evaluations(*values: float, **figures: float) -> list[dict[str, float]]:
+    return [{"step": 10 * number, "eval_loss": x, **figures} for number, x in enumerate(values, start=1)]
+
+
+@pytest.mark.parametrize(
+    ("values", "is_larger_better", "step"),
+    [
+        ((3.0, 2.0, 2.5), False, 20),
+        ((3.0, 2.0, 2.5), True, 10),
+        ((2.0, 2.0, 2.0), False, 10),  # the earliest of equal ones
+        ((2.0, 2.0, 3.0), True, 30),
+        ((math.nan, 2.0, math.inf), False, 20),
+        ((math.nan, -math.inf), False, None),
+        ((), False, None),
+    ],
+)
+def test_best(values: tuple[float, ...], is_larger_better: bool, step: int | None) -> None:
+    best = selection(is_larger_better=is_larger_better).best(evaluations(*values))
+    assert (best and best["step"]) == step
+    assert selection(is_larger_better=is_larger_better).step_to_keep(evaluations(*values)) == step
+    assert selection(keeps_best=False).step_to_keep(evaluations(*values)) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "changes", "has_stalled"),
+    [
+        ((3.0, 2.0), {}, False),
+        ((3.0, 3.0), {}, False),
+        ((3.0, 3.0, 3.0), {}, True),
+        ((3.0, 2.0, 2.5, 1.9), {}, False),  # an improvement starts the count again
+        ((3.0, 2.0, 2.5, 1.9, 1.95), {}, False),
+        ((3.0, 2.0, 2.5, 1.9, 1.95, 1.9), {}, True),
+        ((3.0, 2.0, 2.5, 2.6), {"patience": None}, False),
+        ((3.0, 2.9, 2.8), {"min_delta": 0.25}, True),
+        ((3.0, 2.9, 2.7), {"min_delta": 0.25}, False),  # against the last improvement, not the last evaluation
+        ((0.1, 0.2, 0.2), {"is_larger_better": True}, False),
+        ((0.1, 0.2, 0.2, 0.2), {"is_larger_better": True}, True),
+        ((3.0, math.nan, math.nan), {}, True),
+        ((math.nan, math.nan), {}, True),
+        ((3.0,), {"patience": 1}, False),
+        ((3.0, 3.0), {"patience": 1}, True),
+    ],
+)
+def test_has_stalled(values: tuple[float, ...], changes: dict[str, Any], has_stalled: bool) -> None:
+    assert selection(**changes).has_stalled(evaluations(*values)) is has_stalled
+
+
+def test_evaluations_of_other_data_do_not_count() -> None:
+    """A resumed run may have other evaluation rows, whose loss cannot be compared."""
+    before, after = evaluations(1.0, 1.1, eval_tokens=50), evaluations(9.0, 8.0, eval_tokens=60)
+    best = selection().best(before + after)
+    assert best is not None
+    assert best["eval_loss"] == 8.0
+    assert not selection().has_stalled(before + after)
