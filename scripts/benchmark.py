@@ -82,7 +82,7 @@ def run_config(args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
             "warmup_from_zero": True,  # as the other trainers
             "mixed_precision": "bf16",
         },
-        "logging": {"trackers": []},
+        "logging": {"trackers": [], "report": False},
     }
     for section, values in changes.items():
         config[section] = config.get(section, {}) | values

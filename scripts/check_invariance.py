@@ -132,7 +132,7 @@ def make_config(args: argparse.Namespace) -> str:
             "adapter": {"r": 4, "alpha": 8, "dropout": 0.1, "target_modules": "all-linear", "bias": args.bias},
             "data": {"train": [{"path": str(args.data.resolve()), "limit": args.rows}], "max_length": 200},
             "training": {"epochs": 1, "batch_size": args.batch_size, "learning_rate": args.learning_rate},
-            "logging": {"trackers": []},
+            "logging": {"trackers": [], "report": False},
         }
     )
 

@@ -74,7 +74,7 @@ def comparison_config(
                 "max_grad_norm": 1.0,
                 "mixed_precision": "no",
             },
-            "logging": {"trackers": []},
+            "logging": {"trackers": [], "report": False},
         }
     )
 

@@ -89,6 +89,7 @@ def main() -> int:
     # All ranks need the same name, so it contains the launcher's process id.
     folder = Path(tempfile.gettempdir()) / f"measure-checkpoints-{os.getppid()}"
     overrides = [f"output_dir={folder}", "training.max_steps=2", "checkpoint.every_steps=2", "logging.trackers=[]"]
+    overrides += ["logging.report=false"]
     overrides += ["data.eval=[]", "evaluation.prompts=[]", "evaluation.every_steps=null"]
     try:
         train.run_training(read_config(args.config, [*args.overrides, *overrides]))

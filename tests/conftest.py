@@ -215,7 +215,7 @@ def make_config(tmp_path: Path, tiny_model: Callable[..., Path], rows_file: Path
             "training": {"epochs": 1, "batch_size": 4, "micro_batch_tokens": 256, "learning_rate": 3e-2}
             | {"mixed_precision": "no"},
             "checkpoint": {"every_steps": 2},
-            "logging": {"trackers": []},
+            "logging": {"trackers": [], "report": False},
         }
         for key, change in changes.items():
             values[key] = values.get(key, {}) | change if isinstance(change, dict) else change

@@ -29,7 +29,7 @@ data:
 training:
   max_steps: 1
   batch_size: 4
-logging: {trackers: []}
+logging: {trackers: [], report: false}
 """
 
 TrainError = Callable[..., str]

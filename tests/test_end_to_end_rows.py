@@ -131,7 +131,7 @@ def train(folder: Path, name: str, sources: list[list[dict[str, Any]]]) -> tuple
             "training": {"batch_size": 32, "mixed_precision": "no", "max_steps": 120, "learning_rate": 0.01}
             | {"scheduler": "linear", "warmup_steps": 0},
             "checkpoint": {"every_steps": 1000},
-            "logging": {"trackers": []},
+            "logging": {"trackers": [], "report": False},
         }
     )
     adapter = run_training(config)

@@ -75,7 +75,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., P
         "data": {"train": [{"path": "rows.jsonl"}], "eval": [{"path": "rows.jsonl"}], "num_workers": 1},
         "training": {"max_steps": 2, "batch_size": 2, "mixed_precision": "no"},
         "checkpoint": {"every_steps": 1},
-        "logging": {"trackers": []},
+        "logging": {"trackers": [], "report": False},
     }
     config = RunConfig.model_validate(values)
     (root / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")

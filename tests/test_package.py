@@ -120,7 +120,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., 
             "max_length": 200,
         },
         "training": {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-2},
-        "logging": {"trackers": []},
+        "logging": {"trackers": [], "report": False},
     }
     config = RunConfig.model_validate(values)
     (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")

@@ -51,7 +51,7 @@ TrustOption = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 # typer evaluates these annotations at run time, so they must be valid on Python 3.10.
 
-WRITING_COMMANDS = ("train", "merge", "export", "init", "verify-resume")
+WRITING_COMMANDS = ("train", "merge", "export", "init", "report", "verify-resume")
 """Commands whose result is files: they continue if nobody reads what they print."""
 
 
@@ -453,6 +453,22 @@ def checkpoints(
         return
     headers, *rows = as_table(run, infos, hashes=verify)
     print_table(str(run), rows, headers=headers)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folder (output_dir); several are compared.")],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="FILE", help="Page to write. Default: report.html in RUN, of several runs comparison.html."
+        ),
+    ] = None,
+) -> None:
+    """Write a run's curves, replies, data, checkpoints and settings to one HTML page, or compare several runs."""
+    from lora_accel.report.write import write_report
+
+    print(write_report(runs, out))
 
 
 @app.command(name="verify-resume")

@@ -9,7 +9,6 @@ import itertools
 import json
 import re
 import sys
-import unicodedata
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -30,8 +29,7 @@ from lora_accel.data.store import Examples
 from lora_accel.data.tokens import special_tokens
 from lora_accel.errors import ConfigError, did_you_mean
 from lora_accel.labels import IGNORE_INDEX
-from lora_accel.paths import open_to_read, why_not_writable
-from lora_accel.saving.atomic import write_text
+from lora_accel.pages import check_page_path, make_visible, write_page
 from lora_accel.setup.recipe import make_recipe
 
 ROWS = 3
@@ -40,8 +38,6 @@ MAX_BINS, BAR_WIDTH = 12, 40
 """Maximum number of bins of a histogram, and the length of its longest bar in characters."""
 REPLACEMENT, MAX_PENDING = "\ufffd", 16
 """The character for bytes that are not (yet) valid UTF-8, and how many tokens are combined to complete a character."""
-HIDDEN, JOINERS, MARKS = ("Cc", "Cf", "Cs", "Zl", "Zp"), "\u200c\u200d", "⟦⟧⟨⏎⇥"
-"""Unicode categories of invisible characters; two joiners that emoji and some scripts need; the marks used here."""
 GUTTER = "│ "
 """Prefix of each line of a row, so that no row can look like a heading."""
 LEGEND = "⏎ line break, ⇥ tab, ⟨U+…⟩ an invisible character"
@@ -102,12 +98,12 @@ def inspect(
         DataError: training would raise it too. If too many rows are unusable, it is raised after everything is printed.
     """
     if html is not None:
-        _check_page_path(html)
+        check_page_path(html, "--html")
     recipe = make_recipe(config)
     parts = load_parts(config, recipe, source)
     tokenizer = recipe.template().tokenizer
     if html is not None:
-        _write_page(html, render_page(parts, config.data, recipe, rows or ROWS))
+        write_page(html, render_page(parts, config.data, recipe, rows or ROWS), "--html")
     if as_json:
         for line in json_lines(parts, tokenizer, rows):
             print(json.dumps(line))
@@ -275,27 +271,6 @@ def _decode_after(tokenizer: Any, before: list[int], tokens: list[int]) -> str:
 
 def _decode(tokenizer: Any, tokens: list[int]) -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-class _Visible(dict[int, str]):
-    """Translation table of `make_visible`, filled on demand."""
-
-    def __missing__(self, number: int) -> str:
-        character = chr(number)
-        is_hidden = unicodedata.category(character) in HIDDEN and character not in JOINERS
-        self[number] = f"⟨U+{number:04X}⟩" if is_hidden or character in MARKS else character
-        return self[number]
-
-
-_VISIBLE = _Visible({ord("\n"): "⏎\n", ord("\t"): "⇥"})
-
-
-def make_visible(text: str) -> str:
-    """Replace invisible characters, among them terminal control codes, by visible marks.
-
-    Line breaks are kept, each after a mark. Characters that are marks themselves are shown by their code point.
-    """
-    return text.translate(_VISIBLE)
 
 
 # Text, with colors on a terminal.
@@ -475,29 +450,3 @@ def _tag(piece: Piece) -> str:
 def _html_table(title: str, lines: Sequence[tuple[str, ...]]) -> str:
     rows = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     return f"<h2>{escape(title)}</h2>\n<table>\n{rows}\n</table>"
-
-
-def _check_page_path(file: Path) -> None:
-    if reason := why_not_writable(file, "file"):
-        raise ConfigError(f"--html: {reason}")
-    if not file.parent.is_dir():
-        raise ConfigError(f"--html: the folder {file.parent} does not exist; create it first")
-    if file.is_file() and not _is_page(file):
-        raise ConfigError(f"--html: {file} exists and is not an HTML page; choose another name")
-
-
-def _is_page(file: Path) -> bool:
-    """Whether a file is an HTML page, or empty."""
-    try:
-        with open_to_read(file) as stream:
-            begin = stream.read(100).strip().lower()
-    except OSError:  # reported when it is written
-        return True
-    return not begin or begin.startswith((b"<!doctype html", b"<html"))
-
-
-def _write_page(file: Path, text: str) -> None:
-    try:
-        write_text(file, text)
-    except PermissionError as error:
-        raise ConfigError(f"--html: {file} cannot be written: {error.strerror}; pass another path") from None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_accel.config.files import read_config
+from lora_accel.config.launch import Settings
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import Stage, run_command, show_logs, silence_libraries
 from lora_accel.distributed.launch import (
@@ -104,12 +105,13 @@ def run_training(config: RunConfig, *, silence: bool = False) -> Path:
     with Stage(f"starting {starting}", enabled=is_local_rank_0()):
         accelerator = make_accelerator(config, launch, settings)
     with lock_run_folder(folder, enabled=accelerator.is_main_process) as create_folder:
-        return run_in_folder(config, accelerator, folder, kept, create_folder)
+        return run_in_folder(config, accelerator, settings, folder, kept, create_folder)
 
 
 def run_in_folder(
     config: RunConfig,
     accelerator: Accelerator,
+    settings: Settings,
     folder: Path,
     kept: KeptSettings | None,
     create_folder: Callable[[], None],
@@ -117,6 +119,7 @@ def run_in_folder(
     """Prepare data, model and resume point, then train, in a locked run folder.
 
     Args:
+        settings: those that launcher and run config share, for the log.
         kept: settings of the checkpoint to resume from.
         create_folder: creates and locks the folder if it does not exist; nothing is written before this call.
     """
@@ -154,7 +157,7 @@ def run_in_folder(
         check_disk_space(accelerator, prepared.model, folder / "checkpoints", keep_last, config.training.optimizer)
         ledgers = {"train": data.dataset.ledgers, "eval": data.eval_ledgers}
         write_run_folder(folder, config, data.plan, ledgers, provenance)
-    return train_and_export(config, data, accelerator, prepared, provenance, start)
+    return train_and_export(config, settings, data, accelerator, prepared, provenance, start)
 
 
 def check_base_early(config: RunConfig, accelerator: Accelerator) -> None:
@@ -178,6 +181,7 @@ def check_base_early(config: RunConfig, accelerator: Accelerator) -> None:
 
 def train_and_export(
     config: RunConfig,
+    settings: Settings,
     data: PreparedData,
     accelerator: Accelerator,
     prepared: PreparedModel,
@@ -188,6 +192,7 @@ def train_and_export(
     from accelerate.utils import gather_object
 
     from lora_accel.distributed.heartbeat import Process, watch_ranks
+    from lora_accel.report.write import report_finished_run
     from lora_accel.saving.discovery import prune
     from lora_accel.saving.run_folder import save_final_adapter
     from lora_accel.saving.status import track_status, write_state
@@ -205,8 +210,8 @@ def train_and_export(
         ) as note_status,
     ):
         run = make_run(config, data, accelerator, prepared, provenance, start, stop, note_status)
-        run.metrics.start_trackers()
-        run.metrics.log_event(first_step, "resume" if first_step else "start")
+        run.metrics.start_trackers(config)
+        run.metrics.log_event(first_step, "resume" if first_step else "start", settings=settings.rows)
         try:
             if start.checkpoint is not None and start.checkpoint.parent.resolve() != checkpoints.resolve():
                 run.checkpointer.save(start.progress)  # of another run: save a copy in this one
@@ -230,6 +235,8 @@ def train_and_export(
             run.metrics.close()
     if is_main:
         log_summary(config, data, run.metrics, first_step, start.progress.step, exported)
+        if config.logging.report:
+            report_finished_run(folder)
     return folder / "adapter"
 
 

@@ -64,7 +64,8 @@ def verify_resume(config: Path, overrides: Sequence[str], *, steps: int, launche
     command += [f"training.max_steps={steps}", f"checkpoint.every_steps={half}", "checkpoint.resume=auto"]
     command += ["checkpoint.every_epochs=null", "checkpoint.keep_best=null", "checkpoint.export=last"]
     command += ["checkpoint.best_is=auto", "evaluation.every_steps=null", "evaluation.every_epochs=null"]
-    command += ["evaluation.patience=null", "evaluation.min_delta=0", "logging.every_steps=1", "logging.trackers=[]"]
+    command += ["evaluation.patience=null", "evaluation.min_delta=0"]
+    command += ["logging.every_steps=1", "logging.trackers=[]", "logging.report=false"]
 
     _run("uninterrupted", [*command, f"output_dir={json.dumps(str(folder / 'uninterrupted'))}"])
     resumed = [*command, f"output_dir={json.dumps(str(folder / 'resumed'))}"]

@@ -63,7 +63,7 @@ def runs(
                 "adapter": {"r": 2, "alpha": 4, "dropout": 0.1, "target_modules": "all-linear", "bias": mode},
                 "data": {"train": [{"path": str(rows)}], "max_length": 200},
                 "training": {"epochs": 1, "batch_size": 4, "micro_batch_tokens": 256, "learning_rate": 1e-2},
-                "logging": {"trackers": []},
+                "logging": {"trackers": [], "report": False},
             }
             config = RunConfig.model_validate(values)
             files.append(root / f"{family}-{mode}.yaml")

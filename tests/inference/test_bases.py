@@ -53,7 +53,7 @@ def run_config(folder: Path, base: Path | str, **model: Any) -> RunConfig:
         "data": {"train": [{"path": str(rows)}], "eval": [{"path": str(rows), "limit": 1}]},
         "training": {"max_steps": 1, "mixed_precision": "no"},
         "evaluation": {"every_steps": 100},
-        "logging": {"trackers": []},
+        "logging": {"trackers": [], "report": False},
     }
     return RunConfig.model_validate(values)
 

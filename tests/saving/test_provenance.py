@@ -38,7 +38,7 @@ def provenance(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..
         "model": {"name_or_path": str(tiny_model())},
         "data": {"train": [{"path": str(write_jsonl(folder / "rows.jsonl", chat_rows(8)))}]},
         "training": {"max_steps": 1},
-        "logging": {"trackers": []},
+        "logging": {"trackers": [], "report": False},
     }
     run_training(RunConfig.model_validate(values))
     provenance: dict[str, Any] = json.loads((folder / "run" / "provenance.json").read_text(encoding="utf-8"))

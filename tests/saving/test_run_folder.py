@@ -323,7 +323,7 @@ def test_tracker_that_cannot_start_ends_the_run(
     make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(TensorBoardTracker, "start", full)
-    with pytest.raises(TrainingError, match=r"logging\.trackers: a tracker cannot be started: .*No space left"):
+    with pytest.raises(TrainingError, match=r"logging\.trackers: tensorboard cannot be started: .*No space left"):
         run_training(make_config(logging={"trackers": ["tensorboard"]}))
     assert read_json(tmp_path / "run" / "status.json")["state"] == "failed"
 

@@ -504,8 +504,14 @@ class LoggingSection(Section):
 
     every_steps: int = Field(1, ge=1, le=MAX_STEPS)
     """Steps between lines in metrics.jsonl and points in the trackers."""
+    report: bool = True
+    """Whether to write report.html and loss.png into the run folder at the end of the run."""
     trackers: list[str] = ["tensorboard"]
-    """Names of Accelerate's trackers: tensorboard, wandb, mlflow, …"""
+    """Names of Accelerate's trackers: tensorboard, wandb, trackio, mlflow, … or all that are installed."""
+    project: str | None = Field(None, min_length=1)
+    """Project of the run in the trackers. null = lora_accel."""
+    run_name: str | None = Field(None, min_length=1)
+    """Name of the run in the trackers. null = the name of output_dir."""
 
 
 class RunConfig(Section):

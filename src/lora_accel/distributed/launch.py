@@ -184,12 +184,19 @@ def check_trackers(names: list[str]) -> None:
         ConfigError: a tracker is unknown or not installed.
     """
     from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
 
     available = {"all", *(tracker.value for tracker in get_available_trackers())}
+    missing = [name for name in names if name not in available and name in [kind.value for kind in LoggerType]]
+    if missing:
+        raise ConfigError(
+            f"logging.trackers: not installed: {', '.join(missing)}; run pip install {' '.join(missing)}, or leave out "
+            "what is not installed"
+        )
     for name in names:
         if name not in available:
             raise ConfigError(
-                f"logging.trackers: {name!r} is unknown or not installed{did_you_mean(name, available)}; "
+                f"logging.trackers: {name!r} is not a tracker of Accelerate{did_you_mean(name, available)}; "
                 f"installed here are {', '.join(sorted(available - {'all'}))}"
             )
 

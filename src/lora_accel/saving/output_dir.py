@@ -14,7 +14,16 @@ from lora_accel.saving.atomic import check_no_unlisted_files
 from lora_accel.saving.discovery import step_folders
 from lora_accel.saving.lock import LOCK
 
-RUN_FILES = ("plan.json", "config.yaml", "provenance.json", "data_ledger.json", "status.json", "metrics.jsonl", LOCK)
+RUN_FILES = (
+    "plan.json",
+    "config.yaml",
+    "provenance.json",
+    "data_ledger.json",
+    "status.json",
+    "metrics.jsonl",
+    "trackers.json",
+    LOCK,
+)
 """The files that a run writes."""
 RUN_FOLDERS = ("checkpoints", "adapter", "tensorboard")
 """The folders that a run writes to. They may be links to folders on another disk."""

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from lora_accel.config.plan import Plan
+from lora_accel.config.schema import RunConfig
 from lora_accel.console import format_seconds
 from lora_accel.errors import TrainingError, first_line
 from lora_accel.paths import open_to_append, open_to_read
@@ -27,6 +28,7 @@ from lora_accel.saving.atomic import write_bytes
 from lora_accel.saving.output_dir import FolderIdentity
 from lora_accel.training.loss import perplexity
 from lora_accel.training.progress import StepResult
+from lora_accel.training.trackers import log_replies, start_trackers
 
 REFRESH_SECONDS = 1.0
 """Interval at which the progress bar is redrawn within a step."""
@@ -298,6 +300,10 @@ class Metrics:
             else:
                 self._write({"kind": "event", "event": "reply", "step": step, "prompt": prompt, "reply": reply})
                 self.print(f"step {step}: {prompt!r} -> {reply!r}")
+        texts = [(prompt, reply) for prompt, reply in replies if isinstance(reply, str)]
+        if texts:
+            with self._tracking():
+                log_replies(self._accelerator.trackers if self._is_main else [], step, texts)
 
     def log_event(self, step: int, event: str, **values: Any) -> None:
         """Log an event."""
@@ -318,21 +324,14 @@ class Metrics:
             with self._writing(), open_to_append(self._path) as file:
                 os.fsync(file.fileno())
 
-    def start_trackers(self) -> None:
-        """Start the trackers of `logging.trackers`. Their files are in RUN/tensorboard.
+    def start_trackers(self, config: RunConfig) -> None:
+        """Start the trackers of `logging.trackers`.
 
         Raises:
             TrainingError: one cannot be started.
         """
         threading.excepthook = _hide_writer_errors
-        try:
-            # Accelerate puts a tracker's files into a folder of the project's name.
-            self._accelerator.init_trackers("tensorboard")
-        except Exception as error:  # each library raises its own
-            raise TrainingError(
-                f"logging.trackers: a tracker cannot be started: {first_line(error)}. Fix it or set "
-                "logging.trackers=[], and run the same command to resume"
-            ) from error
+        start_trackers(self._accelerator, config)
 
     def close(self) -> None:
         """Close the bar and the trackers."""
@@ -352,10 +351,16 @@ class Metrics:
         with self._writing(), open_to_append(self._path) as file:
             file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
         if line["kind"] != "event":
-            try:
+            with self._tracking():
                 self._accelerator.log(_flat(line["kind"], line), step=line["step"])
-            except Exception as error:  # each library raises its own
-                self._drop_trackers(error)
+
+    @contextlib.contextmanager
+    def _tracking(self) -> Iterator[None]:
+        """Continue without trackers if one fails within the block."""
+        try:
+            yield
+        except Exception as error:  # each library raises its own
+            self._drop_trackers(error)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
