@@ -245,16 +245,15 @@ def evaluation_table(run: RunRecord) -> Table:
 
 
 def checkpoint_table(run: RunRecord) -> Table:
-    """Return the checkpoints, and which of them is the best."""
-    best, losses = run.best_checkpoint(), run.log.eval_loss()
+    """Return the checkpoints, and which of them is the newest, the best and the exported one."""
     rows = [
         [
             info.name,
             f"{info.step:,}",
             f"{info.bytes / 1e6:,.1f} MB",
-            format_number(losses.at(info.step)),
+            format_number(info.figures.get("eval_loss")),
             "valid" if info.reason is None else info.reason,
-            f"best by {best[1]}" if best is not None and best[0] == info else "",
+            ", ".join(info.marks),
         ]
         for info in run.checkpoints
     ]

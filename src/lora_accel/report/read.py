@@ -14,14 +14,12 @@ from typing import Any
 import psutil
 
 from lora_accel.errors import ArtifactError
-from lora_accel.report.metrics_log import TOTAL, MetricsLog, Series, as_number, read_metrics_log
+from lora_accel.report.metrics_log import MetricsLog, Series, as_number, read_metrics_log
 from lora_accel.saving.atomic import read_json
-from lora_accel.saving.discovery import CheckpointInfo, list_checkpoints
+from lora_accel.saving.listing import CheckpointInfo, list_checkpoints, selection_of
 
 MERGED, MERGED_ALL = "merged", "merged-all"
 """Folders of a run in which its summary, and `merge --all`, put merged models."""
-BEST_METRIC = "eval_loss"
-"""What the best checkpoint is chosen by, unless `checkpoint.keep_best` names another metric."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,24 +94,12 @@ class RunRecord:
         return []
 
     def best_checkpoint(self) -> tuple[CheckpointInfo, str, float] | None:
-        """Return the best checkpoint that exists and was evaluated, the metric, and its value."""
-        metric = self.option("checkpoint", "keep_best")
-        name, goal = _metric_and_goal(metric if isinstance(metric, str) else BEST_METRIC)
-        series = self.log.evaluations.get(name, {}).get(TOTAL, Series())
-        values = [(info, series.at(info.step)) for info in self.checkpoints if info.reason is None]
-        evaluated = [(info, value) for info, value in values if value is not None and math.isfinite(value)]
-        if not evaluated:
+        """Return the best checkpoint that exists, the figure that selects it, and its value."""
+        best = next((info for info in self.checkpoints if "best" in info.marks), None)
+        selection = selection_of(self.folder)
+        if best is None or selection is None or selection.figure not in best.figures:
             return None
-        info, value = (min if goal == "min" else max)(evaluated, key=lambda pair: pair[1])
-        return info, name, value
-
-
-def _metric_and_goal(metric: str) -> tuple[str, str]:
-    """Return the name of a metric in the log, and whether less (min) or more (max) is better."""
-    name, _, goal = metric.partition(":")
-    name = name if name.startswith("eval_") else f"eval_{name}"
-    is_less_better = any(word in name for word in ("loss", "perplexity", "bits"))
-    return name, goal if goal in ("min", "max") else "min" if is_less_better else "max"
+        return best, selection.figure, best.figures[selection.figure]
 
 
 def read_run(folder: Path) -> RunRecord:
