@@ -18,7 +18,6 @@ from lora_accel.console import run_command
 from lora_accel.data.template import template_source
 from lora_accel.errors import ConfigError, UserError
 from lora_accel.inference.prompts import read_prompts
-from lora_accel.merging.job import provenance_of
 from lora_accel.paths import (
     Purpose,
     open_regular,
@@ -29,6 +28,7 @@ from lora_accel.paths import (
     why_not_writable,
 )
 from lora_accel.saving.discovery import run_of
+from lora_accel.saving.provenance import provenance_of
 from tests.config.test_launch import TORCHRUN
 from tests.conftest import CommandResult
 

@@ -100,7 +100,9 @@ def plan(
         raise ConfigError("--config FILE is missing (or pass --schema)")
     run_config = read_config(config, overrides or [])
     from lora_accel.setup.data import log_data, prepare_data
+    from lora_accel.setup.recipe import complete_config
 
+    run_config = complete_config(run_config)
     data = prepare_data(run_config, ranks)
     if as_json:
         print(json.dumps(data.plan.as_dict(), indent=2))

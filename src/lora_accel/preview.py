@@ -30,7 +30,7 @@ from lora_accel.data.tokens import special_tokens
 from lora_accel.errors import ConfigError, did_you_mean
 from lora_accel.labels import IGNORE_INDEX
 from lora_accel.pages import check_page_path, make_visible, write_page
-from lora_accel.setup.recipe import make_recipe
+from lora_accel.setup.recipe import complete_config, make_recipe
 
 ROWS = 3
 """Examples shown per source by default, except in JSON."""
@@ -99,6 +99,7 @@ def inspect(
     """
     if html is not None:
         check_page_path(html, "--html")
+    config = complete_config(config)
     recipe = make_recipe(config)
     parts = load_parts(config, recipe, source)
     tokenizer = recipe.template().tokenizer

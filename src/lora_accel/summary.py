@@ -27,6 +27,7 @@ def is_finished(
     *,
     template: str,
     mixed_precision: str,
+    initial_sha256: str | None = None,
 ) -> bool:
     """Whether a run folder contains the finished result of this run, so that nothing is left to do.
 
@@ -36,6 +37,7 @@ def is_finished(
     Args:
         ledgers: ledgers of the training sources.
         template: source of the chat template.
+        initial_sha256: of the adapter with which this run begins; None = a new one.
     """
     adapter = (folder / "adapter").resolve()  # it may be a link to another disk
     try:
@@ -46,6 +48,7 @@ def is_finished(
         finished_plan = {key: provenance["plan"][key] for key in plan.as_dict() if key != "num_ranks"}
         tokens = [entry["tokens_sha256"] for entry in provenance["data"]]
         settings, precision = provenance["config"], provenance["mixed_precision"]
+        [begun_with, *_] = provenance.get("init_from") or [{"sha256": None}]
         base, template_sha256 = provenance["base"], provenance["chat_template_sha256"]
         recorded = {
             "sha256": dict(base["sha256"]),
@@ -59,6 +62,7 @@ def is_finished(
         and tokens == [ledger.tokens_sha256 for ledger in ledgers]
         and settings == json.loads(json.dumps(config.model_dump()))
         and precision == mixed_precision
+        and begun_with["sha256"] == initial_sha256
     )
     return is_same and _has_same_model(config, template, recorded, template_sha256)
 

@@ -126,14 +126,17 @@ def run_in_folder(
     from accelerate.utils import gather_object
 
     from lora_accel.setup.data import log_data, prepare_data
+    from lora_accel.setup.initial import prepare_initial_adapter
     from lora_accel.setup.sizes import resolve_rope_scaling
 
     is_main, config = accelerator.is_main_process, resolve_rope_scaling(config)
     check_base_early(config, accelerator)
+    config, initial = prepare_initial_adapter(config, accelerator, kept.begun_with_adapter if kept else None)
     data = prepare_data(config, accelerator.num_processes)
     if is_main:
         log_data(config, data)
     identity = {"template": data.template.source, "mixed_precision": accelerator.mixed_precision}
+    identity["initial_sha256"] = initial and initial.sha256
     if gather_object([is_main and is_finished(folder, config, data.plan, data.dataset.ledgers, **identity)])[0]:
         options = {"can_evaluate": bool(data.eval_sources), "trust_remote_code": config.model.trust_remote_code}
         logger.info("\n".join(finished_lines(folder, data.plan, **options)))
@@ -146,10 +149,11 @@ def run_in_folder(
         from lora_accel.setup.model import enable_activation_checkpointing, prepare_model
         from lora_accel.setup.provenance import make_provenance
         from lora_accel.setup.resume import resume_run
-    prepared = prepare_model(config, accelerator, checkpoint_dtype=kept.base_dtype if kept else None)
+    checkpoint_dtype = kept.base_dtype if kept else None
+    prepared = prepare_model(config, accelerator, checkpoint_dtype=checkpoint_dtype, initial=initial)
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     enable_activation_checkpointing(config, data, accelerator, prepared, num_local_ranks)
-    provenance = make_provenance(config, data, accelerator, prepared)
+    provenance = make_provenance(config, data, accelerator, prepared, initial)
     start = resume_run(config, accelerator, prepared, provenance, data.plan)
     create_folder()
     if is_main:

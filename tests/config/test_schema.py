@@ -28,7 +28,8 @@ RESERVED |= {"base_model_name_or_path", "revision", "inference_mode"}
 def test_every_peft_field_is_an_option() -> None:
     peft_fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     newer = {name for name, since in PEFT_SINCE.items() if Version(since) > PEFT}
-    assert set(AdapterSection.model_fields) - {"alpha", "dropout"} == (peft_fields - RESERVED) | newer
+    own = {"alpha", "dropout", "init_from", "init_from_force"}
+    assert set(AdapterSection.model_fields) - own == (peft_fields - RESERVED) | newer
     assert not newer & peft_fields
 
 

@@ -183,7 +183,7 @@ def _describe_peft_fields(schema: dict[str, Any]) -> None:
 
 
 class AdapterSection(Section):
-    """The LoRA adapter. Fields after `bias` are passed to PEFT's LoraConfig; null = PEFT's default."""
+    """The LoRA adapter. Fields after `init_from_force` are passed to PEFT's LoraConfig; null = PEFT's default."""
 
     model_config = ConfigDict(json_schema_extra=_describe_peft_fields)
 
@@ -197,6 +197,13 @@ class AdapterSection(Section):
     """Modules to adapt: a list of names, a regular expression, or all-linear."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases of the base to train and save: none, all, or those of the adapted modules."""
+    init_from: Annotated[PathText, Field(min_length=1)] | None = None
+    """An existing LoRA adapter with whose weights a new run begins, at step 0: a folder of this package or of another
+    tool, a checkpoint, a loralib file, or a Hub id. Its options (r, alpha, target_modules, …) are taken from it, except
+    dropout. null = a new adapter."""
+    init_from_force: bool = False
+    """Whether to accept an adapter of init_from that was trained on another base, and to ignore those of its options
+    that the installed PEFT does not know."""
 
     alora_invocation_tokens: list[int] | None = None
     alpha_pattern: dict[str, float] | None = None
@@ -230,8 +237,8 @@ class AdapterSection(Section):
     velora_config: dict[str, Any] | None = None
 
     def peft_fields(self) -> dict[str, Any]:
-        """Return the fields to pass to `peft.LoraConfig`: those after `bias` that are set."""
-        own = {"r", "alpha", "dropout", "target_modules", "bias"}
+        """Return the fields to pass to `peft.LoraConfig`: those that are set and have no field above."""
+        own = {"r", "alpha", "dropout", "target_modules", "bias", "init_from", "init_from_force"}
         return {
             name: getattr(self, name)
             for name in type(self).model_fields

@@ -12,22 +12,23 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lora_accel.errors import ArtifactError, ConfigError, did_you_mean
-from lora_accel.export import loralib
 from lora_accel.export.formats import FORMATS, ExportFormat
-from lora_accel.export.tensors import AdapterData, check_written, finite_copies
+from lora_accel.export.tensors import check_written
 from lora_accel.logs import logger
 from lora_accel.merging.base import base_section
-from lora_accel.merging.job import check_out_folder, provenance_of
+from lora_accel.merging.job import check_out_folder
 from lora_accel.merging.trained_on import check_trained_on
 from lora_accel.model.base import build_on_meta_device
 from lora_accel.model.sizes import load_config
+from lora_accel.saving import loralib
 from lora_accel.saving.adapter_config import check_known_options, check_untrusted_config
 from lora_accel.saving.atomic import atomic_folder, read_json, write_json
 from lora_accel.saving.attach import attach_adapter, match_adapter
 from lora_accel.saving.base_identity import has_weights
 from lora_accel.saving.discovery import CONFIG
 from lora_accel.saving.hub import find_adapter, recorded_name, recorded_revision
-from lora_accel.saving.tensor_files import State, read_adapter
+from lora_accel.saving.provenance import provenance_of
+from lora_accel.saving.tensor_files import AdapterData, State, finite_copies, read_adapter
 from lora_accel.saving.vocabulary import resize_vocabulary
 
 BASE_KEY = "base_model_name_or_path"
@@ -75,14 +76,14 @@ def export_adapter(
     base_name = base or config.get(BASE_KEY)
     sources = {"adapter": adapter.parent if adapter.is_file() else adapter, "base": Path(str(base_name))}
     check_out_folder(out, sources, overwrite=overwrite)
-    if not _is_loralib(adapter):
+    if not loralib.is_loralib(adapter):
         check_untrusted_config(adapter / CONFIG, ())
         if target.check_config is not None:
             target.check_config(adapter / CONFIG, config)
         check_known_options(adapter / CONFIG, force=force)
 
     model = None
-    if _is_loralib(adapter) or base or target.convert is not None or _is_base_here(adapter, config):
+    if loralib.is_loralib(adapter) or base or target.convert is not None or _is_base_here(adapter, config):
         model = _build_base(adapter, config, base, force=force, trust_remote_code=trust_remote_code)
     else:
         logger.warning(f"note: {base_name} is not here, so names and shapes were not checked; --base names its folder")
@@ -98,11 +99,6 @@ def export_adapter(
         "num_tensors": len(data.tensors),
         "files": sorted(path.name for path in out.iterdir()),
     }
-
-
-def _is_loralib(adapter: Path) -> bool:
-    """Whether an adapter is a file of loralib, or a folder that was exported in loralib's format."""
-    return adapter.is_file() or (adapter / loralib.CONFIG_FILE).is_file()
 
 
 def _read_config(adapter: Path, alpha: float | None) -> dict[str, Any]:
@@ -147,7 +143,7 @@ def _read(adapter: Path, config: dict[str, Any], base: str | None, model: PreTra
     Args:
         model: the base on the meta device, which loralib's names need.
     """
-    if _is_loralib(adapter) and model is not None:
+    if loralib.is_loralib(adapter) and model is not None:
         return loralib.read_loralib(adapter, config, model, recorded_name(str(base or config.get(BASE_KEY)), None)[0])
     renamed = dict(zip((BASE_KEY, "revision"), recorded_name(base, None), strict=True)) if base else {}
     return AdapterData(read_adapter(adapter), config | renamed)

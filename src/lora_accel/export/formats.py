@@ -12,11 +12,11 @@ from typing import Any
 
 from peft import PeftModel
 
-from lora_accel.export import loralib
-from lora_accel.export.tensors import AdapterData, read_tensor_file, write_pickle
+from lora_accel.export.tensors import write_pickle
 from lora_accel.model.tokenizer import FILES
+from lora_accel.saving import loralib
 from lora_accel.saving.discovery import CONFIG, WEIGHTS
-from lora_accel.saving.tensor_files import PICKLED, State, write_tensors
+from lora_accel.saving.tensor_files import PICKLED, AdapterData, State, read_tensor_file, write_tensors
 
 COMMON_FILES = (*(name for name in FILES if name != "config.json"), "provenance.json")
 """Tokenizer, chat template and provenance."""

@@ -30,8 +30,7 @@ def resolve_section(
         ConfigError: adapters name different bases.
     """
     from lora_accel.merging.base import base_section
-    from lora_accel.merging.job import provenance_of
-    from lora_accel.saving.provenance import recorded_changes
+    from lora_accel.saving.provenance import provenance_of, recorded_changes
 
     if not base:
         _check_same_base(adapters)
@@ -47,8 +46,7 @@ def check_rope_scaling(section: ModelSection, adapters: Sequence[Path]) -> None:
     Raises:
         ConfigError: one was not.
     """
-    from lora_accel.merging.job import provenance_of
-    from lora_accel.saving.provenance import recorded_changes
+    from lora_accel.saving.provenance import provenance_of, recorded_changes
 
     for adapter in adapters:
         provenance = provenance_of(adapter)
@@ -93,9 +91,9 @@ def _check_same_base(adapters: Sequence[Path]) -> None:
         ArtifactError: an adapter does not name its base.
         ConfigError: adapters name different bases.
     """
-    from lora_accel.merging.job import provenance_of
     from lora_accel.saving.discovery import named_base
     from lora_accel.saving.hub import recorded_revision
+    from lora_accel.saving.provenance import provenance_of
 
     bases = []
     for adapter in adapters:

@@ -82,10 +82,11 @@ def evaluate(
     from accelerate import Accelerator
 
     from lora_accel.batching.batches import BatchOptions, step_batch
+    from lora_accel.setup.recipe import complete_config
     from lora_accel.setup.sizes import resolve_rope_scaling
     from lora_accel.training.evaluator import evaluate_sources
 
-    accelerator, config = Accelerator(cpu=None), resolve_rope_scaling(config)
+    accelerator, config = Accelerator(cpu=None), resolve_rope_scaling(complete_config(config))
     data = _load_data(config)
     scores = []
     candidates = load_candidates(

@@ -17,12 +17,11 @@ from lora_accel.errors import ArtifactError, first_line
 from lora_accel.model.base import check_base, stored_dtype
 from lora_accel.model.prequantized import stored_quantization
 from lora_accel.model.sizes import load_config
-from lora_accel.model.tokenizer import check_model_folder, is_hub_id, load_error_message, local_file
+from lora_accel.model.tokenizer import check_model_folder, is_hub_id, load_error_message
 from lora_accel.model.weight_files import find_weight_files
-from lora_accel.saving.atomic import read_json
 from lora_accel.saving.discovery import named_base
 from lora_accel.saving.hub import missing_base, recorded_revision
-from lora_accel.saving.provenance import recorded_changes
+from lora_accel.saving.provenance import check_code, recorded_changes
 
 HUB_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 """Files of a base to download besides its weights."""
@@ -143,23 +142,6 @@ def read_base_config(base: Base) -> PretrainedConfig:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
-
-
-def check_code(adapter: Path, provenance: dict[str, Any] | None, section: ModelSection) -> None:
-    """Check that the code with which an adapter was trained is trusted, if its base has any.
-
-    transformers may have a class of its own for such a base, which would be used without a message.
-    """
-    config = (provenance or {}).get("config")
-    model = config.get("model") if isinstance(config, dict) else None
-    if section.trust_remote_code or not (isinstance(model, dict) and model.get("trust_remote_code") is True):
-        return
-    config_file = local_file(section, "config.json")
-    if config_file is not None and read_json(config_file).get("auto_map"):
-        raise ArtifactError(
-            f"{adapter}: was trained with model.trust_remote_code=true, and {section.name_or_path} has Python code of "
-            "its own; pass --trust-remote-code to run it"
-        )
 
 
 def _local_folder(name: str, revision: str | None, *, with_code: bool) -> Path:

@@ -11,7 +11,6 @@ from lora_accel.config.schema import QuantizationSection, RunConfig
 from lora_accel.errors import ArtifactError
 from lora_accel.merging.base import Base, read_base_config
 from lora_accel.merging.job import MergeJob, MergeOptions
-from lora_accel.merging.request import trained_quantized
 from lora_accel.merging.shards import DequantizedWeights, Weights
 from lora_accel.merging.streaming import WeightTransform
 from lora_accel.model.base import (
@@ -22,6 +21,7 @@ from lora_accel.model.base import (
     quantized_names,
 )
 from lora_accel.model.prequantized import describe
+from lora_accel.saving.lineage import trained_quantized
 
 
 def open_weights(base: Base) -> Weights:

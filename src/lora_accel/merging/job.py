@@ -12,11 +12,11 @@ from lora_accel.merging.streaming import WeightTransform
 from lora_accel.paths import real_path, why_not_writable
 from lora_accel.saving.atomic import check_no_unlisted_files, read_json, sha256_of, why_invalid
 from lora_accel.saving.base_identity import base_hashes, loaded_hashes
-from lora_accel.saving.discovery import CONFIG, run_of
+from lora_accel.saving.discovery import CONFIG
+from lora_accel.saving.provenance import PROVENANCE
 from lora_accel.saving.serving import NEVER_MERGED
 from lora_accel.saving.tensor_files import tensor_file
 
-PROVENANCE = "provenance.json"
 TOKENIZER = "tokenizer_config.json"
 
 
@@ -85,30 +85,6 @@ class PendingMerge(NamedTuple):
     tokenizer: Any
     """None = neither the adapter nor the base has one."""
     transform: WeightTransform | None
-
-
-def provenance_of(adapter: Path) -> dict[str, Any] | None:
-    """Return an adapter's provenance; that of a checkpoint is in its run. None if there is none.
-
-    Raises:
-        ArtifactError: it does not name the base.
-    """
-    files = [adapter / PROVENANCE]
-    if (run := run_of(adapter)) is not None:
-        files.append(run / PROVENANCE)
-    file = next((file for file in files if file.exists()), None)
-    if file is None:
-        return None
-    provenance = read_json(file)
-    base = provenance.get("base")
-    if (
-        not isinstance(base, dict)
-        or not isinstance(base.get("revision"), (str, type(None)))
-        or not isinstance(base.get("name_or_path"), str)
-        or not isinstance(base.get("sha256"), dict)
-    ):
-        raise ArtifactError(f"{file}: does not name the base that the adapter was trained on")
-    return provenance
 
 
 def check_mergeable(adapter: Path) -> None:

@@ -18,7 +18,6 @@ from lora_accel.merging.base import CODE_FILES, Base, find_base
 from lora_accel.merging.base_weights import make_transform
 from lora_accel.merging.combine import check_method, combined_adapter
 from lora_accel.merging.job import (
-    PROVENANCE,
     TOKENIZER,
     MergeJob,
     MergeKeywords,
@@ -29,7 +28,6 @@ from lora_accel.merging.job import (
     check_out_folder,
     existing_merge,
     make_options,
-    provenance_of,
 )
 from lora_accel.merging.request import ALL
 from lora_accel.merging.tokenizer import load_adapter_tokenizer
@@ -47,7 +45,7 @@ from lora_accel.saving.cards import merged_card
 from lora_accel.saving.discovery import CONFIG
 from lora_accel.saving.hub import find_adapter, recorded_name
 from lora_accel.saving.listing import list_checkpoints
-from lora_accel.saving.provenance import versions
+from lora_accel.saving.provenance import PROVENANCE, provenance_of, versions
 
 COPIED_FILES = ("generation_config.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 """Files of the base that are copied into the merged model."""

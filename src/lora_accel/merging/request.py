@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_accel.errors import ConfigError
+from lora_accel.saving.lineage import trained_quantized
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 USAGE = "lora-accel merge ADAPTER OUT"
@@ -113,16 +114,6 @@ def merge_lines(provenances: Sequence[dict[str, Any]], request: MergeRequest) ->
             if provenance["adapter"]["config"]["quantization"]["bits"] == 4 and merged["base_weights"] == "original":
                 lines.append("note: trained on 4-bit weights; --base-weights dequantized merges into those instead")
     return lines
-
-
-def trained_quantized(provenance: Any) -> bool:
-    """Whether an adapter was trained on a base whose weights are stored quantized, so that no other base equals it.
-
-    Args:
-        provenance: of the adapter, which is untrusted; None = it has none.
-    """
-    base = provenance.get("base") if isinstance(provenance, dict) else None
-    return isinstance(base, dict) and bool(base.get("quantization"))
 
 
 def _parse_weighted(arg: str) -> tuple[str, float]:

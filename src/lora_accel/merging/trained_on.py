@@ -10,11 +10,12 @@ from typing import Any
 from lora_accel.config.schema import ModelSection
 from lora_accel.errors import ArtifactError
 from lora_accel.logs import logger
-from lora_accel.merging.base import Base, check_code
-from lora_accel.merging.job import MergeJob, MergeOptions, provenance_of
-from lora_accel.merging.request import trained_quantized
+from lora_accel.merging.base import Base
+from lora_accel.merging.job import MergeJob, MergeOptions
 from lora_accel.model.prequantized import stored_quantization
 from lora_accel.saving.base_identity import base_hashes, is_same_base, tensors_hash
+from lora_accel.saving.lineage import trained_quantized
+from lora_accel.saving.provenance import check_code, provenance_of
 
 
 def check_base_hashes(jobs: Sequence[MergeJob], base: Base, hashes: dict[str, str], options: MergeOptions) -> None:

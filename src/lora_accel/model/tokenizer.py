@@ -163,18 +163,19 @@ def check_model_folder(section: ModelSection) -> None:
     name = section.name_or_path
     adapter_config = local_file(section, "adapter_config.json")
     if adapter_config is not None and local_file(section, "config.json") is None:
+        base = _base_of_adapter(adapter_config)
         raise ConfigError(
-            f"model.name_or_path or --base: {name} is an adapter{_base_of_adapter(adapter_config)}, not a model. To "
-            "train on from its weights, run lora-accel merge ADAPTER OUT, and train a new adapter on OUT. To resume "
+            f"model.name_or_path or --base: {name} is an adapter{' of ' if base else ''}{base}, not a model. To begin "
+            f"a new run with its weights, set adapter.init_from={name} model.name_or_path={base or 'BASE'}. To resume "
             "the run that trained it, set model.name_or_path to the base, and checkpoint.resume to a folder in the "
             "run's checkpoints/"
         )
 
 
 def _base_of_adapter(config_file: Path) -> str:
-    """Return ` of BASE` for an adapter_config.json that names its base, else an empty text."""
+    """Return the base that an adapter_config.json names, else an empty text."""
     base = (read_object(config_file) or {}).get("base_model_name_or_path")
-    return f" of {base}" if base and isinstance(base, str) else ""
+    return base if isinstance(base, str) else ""
 
 
 def load_error_message(section: ModelSection, what: str, error: Exception) -> str:

@@ -48,13 +48,14 @@ def check_untrusted_config(path: Path, module_names: Iterable[str]) -> None:
     _check_patterns(path, _patterns(config), names)
 
 
-def check_known_options(path: Path, *, force: bool = False) -> None:
+def check_known_options(path: Path, *, force: bool = False, way_out: str = "pass --force") -> None:
     """Check that the installed PEFT knows every option that is set in an adapter_config.json.
 
     PEFT ignores the others with a warning, but they may change what the adapter computes.
 
     Args:
         force: whether to ignore them, with a note.
+        way_out: how to set `force`, for messages.
 
     Raises:
         ArtifactError: it does not, and `force` is False.
@@ -66,13 +67,14 @@ def check_known_options(path: Path, *, force: bool = False) -> None:
     # null, false, 0 and empty values are those of an option that is not used.
     unknown = [f"{key}={_short(value)}" for key, value in sorted(config.items()) if key not in known and value]
     if unknown and force:
-        _note_ignored(f"{path}: --force: ignored {', '.join(unknown[:5])}, which the installed PEFT does not know")
+        option = way_out.removeprefix("pass ").removeprefix("set ")
+        _note_ignored(f"{path}: {option}: ignored {', '.join(unknown[:5])}, which the installed PEFT does not know")
     elif unknown:
         version = config.get("peft_version")
         saved_by = f" (saved by PEFT {version})" if isinstance(version, str) else ""
         raise ArtifactError(
             f"{path}: {', '.join(unknown[:5])}: the installed PEFT does not know this option{saved_by}, and without it "
-            "the adapter may compute something else; upgrade peft, or pass --force to ignore the option"
+            f"the adapter may compute something else; upgrade peft, or {way_out} to ignore the option"
         )
 
 

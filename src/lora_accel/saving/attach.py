@@ -18,8 +18,15 @@ from lora_accel.saving.atomic import read_json
 from lora_accel.saving.discovery import CONFIG
 from lora_accel.saving.matching import AdapterTensors, check_converted_config, match_tensors
 from lora_accel.saving.names import adapter_parameters, saved_names, saved_shapes
-from lora_accel.saving.tensor_files import read_adapter
-from lora_accel.saving.vocabulary import embedding_rows, resize_vocabulary, write_embeddings
+from lora_accel.saving.tensor_files import AdapterData, read_adapter
+from lora_accel.saving.vocabulary import (
+    base_parameter,
+    check_same_embeddings,
+    embedding_modules,
+    embedding_rows,
+    resize_vocabulary,
+    write_embeddings,
+)
 
 
 def load_adapter(
@@ -70,7 +77,7 @@ def attach_adapter(
     """
     inner = base.get_base_model() if isinstance(base, PeftModel) else base
     check_untrusted_config(folder / CONFIG, [module for module, _ in inner.named_modules()])
-    _check_base_init(folder)
+    check_base_init(folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not trainable
@@ -130,18 +137,41 @@ def restore_adapter(model: PeftModel, folder: Path, backend: Backend | None = No
             backend.write_parameter(parameters[own_name], value)
 
 
-def check_adapter_files(folder: Path, *, force: bool = False) -> None:
+def begin_with_adapter(model: PeftModel, data: AdapterData, where: str, backend: Backend) -> None:
+    """Write the tensors of another adapter into the new adapter that a model has. Every rank calls this.
+
+    Args:
+        model: has the options of the other adapter. If that one changed the base's weights when its training began
+            (PiSSA, OLoRA), it has a frozen adapter instead, which stays as it is.
+        where: the other adapter, for messages.
+
+    Raises:
+        ArtifactError: the tensors do not match the model.
+    """
+    check_converted_config(model, data.config, where)
+    shapes = saved_shapes(model, backend, joined=False)
+    trained, embeddings = match_tensors(model, data.tensors, shapes, where)
+    modules = embedding_modules(model.get_base_model())
+    weights = {name: base_parameter(modules[name.removesuffix(".weight")]) for name in sorted(embeddings)}
+    for name, weight in backend.full_parameters(weights):
+        check_same_embeddings(weight, embeddings[name], f"{where}: {name}")
+    for key, parameter in adapter_parameters(model).items():
+        backend.write_parameter(parameter, trained[key])
+
+
+def check_adapter_files(folder: Path, *, force: bool = False, way_out: str = "pass --force") -> None:
     """Check an adapter as far as possible without its base: its files, its config, and the kinds of its tensors.
 
     Args:
         force: whether to ignore options of adapter_config.json that the installed PEFT does not know.
+        way_out: how to set `force`, for messages.
 
     Raises:
         ArtifactError: the adapter cannot be used.
     """
     read_adapter(folder)
     check_untrusted_config(folder / CONFIG, ())
-    check_known_options(folder / CONFIG, force=force)
+    check_known_options(folder / CONFIG, force=force, way_out=way_out)
 
 
 def keeps_base_weights(folder: Path) -> bool:
@@ -150,8 +180,12 @@ def keeps_base_weights(folder: Path) -> bool:
     return config.get("init_lora_weights") not in REPEATABLE_INITS and not config.get("kasa_config")
 
 
-def _check_base_init(folder: Path) -> None:
-    """Check that the adapter's initialization left the base's weights unchanged, or can be repeated."""
+def check_base_init(folder: Path) -> None:
+    """Check that the adapter's initialization left the base's weights unchanged, or can be repeated.
+
+    Raises:
+        ArtifactError: it changed them, and cannot be repeated.
+    """
     init = read_json(folder / CONFIG).get("init_lora_weights", True)
     if isinstance(init, str) and init not in (*BASE_PRESERVING_INITS, *REPEATABLE_INITS):
         raise ArtifactError(

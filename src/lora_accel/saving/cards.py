@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_accel.config.adapter_options import subtracts_initial_adapter
+from lora_accel.saving.lineage import lineage_note
 
 AUTO_LOADING = """from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
@@ -46,7 +47,7 @@ Rank {saved["r"]}, alpha {saved["lora_alpha"]}, on {adapter["target_modules"]}; 
 
 {data}
 
-{_local_base_note(base)}```python
+{lineage_note(provenance.get("init_from", []))}{_local_base_note(base)}```python
 {AUTO_LOADING if on_hub else BASE_LOADING}
 tokenizer = AutoTokenizer.from_pretrained(".")  # with the chat template of training
 ```

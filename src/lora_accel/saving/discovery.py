@@ -61,6 +61,8 @@ class KeptSettings(NamedTuple):
     base_dtype: str
     """Name of the dtype; `auto` = as stored, for older checkpoints that do not record it."""
     warmup_from_zero: bool
+    begun_with_adapter: dict[str, Any] | None = None
+    """Provenance of a run that began with an adapter (adapter.init_from); None = it began with a new one."""
 
 
 class CheckpointSelection(NamedTuple):
@@ -168,8 +170,8 @@ def _check_is_checkpoint(folder: Path) -> None:
     if (folder / CONFIG).exists():
         raise ArtifactError(
             f"checkpoint.resume: {folder} is an adapter, not a checkpoint: it has no optimizer state to resume from. "
-            "Name a step-… folder in the checkpoints/ of the run that trained it. To train on from its weights, run "
-            "lora-accel merge ADAPTER OUT, and train a new adapter on OUT (model.name_or_path)"
+            "Name a step-… folder in the checkpoints/ of the run that trained it. To begin a new run with its weights, "
+            f"set adapter.init_from={folder} instead, with another output_dir"
         )
 
 
@@ -195,7 +197,12 @@ def kept_settings(folder: Path, resume: str) -> KeptSettings | None:
             descends = named in (None, candidate) or state.get("begun_at") == resume
             if descends and precision in ("no", "bf16", "fp16"):
                 warmup_from_zero = with_defaults(provenance["config"])["training"]["warmup_from_zero"]
-                return KeptSettings(precision, str(provenance.get("base_dtype", "auto")), warmup_from_zero is True)
+                return KeptSettings(
+                    precision,
+                    str(provenance.get("base_dtype", "auto")),
+                    warmup_from_zero is True,
+                    provenance if provenance.get("init_from") else None,
+                )
     return None
 
 

@@ -20,10 +20,15 @@ from lora_accel.config.recorded import with_defaults
 from lora_accel.config.schema import ModelSection, RunConfig
 from lora_accel.data.audit import SourceLedger
 from lora_accel.errors import ArtifactError
+from lora_accel.model.tokenizer import local_file
 from lora_accel.saving.atomic import read_json
 from lora_accel.saving.base_identity import base_identity, loaded_hashes
+from lora_accel.saving.discovery import run_of
 from lora_accel.saving.hub import recorded_name
+from lora_accel.saving.lineage import Ancestor
 
+PROVENANCE = "provenance.json"
+"""Its file in the folder of a run, an adapter and a merged model."""
 PACKAGES = (
     "lora-accel",
     "torch",
@@ -40,6 +45,7 @@ PACKAGES = (
 # complete keys, so a key added to the schema counts as affecting the result until it is listed here.
 MAY_CHANGE_ON_RESUME = re.compile(
     r"output_dir|model\.(name_or_path|revision|attention|chat_template|trust_remote_code)"
+    r"|adapter\.init_from(_force)?"  # the adapter itself is compared by its hash
     r"|data\.(train|eval|overlong|max_dropped|packing|cache_dir|num_workers)"
     r"|training\.(epochs|max_steps|warmup_ratio|warmup_steps|batch_size|micro_batch_tokens|micro_batch_size"
     r"|gradient_accumulation_steps|mixed_precision|activation_checkpointing"  # compared by their effect on the plan
@@ -119,6 +125,8 @@ class Provenance(TypedDict):
     prompt_format: str
     """raw = every training example was tokenized without a chat template; else template. Earlier versions did not
     record it."""
+    init_from: NotRequired[list[Ancestor]]
+    """The adapter of adapter.init_from, and those from which it descends; absent if the run began with a new one."""
     config_sha256: str
     config: dict[str, Any]
     plan: dict[str, Any]
@@ -171,6 +179,30 @@ def describe_run(
     }
 
 
+def provenance_of(adapter: Path) -> dict[str, Any] | None:
+    """Return an adapter's provenance; that of a checkpoint is in its run. None if there is none.
+
+    Raises:
+        ArtifactError: it does not name the base.
+    """
+    files = [adapter / PROVENANCE]
+    if (run := run_of(adapter)) is not None:
+        files.append(run / PROVENANCE)
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        return None
+    provenance = read_json(file)
+    base = provenance.get("base")
+    if (
+        not isinstance(base, dict)
+        or not isinstance(base.get("revision"), (str, type(None)))
+        or not isinstance(base.get("name_or_path"), str)
+        or not isinstance(base.get("sha256"), dict)
+    ):
+        raise ArtifactError(f"{file}: does not name the base that the adapter was trained on")
+    return provenance
+
+
 def recorded_changes(provenance: Mapping[str, Any] | None, where: str) -> ModelSection:
     """Return a model section with the base's changes in the run that trained an adapter: rope_scaling and add_tokens.
 
@@ -187,6 +219,33 @@ def recorded_changes(provenance: Mapping[str, Any] | None, where: str) -> ModelS
         return ModelSection.model_validate({"name_or_path": "base", **values})
     except (ValidationError, AttributeError):
         raise ArtifactError(f"{where}: its provenance has an invalid model.rope_scaling or model.add_tokens") from None
+
+
+def check_code(
+    adapter: Path, provenance: dict[str, Any] | None, section: ModelSection, way_out: str = "pass --trust-remote-code"
+) -> None:
+    """Check that the code with which an adapter was trained is trusted, if its base has any.
+
+    transformers may have a class of its own for such a base, which would be used without a message.
+
+    Args:
+        provenance: of the adapter; None = it has none.
+        section: the base.
+        way_out: how to trust its code, for the message.
+
+    Raises:
+        ArtifactError: the code is not trusted.
+    """
+    config = (provenance or {}).get("config")
+    model = config.get("model") if isinstance(config, dict) else None
+    if section.trust_remote_code or not (isinstance(model, dict) and model.get("trust_remote_code") is True):
+        return
+    config_file = local_file(section, "config.json")
+    if config_file is not None and read_json(config_file).get("auto_map"):
+        raise ArtifactError(
+            f"{adapter}: was trained with model.trust_remote_code=true, and {section.name_or_path} has Python code of "
+            f"its own; {way_out} to run it"
+        )
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -269,6 +328,12 @@ def sha256_of_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
+def initial_hash(provenance: Mapping[str, Any]) -> str | None:
+    """Return the SHA-256 of the adapter with which a run began; None = it began with a new one."""
+    lineage = provenance.get("init_from") or [None]
+    return None if lineage[0] is None else str(lineage[0]["sha256"])
+
+
 def _hash_of_files(hashes: Mapping[str, str]) -> str:
     """Return one hash for a source: a single file's own hash, or the hash of all files' hashes in order."""
     return next(iter(hashes.values())) if len(hashes) == 1 else sha256_of_text("".join(hashes.values()))
@@ -278,6 +343,7 @@ def _result_inputs(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything that the result depends on, as a flat dict."""
     config = with_defaults(provenance["config"])
     flat = {key: value for key, value in _flat(config) if not MAY_CHANGE_ON_RESUME.fullmatch(key)}
+    flat["adapter.init_from"] = initial_hash(provenance)
     plan, sources = provenance["plan"], config["data"]["train"]
     flat |= {f"plan.{key}": plan[key] for key in ("batch_size", "total_steps", "warmup_steps", "num_examples")}
     flat |= {

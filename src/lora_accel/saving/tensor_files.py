@@ -11,7 +11,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -38,6 +38,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Supported dtypes of an adapter's tensors."""
 
 
+class AdapterData(NamedTuple):
+    """An adapter's tensors and config, both under the names of one format."""
+
+    tensors: State
+    config: dict[str, Any]
+
+
 def read_adapter(folder: Path) -> State:
     """Read an adapter's tensors by their names in the file. Their data is mapped into memory, and read when it is used.
 
@@ -49,6 +56,29 @@ def read_adapter(folder: Path) -> State:
     tensors = read_pickle(path) if path.name == PICKLED else read_tensors(path)
     check_tensors(path, tensors)
     return tensors
+
+
+def read_tensor_file(path: Path) -> State:
+    """Read tensors by name, from safetensors or a pickle.
+
+    Raises:
+        ArtifactError: the file cannot be read, contains anything but dense tensors, or a value is not finite.
+    """
+    tensors = read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    check_tensors(path, tensors)
+    return finite_copies(path, tensors)
+
+
+def finite_copies(path: Path, tensors: State) -> State:
+    """Return contiguous copies of tensors that share no storage.
+
+    Raises:
+        ArtifactError: a value is not finite.
+    """
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ArtifactError(f"{path}: {name} has values that are not finite")
+    return {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
 
 
 def tensor_file(folder: Path) -> Path:

@@ -36,8 +36,8 @@ def resize_vocabulary(base: torch.nn.Module, folder: Path, tensors: Mapping[str,
     if not base_rows:
         return
     old_size = max(base_rows.values())
-    sizes = _saved_rows(base_rows, tensors, folder)
-    trained = _trained_rows(folder)
+    sizes = saved_rows(base_rows, tensors, str(folder))
+    trained = trained_rows(read_json(folder / CONFIG))
     new_size = max(sizes, default=old_size)
     if trained and max(trained) >= new_size:
         new_size = max(trained) + 1
@@ -69,7 +69,7 @@ def write_embeddings(model: PeftModel, saved: State, base_rows: Mapping[str, int
         check_same_embeddings(weight.data[: base_rows[name.removesuffix(".weight")]], tensor, f"{folder}: {name}")
         weight.data.copy_(tensor)
         written.add(id(weight))
-    trained = _trained_rows(folder)
+    trained = trained_rows(read_json(folder / CONFIG))
     for name, module in modules.items():
         weight, old = base_parameter(module), base_rows.get(name, 0)
         has_rows = (
@@ -120,8 +120,16 @@ def base_parameter(module: Any) -> torch.nn.Parameter:
     return parameter
 
 
-def _saved_rows(base_rows: Mapping[str, int], tensors: Mapping[str, torch.Tensor], folder: Path) -> set[int]:
-    """Return the sizes of the vocabulary in an adapter's file; none if it has no embeddings."""
+def saved_rows(base_rows: Mapping[str, int], tensors: Mapping[str, torch.Tensor], where: str) -> set[int]:
+    """Return the sizes of the vocabulary in an adapter's file; none if it has no embeddings.
+
+    Args:
+        base_rows: see `embedding_rows`.
+        where: the adapter, for messages.
+
+    Raises:
+        ArtifactError: the embeddings have different sizes.
+    """
     sizes = set()
     for key, tensor in tensors.items():
         name = plain_name(NAMED_ADAPTER.sub(r".\1", key, count=1)).replace(".modules_to_save.", ".", 1)
@@ -129,15 +137,15 @@ def _saved_rows(base_rows: Mapping[str, int], tensors: Mapping[str, torch.Tensor
         if module not in base_rows or leaf not in ("weight", "lora_embedding_A"):
             continue
         if tensor.ndim != 2:
-            raise ArtifactError(f"{folder}: {key} has shape {tuple(tensor.shape)}; embeddings have two dimensions")
+            raise ArtifactError(f"{where}: {key} has shape {tuple(tensor.shape)}; embeddings have two dimensions")
         sizes.add(tensor.shape[0 if leaf == "weight" else 1])
     if len(sizes) > 1:
-        raise ArtifactError(f"{folder}: its embeddings have different numbers of tokens: {sorted(sizes)}")
+        raise ArtifactError(f"{where}: its embeddings have different numbers of tokens: {sorted(sizes)}")
     return sizes
 
 
-def _trained_rows(folder: Path) -> set[int]:
+def trained_rows(config: Mapping[str, Any]) -> set[int]:
     """Return the rows of the embeddings that an adapter trains: `trainable_token_indices` of its config."""
-    indices = read_json(folder / CONFIG).get("trainable_token_indices") or []
+    indices = config.get("trainable_token_indices") or []
     lists = list(indices.values()) if isinstance(indices, dict) else [indices]
     return {row for rows in lists if isinstance(rows, list) for row in rows if type(row) is int and row >= 0}

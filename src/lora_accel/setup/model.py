@@ -34,10 +34,12 @@ from lora_accel.model.kernels import patch_norms_and_gates
 from lora_accel.model.new_tokens import extend_vocabulary, train_new_tokens
 from lora_accel.model.prequantized import check_modules_to_save
 from lora_accel.model.tokenizer import load_tokenizer
-from lora_accel.saving.adapter import saved_config
+from lora_accel.saving.adapter import saved_config, unwrap_peft_model
+from lora_accel.saving.attach import begin_with_adapter
 from lora_accel.saving.names import check_all_trained_is_saved, saved_shapes
 from lora_accel.saving.serving import serving_note
 from lora_accel.setup.data import PreparedData
+from lora_accel.setup.initial import InitialAdapter, check_vocabulary, fits_base
 from lora_accel.training.memory import estimate_activation_bytes, free_bytes
 from lora_accel.training.optimizer import make_optimizer
 
@@ -60,11 +62,18 @@ class PreparedModel:
     """Whether examples are packed: the config asks for it and the model supports it."""
 
 
-def prepare_model(config: RunConfig, accelerator: Accelerator, *, checkpoint_dtype: str | None = None) -> PreparedModel:
+def prepare_model(
+    config: RunConfig,
+    accelerator: Accelerator,
+    *,
+    checkpoint_dtype: str | None = None,
+    initial: InitialAdapter | None = None,
+) -> PreparedModel:
     """Load the base, add the adapter, patch the modules that this package reimplements, and prepare both.
 
     Args:
         checkpoint_dtype: dtype of the base in the checkpoint to resume from; None = a new run.
+        initial: the adapter of adapter.init_from, whose options `config` has; None = a new one.
 
     Raises:
         ArtifactError: the base cannot be read, or a trained tensor would not be saved.
@@ -75,6 +84,7 @@ def prepare_model(config: RunConfig, accelerator: Accelerator, *, checkpoint_dty
     if config.model.add_tokens is not None:
         extend_vocabulary(base, config.model)
         adapter = train_new_tokens(adapter, base, config.model.add_tokens, load_tokenizer(config.model))
+    check_vocabulary(base, initial)
     packed = config.data.packing and can_pack(base)
     if packed:
         pack_attention(base)
@@ -83,7 +93,8 @@ def prepare_model(config: RunConfig, accelerator: Accelerator, *, checkpoint_dty
     # torch.compile fuses the same operations itself.
     (compile_layers if config.training.compile else patch_norms_and_gates)(base)
     check_modules_to_save(base, adapter)
-    model = _add_adapter(config, adapter, base, backend, is_mixed=accelerator.mixed_precision != "no")
+    with fits_base(initial, base):
+        model = _add_adapter(config, adapter, base, backend, is_mixed=accelerator.mixed_precision != "no")
     is_fused = patch_fused_loss(model.get_base_model())
     optimizer = make_optimizer(
         trainable_parameters(model).values(),
@@ -93,6 +104,8 @@ def prepare_model(config: RunConfig, accelerator: Accelerator, *, checkpoint_dty
     dropout_keys = key_dropout(model, fused_loss=is_fused)
     model, optimizer = accelerator.prepare(model, optimizer)
     backend.init_moments(optimizer, OPTIMIZERS[config.training.optimizer].moments)
+    if initial is not None and initial.data is not None:
+        begin_with_adapter(unwrap_peft_model(accelerator, model), initial.data, initial.name, backend)
     trainable = list(trainable_parameters(model).values())
     return PreparedModel(model, optimizer, trainable, backend, dropout_keys, packed)
 

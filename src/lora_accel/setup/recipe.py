@@ -6,10 +6,26 @@ import functools
 import hashlib
 import json
 
+from lora_accel.config.inherited import MODEL_OPTIONS
 from lora_accel.config.schema import RunConfig
 from lora_accel.data.dataset import Recipe
 from lora_accel.data.template import ChatTemplate, template_source
 from lora_accel.model.tokenizer import check_model_folder, load_tokenizer, tokenizer_fingerprint
+
+
+def complete_config(config: RunConfig) -> RunConfig:
+    """Return a run config with the options of the adapter with which its run begins, if its data depends on them.
+
+    For commands that read the data of a run. The config in a run folder has these options.
+
+    Raises:
+        ConfigError, ArtifactError: see `setup.initial.prepare_initial_adapter`.
+    """
+    if config.adapter.init_from is None or config.model.model_fields_set.issuperset(MODEL_OPTIONS):
+        return config
+    from lora_accel.setup.initial import resolve_initial_adapter
+
+    return resolve_initial_adapter(config)[0]
 
 
 def make_recipe(config: RunConfig) -> Recipe:

@@ -22,9 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_accel.config.adapter_options import BASE_PRESERVING_INITS
 from lora_accel.errors import ArtifactError, did_you_mean
-from lora_accel.export.tensors import AdapterData, read_tensor_file
 from lora_accel.saving.names import PREFIX
-from lora_accel.saving.tensor_files import State
+from lora_accel.saving.tensor_files import AdapterData, State, read_tensor_file
 
 TENSORS_FILE, CONFIG_FILE = "lora.pt", "loralib.json"
 LAYERS = (torch.nn.Linear, Conv1D, torch.nn.Embedding)
@@ -36,6 +35,16 @@ SUPPORTED_KEYS = re.compile(
 )
 """Keys of adapter_config.json that loralib can express, or that do not change what the tensors mean."""
 MERGE_INSTEAD = "merge the adapter instead: lora-accel merge ADAPTER OUT"
+
+
+def is_loralib(adapter: Path) -> bool:
+    """Whether an adapter is a file of loralib, or a folder that was exported in loralib's format."""
+    return adapter.is_file() or (adapter / CONFIG_FILE).is_file()
+
+
+def tensors_file(adapter: Path) -> Path:
+    """Return the file with the tensors of an adapter in loralib's format: a bare file, or the one in its folder."""
+    return adapter if adapter.is_file() else adapter / TENSORS_FILE
 
 
 def check_config(path: Path, config: Mapping[str, Any]) -> None:
@@ -100,7 +109,7 @@ def read_loralib(adapter: Path, config: Mapping[str, Any], model: PreTrainedMode
     Raises:
         ArtifactError: the tensors do not fit the base or the config.
     """
-    file = adapter if adapter.is_file() else adapter / TENSORS_FILE
+    file = tensors_file(adapter)
     state = read_tensor_file(file)
     layers = _lora_layers(file, state, model)
     names = _peft_names(layers, model)
