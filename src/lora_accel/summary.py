@@ -48,7 +48,7 @@ def is_finished(
         finished_plan = {key: provenance["plan"][key] for key in plan.as_dict() if key != "num_ranks"}
         tokens = [entry["tokens_sha256"] for entry in provenance["data"]]
         settings, precision = provenance["config"], provenance["mixed_precision"]
-        [begun_with, *_] = provenance.get("init_from") or [{"sha256": None}]
+        initial = (provenance.get("init_from") or [{"sha256": None}])[0]["sha256"]
         base, template_sha256 = provenance["base"], provenance["chat_template_sha256"]
         recorded = {
             "sha256": dict(base["sha256"]),
@@ -62,7 +62,7 @@ def is_finished(
         and tokens == [ledger.tokens_sha256 for ledger in ledgers]
         and settings == json.loads(json.dumps(config.model_dump()))
         and precision == mixed_precision
-        and begun_with["sha256"] == initial_sha256
+        and initial == initial_sha256
     )
     return is_same and _has_same_model(config, template, recorded, template_sha256)
 

@@ -59,9 +59,9 @@ def test_first_layer_is_not_no_layer() -> None:
         ({"r": 8}, "adapter.r=8, but first has 16"),
         ({"alpha": 16.0}, "adapter.alpha=16.0, but first has 32"),
         ({"target_modules": ["q_proj"]}, r"adapter.target_modules=\['q_proj'\], but first has \['v_proj', 'q_proj'\]"),
-        ({"bias": "none"}, "adapter.bias='none', but first has 'lora_only'"),
+        ({"bias": "none"}, "adapter.bias=none, but first has lora_only"),
         ({"use_dora": True}, "adapter.use_dora=True, but first has none"),
-        ({"init_lora_weights": "pissa"}, "adapter.init_lora_weights='pissa', but first has none"),
+        ({"init_lora_weights": "pissa"}, "adapter.init_lora_weights=pissa, but first has none"),
     ],
 )
 def test_option_that_contradicts_the_adapter_is_an_error(adapter: dict[str, Any], problem: str) -> None:
@@ -78,8 +78,10 @@ def test_other_spellings_of_the_same_value_are_no_contradiction() -> None:
 
 def test_pattern_is_compared_with_that_of_the_adapters_run() -> None:
     config = run_config({"target_modules": "all-linear"})
-    assert complete(config, SAVED, named_modules="all-linear").adapter.target_modules == SAVED["target_modules"]
-    with pytest.raises(ConfigError, match=r"adapter\.target_modules='all-linear', but first has"):
+    result = complete(config, SAVED, named_modules="all-linear")
+    assert result.adapter.target_modules == "all-linear"
+    assert keep_recorded(config, result.model_dump()) == result
+    with pytest.raises(ConfigError, match=r"adapter\.target_modules=all-linear, but first has"):
         complete(config, SAVED, named_modules="q_proj|v_proj")
 
 
@@ -117,6 +119,14 @@ def test_all_rows_of_added_tokens() -> None:
     added = AddedTokens(tokens=["<tool>"], train="embeddings")
     saved = SAVED | {"modules_to_save": ["embed_tokens", "lm_head", "score"]}
     assert complete(run_config(), saved, model={"add_tokens": added}).adapter.modules_to_save == ["score"]
+
+
+def test_many_modules_are_named_by_the_last_part() -> None:
+    names = [f"model.layers.{n}.{name}" for n in range(9) for name in ("q_proj", "v_proj")]
+    config = run_config()
+    assert "target_modules=18 x q_proj, v_proj" in describe_inherited(
+        config, complete(config, SAVED | {"target_modules": names})
+    )
 
 
 def test_resumed_run_keeps_what_its_checkpoint_records() -> None:

@@ -109,6 +109,8 @@ HARMLESS: list[Change] = [
     (("config", "model", "attention"), "eager"),
     (("config", "model", "chat_template"), "same.jinja"),  # detected by the hash of the template
     (("config", "model", "trust_remote_code"), True),
+    (("config", "adapter", "init_from"), "moved"),  # detected by the hash of its tensors
+    (("config", "adapter", "init_from_force"), True),
     (("config", "data", "train", 0, "path"), "moved.jsonl"),  # detected by the hash of the rows
     (("config", "data", "overlong"), "drop"),  # detected by the hash of the tokens
     (("config", "data", "eval"), [{"path": "eval.jsonl"}]),

@@ -34,6 +34,8 @@ SET_INITS = (*REPEATABLE_INITS, "mica")
 MODEL_OPTIONS = ("rope_scaling", "add_tokens")
 """Options of the section `model` that an adapter's provenance records, since its weights depend on them."""
 EMBEDDINGS = ("embed_tokens", "lm_head")
+MAX_NAMED = 8
+"""Modules that a message lists by their full names."""
 
 
 def inheritable_options(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,14 +78,16 @@ def inherit(
     problems |= _conflicts("model", config.model, model or {})
     if problems:
         lines = [
-            f"{option}={own!r}, but {name} has {'none' if theirs is None else repr(theirs)}"
+            f"{option}={_brief(own)}, but {name} has {'none' if theirs is None else _brief(theirs)}"
             for option, (own, theirs) in problems.items()
         ]
         raise ConfigError(
             f"adapter.init_from: {'; '.join(lines)}. A run that begins with an adapter has its options: remove "
             f"{', '.join(problems)} from the config, or begin with a new adapter (adapter.init_from=null)"
         )
-    return _validated(config, section, options)
+    # The config's own spelling is kept, so that a resumed run, which may lack the adapter, has the same config.
+    own = {key: getattr(config.adapter, key) for key in options.keys() & config.adapter.model_fields_set}
+    return _validated(config, section, {**options, **own})
 
 
 def keep_recorded(config: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
@@ -110,13 +114,20 @@ def keep_recorded(config: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
 def describe_inherited(before: RunConfig, after: RunConfig) -> str:
     """Return the options that a run took from its adapter, as `r=16, alpha=32.0`."""
     taken = [
-        f"{'' if section == 'adapter' else 'model.'}{key}={value}"
+        f"{'' if section == 'adapter' else 'model.'}{key}={_brief(value)}"
         for section, keys in (("adapter", AdapterSection.model_fields), ("model", MODEL_OPTIONS))
         for key in keys
         if (value := getattr(getattr(after, section), key)) is not None
         and key not in (*OWN, *getattr(before, section).model_fields_set)
     ]
     return ", ".join(taken)
+
+
+def _brief(value: Any) -> str:
+    """Return a value as text; of many modules, only the last parts of their names."""
+    if isinstance(value, list) and len(value) > MAX_NAMED:
+        return f"{len(value)} x {', '.join(sorted({str(name).rpartition('.')[2] for name in value})[:MAX_NAMED])}"
+    return str(value)
 
 
 def _conflicts(prefix: str, section: Any, options: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -133,4 +133,5 @@ def _training(adapter: Ancestor) -> str:
         return ""
     paths = [data["path"] for data in adapter["data"]]
     names = ", ".join(f"`{Path(path).name if os.path.isabs(path) else path}`" for path in paths)
-    return f", trained for {adapter['steps']:,} steps" + (f" on {names}" if names else "")
+    steps = f"{adapter['steps']:,} step{'' if adapter['steps'] == 1 else 's'}"
+    return f", trained for {steps}" + (f" on {names}" if names else "")

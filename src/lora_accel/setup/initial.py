@@ -23,6 +23,7 @@ from lora_accel.config.inherited import (
 from lora_accel.config.recorded import with_defaults
 from lora_accel.config.schema import ModelSection, RunConfig
 from lora_accel.console import Stage
+from lora_accel.distributed.backend import Backend
 from lora_accel.distributed.collectives import on_all_ranks
 from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.logs import logger
@@ -125,16 +126,18 @@ def resolve_initial_adapter(
     return inherit(config, options, model, named_modules=_trained_modules(initial.provenance)), initial
 
 
-def check_vocabulary(base: torch.nn.Module, initial: InitialAdapter | None) -> None:
+def check_vocabulary(base: torch.nn.Module, initial: InitialAdapter | None, backend: Backend) -> None:
     """Check that a base has the tokens of the adapter with which a run begins.
 
     Raises:
         ArtifactError: the adapter has more.
     """
-    from lora_accel.saving.vocabulary import embedding_rows, saved_rows, trained_rows
+    from lora_accel.saving.vocabulary import base_parameter, embedding_modules, saved_rows, trained_rows
 
-    if initial is None or initial.data is None or not (base_rows := embedding_rows(base)):
+    modules = embedding_modules(base)
+    if initial is None or initial.data is None or not modules:
         return
+    base_rows = {name: backend.full_shape(base_parameter(module))[0] for name, module in modules.items()}
     with _named():
         sizes = saved_rows(base_rows, initial.data.tensors, initial.name)
     size = max([*sizes, *(row + 1 for row in trained_rows(initial.data.config))], default=0)

@@ -84,7 +84,7 @@ def prepare_model(
     if config.model.add_tokens is not None:
         extend_vocabulary(base, config.model)
         adapter = train_new_tokens(adapter, base, config.model.add_tokens, load_tokenizer(config.model))
-    check_vocabulary(base, initial)
+    check_vocabulary(base, initial, backend)
     packed = config.data.packing and can_pack(base)
     if packed:
         pack_attention(base)
