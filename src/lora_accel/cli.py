@@ -236,16 +236,25 @@ def merge(
 
 @app.command()
 def export(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder, or a loralib file.")],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="Adapter folder, or a loralib file; for gguf also a model folder.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder.")],
     format: Annotated[
         str,
         typer.Option(
             "--format",
             metavar="NAME",
-            help="Output format: peft, peft-bin (PEFT's older pickle file) or loralib (microsoft/LoRA).",
+            help="Output format: peft, peft-bin (PEFT's older pickle file), loralib (microsoft/LoRA) or gguf "
+            "(llama.cpp and Ollama).",
         ),
     ],
+    outtype: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="TYPE", help="How gguf stores the weights: f32, f16, bf16 or q8_0. Default: as they are stored."
+        ),
+    ] = None,
     base: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="PATH", help="Base model, instead of the one that the adapter names."),
@@ -267,6 +276,7 @@ def export(
         adapter,
         out,
         format=format,
+        outtype=outtype,
         base=base,
         alpha=alpha,
         overwrite=overwrite,

@@ -1,37 +1,26 @@
-"""Convert adapters between PEFT's format, PEFT's older pickle and loralib's checkpoints."""
+"""Convert adapters between PEFT's format, PEFT's older pickle and loralib's checkpoints, and to GGUF."""
 
 from __future__ import annotations
 
-import math
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from transformers import PreTrainedModel
 
-from lora_accel.errors import ArtifactError, ConfigError, did_you_mean
+from lora_accel.errors import ConfigError, did_you_mean
+from lora_accel.export import source
 from lora_accel.export.formats import FORMATS, ExportFormat
+from lora_accel.export.gguf import GGUF, export_gguf
 from lora_accel.export.tensors import check_written
 from lora_accel.logs import logger
-from lora_accel.merging.base import base_section
 from lora_accel.merging.job import check_out_folder
-from lora_accel.merging.trained_on import check_trained_on
-from lora_accel.model.base import build_on_meta_device
-from lora_accel.model.sizes import load_config
 from lora_accel.saving import loralib
 from lora_accel.saving.adapter_config import check_known_options, check_untrusted_config
-from lora_accel.saving.atomic import atomic_folder, read_json, write_json
-from lora_accel.saving.attach import attach_adapter, match_adapter
-from lora_accel.saving.base_identity import has_weights
+from lora_accel.saving.atomic import atomic_folder, write_json
 from lora_accel.saving.discovery import CONFIG
-from lora_accel.saving.hub import find_adapter, recorded_name, recorded_revision
-from lora_accel.saving.provenance import provenance_of
-from lora_accel.saving.tensor_files import AdapterData, State, finite_copies, read_adapter
-from lora_accel.saving.vocabulary import resize_vocabulary
-
-BASE_KEY = "base_model_name_or_path"
+from lora_accel.saving.hub import find_adapter
+from lora_accel.saving.tensor_files import AdapterData, finite_copies
 
 
 def export_adapter(
@@ -39,6 +28,7 @@ def export_adapter(
     out: str | Path,
     *,
     format: str,
+    outtype: str | None = None,
     base: str | None = None,
     alpha: float | None = None,
     overwrite: bool = False,
@@ -52,9 +42,11 @@ def export_adapter(
     here, nothing is checked, with a note.
 
     Args:
-        adapter: a PEFT folder, a folder that this function wrote, or a file of `loralib.lora_state_dict`.
+        adapter: a PEFT folder, a folder that this function wrote, or a file of `loralib.lora_state_dict`. For gguf also
+            a model folder, such as a merged model.
         out: output folder.
-        format: a key of `FORMATS`: peft, peft-bin or loralib.
+        format: a key of `FORMATS`: peft, peft-bin or loralib; or gguf.
+        outtype: how gguf stores the weights, a value of `gguf_file.OUTTYPES`; None = as they are stored.
         base: Hub id or folder; None = the base that the adapter names.
         alpha: lora_alpha of a bare loralib file, which does not store it.
         overwrite: whether to replace an existing `out`.
@@ -70,10 +62,18 @@ def export_adapter(
         ArtifactError: the adapter cannot be read, does not fit the base or the format, or `out` exists.
     """
     adapter, out = find_adapter(adapter), Path(out)
+    if format == GGUF:
+        options: dict[str, Any] = {"base": base, "overwrite": overwrite, "force": force}
+        if alpha is not None:
+            raise ConfigError(f"--alpha={alpha}: only allowed for a bare loralib file")
+        return export_gguf(adapter, out, outtype=outtype or "auto", trust_remote_code=trust_remote_code, **options)
     if format not in FORMATS:
-        raise ConfigError(f"--format={format}: unknown; use {', '.join(FORMATS)}{did_you_mean(format, FORMATS)}")
-    target, config = FORMATS[format], _read_config(adapter, alpha)
-    base_name = base or config.get(BASE_KEY)
+        known = (*FORMATS, GGUF)
+        raise ConfigError(f"--format={format}: unknown; use {', '.join(known)}{did_you_mean(format, known)}")
+    if outtype is not None:
+        raise ConfigError(f"--outtype={outtype}: only allowed with --format gguf")
+    target, config = FORMATS[format], source.read_config(adapter, alpha)
+    base_name = base or config.get(source.BASE_KEY)
     sources = {"adapter": adapter.parent if adapter.is_file() else adapter, "base": Path(str(base_name))}
     check_out_folder(out, sources, overwrite=overwrite)
     if not loralib.is_loralib(adapter):
@@ -83,99 +83,31 @@ def export_adapter(
         check_known_options(adapter / CONFIG, force=force)
 
     model = None
-    if loralib.is_loralib(adapter) or base or target.convert is not None or _is_base_here(adapter, config):
-        model = _build_base(adapter, config, base, force=force, trust_remote_code=trust_remote_code)
+    if loralib.is_loralib(adapter) or base or target.convert is not None or source.is_base_here(adapter, config):
+        model = source.build_base(adapter, config, base, force=force, trust_remote_code=trust_remote_code)
     else:
         logger.warning(f"note: {base_name} is not here, so names and shapes were not checked; --base names its folder")
-    source = _read(adapter, config, base, model)
-    data = _converted(adapter, source, model, target)
+    read = source.read_data(adapter, config, base, model)
+    data = _converted(adapter, read, model, target)
     _write(adapter, out, data, target)
     return {
         "format": format,
         "adapter": str(adapter),
         "out": str(out),
         "base": base_name,
-        "bias": source.config.get("bias"),
+        "bias": read.config.get("bias"),
         "num_tensors": len(data.tensors),
         "files": sorted(path.name for path in out.iterdir()),
     }
 
 
-def _read_config(adapter: Path, alpha: float | None) -> dict[str, Any]:
-    """Return the content of adapter_config.json or loralib.json; for a bare loralib file, its alpha."""
-    if adapter.is_file():
-        if alpha is None or not (math.isfinite(alpha) and alpha > 0):
-            raise ConfigError(f"--alpha={alpha}: {adapter} does not store lora_alpha; pass the value used in training")
-        return {"lora_alpha": loralib.as_int(alpha)}
-    if alpha is not None:
-        raise ConfigError(f"--alpha={alpha}: only allowed for a bare loralib file; {adapter} stores its lora_alpha")
-    file = adapter / (loralib.CONFIG_FILE if (adapter / loralib.CONFIG_FILE).is_file() else CONFIG)
-    if not file.is_file():
-        raise ArtifactError(f"{adapter}: is not an adapter: it has neither {CONFIG} nor {loralib.CONFIG_FILE}")
-    return read_json(file)
-
-
-def _is_base_here(adapter: Path, config: dict[str, Any]) -> bool:
-    """Whether the base that an adapter names is in its folder or in the Hub's cache. Nothing is downloaded."""
-    named = config.get(BASE_KEY)
-    try:
-        return isinstance(named, str) and has_weights(named, recorded_revision(adapter, provenance_of(adapter)))
-    except ValueError:  # no folder's name, nor a Hub id
-        return False
-
-
-def _build_base(
-    adapter: Path, config: dict[str, Any], requested: str | None, *, force: bool, trust_remote_code: bool
-) -> PreTrainedModel:
-    """Return the adapter's base on the meta device; check its weights if they are here."""
-    named = config.get(BASE_KEY)
-    if not requested and not (isinstance(named, str) and named):
-        raise ArtifactError(f"{adapter}: does not name its base model; pass --base")
-    section = base_section(adapter, provenance_of(adapter), requested, named=named, trust_remote_code=trust_remote_code)
-    if has_weights(section.name_or_path, section.revision):
-        check_trained_on(adapter, section, force=force, way_out="pass the right one with --base")
-    return build_on_meta_device(load_config(section), trust_remote_code=trust_remote_code)
-
-
-def _read(adapter: Path, config: dict[str, Any], base: str | None, model: PreTrainedModel | None) -> AdapterData:
-    """Return an adapter in PEFT's format. Its config names the requested base, if there is one.
-
-    Args:
-        model: the base on the meta device, which loralib's names need.
-    """
-    if loralib.is_loralib(adapter) and model is not None:
-        return loralib.read_loralib(adapter, config, model, recorded_name(str(base or config.get(BASE_KEY)), None)[0])
-    renamed = dict(zip((BASE_KEY, "revision"), recorded_name(base, None), strict=True)) if base else {}
-    return AdapterData(read_adapter(adapter), config | renamed)
-
-
 def _converted(adapter: Path, data: AdapterData, model: PreTrainedModel | None, target: ExportFormat) -> AdapterData:
     """Return an adapter in another format, after a check that it fits the base, if that is known."""
     if model is not None:
-        peft_model, tensors = _attach(adapter, data, model)
+        peft_model, tensors = source.attach(adapter, data, model)
         if target.convert is not None:
             data = target.convert(adapter, data._replace(tensors=tensors), peft_model)
     return data._replace(tensors=finite_copies(adapter, data.tensors))
-
-
-def _attach(adapter: Path, data: AdapterData, model: PreTrainedModel) -> tuple[PeftModel, State]:
-    """Attach an adapter in PEFT's format to a base on the meta device, to verify that `load_adapter` accepts it.
-
-    Returns:
-        The model, and the tensors by PEFT's names; embeddings of a resized base by their names in the base.
-
-    Raises:
-        ArtifactError: PEFT rejects the config, or the tensors are not those that it expects.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        write_json(Path(folder) / CONFIG, data.config)
-        try:
-            resize_vocabulary(model, Path(folder), data.tensors)
-            peft_model = attach_adapter(model, Path(folder), on_meta_device=True)
-        except ArtifactError as error:
-            raise ArtifactError(str(error).replace(folder, str(adapter))) from None
-    trained, embeddings = match_adapter(peft_model, data.tensors, str(adapter))
-    return peft_model, trained | embeddings
 
 
 def _write(adapter: Path, out: Path, data: AdapterData, target: ExportFormat) -> None:
