@@ -51,7 +51,7 @@ TrustOption = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 # typer evaluates these annotations at run time, so they must be valid on Python 3.10.
 
-WRITING_COMMANDS = ("train", "merge", "export", "init", "report", "verify-resume")
+WRITING_COMMANDS = ("train", "merge", "export", "push", "init", "report", "verify-resume")
 """Commands whose result is files: they continue if nobody reads what they print."""
 
 
@@ -284,6 +284,29 @@ def export(
         trust_remote_code=trust_remote_code,
     )
     print(json.dumps(written, indent=2) if as_json else f"{format}: {out} ({written['num_tensors']} tensors)")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="RUN/adapter, a merged model or a GGUF folder.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Repository on the Hub: owner/name.")],
+    base: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="HUB_ID", help="The adapter's base on the Hub, if it was in a local folder."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    with_optimizer: Annotated[
+        bool, typer.Option("--with-optimizer", help="Upload a checkpoint's optimizer state too.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded. Nothing is sent.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload an adapter, a merged model or a GGUF folder to the Hugging Face Hub."""
+    silence_libraries()
+    from lora_accel.export.push import push_folder, push_lines
+
+    pushed = push_folder(folder, repo_id, base=base, private=private, with_optimizer=with_optimizer, dry_run=dry_run)
+    print(json.dumps(pushed, indent=2) if as_json else "\n".join(push_lines(pushed)))
 
 
 @app.command()

@@ -270,7 +270,7 @@ def test_model_card_of_a_local_base_names_no_path(provenance: dict[str, Any]) ->
     assert base.name in card
     assert provenance["base"]["sha256"]["model.safetensors"] in card
     assert "merge . OUT --base BASE" in card
-    assert f"- {provenance['data'][0]['path']}\n" in card
+    assert "\n- rows.jsonl\n" in card
 
 
 def test_model_card_of_a_base_on_the_hub_names_it(provenance: dict[str, Any]) -> None:

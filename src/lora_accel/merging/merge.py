@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,10 +43,11 @@ from lora_accel.saving.atomic import atomic_folder, write_json, write_text
 from lora_accel.saving.attach import check_adapter_files
 from lora_accel.saving.base_identity import base_hashes, have_same_base
 from lora_accel.saving.cards import merged_card
-from lora_accel.saving.discovery import CONFIG
+from lora_accel.saving.discovery import CONFIG, run_of
 from lora_accel.saving.hub import find_adapter, recorded_name
 from lora_accel.saving.listing import list_checkpoints
 from lora_accel.saving.provenance import PROVENANCE, provenance_of, versions
+from lora_accel.saving.results import RunResults, read_results
 
 COPIED_FILES = ("generation_config.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 """Files of the base that are copied into the merged model."""
@@ -229,9 +231,19 @@ def _merge(jobs: Sequence[MergeJob], base: Base, options: MergeOptions) -> list[
                 merge, base, options, hashing.result(), verify_merge(merge, base, options, reference)
             )
             write_json(merge.folder / PROVENANCE, provenance)
-            write_text(merge.folder / "README.md", merged_card(provenance))
+            card = merged_card(provenance, _results(merge.job), base_folder=base.folder)
+            write_text(merge.folder / "README.md", card)
             provenances.append(provenance)
     return provenances
+
+
+def _results(job: MergeJob) -> RunResults | None:
+    """Return the results of the run of one adapter, up to the step of a checkpoint; None if they are not known."""
+    run = job.adapter.parent if job.adapter.name == "adapter" else run_of(job.adapter)
+    if job.combined is not None or run is None:
+        return None
+    step = re.fullmatch(r"step-(\d+)", job.adapter.name)
+    return read_results(run, int(step[1]) if step else None)
 
 
 def _provenance(

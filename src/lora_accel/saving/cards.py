@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_accel.config.adapter_options import subtracts_initial_adapter
 from lora_accel.saving.lineage import lineage_note
+from lora_accel.config.schema import ModelSection
+from lora_accel.model.tokenizer import is_hub_id, local_file
+from lora_accel.saving.results import RunResults, evaluation_rows, loss_curve
 
 AUTO_LOADING = """from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
@@ -22,18 +26,31 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), 
 """How a model card loads an adapter whose base is on the Hub, and one whose base was a local folder."""
 MAX_HASHES = 3
 """Maximum number of weight files in a model card."""
+MAX_CELL = 100
+"""Characters of a value in a table."""
+LOSS_PLOT = "loss.png"
+"""A plot of the loss, which the card shows if it is in the folder."""
+LICENSE = re.compile(r"^license:\s*['\"]?([\w.+-]{1,60})['\"]?\s*$", re.MULTILINE)
 
 
-def model_card(provenance: Mapping[str, Any], saved: Mapping[str, Any], serving: str) -> str:
-    """Return the README.md of an adapter: what it is, how to load it, and its training data.
+def model_card(
+    provenance: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    serving: str,
+    results: RunResults | None = None,
+    *,
+    has_plot: bool = False,
+) -> str:
+    """Return the README.md of an adapter: what it is, how to load it, and how it was trained.
 
     Args:
         saved: the PEFT config in the adapter's folder.
         serving: how to serve it; see `serving.serving_note`.
+        results: of its run; None = unknown.
+        has_plot: whether `LOSS_PLOT` is in the folder.
     """
     config, plan, base = provenance["config"], provenance["plan"], provenance["base"]
     adapter, on_hub = config["adapter"], not os.path.isabs(base["name_or_path"])
-    data = "\n".join(f"- {entry['path']}" for entry in provenance["data"])
     return f"""---
 {_base_metadata(base)}library_name: peft
 pipeline_tag: text-generation
@@ -45,7 +62,7 @@ Rank {saved["r"]}, alpha {saved["lora_alpha"]}, on {adapter["target_modules"]}; 
 {_init_note(adapter)}Trained for {_steps(provenance)} of {plan["batch_size"]} examples with lora_accel
 {provenance["packages"]["lora-accel"]} on:
 
-{data}
+{_data_list(provenance)}
 
 {lineage_note(provenance.get("init_from", []))}{_local_base_note(base)}```python
 {AUTO_LOADING if on_hub else BASE_LOADING}
@@ -54,13 +71,20 @@ tokenizer = AutoTokenizer.from_pretrained(".")  # with the chat template of trai
 
 `lora-accel merge . OUT{"" if on_hub else " --base BASE"}` merges it into the base model.
 Serving: {serving}
-{_base_notes(config["model"])}
+{_base_notes(config["model"])}{_training_section(provenance, results, has_plot=has_plot)}{_license_note(base)}
 `provenance.json` records the config, package versions, and hashes of base model, tokenizer, template and data.
 """
 
 
-def merged_card(provenance: Mapping[str, Any]) -> str:
-    """Return the README.md of a merged model: what it is, its base and adapter, and how it differs from them."""
+def merged_card(
+    provenance: Mapping[str, Any], results: RunResults | None = None, *, base_folder: Path | None = None
+) -> str:
+    """Return the README.md of a merged model: what it is, its base and adapter, and how it differs from them.
+
+    Args:
+        results: of the adapter's run; None = unknown.
+        base_folder: of the base, whose card may name its license; None = unknown.
+    """
     merged, agreement, base = provenance["merged"], provenance["merged"]["agreement"], provenance["base"]
     if agreement is None:
         checked = "It was not compared with base + adapter."
@@ -69,8 +93,11 @@ def merged_card(provenance: Mapping[str, Any]) -> str:
             f"Its logits differ from those of base + adapter by {agreement['mean_moved']:.2g} standard deviations on "
             f"average ({agreement['top1']:.0%} of {agreement['num_tokens']} tokens have the same top token)."
         )
+    trained = provenance.get("adapter")
+    is_known = isinstance(trained, Mapping) and all(key in trained for key in ("config", "plan", "data"))
+    license = None if base_folder is None else license_of(str(base_folder), None)
     return f"""---
-{_base_metadata(base)}library_name: transformers
+{_base_metadata(base)}{f"license: {license}" + chr(10) if license else ""}library_name: transformers
 pipeline_tag: text-generation
 ---
 
@@ -86,6 +113,8 @@ model = AutoModelForCausalLM.from_pretrained(".")
 tokenizer = AutoTokenizer.from_pretrained(".")  # with the chat template of training
 ```
 
+Serving: `vllm serve .`; for llama.cpp and Ollama: `lora-accel export . OUT --format gguf`.
+{_merged_training(trained, results) if is_known else ""}
 `provenance.json` records package versions, hashes, and the provenance of the adapter.
 """
 
@@ -98,6 +127,99 @@ def _steps(provenance: Mapping[str, Any]) -> str:
     if exported["selected"] == "best":
         return f"{step} steps (of {total}; {exported['figure']} was best there: {exported['value']:.4g})"
     return f"{step} steps" if step == total else f"{step} steps (stopped early, of {total})"
+
+
+def license_of(name_or_path: str, revision: str | None) -> str | None:
+    """Return the license that a model's card declares, as in its metadata; None if the card is not here."""
+    file = local_file(ModelSection(name_or_path=name_or_path, revision=revision), "README.md")
+    if file is None:
+        return None
+    _, _, rest = file.read_text(encoding="utf-8", errors="replace").partition("---\n")
+    found = LICENSE.search(rest.partition("\n---")[0] + "\n")
+    return found[1] if found else None
+
+
+def data_name(path: str) -> str:
+    """Return a source's name for a card: a Hub id as it is, of a path only the last part."""
+    is_id = is_hub_id(path) and not os.path.lexists(path) and path.count("/") == 1 and not Path(path).suffix
+    return _cell(path if is_id else Path(path).name)
+
+
+def _data_list(provenance: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {data_name(entry['path'])}" for entry in provenance["data"])
+
+
+def _merged_training(trained: Mapping[str, Any], results: RunResults | None) -> str:
+    """Return how the adapter of a merged model was trained."""
+    return f"""
+The adapter was trained for {trained["plan"]["total_steps"]} steps on:
+
+{_data_list(trained)}
+{_training_section(trained, results)}"""
+
+
+def _training_section(provenance: Mapping[str, Any], results: RunResults | None, *, has_plot: bool = False) -> str:
+    """Return the settings of a run, its last evaluation and its losses."""
+    text = f"""
+## Training
+
+{_table(("setting", "value"), _settings(provenance["config"], provenance["plan"], provenance))}
+"""
+    if results is not None and results.evaluation is not None:
+        rows = evaluation_rows(results.evaluation)
+        metrics = list(dict.fromkeys(metric for _, figures in rows for metric in figures))
+        cells = [
+            [data_name(name), *(f"{figures[x]:.5g}" if x in figures else "" for x in metrics)] for name, figures in rows
+        ]
+        text += f"\nEvaluation after step {results.evaluation['step']}:\n\n{_table(('data', *metrics), cells)}\n"
+    if results is not None and results.losses:
+        (first, start), (last, end) = results.losses[0], results.losses[-1]
+        text += f"\nLoss, steps {first} to {last}: {start:.3g} {loss_curve(results)} {end:.3g}\n"
+    return text + (f"\n![Training loss]({LOSS_PLOT})\n" if has_plot else "")
+
+
+def _settings(config: Mapping[str, Any], plan: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[list[str]]:
+    """Return the settings of a run that one asks for first. Those of another version may lack some."""
+    adapter, training = config.get("adapter", {}), config.get("training", {})
+    quantization = (config.get("quantization") or {}).get("bits")
+    targets = adapter.get("target_modules")
+    values = {
+        "rank": adapter.get("r"),
+        "alpha": adapter.get("alpha"),
+        "dropout": adapter.get("dropout"),
+        "target modules": ", ".join(map(str, targets)) if isinstance(targets, list) else targets,
+        "optimizer": training.get("optimizer"),
+        "learning rate": training.get("learning_rate"),
+        "schedule": training.get("scheduler"),
+        "warm-up steps": plan.get("warmup_steps"),
+        "weight decay": training.get("weight_decay"),
+        "steps": plan.get("total_steps"),
+        "examples per step": plan.get("batch_size"),
+        "training examples": plan.get("num_examples"),
+        "maximum length": (config.get("data") or {}).get("max_length"),
+        "mixed precision": provenance.get("mixed_precision"),
+        "base": None if quantization is None else f"{quantization} bits",
+        "seed": config.get("seed"),
+    }
+    return [[name, _cell(value)] for name, value in values.items() if value is not None]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    """Return a value as text that does not end the cell of a table, or the item of a list."""
+    text = "".join(character if character.isprintable() else " " for character in str(value))
+    text = text.replace("|", "\\|")
+    return text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 1]}…"
+
+
+def _license_note(base: Mapping[str, Any]) -> str:
+    """Return the license of the base; empty if its card is not here."""
+    license = license_of(base["name_or_path"], base["revision"])
+    return f"\nThe base's license is {license}.\n" if license else ""
 
 
 def _init_note(adapter: Mapping[str, Any]) -> str:

@@ -18,10 +18,11 @@ from lora_accel.faults import fault_point
 from lora_accel.model.portable import save_tokenizer
 from lora_accel.saving.adapter import gather_adapter, unwrap_peft_model, write_adapter
 from lora_accel.saving.atomic import atomic_folder, read_json, write_json, write_text
-from lora_accel.saving.cards import model_card
+from lora_accel.saving.cards import LOSS_PLOT, model_card
 from lora_accel.saving.discovery import CONFIG
 from lora_accel.saving.output_dir import check_exists
 from lora_accel.saving.provenance import Provenance
+from lora_accel.saving.results import RunResults, read_results
 from lora_accel.saving.serving import serving_note
 from lora_accel.saving.tensor_files import read_adapter
 
@@ -74,11 +75,12 @@ def save_final_adapter(
                 template.tokenizer.chat_template = template.source or None
                 save_tokenizer(template.tokenizer, temporary)
                 write_json(temporary / "provenance.json", provenance)
-                write_text(temporary / "README.md", _card(temporary, provenance))
+                write_text(temporary / "README.md", _card(temporary, provenance, read_results(folder.parent)))
 
 
-def _card(folder: Path, provenance: Provenance) -> str:
+def _card(folder: Path, provenance: Provenance, results: RunResults) -> str:
     """Return the model card of the adapter in a folder."""
     config = read_json(folder / CONFIG)
     shapes = {name: tensor.shape for name, tensor in read_adapter(folder).items()}
-    return model_card(provenance, config, serving_note(config, shapes, provenance["config"]["model"]))
+    serving = serving_note(config, shapes, provenance["config"]["model"])
+    return model_card(provenance, config, serving, results, has_plot=(folder / LOSS_PLOT).is_file())

@@ -1,0 +1,90 @@
+"""What a run's metrics.jsonl says about its result, for the model card: the last evaluation, and the losses."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_accel.paths import open_to_read
+
+METRICS = "metrics.jsonl"
+BARS = "▁▂▃▄▅▆▇█"
+MAX_BARS = 40
+
+
+class RunResults(NamedTuple):
+    """The result of a run."""
+
+    evaluation: dict[str, Any] | None = None
+    """The `eval` line of metrics.jsonl; None = the run did not evaluate."""
+    losses: tuple[tuple[int, float], ...] = ()
+    """(step, loss), by step."""
+
+
+def read_results(run: Path, step: int | None = None) -> RunResults:
+    """Return the results of a run. Lines that cannot be read are ignored, since they are only shown.
+
+    Args:
+        run: its folder.
+        step: the last step to consider; None = all.
+    """
+    evaluation, losses = None, {}
+    for line in _lines(run / METRICS):
+        at = line.get("step")
+        if not isinstance(at, int) or (step is not None and at > step):
+            continue
+        if line.get("kind") == "eval":
+            evaluation = line
+        loss = line.get("loss")
+        if line.get("kind") == "train" and isinstance(loss, float) and math.isfinite(loss):
+            losses[at] = loss  # after a resume, the later line of a step replaces the earlier
+    return RunResults(evaluation, tuple(sorted(losses.items())))
+
+
+def loss_curve(results: RunResults) -> str:
+    """Return the losses as a line of at most `MAX_BARS` bars, each the mean of some steps; empty if there are none."""
+    losses = [loss for _, loss in results.losses]
+    count = min(MAX_BARS, len(losses))
+    edges = [round(number * len(losses) / count) for number in range(count + 1)] if count else [0]
+    means = [sum(losses[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    if not means:
+        return ""
+    low, high = min(means), max(means)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((mean - low) * scale)] for mean in means)
+
+
+def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """Return the figures of an evaluation by source, that of all sources first: (name, {metric: value})."""
+    sources = evaluation.get("sources")
+    rows = [("all", _figures(evaluation))]
+    if isinstance(sources, dict) and len(sources) > 1:
+        rows += [(str(name), _figures(values)) for name, values in sources.items() if isinstance(values, dict)]
+    return rows
+
+
+def _figures(values: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        key.removeprefix("eval_"): value
+        for key, value in values.items()
+        if key.startswith("eval_") and isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with open_to_read(file) as stream:
+            texts = stream.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict):
+            yield line
