@@ -16,14 +16,14 @@ from lora_accel.export.gguf_lora import OUTTYPES as LORA_OUTTYPES
 from lora_accel.export.gguf_lora import write_lora
 from lora_accel.export.gguf_model import read_model, write_model
 from lora_accel.export.modelfile import MODELFILE, modelfile
-from lora_accel.export.tensors import finite_copies
 from lora_accel.merging.job import check_out_folder
 from lora_accel.model.headers import main_dtype
 from lora_accel.model.tokenizer import has_tokenizer, load_tokenizer
 from lora_accel.saving.adapter_config import check_known_options, check_untrusted_config
 from lora_accel.saving.atomic import atomic_folder, write_text
-from lora_accel.saving.provenance import provenance_of
 from lora_accel.saving.discovery import CONFIG
+from lora_accel.saving.provenance import provenance_of
+from lora_accel.saving.tensor_files import finite_copies
 
 GGUF = "gguf"
 COPIED_FILES = ("provenance.json", "LICENSE")

@@ -20,11 +20,10 @@ from lora_accel.errors import ArtifactError
 from lora_accel.export.gguf_families import GgufFamily, family_of, to_gguf_layout
 from lora_accel.export.gguf_file import GgufTensor, write_gguf
 from lora_accel.export.gguf_model import gguf_names
-from lora_accel.export.tensors import AdapterData
 from lora_accel.saving.names import PREFIX
-from lora_accel.saving.serving import differences_from_plain_lora
 from lora_accel.saving.provenance import provenance_of
-from lora_accel.saving.tensor_files import State
+from lora_accel.saving.serving import differences_from_plain_lora
+from lora_accel.saving.tensor_files import AdapterData, State
 
 OUTTYPES = ("auto", "f32", "f16", "bf16")
 PARTS = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_accel.config.adapter_options import subtracts_initial_adapter
-from lora_accel.saving.lineage import lineage_note
 from lora_accel.config.schema import ModelSection
 from lora_accel.model.tokenizer import is_hub_id, local_file
+from lora_accel.saving.lineage import lineage_note
 from lora_accel.saving.results import RunResults, evaluation_rows, loss_curve
 
 AUTO_LOADING = """from peft import AutoPeftModelForCausalLM
@@ -94,7 +94,8 @@ def merged_card(
             f"average ({agreement['top1']:.0%} of {agreement['num_tokens']} tokens have the same top token)."
         )
     trained = provenance.get("adapter")
-    is_known = isinstance(trained, Mapping) and all(key in trained for key in ("config", "plan", "data"))
+    has_run = isinstance(trained, Mapping) and all(key in trained for key in ("config", "plan", "data"))
+    training = _merged_training(trained, results) if isinstance(trained, Mapping) and has_run else ""
     license = None if base_folder is None else license_of(str(base_folder), None)
     return f"""---
 {_base_metadata(base)}{f"license: {license}" + chr(10) if license else ""}library_name: transformers
@@ -114,7 +115,7 @@ tokenizer = AutoTokenizer.from_pretrained(".")  # with the chat template of trai
 ```
 
 Serving: `vllm serve .`; for llama.cpp and Ollama: `lora-accel export . OUT --format gguf`.
-{_merged_training(trained, results) if is_known else ""}
+{training}
 `provenance.json` records package versions, hashes, and the provenance of the adapter.
 """
 
@@ -122,11 +123,16 @@ Serving: `vllm serve .`; for llama.cpp and Ollama: `lora-accel export . OUT --fo
 def _steps(provenance: Mapping[str, Any]) -> str:
     """Return how many steps an adapter was trained for, and why its run has more."""
     total = provenance["plan"]["total_steps"]
-    exported = provenance.get("exported") or {"step": total, "selected": "last"}
-    step = exported["step"]
-    if exported["selected"] == "best":
+    exported, step = provenance.get("exported") or {}, exported_step(provenance)
+    if exported.get("selected") == "best":
         return f"{step} steps (of {total}; {exported['figure']} was best there: {exported['value']:.4g})"
     return f"{step} steps" if step == total else f"{step} steps (stopped early, of {total})"
+
+
+def exported_step(provenance: Mapping[str, Any]) -> int:
+    """Return the step whose weights an adapter has."""
+    exported = provenance.get("exported") or {"step": provenance["plan"]["total_steps"]}
+    return int(exported["step"])
 
 
 def license_of(name_or_path: str, revision: str | None) -> str | None:
@@ -152,7 +158,7 @@ def _data_list(provenance: Mapping[str, Any]) -> str:
 def _merged_training(trained: Mapping[str, Any], results: RunResults | None) -> str:
     """Return how the adapter of a merged model was trained."""
     return f"""
-The adapter was trained for {trained["plan"]["total_steps"]} steps on:
+The adapter was trained for {_steps(trained)} on:
 
 {_data_list(trained)}
 {_training_section(trained, results)}"""

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from lora_accel.config.schema import RunConfig
 from lora_accel.config.selection import Selection
 from lora_accel.errors import ArtifactError
-from lora_accel.paths import has_access, open_to_read
+from lora_accel.paths import has_access
 from lora_accel.saving.atomic import read_json, why_invalid
 from lora_accel.saving.discovery import FILES, QUARANTINED, step_folders
+from lora_accel.saving.results import METRICS, read_log
 
 
 @dataclasses.dataclass
@@ -93,7 +92,7 @@ def as_table(run: Path, infos: Sequence[CheckpointInfo], *, hashes: bool) -> lis
 def read_figures(run: Path) -> dict[int, dict[str, float]]:
     """Return the figures of a run's evaluations by their step, from its metrics.jsonl."""
     figures = {}
-    for line in _read_log(run / "metrics.jsonl"):
+    for line in read_log(run / METRICS):
         if line.get("kind") == "eval" and isinstance(line.get("step"), int):
             values = {name: value for name, value in line.items() if name.startswith("eval_")}
             figures[line["step"]] = {name: x for name, x in values.items() if isinstance(x, (int, float))}
@@ -130,17 +129,3 @@ def _exported_step(adapter: Path) -> int | None:
     except (ArtifactError, KeyError, TypeError):
         return None
     return step if isinstance(step, int) else None
-
-
-def _read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the valid lines of a metrics.jsonl; none if there is no such file."""
-    try:
-        with open_to_read(path) as file:
-            lines = file.read().split(b"\n")
-    except OSError:
-        return
-    for text in lines:
-        with contextlib.suppress(ValueError, RecursionError):
-            line = json.loads(text)
-            if isinstance(line, dict):
-                yield line

@@ -1,4 +1,4 @@
-"""What a run's metrics.jsonl says about its result, for the model card: the last evaluation, and the losses."""
+"""The result of a run as its metrics.jsonl has it, for the model card: the last evaluation, and the losses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_results(run: Path, step: int | None = None) -> RunResults:
         step: the last step to consider; None = all.
     """
     evaluation, losses = None, {}
-    for line in _lines(run / METRICS):
+    for line in read_log(run / METRICS):
         at = line.get("step")
         if not isinstance(at, int) or (step is not None and at > step):
             continue
@@ -75,7 +75,8 @@ def _figures(values: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
+def read_log(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the valid lines of a metrics.jsonl; none if there is no such file."""
     try:
         with open_to_read(file) as stream:
             texts = stream.read().decode("utf-8", errors="replace").splitlines()

@@ -18,7 +18,7 @@ from lora_accel.faults import fault_point
 from lora_accel.model.portable import save_tokenizer
 from lora_accel.saving.adapter import gather_adapter, unwrap_peft_model, write_adapter
 from lora_accel.saving.atomic import atomic_folder, read_json, write_json, write_text
-from lora_accel.saving.cards import LOSS_PLOT, model_card
+from lora_accel.saving.cards import LOSS_PLOT, exported_step, model_card
 from lora_accel.saving.discovery import CONFIG
 from lora_accel.saving.output_dir import check_exists
 from lora_accel.saving.provenance import Provenance
@@ -75,7 +75,10 @@ def save_final_adapter(
                 template.tokenizer.chat_template = template.source or None
                 save_tokenizer(template.tokenizer, temporary)
                 write_json(temporary / "provenance.json", provenance)
-                write_text(temporary / "README.md", _card(temporary, provenance, read_results(folder.parent)))
+                write_text(
+                    temporary / "README.md",
+                    _card(temporary, provenance, read_results(folder.parent, exported_step(provenance))),
+                )
 
 
 def _card(folder: Path, provenance: Provenance, results: RunResults) -> str:
