@@ -211,6 +211,22 @@ def test_a_sliding_window_that_llama_cpp_ignores_is_noted(
     assert "llama.cpp ignores sliding_window=6" in capsys.readouterr().err
 
 
+def test_the_file_names_license_and_base_and_no_path(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_model()
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    base = {"name_or_path": "owner/base", "revision": None, "sha256": {}}
+    (folder / "provenance.json").write_text(json.dumps({"base": base, "merged": {}, "adapter": None}))
+    export_adapter(folder, tmp_path / "out", format="gguf")
+    fields = read_fields(tmp_path / "out" / "model-f32.gguf")
+    general = {key.removeprefix("general."): fields[key] for key in fields if key.startswith("general.")}
+    assert (general["name"], general["license"]) == ("model", "apache-2.0")
+    assert general["base_model.0.repo_url"] == "https://huggingface.co/owner/base"
+    base["name_or_path"] = str(tmp_path / "base")
+    (folder / "provenance.json").write_text(json.dumps({"base": base, "merged": {}, "adapter": None}))
+    export_adapter(folder, tmp_path / "out", format="gguf", overwrite=True)
+    assert "general.base_model.count" not in read_fields(tmp_path / "out" / "model-f32.gguf")
+
+
 def test_a_value_beyond_float16_is_an_error(make_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_model()
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -328,9 +344,18 @@ def test_llama_3_is_recognized_by_its_ignored_merges(tokenizer: PreTrainedTokeni
     assert read_vocabulary("model", changed, len(changed)).split == "llama-bpe"
 
 
-def test_a_token_without_an_embedding_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ArtifactError, match=f"has id {len(tokenizer) - 1}, but there are {len(tokenizer) - 1} embed"):
-        read_vocabulary("model", tokenizer, len(tokenizer) - 1)
+def test_a_token_without_an_embedding_is_left_out(
+    make_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    export_adapter(folder, tmp_path / "out", format="gguf")
+    assert "left out [PAD]: tokens for which the model has no embeddings" in capsys.readouterr().err
+    fields = read_fields(tmp_path / "out" / "model-f32.gguf")
+    assert len(fields["tokenizer.ggml.tokens"]) == len(tokenizer) - 1
+    assert "tokenizer.ggml.padding_token_id" not in fields
 
 
 def test_sentencepiece_is_read_back(make_model: Callable[..., Path], tmp_path: Path) -> None:

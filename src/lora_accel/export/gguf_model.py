@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +23,13 @@ from lora_accel.export.gguf_families import (
 )
 from lora_accel.export.gguf_file import GgufTensor, tensor_outtype, write_gguf
 from lora_accel.export.gguf_tokenizer import Vocabulary, add_tokenizer, read_vocabulary
+from lora_accel.merging.job import provenance_of
 from lora_accel.merging.shards import Weights
 from lora_accel.model.headers import StoredTensor
 from lora_accel.model.sizes import load_config
 from lora_accel.model.tokenizer import load_tokenizer
 from lora_accel.model.weights import check_weights
+from lora_accel.saving.cards import license_of
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 """llama.cpp's numbers of the type of most tensors."""
@@ -125,6 +128,13 @@ def _writer(model: Model, outtype: str) -> Any:
     writer = gguf.GGUFWriter(None, model.family.architecture)
     writer.add_type("model")
     writer.add_name(model.folder.resolve().name)
+    if (license := license_of(str(model.folder), None)) is not None:
+        writer.add_license(license)
+    base = ((provenance_of(model.folder) or {}).get("base") or {}).get("name_or_path", "")
+    if not os.path.isabs(base) and base.count("/") == 1:  # a Hub id
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, base.partition("/")[2])
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
     writer.add_file_type(FILE_TYPES[outtype])
     if outtype == "q8_0":
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -53,10 +53,11 @@ def read_vocabulary(name: str, tokenizer: Any, vocab_size: int) -> Vocabulary:
     Args:
         name: of the model, for messages.
         tokenizer: a fast transformers tokenizer.
-        vocab_size: rows of the model's embeddings. Rows without a token get unused ones.
+        vocab_size: rows of the model's embeddings. Rows without a token get unused ones, tokens without a row are left
+            out, with a note.
 
     Raises:
-        ArtifactError: llama.cpp has no such tokenizer, or a token has no row in the embeddings.
+        ArtifactError: llama.cpp has no such tokenizer.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model, steps = content["model"], _steps(content["pre_tokenizer"])
@@ -64,10 +65,8 @@ def read_vocabulary(name: str, tokenizer: Any, vocab_size: int) -> Vocabulary:
         raise _unsupported(name, f"is {model['type']}, not BPE")
     added = {token["id"]: token for token in content["added_tokens"]}
     texts = {index: text for text, index in model["vocab"].items()} | {i: x["content"] for i, x in added.items()}
-    if (highest := max(texts)) >= vocab_size:
-        raise ArtifactError(
-            f"{name}: the token {texts[highest]!r} has id {highest}, but there are {vocab_size} embeddings"
-        )
+    if without := [texts.pop(index) for index in sorted(texts) if index >= vocab_size]:
+        logger.warning(f"note: {name}: left out {', '.join(without[:3])}: tokens for which the model has no embeddings")
     if any(step["type"] == "ByteLevel" for step in steps):
         split = _split_name(name, model, steps, _steps(content["normalizer"], "normalizers"))
         types = [_type_of(index, texts, added) for index in range(vocab_size)]
@@ -95,7 +94,8 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: Vocabulary, chat_temp
         first = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens[0]
         writer.add_add_space_prefix(first.startswith(SPACE))
     for kind in ("bos", "eos", "unk", "pad"):
-        if (index := getattr(tokenizer, f"{kind}_token_id")) is not None:
+        index = getattr(tokenizer, f"{kind}_token_id")
+        if index is not None and index < len(vocabulary.tokens):
             getattr(writer, f"add_{kind}_token_id")(index)
     writer.add_add_bos_token(adds_bos(tokenizer))
     writer.add_add_eos_token(_ids(tokenizer)[-1:] == [tokenizer.eos_token_id])
