@@ -23,13 +23,13 @@ from lora_accel.export.gguf_families import (
 )
 from lora_accel.export.gguf_file import GgufTensor, tensor_outtype, write_gguf
 from lora_accel.export.gguf_tokenizer import Vocabulary, add_tokenizer, read_vocabulary
-from lora_accel.merging.job import provenance_of
 from lora_accel.merging.shards import Weights
 from lora_accel.model.headers import StoredTensor
 from lora_accel.model.sizes import load_config
 from lora_accel.model.tokenizer import load_tokenizer
 from lora_accel.model.weights import check_weights
 from lora_accel.saving.cards import license_of
+from lora_accel.saving.provenance import provenance_of
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 """llama.cpp's numbers of the type of most tensors."""

@@ -75,10 +75,8 @@ def save_final_adapter(
                 template.tokenizer.chat_template = template.source or None
                 save_tokenizer(template.tokenizer, temporary)
                 write_json(temporary / "provenance.json", provenance)
-                write_text(
-                    temporary / "README.md",
-                    _card(temporary, provenance, read_results(folder.parent, exported_step(provenance))),
-                )
+                results = read_results(folder.parent, exported_step(provenance))
+                write_text(temporary / "README.md", _card(temporary, provenance, results))
 
 
 def _card(folder: Path, provenance: Provenance, results: RunResults) -> str:
