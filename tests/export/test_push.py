@@ -194,7 +194,7 @@ def test_what_cannot_be_uploaded_is_an_error(
     assert hub.requests == []
 
 
-def test_a_hub_that_refuses_is_one_message(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_one_message(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(ArtifactError, match=r"me/adapter: cannot be uploaded to: .*; log in with `hf auth login`"):
         push_folder(adapter, "me/adapter", base=HUB_ID)

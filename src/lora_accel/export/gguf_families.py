@@ -115,7 +115,7 @@ def rope_factors(config: PretrainedConfig) -> torch.Tensor | None:
     rope = rope_of(config)
     if rope.get("rope_type") != "llama3":
         return None
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    scaled: torch.Tensor = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
     size = head_size(config)
     plain = 1.0 / float(rope["rope_theta"]) ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     return torch.div(plain, scaled)

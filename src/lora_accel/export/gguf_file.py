@@ -57,7 +57,7 @@ def stored_outtype(dtype: torch.dtype) -> str:
 
 
 def tensor_outtype(outtype: str, shape: Sequence[int]) -> str:
-    """Return how to store one tensor. llama.cpp reads vectors as float32; q8_0 needs rows of whole blocks."""
+    """Return how to store one tensor. llama.cpp reads vectors as float32; q8_0 needs rows of complete blocks."""
     if len(shape) == 1:
         return "f32"
     return "f16" if outtype == "q8_0" and shape[-1] % BLOCK else outtype

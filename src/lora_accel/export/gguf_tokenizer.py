@@ -123,8 +123,8 @@ def _steps(step: Mapping[str, Any] | None, key: str = "pretokenizers") -> Sequen
 
 def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the merges of tokenizer.json, which writes them as pairs or, before 2024, as `left right`."""
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    return [(left, right) for left, right in pairs]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    return [(left, right) for left, right in merges]
 
 
 def _split_name(

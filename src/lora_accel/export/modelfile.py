@@ -83,7 +83,7 @@ def modelfile(template: ChatTemplate | None, file: str, *, is_adapter: bool = Fa
     """Return the Modelfile of a GGUF file.
 
     Args:
-        template: None = the folder has no tokenizer; Ollama then uses what the base's file says.
+        template: None = the folder has no tokenizer; Ollama then uses the template in the base's file.
         file: the name of the GGUF file beside it.
         is_adapter: whether it holds a LoRA adapter.
         is_raw: whether the model was trained on prompts without a chat template.

@@ -94,8 +94,6 @@ def merged_card(
             f"average ({agreement['top1']:.0%} of {agreement['num_tokens']} tokens have the same top token)."
         )
     trained = provenance.get("adapter")
-    has_run = isinstance(trained, Mapping) and all(key in trained for key in ("config", "plan", "data"))
-    training = _merged_training(trained, results) if isinstance(trained, Mapping) and has_run else ""
     license = None if base_folder is None else license_of(str(base_folder), None)
     return f"""---
 {_base_metadata(base)}{f"license: {license}" + chr(10) if license else ""}library_name: transformers
@@ -115,7 +113,7 @@ tokenizer = AutoTokenizer.from_pretrained(".")  # with the chat template of trai
 ```
 
 Serving: `vllm serve .`; for llama.cpp and Ollama: `lora-accel export . OUT --format gguf`.
-{training}
+{_merged_training(trained, results)}
 `provenance.json` records package versions, hashes, and the provenance of the adapter.
 """
 
@@ -155,8 +153,14 @@ def _data_list(provenance: Mapping[str, Any]) -> str:
     return "\n".join(f"- {data_name(entry['path'])}" for entry in provenance["data"])
 
 
-def _merged_training(trained: Mapping[str, Any], results: RunResults | None) -> str:
-    """Return how the adapter of a merged model was trained."""
+def _merged_training(trained: Any, results: RunResults | None) -> str:
+    """Return how the adapter of a merged model was trained; empty if that is not known.
+
+    Args:
+        trained: the adapter's provenance; that of another tool is None.
+    """
+    if not isinstance(trained, Mapping) or not all(key in trained for key in ("config", "plan", "data")):
+        return ""
     return f"""
 The adapter was trained for {_steps(trained)} on:
 

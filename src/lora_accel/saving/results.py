@@ -1,4 +1,4 @@
-"""The result of a run as its metrics.jsonl has it, for the model card: the last evaluation, and the losses."""
+"""The last evaluation of a run and its losses, from its metrics.jsonl, for the model card."""
 
 from __future__ import annotations
 
