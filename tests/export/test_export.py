@@ -544,7 +544,7 @@ def test_missing_or_invalid_arguments_raise(
     export_adapter(adapter, tmp_path / "loralib", format="loralib")
     bare = tmp_path / "loralib" / "lora.pt"
     with pytest.raises(
-        ConfigError, match=r"--format=loralip: unknown; use peft, peft-bin, loralib \(did you mean loralib\?\)"
+        ConfigError, match=r"--format=loralip: unknown; use peft, peft-bin, loralib, gguf \(did you mean loralib\?\)"
     ):
         export_adapter(adapter, out, format="loralip")
     for alpha in (None, 0, float("nan")):
