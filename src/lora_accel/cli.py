@@ -49,6 +49,8 @@ TrustOption = Annotated[
     typer.Option("--trust-remote-code", help="Run the base model's own Python code. Only for code that you trust."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
+READS_CONFIG = {"ignore_unknown_options": True}
+"""Settings of commands that take overrides: an unknown option becomes one, so that `read_config` explains it."""
 # typer evaluates these annotations at run time, so they must be valid on Python 3.10.
 
 WRITING_COMMANDS = ("train", "merge", "export", "push", "init", "report", "verify-resume")
@@ -62,7 +64,7 @@ def main() -> None:
     sys.exit(run_command(lambda: app(standalone_mode=True), should_continue=should_continue))
 
 
-@app.command()
+@app.command(context_settings=READS_CONFIG)
 def train(
     config: Annotated[Path, typer.Option("--config", metavar="FILE", help="Run config (YAML).")],
     overrides: Overrides = None,
@@ -81,7 +83,7 @@ def train(
     raise typer.Exit(launch_training(config, overrides or [], launcher))
 
 
-@app.command()
+@app.command(context_settings=READS_CONFIG)
 def plan(
     overrides: Overrides = None,
     config: Config = None,
@@ -113,15 +115,44 @@ def plan(
 @app.command()
 def init(
     file: Annotated[Path, typer.Argument(metavar="[FILE]", help="File to create.")] = Path("my_rows.yaml"),
+    model: Annotated[Optional[str], typer.Option(metavar="NAME", help="Base model: Hub id or folder.")] = None,  # noqa: UP045
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="PATH", help="Rows to train on: a file, a folder, a URL, or a dataset id on the Hub."),
+    ] = None,
+    evaluation: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--eval", metavar="PATH", help="Rows to evaluate on. Default: some of --data are held out."),
+    ] = None,
+    four_bits: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--4bit/--no-4bit", help="Quantize the base to 4 bits (QLoRA)."),
+    ] = None,
+    output: Annotated[str, typer.Option(metavar="DIR", help="Run folder (output_dir).")] = "runs/my_rows",
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing.")] = False,
 ) -> None:
-    """Write a commented config file for training on your own data."""
-    from lora_accel.config.files import write_recipe
+    """Write a commented config file for training on your own data.
 
+    Looks at the rows and the model, and chooses values that fit them. Asks for what is missing if this is a terminal.
+    Without options, and without a terminal or with --yes, writes a recipe to edit.
+    """
+    from lora_accel.config.files import write_recipe
+    from lora_accel.setup.questions import complete_request, is_terminal, write_draft
+
+    should_ask = is_terminal() and not yes
+    if should_ask or any(option is not None for option in (model, data, evaluation, four_bits)):
+        silence_libraries()
+        request = complete_request(
+            model=model, data=data, evaluation=evaluation, four_bits=four_bits, output_dir=output, should_ask=should_ask
+        )
+        print_table("rows and model", write_draft(file, request))
+        print(f"wrote {file}. Then:\n  lora-accel inspect --config {file}")
+        return
     write_recipe(file)
     print(f"wrote {file}. Set data.train in it, then:\n  lora-accel inspect --config {file}")
 
 
-@app.command()
+@app.command(context_settings=READS_CONFIG)
 def inspect(
     config: Annotated[Path, typer.Option("--config", metavar="FILE", help="Run config (YAML).")],
     overrides: Overrides = None,
@@ -427,7 +458,7 @@ def chat(
     )
 
 
-@app.command()
+@app.command(context_settings=READS_CONFIG)
 def evaluate(
     config: Annotated[
         Path,
@@ -506,7 +537,7 @@ def report(
     print(write_report(runs, out))
 
 
-@app.command(name="verify-resume")
+@app.command(name="verify-resume", context_settings=READS_CONFIG)
 def verify_resume(
     config: Annotated[Path, typer.Option("--config", metavar="FILE", help="Run config (YAML).")],
     overrides: Overrides = None,

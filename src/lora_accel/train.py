@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The launchers of DeepSpeed and torch.distributed.launch pass it, and set LOCAL_RANK too.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that differ from the file")
-    request = parser.parse_args(arguments)
+    request, others = parser.parse_known_args(arguments)  # read_config explains unknown options
 
     def command() -> None:
         show_logs()
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_local_rank(request.local_rank)
             if request.deepspeed is not None:
                 use_deepspeed(request.deepspeed)
-            run_training(read_config(request.config, request.overrides), silence=True)
+            run_training(read_config(request.config, [*request.overrides, *others]), silence=True)
 
     return run_command(
         command,

@@ -15,6 +15,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from lora_accel.config import peer_names
 from lora_accel.config.schema import RunConfig
 from lora_accel.config.yaml_limits import check_interpolations, check_yaml
 from lora_accel.errors import ConfigError, did_you_mean, first_line
@@ -73,27 +74,45 @@ def config_to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(_escape(config.model_dump()), sort_keys=False, allow_unicode=True)
 
 
-def write_recipe(path: Path) -> None:
-    """Write `my_rows.yaml`, the commented recipe for a user's own rows, to a new file.
+def check_recipe_path(path: Path) -> None:
+    """Check that `write_recipe` can write a file.
 
     Raises:
         ConfigError: the file already exists, or cannot be written.
     """
-    if not os.path.lexists(path) and (reason := why_not_writable(path, "file")):
+    if os.path.lexists(path):
+        raise ConfigError(f"{path} already exists; pass another name, such as lora-accel init other.yaml")
+    if reason := why_not_writable(path, "file"):
         raise ConfigError(reason)
+
+
+def write_recipe(path: Path, content: bytes | None = None) -> None:
+    """Write a commented run config to a new file.
+
+    Args:
+        content: the file; None = `my_rows.yaml`, the recipe for a user's own rows.
+
+    Raises:
+        ConfigError: the file already exists, or cannot be written.
+    """
+    check_recipe_path(path)
     recipe = resources.files("lora_accel.config") / "my_rows.yaml"
     try:
         with path.open("xb") as file:
             try:
-                file.write(recipe.read_bytes())
+                file.write(recipe.read_bytes() if content is None else content)
                 file.flush()
             except OSError:
                 path.unlink()  # or the same command would report that the file exists
                 raise
-    except FileExistsError:
-        raise ConfigError(f"{path} already exists; pass another name, such as lora-accel init other.yaml") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def yaml_scalar(value: object) -> str:
+    """Return a text, number or flat list in one line of YAML that `read_config` reads back equal."""
+    text = yaml.safe_dump(_escape(value), default_flow_style=True, width=10**9, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _escape(value: Any) -> Any:
@@ -127,9 +146,13 @@ def _apply_overrides(values: Any, overrides: Sequence[str]) -> Any:
             f"{len(overrides):,} overrides of {sum(map(len, overrides)):,} characters: at most {MAX_OVERRIDES:,} of "
             f"{MAX_CONFIG_BYTES:,} characters are read; write them into the config file"
         )
+    for override, following in zip(overrides, [*overrides, None][1:], strict=True):
+        if override.startswith("-"):
+            reason = peer_names.flag_hint(shorten(override), following)
+            raise ConfigError(f"override {shorten(override)!r}: no such option; {reason}")
     for override in overrides:
         name = repr(shorten(override))
-        if "=" not in override or override.startswith(("=", "-")):
+        if "=" not in override or override.startswith("="):
             raise ConfigError(f"override {name}: expected section.key=value")
         key, value = override.split("=", 1)
         if key.count(".") + key.count("[") > MAX_KEY_DEPTH:
@@ -195,7 +218,9 @@ def _explain(detail: ErrorDetails) -> str:
         model: Any = RunConfig
         for key in detail["loc"][:-1]:
             model = model if isinstance(key, int) else _section_of(model.model_fields[key].annotation)
-        return f"unknown key{did_you_mean(name, model.model_fields)}"
+        is_nested = any(isinstance(key, int) for key in detail["loc"])  # a source: it has options of its own
+        known = None if is_nested else peer_names.hint(name, detail["input"])
+        return f"unknown key; {known}" if known else f"unknown key{did_you_mean(name, model.model_fields)}"
     if detail["type"] == "missing":
         return "is missing; it has no default"
     if detail["type"] == "value_error":
@@ -206,7 +231,8 @@ def _explain(detail: ErrorDetails) -> str:
     shown = shorten(repr(value)) if not isinstance(value, (dict, list)) else f"a {type(value).__name__}"
     message = re.sub(r"^(Input|String) should", "should", detail["msg"])
     message = re.sub(r"valid dictionary( or instance of \w+)?", "section of keys", message)
-    return f"{message}, not {shown}"
+    peer = peer_names.SECTIONS.get(name) if isinstance(value, str) and len(detail["loc"]) == 1 else None
+    return f"{message}, not {shown}" + (f"; set {peer_names.describe(peer, value)}" if peer else "")
 
 
 class _KeyLocations:
