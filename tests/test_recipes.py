@@ -33,7 +33,7 @@ def overrides(recipe: Path, model: Path, folder: Path) -> list[str]:
         f"model.name_or_path={model}",
         f"output_dir={folder / 'run'}",
         f"data.train=[{{path: {rows}}}]",
-        "data.max_length=60",  # the tiny models have 64 positions
+        "data.max_length=200",
         "training.max_steps=1",
         "training.batch_size=2",
         "training.mixed_precision=no",
@@ -52,7 +52,12 @@ def family_model(
         template = template_source(TEMPLATES.get(name, "chatml"))
         tokenizer = tokenizer_factory(bos_token="<s>", chat_template=template)
         folder = tmp_path_factory.mktemp(name)
-        sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}  # nf4 quantizes blocks of 64 values
+        sizes = {
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "head_dim": 16,
+            "max_position_embeddings": 256,
+        }  # nf4 quantizes blocks of 64 values
         model = model_of(FAMILIES[name], vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=4, **sizes)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

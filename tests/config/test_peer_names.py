@@ -10,7 +10,7 @@ import pytest
 
 from lora_accel import train
 from lora_accel.config.files import read_config
-from lora_accel.config.peer_names import LAUNCHED, PEERS, SECTIONS, hint, options
+from lora_accel.config.peer_names import LAUNCHED, PEERS, TEXTS, hint, options
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ConfigError
 from tests.conftest import CommandResult
@@ -33,7 +33,7 @@ def error_of(file: Path, *overrides: str) -> str:
 
 def test_every_peer_is_an_option_here_and_no_name_of_ours() -> None:
     known = set(options())
-    assert {peer.option for peer in [*PEERS.values(), *SECTIONS.values()]} <= known
+    assert {peer.option for peer in [*PEERS.values(), *TEXTS.values()]} <= known
     ours = {option.rpartition(".")[2] for option in known}
     assert not ours & {*PEERS, *LAUNCHED} - {"num_workers"}, "a hint may not hide the option of another section"
     assert PEERS["num_workers"].option == "data.num_workers"
@@ -124,6 +124,8 @@ def test_a_text_instead_of_a_section(file: Path) -> None:
     message = error_of(file)
     assert "line 2: model: should be a section of keys, not 'org/name'; set model.name_or_path=org/name" in message
     assert 'set data.train=[{"path": "rows.jsonl"}]' in message
+    file.write_text(MINIMAL, encoding="utf-8")
+    assert error_of(file, "data.eval=b.jsonl").endswith("""not 'b.jsonl'; set data.eval=[{"path": "b.jsonl"}]""")
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def _explain(detail: ErrorDetails) -> str:
     shown = shorten(repr(value)) if not isinstance(value, (dict, list)) else f"a {type(value).__name__}"
     message = re.sub(r"^(Input|String) should", "should", detail["msg"])
     message = re.sub(r"valid dictionary( or instance of \w+)?", "section of keys", message)
-    peer = peer_names.SECTIONS.get(name) if isinstance(value, str) and len(detail["loc"]) == 1 else None
+    peer = peer_names.TEXTS.get(".".join(map(str, detail["loc"]))) if isinstance(value, str) else None
     return f"{message}, not {shown}" + (f"; set {peer_names.describe(peer, value)}" if peer else "")
 
 

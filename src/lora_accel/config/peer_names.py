@@ -42,7 +42,7 @@ def _mapped(values: Mapping[Any, Any]) -> Callable[[Any], Any]:
 
 
 def _same_in(names: Iterable[str], values: Mapping[str, str]) -> Callable[[Any], Any]:
-    return _mapped({name: name for name in names} | dict(values))
+    return _mapped(dict(values) | {name: name for name in names})
 
 
 def _as_source(value: Any) -> Any:
@@ -194,8 +194,8 @@ NO_FSDP = "FSDP is not supported; DeepSpeed ZeRO-3 shards the base, too: --launc
 LAUNCHED = ("deepspeed", "deepspeed_config", "zero_stage", "num_processes", "num_gpus", "num_machines", "use_cpu")
 """Names of settings that belong to the launcher."""
 FSDP = ("fsdp", "fsdp_config")
-SECTIONS = {"model": MODEL, "data": TRAIN}
-"""Sections that other trainers set to a text."""
+TEXTS = {"model": MODEL, "data": TRAIN, "data.train": TRAIN, "data.eval": EVAL}
+"""Sections and lists that other trainers set to a text."""
 
 
 def options() -> Iterator[str]:

@@ -47,7 +47,7 @@ class Rows(NamedTuple):
     """What was seen of the rows of a source."""
 
     format: str
-    count: int
+    num_rows: int
     lengths: npt.NDArray[np.int64]
     """Tokens of each example of the first `SAMPLE` rows."""
     is_estimate: bool
@@ -103,35 +103,35 @@ def look(request: DraftRequest) -> Seen:
     if request.evaluation is not None:
         find_input(SourceSection(path=request.evaluation))
     source = SourceSection(path=request.data, limit=SAMPLE)
-    count = sum(len(chunk.numbers) for chunk in find_input(source).chunks(None))
+    num_rows = sum(len(chunk.numbers) for chunk in find_input(source).chunks(None))
     try:
-        rows, chat_template = _tokenize(model, source, count), None
+        rows, chat_template = _tokenize(model, source, num_rows), None
     except ArtifactError:  # on the Hub, which may be out of reach
         if not is_hub_id(request.model):
             raise
-        rows, chat_template = _count_characters(source, count), None
+        rows, chat_template = _count_characters(source, num_rows), None
     except DataError:
         chat_template = _template_for(model, source)
         if chat_template is None:
             raise
-        rows = _tokenize(model.model_copy(update={"chat_template": chat_template}), source, count)
+        rows = _tokenize(model.model_copy(update={"chat_template": chat_template}), source, num_rows)
     config = read_config_file(model)
     hidden_size = (config or {}).get("hidden_size", LARGE_HIDDEN_SIZE)
     is_large = not isinstance(hidden_size, int) or hidden_size >= LARGE_HIDDEN_SIZE
     return Seen(rows, model_sizes(model).max_positions if config else None, is_large, chat_template)
 
 
-def _tokenize(model: ModelSection, source: SourceSection, count: int) -> Rows:
+def _tokenize(model: ModelSection, source: SourceSection, num_rows: int) -> Rows:
     options = DataSection(train=[source], max_length=MAX_TOKENS)
     recipe = make_recipe(RunConfig(output_dir="none", model=model, data=options))
     dataset = load_dataset([source], recipe, options)
     (examples,), (ledger,) = [source.examples for source in dataset.sources], dataset.ledgers
     ledger.check(max_dropped=1)
     num_dropped = sum(map(len, ledger.dropped.values()))
-    return Rows(str(ledger.format), count, np.asarray(examples.lengths), is_estimate=False, num_dropped=num_dropped)
+    return Rows(str(ledger.format), num_rows, np.asarray(examples.lengths), is_estimate=False, num_dropped=num_dropped)
 
 
-def _count_characters(source: SourceSection, count: int) -> Rows:
+def _count_characters(source: SourceSection, num_rows: int) -> Rows:
     rows = [row for chunk in find_input(source).chunks(source.limit) for _, row in chunk.parsed()]
     if not rows:
         raise DataError(f"{source.path}: has no rows; use a file with rows")
@@ -140,7 +140,7 @@ def _count_characters(source: SourceSection, count: int) -> Rows:
     except MalformedRow as error:
         raise DataError(f"{source.path}, row 1: {error}") from None
     lengths = [math.ceil(len(str(row)) / CHARACTERS_PER_TOKEN) for row in rows]
-    return Rows(data_format, count, np.asarray(lengths), is_estimate=True)
+    return Rows(data_format, num_rows, np.asarray(lengths), is_estimate=True)
 
 
 def _template_for(model: ModelSection, source: SourceSection) -> str | None:
@@ -157,15 +157,15 @@ def _template_for(model: ModelSection, source: SourceSection) -> str | None:
 
 def choose(request: DraftRequest, seen: Seen) -> Values:
     """Return values that fit the number of rows, their lengths, and the size of the model."""
-    count, longest = seen.rows.count, int(seen.rows.lengths.max())
+    num_rows, longest = seen.rows.num_rows, int(seen.rows.lengths.max())
     usual = int(np.quantile(seen.rows.lengths, 0.99))
     max_length = _round_up(longest if longest <= 2 * usual else usual)  # a few long rows do not decide
     if seen.max_positions is not None:
         max_length = min(max_length, seen.max_positions)
-    batch_size = 4 if count < 200 else 8 if count < 2000 else 16
-    epochs = 5 if count < 200 else 3 if count < 20_000 else 1
-    eval_fraction = 0.0 if request.evaluation or count < 20 else 0.1 if count < 5000 else 0.02
-    steps = max(1, round(count * (1 - eval_fraction) / batch_size)) * epochs
+    batch_size = 4 if num_rows < 200 else 8 if num_rows < 2000 else 16
+    epochs = 5 if num_rows < 200 else 3 if num_rows < 20_000 else 1
+    eval_fraction = 0.0 if request.evaluation or num_rows < 20 else 0.1 if num_rows < 5000 else 0.02
+    steps = max(1, round(num_rows * (1 - eval_fraction) / batch_size)) * epochs
     every_steps = min(200, max(10, steps // 10))
     return Values(max_length, eval_fraction, epochs, batch_size, 2e-4 if seen.is_large else 5e-4, every_steps)
 
@@ -180,9 +180,9 @@ def describe(request: DraftRequest, seen: Seen) -> list[tuple[str, str]]:
     """Return what was seen as (name, text) pairs."""
     rows, lengths = seen.rows, seen.rows.lengths
     about = "about " if rows.is_estimate else ""
-    sample = f" of the first {SAMPLE:,} rows" if rows.count > SAMPLE else ""
+    sample = f" of the first {SAMPLE:,} rows" if rows.num_rows > SAMPLE else ""
     tokens = f"{about}{int(np.median(lengths)):,} tokens (median), {about}{int(lengths.max()):,} at most{sample}"
-    table = [("rows", f"{rows.count:,}, format {rows.format}"), ("length", tokens)]
+    table = [("rows", f"{rows.num_rows:,}, format {rows.format}"), ("length", tokens)]
     if rows.is_estimate:
         table.append(("tokenizer", f"{request.model} cannot be loaded now: lengths are estimated from characters"))
     if rows.num_dropped:
@@ -210,7 +210,7 @@ def write(request: DraftRequest, seen: Seen, values: Values) -> str:
     every = f"{{every_steps: {values.every_steps}}}"
     return f"""\
 # yaml-language-server: $schema={SCHEMA_FILE}
-# Drafted by `lora-accel init` for {rows.count:,} rows of format {rows.format}.
+# Drafted by `lora-accel init` for {rows.num_rows:,} rows of format {rows.format}.
 # Paths are relative to the directory in which the commands run.
 #
 #   lora-accel inspect --config FILE     shows the rows as the model sees them
