@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from lora_accel.config.files import read_config
 from lora_accel.setup import questions
 from lora_accel.setup.data import prepare_data
-from lora_accel.setup.draft import SAMPLE, SCHEMA_FILE
+from lora_accel.setup.draft import SAMPLE, SCHEMA_FILE, DraftRequest, Rows, Seen, choose
 from tests.conftest import CommandResult, chat_rows, write_jsonl
 
 Command = Callable[..., CommandResult]
@@ -76,6 +78,16 @@ def test_a_few_long_rows_do_not_decide_the_length(
     assert config.training.batch_size == 8
 
 
+@pytest.mark.parametrize(
+    ("longest", "positions", "expected"),
+    [(90, None, 128), (1500, None, 1536), (50_000, None, 8192), (3000, 2048, 2048)],
+)
+def test_max_length(longest: int, positions: int | None, expected: int) -> None:
+    rows = Rows("text", 10_000, np.full(SAMPLE, longest), is_estimate=False)
+    values = choose(DraftRequest("model", "rows.txt"), Seen(rows, positions, is_large=True, chat_template=None))
+    assert (values.max_length, values.batch_size, values.eval_fraction) == (expected, 16, 0.02)
+
+
 def test_without_a_tokenizer_lengths_are_estimated(command: Command, here: Path) -> None:
     result = command("init", "my.yaml", "--model", "some/model-7b", "--data", "rows.jsonl")
     assert (result.returncode, result.stderr) == (0, "")
@@ -125,13 +137,14 @@ def test_bad_requests_write_nothing(
     assert names(here) == before
 
 
-def test_existing_files_stay(command: Command, here: Path, tiny_model: Callable[..., Path]) -> None:
-    (here / SCHEMA_FILE).write_text('{"title": "mine"}')
+def test_existing_files_stay(command: Command, here: Path, tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     arguments = ("--model", tiny_model(), "--data", "rows.jsonl")
-    result = command("init", "my.yaml", *arguments)
-    assert result.returncode == 2
-    assert f"{SCHEMA_FILE} is not a schema of lora-accel" in result.stderr
-    (here / SCHEMA_FILE).unlink()
+    for make in (lambda path: path.write_text('{"title": "mine"}'), os.mkfifo, os.mkdir):
+        make(here / SCHEMA_FILE)
+        result = command("init", "my.yaml", *arguments)
+        assert result.returncode == 2
+        assert f"{SCHEMA_FILE} is not a schema of lora-accel" in result.stderr
+        (here / SCHEMA_FILE).rename(tmp_path / make.__name__)
     (here / "my.yaml").write_text("mine")
     result = command("init", "my.yaml", *arguments)
     assert result.returncode == 2

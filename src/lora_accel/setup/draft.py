@@ -25,6 +25,8 @@ SCHEMA_FILE = "lora_accel.schema.json"
 """The JSON Schema that is written beside a draft, for editors."""
 SAMPLE = 1000
 """Rows that are tokenized to see how long they are."""
+LONGEST = 8192
+"""Largest `data.max_length` of a draft: longer rows need memory that a first run should not."""
 CHARACTERS_PER_TOKEN = 3
 """Fewer than in English text (about 4), so that lengths that are estimated without a tokenizer are not too small."""
 LARGE_HIDDEN_SIZE = 2048
@@ -160,8 +162,7 @@ def choose(request: DraftRequest, seen: Seen) -> Values:
     num_rows, longest = seen.rows.num_rows, int(seen.rows.lengths.max())
     usual = int(np.quantile(seen.rows.lengths, 0.99))
     max_length = _round_up(longest if longest <= 2 * usual else usual)  # a few long rows do not decide
-    if seen.max_positions is not None:
-        max_length = min(max_length, seen.max_positions)
+    max_length = min(max_length, LONGEST, seen.max_positions or LONGEST)
     batch_size = 4 if num_rows < 200 else 8 if num_rows < 2000 else 16
     epochs = 5 if num_rows < 200 else 3 if num_rows < 20_000 else 1
     eval_fraction = 0.0 if request.evaluation or num_rows < 20 else 0.1 if num_rows < 5000 else 0.02

@@ -11,9 +11,12 @@ from lora_accel.config.files import check_recipe_path, write_recipe
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ConfigError
 from lora_accel.json_text import parse_strictly
+from lora_accel.paths import open_to_read
+from lora_accel.saving.atomic import write_text
 from lora_accel.setup.draft import DraftRequest, draft, schema_path
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MAX_SCHEMA_BYTES = 10_000_000
 
 
 def is_terminal() -> bool:
@@ -62,13 +65,14 @@ def write_draft(file: Path, request: DraftRequest) -> list[tuple[str, str]]:
         raise ConfigError(f"{schema} is not a schema of lora-accel; move it away, or choose another folder")
     text, seen = draft(request)
     write_recipe(file, text.encode())
-    schema.write_text(json.dumps(RunConfig.model_json_schema(), indent=2) + "\n", encoding="utf-8")
+    write_text(schema, json.dumps(RunConfig.model_json_schema(), indent=2) + "\n")
     return seen
 
 
 def _is_our_schema(path: Path) -> bool:
     try:
-        content = parse_strictly(path.read_text(encoding="utf-8"))
+        with open_to_read(path) as file:
+            content = parse_strictly(file.read(MAX_SCHEMA_BYTES).decode())
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("title") == RunConfig.__name__
