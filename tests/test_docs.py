@@ -20,7 +20,7 @@ FOLDERS = ("docs", "scripts", "recipes", "tests", "accelerate_configs", "src")
 CREATED = ("recipes/mine.yaml",)
 """Files of the user in examples."""
 FREE = ("model.add_tokens", "model.rope_scaling", "model.chat_template_kwargs", "adapter.velora_config", "data.train")
-"""Options that have keys of their own."""
+"""Options with keys of their own."""
 FILE = re.compile(rf"(?<![\w./~-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w")
 OPTION = re.compile(rf"(?<![\w./])(?:{'|'.join(RunConfig.model_fields)})\.[a-z_]+(?:\.[a-z_]+)?(?![\w/(])")
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)")
@@ -83,7 +83,7 @@ def test_what_a_page_names_exists(page: Path) -> None:
             problems.append(f"link {target}")
         elif anchor and anchor not in anchors(file):
             problems.append(f"link {target}{anchor}")
-    known = {*options(), *RunConfig.model_fields}
+    known = {".".join(option.split(".")[:depth]) for option in options() for depth in (1, 2, 3)}
     for code in code_of(text):
         problems += command_problems(code)
         for option in OPTION.findall(code):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from lora_accel import train
 from lora_accel.config.files import read_config
@@ -163,3 +164,14 @@ def test_options_with_dashes(
 def test_options_lists_the_run_config() -> None:
     assert {"seed", "training.epochs", "adapter.r"} <= {*options()}
     assert {option.partition(".")[0] for option in options()} == {*RunConfig.model_fields}
+
+
+def test_options_in_a_section_of_a_section_are_listed() -> None:
+    class Inner(BaseModel):
+        size: int
+
+    class Outer(BaseModel):
+        seed: int
+        inner: Inner
+
+    assert [*options(Outer)] == ["seed", "inner.size"]

@@ -1,7 +1,7 @@
 """Options of other trainers, and what they are called here: hints for unknown keys. None of these names is accepted.
 
 Names of transformers' TrainingArguments, TRL, PEFT, Axolotl, LLaMA-Factory, torchtune, FastChat and Accelerate. To add
-one, add it to `PEERS`, or to `LAUNCHER` if the launcher decides it.
+one, add it to `PEERS`, or to `LAUNCHED` if the launcher decides it.
 """
 
 from __future__ import annotations
@@ -198,14 +198,14 @@ TEXTS = {"model": MODEL, "data": TRAIN, "data.train": TRAIN, "data.eval": EVAL}
 """Sections and lists that other trainers set to a text."""
 
 
-def options() -> Iterator[str]:
-    """Yield the dotted name of each option of the run config."""
-    for name, field in RunConfig.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            yield from (f"{name}.{option}" for option in section.model_fields)
+def options(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of each option of a section, also of the sections in it."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from options(inner, f"{prefix}{name}.")
         else:
-            yield name
+            yield prefix + name
 
 
 def describe(peer: Peer, value: Any) -> str:
