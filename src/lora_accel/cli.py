@@ -50,7 +50,7 @@ TrustOption = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 READS_CONFIG = {"ignore_unknown_options": True}
-"""Settings of commands that take overrides: an unknown option becomes one, so that `read_config` explains it."""
+"""Settings of commands that need a config: an unknown option becomes an override, so that `read_config` explains it."""
 # typer evaluates these annotations at run time, so they must be valid on Python 3.10.
 
 WRITING_COMMANDS = ("train", "merge", "export", "push", "init", "report", "verify-resume")
@@ -83,7 +83,7 @@ def train(
     raise typer.Exit(launch_training(config, overrides or [], launcher))
 
 
-@app.command(context_settings=READS_CONFIG)
+@app.command()
 def plan(
     overrides: Overrides = None,
     config: Config = None,
