@@ -88,10 +88,17 @@ def plan(
     overrides: Overrides = None,
     config: Config = None,
     ranks: Annotated[int, typer.Option(min=1, help="Number of training processes.")] = 1,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate/--no-estimate", help="Estimate parameters and memory. Default: yes; takes seconds."),
+    ] = True,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also load the model and measure two micro-batches on this machine.")
+    ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of the run config.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print the training plan for a config: data, epochs, steps. Loads no model."""
+    """Print the training plan for a config: data, steps, parameters, memory, time. Writes nothing, loads no weights."""
     from lora_accel.config.files import read_config
     from lora_accel.config.schema import RunConfig
 
@@ -106,10 +113,21 @@ def plan(
 
     run_config = complete_config(run_config)
     data = prepare_data(run_config, ranks)
-    if as_json:
-        print(json.dumps(data.plan.as_dict(), indent=2))
-    else:
+    if not as_json:
         log_data(run_config, data)
+    if not (estimate or measure):
+        if as_json:
+            print(json.dumps(data.plan.as_dict(), indent=2))
+        return
+    silence_libraries()
+    from lora_accel.planning.report import forecast_as_dict, forecast_text, make_forecast
+
+    forecast = make_forecast(
+        run_config, data, ranks, measured_with=(config, overrides or []) if measure else None
+    )
+    print(json.dumps(forecast_as_dict(forecast), indent=2) if as_json else forecast_text(forecast))
+    if forecast.failure is not None:
+        raise LoraAccelError(forecast.failure)
 
 
 @app.command()

@@ -231,6 +231,11 @@ def _causal_mask(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tens
     return _mask(n, n, None, torch.empty(0, dtype=dtype, device=device))
 
 
+def clear_cached_masks() -> None:
+    """Forget the masks of earlier calls: those of fake tensors cannot be used with real ones, nor the reverse."""
+    _causal_mask.cache_clear()
+
+
 def _mask(n: int, m: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
     """Return an additive mask [N, M] for the last N of M tokens: -inf at later keys and outside the window.
 

@@ -208,10 +208,17 @@ def _check_can_load_quantized() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def build_on_meta_device(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_on_meta_device(
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "eager",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """Return the model of a config on the meta device.
 
     Args:
+        attention: implementation of transformers; auto = its choice.
         trust_remote_code: whether to run the model's own code, which the config names.
 
     Raises:
@@ -222,7 +229,10 @@ def build_on_meta_device(config: PretrainedConfig, *, trust_remote_code: bool = 
     try:
         with without_zero3(), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
+                config,
+                dtype=dtype,
+                attn_implementation=None if attention == "auto" else attention,
+                trust_remote_code=trust_remote_code,
             )
     except Exception as error:  # an invalid config raises many types
         reason = unknown_name(config) or describe_error(error)
