@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
         new_run = [*config, f"output_dir={folder / 'new'}"]
         base = ["--base", str(folder / "base")]
         return {
-            "plan": ["plan", *config],
+            "plan": ["plan", "--no-estimate", *config],
             "inspect": ["inspect", *config],
             "train": [TRAIN, *new_run],
             "resume from": [TRAIN, *new_run, f"checkpoint.resume={folder / 'run/checkpoints/step-00000001'}"],

@@ -54,7 +54,7 @@ MAX_ARGUMENT_BYTES = 100_000
 CONFIG_YAML = "output_dir: run\nmodel: {name_or_path: base}\ndata: {train: [{path: rows.jsonl}], cache_dir: cache}\n"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 COMMANDS: dict[str, list[str]] = {
-    "plan": ["plan", "--config", "run.yaml"],
+    "plan": ["plan", "--no-estimate", "--config", "run.yaml"],
     "merge": ["merge", "adapter", "out", "--base", "base"],
     "export": ["export", "adapter", "out", "--format", "peft-bin", "--base", "base"],
     "generate": ["generate", "--adapter", "adapter", "--base", "base", "--max-new-tokens", "2", "hello"],

@@ -137,7 +137,7 @@ def file_of(config: RunConfig) -> Path:
 
 
 def test_plan_prints_the_plan_that_the_run_wrote(command: Callable[..., CommandResult], trained: RunConfig) -> None:
-    result = command("plan", "--config", file_of(trained), "--json")
+    result = command("plan", "--config", file_of(trained), "--json", "--no-estimate")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == json.loads((Path(trained.output_dir) / "plan.json").read_text())
 
@@ -146,7 +146,7 @@ def test_plan_takes_overrides_and_ranks(
     command: Callable[..., CommandResult], trained: RunConfig, tmp_path: Path
 ) -> None:
     output = tmp_path / "planned"
-    args = ("training.max_steps=7", f"output_dir={output}", "--ranks", "3", "--json")
+    args = ("training.max_steps=7", f"output_dir={output}", "--ranks", "3", "--json", "--no-estimate")
     result = command("plan", "--config", file_of(trained), *args)
     plan = json.loads(result.stdout)
     assert (plan["total_steps"], plan["num_ranks"], plan["batch_size"]) == (7, 3, 4)
@@ -154,7 +154,7 @@ def test_plan_takes_overrides_and_ranks(
 
 
 def test_plan_prints_a_table(command: Callable[..., CommandResult], trained: RunConfig) -> None:
-    result = command("plan", "--config", file_of(trained))
+    result = command("plan", "--config", file_of(trained), "--no-estimate")
     assert result.returncode == 0
     assert "12 rows" in result.stdout
     assert "4 examples over 1 rank" in result.stdout

@@ -122,9 +122,7 @@ def plan(
     silence_libraries()
     from lora_accel.planning.report import forecast_as_dict, forecast_text, make_forecast
 
-    forecast = make_forecast(
-        run_config, data, ranks, measured_with=(config, overrides or []) if measure else None
-    )
+    forecast = make_forecast(run_config, data, ranks, measured_with=(config, overrides or []) if measure else None)
     print(json.dumps(forecast_as_dict(forecast), indent=2) if as_json else forecast_text(forecast))
     if forecast.failure is not None:
         raise LoraAccelError(forecast.failure)

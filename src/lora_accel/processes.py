@@ -1,4 +1,4 @@
-"""Process utilities: exit with the parent, detect a launcher, keep freed memory."""
+"""Process utilities: exit with the parent, detect a launcher, keep or return freed memory."""
 
 from __future__ import annotations
 
@@ -30,6 +30,14 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-4, 0)
         mallopt(-1, 2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Return freed tensors to the kernel at once, at the cost of page faults. The heap would keep the gaps between
+    blocks, which can be larger than all tensors. (glibc only, mallopt(3): M_MMAP_THRESHOLD.)"""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 2**16)
 
 
 def end_on_interrupt() -> None:

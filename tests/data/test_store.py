@@ -289,7 +289,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(
 PLAN_WITHOUT_TORCH = """
 import sys
 from lora_accel.cli import main
-sys.argv = ["lora-accel", "plan", "--config", sys.argv[1]]
+sys.argv = ["lora-accel", "plan", "--no-estimate", "--config", sys.argv[1]]
 try:
     main()
 except SystemExit as error:

@@ -9,16 +9,14 @@ from lora_accel.config.schema import RunConfig
 from lora_accel.data.audit import TRUNCATED, SourceLedger
 
 MIN_RATE, MAX_RATE = 1e-5, 5e-3
-"""Rates outside are far from what is usual for LoRA; see docs/planning.md."""
+"""Rates outside are a factor of ten from those of LoRA's and QLoRA's authors; see docs/planning.md."""
 MAX_WEIGHTS_PER_TOKEN = 100
 """Trained parameters per supervised token of an epoch beyond which an adapter can store its data many times over."""
 LONG_RUN_STEPS = 1000
 """A run of so many steps takes hours on most machines."""
 
 
-def advise(
-    config: RunConfig, plan: Plan, ledgers: Sequence[SourceLedger], num_trained: int | None = None
-) -> list[str]:
+def advise(config: RunConfig, plan: Plan, ledgers: Sequence[SourceLedger], num_trained: int | None = None) -> list[str]:
     """Return advice about a plan, most important first; empty if there is none.
 
     Args:
@@ -41,8 +39,8 @@ def warmup_advice(plan: Plan) -> str | None:
     if plan.warmup_steps < plan.total_steps or plan.total_steps == 1:
         return None
     return (
-        f"the warm-up ({plan.warmup_steps:,} steps) is as long as the run ({plan.total_steps:,} steps), so the learning "
-        "rate only rises; lower training.warmup_steps or training.warmup_ratio"
+        f"the warm-up ({plan.warmup_steps:,} steps) is as long as the run ({plan.total_steps:,} steps), so the "
+        "learning rate only rises; lower training.warmup_steps or training.warmup_ratio"
     )
 
 
@@ -51,9 +49,8 @@ def rate_advice(config: RunConfig, plan: Plan) -> str | None:
     rate = config.training.learning_rate
     if MIN_RATE <= rate <= MAX_RATE:
         return None
-    usual = f"published LoRA runs use 1e-4 to 1e-3, and hardly any a rate outside {MIN_RATE:g} to {MAX_RATE:g}"
-    effect = "the loss may diverge" if rate > MAX_RATE else "the adapter may hardly change"
-    return f"training.learning_rate={rate:g}: {usual}; {effect} in {plan.total_steps:,} steps"
+    effect = "the loss may diverge" if rate > MAX_RATE else f"{plan.total_steps:,} steps may hardly change the adapter"
+    return f"training.learning_rate={rate:g}: LoRA's and QLoRA's authors train with 1e-4 to 5e-4; {effect}"
 
 
 def truncation_advice(config: RunConfig, ledgers: Sequence[SourceLedger]) -> str | None:
@@ -93,8 +90,8 @@ def evaluation_advice(plan: Plan) -> str | None:
     if plan.evaluate_every is None or plan.evaluate_every <= plan.total_steps:
         return None
     return (
-        f"evaluation.every_steps={plan.evaluate_every:,} is never reached: the run has {plan.total_steps:,} steps, so it "
-        "is evaluated at the end only"
+        f"evaluation.every_steps={plan.evaluate_every:,} is never reached: the run has {plan.total_steps:,} steps, so "
+        "it is evaluated at the end only"
     )
 
 

@@ -22,6 +22,9 @@ from lora_accel.training.memory import free_bytes
 
 CONTEXT_BYTES = 600_000_000
 """What a process takes of a GPU beside tensors: its context and the workspaces of libraries. About, by experience."""
+HEAP_FACTOR = 2
+"""Memory of a process that trains on the CPU, relative to its tensors: glibc's heap keeps gaps between blocks.
+Measured: 1.6 to 2.1 (docs/planning.md). With activation checkpointing, training returns freed memory instead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Estimate:
     available: Available
     micro_batch: tuple[int, int]
     """Rows and tokens per row of the largest micro-batch."""
+    returns_memory: bool
+    """Whether training returns freed memory to the kernel; see `HEAP_FACTOR`."""
     untraced: str | None
     """Why activations and temporaries are unknown, and 0 in `options`; None = they are known."""
 
@@ -66,9 +71,11 @@ class Estimate:
         """Return whether the devices that are there have the memory; None = unsupported, or unknown."""
         if option.memory is None:
             return False
-        needed, host = option.memory.total + self.available.framework, option.memory.host * option.layout.num_ranks
+        memory, framework, num_ranks = option.memory, self.available.framework, option.layout.num_ranks
+        needed, host = memory.total + framework, memory.host * num_ranks
         if self.available.kind == "cpu":
-            needed, host = (needed + option.memory.host) * option.layout.num_ranks, 0
+            factor = 1 if self.returns_memory else HEAP_FACTOR
+            needed, host = (factor * (memory.total + memory.host) + framework) * num_ranks, 0
         is_enough = needed <= self.available.bytes and host <= self.available.host_bytes
         return None if is_enough and self.untraced else is_enough
 
@@ -103,7 +110,12 @@ def make_estimate(
     parameters = count_by_kind(skeleton.model)
     batch = choose_micro_batches(config, data, packed=skeleton.packed).largest
     variants = [(config.quantization.bits, skeleton)]
-    if with_4_bits and not skeleton.quantized and not config.adapter.modules_to_save and config.model.dtype != "float16":
+    if (
+        with_4_bits
+        and not skeleton.quantized
+        and not config.adapter.modules_to_save
+        and config.model.dtype != "float16"
+    ):
         four = config.quantization.model_copy(update={"bits": 4})
         variants.append((4, build_skeleton(config.model_copy(update={"quantization": four}), mixed_precision, device)))
     options, untraced = [], None
@@ -119,7 +131,8 @@ def make_estimate(
             memory = device_memory(sizes, layout, on_cpu=available.kind == "cpu") if is_supported else None
             options.append(Option(layout, bits if variant.quantized else None, memory))
     rows, width = batch.input_ids.shape
-    return Estimate(parameters, options, available, (rows, width), untraced)
+    returns_memory = config.training.activation_checkpointing is True
+    return Estimate(parameters, options, available, (rows, width), returns_memory, untraced)
 
 
 def model_sizes(config: RunConfig, skeleton: Skeleton) -> Sizes:
@@ -178,4 +191,3 @@ def as_dict(estimate: Estimate) -> dict[str, Any]:
             ],
         },
     }
-

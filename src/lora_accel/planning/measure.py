@@ -20,6 +20,7 @@ from lora_accel.config.files import read_config
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import Stage, run_command, silence_libraries
 from lora_accel.errors import LoraAccelError
+from lora_accel.processes import return_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ class Measurement:
     """What two micro-batches took."""
 
     peak_bytes: int
-    """Beyond what imports and data take."""
+    """Allocated by tensors, beyond what imports and data take."""
     loaded_bytes: int
     """After loading model and adapter."""
     tokens: list[int]
@@ -116,6 +117,8 @@ def measure(config: RunConfig) -> Measurement:
 
     config = resolve_rope_scaling(config)
     accelerator = make_accelerator(config, *resolve_launch(config, None))
+    if accelerator.device.type == "cpu":
+        return_freed_memory()  # as on a GPU, memory that is allocated is measured, not what the allocator reserves
     data = prepare_data(config)
     memory = _MemoryMeter(accelerator.device)
     prepared = prepare_model(config, accelerator)

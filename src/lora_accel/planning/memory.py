@@ -68,9 +68,9 @@ class Layout:
     def name(self) -> str:
         """The name in tables."""
         if not self.zero_stage:
-            return "one device" if self.num_ranks == 1 else f"DDP × {self.num_ranks}"
+            return "one device" if self.num_ranks == 1 else f"DDP x {self.num_ranks}"
         offload = " + CPU offload" if self.offload else ""
-        return f"ZeRO-{self.zero_stage} × {self.num_ranks}{offload}"
+        return f"ZeRO-{self.zero_stage} x {self.num_ranks}{offload}"
 
 
 @dataclasses.dataclass(frozen=True)

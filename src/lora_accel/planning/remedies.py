@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,15 +20,15 @@ class Remedy(NamedTuple):
     fits: bool
 
 
-def find_remedies(
-    config: RunConfig, data: PreparedData, mixed_precision: str, estimate: Estimate
-) -> list[Remedy]:
+def find_remedies(config: RunConfig, data: PreparedData, mixed_precision: str, estimate: Estimate) -> list[Remedy]:
     """Return the options that would fit, from the mildest to the strongest; if none does, the one with least memory."""
     remedies = []
     for overrides, changed in _changes(config, longest=max(x.longest for x in data.dataset.ledgers)):
-        option = make_estimate(changed, data, mixed_precision, 1, with_4_bits=False).options[0]
+        changed_estimate = make_estimate(changed, data, mixed_precision, 1, with_4_bits=False)
+        option = changed_estimate.options[0]
         if option.memory is not None:
-            remedies.append(Remedy(overrides, option.memory.total, bool(estimate.fits(option))))
+            fits = dataclasses.replace(changed_estimate, available=estimate.available).fits(option)
+            remedies.append(Remedy(overrides, option.memory.total, bool(fits)))
     fitting = [remedy for remedy in remedies if remedy.fits]
     return fitting or sorted(remedies, key=lambda remedy: remedy.total)[:1]
 

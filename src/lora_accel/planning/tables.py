@@ -38,14 +38,12 @@ def _parts(estimate: Estimate) -> str:
     plain = [option for option in estimate.options if not option.layout.zero_stage]
     last = plain[-1].layout
     options = [option for option in plain if option.layout == last]
-    rows = [
-        (part, *(format_bytes(option.memory.parts[part]) for option in options if option.memory)) for part in PARTS
-    ]
+    rows = [(part, *(format_bytes(option.memory.parts[part]) for option in options if option.memory)) for part in PARTS]
     rows.append(("total", *(format_bytes(option.memory.total) for option in options if option.memory)))
     framework = format_bytes(estimate.available.framework)
     rows.append(("libraries", *(framework for _ in options)))
     num_rows, width = estimate.micro_batch
-    title = f"memory per device ({last.name}), for a micro-batch of {num_rows} × {width:,} tokens"
+    title = f"memory per device ({last.name}), for a micro-batch of {num_rows} x {width:,} tokens"
     return format_table(title, rows, headers=("part", *(_bits(option) for option in options)))
 
 

@@ -165,4 +165,3 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
     """Return what layers have in common whose forwards allocate the same."""
     parameters = tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters())
     return type(layer), getattr(layer, "attention_type", None), parameters
-

@@ -34,6 +34,7 @@ from lora_accel.model.kernels import patch_norms_and_gates
 from lora_accel.model.new_tokens import extend_vocabulary, train_new_tokens
 from lora_accel.model.prequantized import check_modules_to_save
 from lora_accel.model.tokenizer import load_tokenizer
+from lora_accel.processes import return_freed_memory
 from lora_accel.saving.adapter import saved_config, unwrap_peft_model
 from lora_accel.saving.attach import begin_with_adapter
 from lora_accel.saving.names import check_all_trained_is_saved, saved_shapes
@@ -169,6 +170,7 @@ def enable_activation_checkpointing(
         option = _should_checkpoint_activations(config, data, accelerator, prepared, num_local_ranks)
     if option:
         accelerator.unwrap_model(prepared.model).gradient_checkpointing_enable({"use_reentrant": False})
+        return_freed_memory()  # else glibc's heap would keep what is saved here
 
 
 def _should_checkpoint_activations(
