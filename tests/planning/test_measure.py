@@ -1,4 +1,4 @@
-"""Measuring a run: which micro-batches, what is written, and what happens without memory."""
+"""Measuring a run: which micro-batches, what is written, and what happens when memory runs out."""
 
 from __future__ import annotations
 

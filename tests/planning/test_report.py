@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from lora_accel.batching.batch import MicroBatch
 from lora_accel.config.schema import RunConfig
 from lora_accel.planning import estimate, report
 from lora_accel.planning.measure import Measurement
+from lora_accel.planning.memory import Usage
 from tests.conftest import CommandResult, write_jsonl
 
 Command = Callable[..., CommandResult]
@@ -20,7 +22,6 @@ Command = Callable[..., CommandResult]
 
 def test_plan_as_json(command: Command, make_config: Callable[..., RunConfig], config_file: Any) -> None:
     config = make_config(training={"warmup_steps": 50})
-    write_jsonl(Path(config.output_dir).parent / "unrelated", [])
     result = command("plan", "--config", config_file(config), "--ranks", "2", "--json")
     assert result.returncode == 0, result.stderr
     values = json.loads(result.stdout)
@@ -50,7 +51,19 @@ def test_plan_as_tables(
         assert text in result.stdout
 
 
-def test_without_memory_the_options_that_would_fit_are_named(
+@pytest.fixture
+def _untraced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the trace, which takes seconds, by a rule."""
+
+    def usage(_: Any, batch: MicroBatch, config: RunConfig) -> Usage:
+        per_token = 10 if config.training.activation_checkpointing else 100
+        return Usage(per_token * batch.input_ids.numel(), 0, 0)
+
+    monkeypatch.setattr(estimate, "trace_usage", usage)
+
+
+@pytest.mark.usefixtures("_untraced")
+def test_when_memory_runs_out_the_options_that_would_fit_are_named(
     command: Command, make_config: Callable[..., RunConfig], config_file: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "measure_in_child", lambda *_: None)
@@ -67,7 +80,8 @@ def test_without_memory_the_options_that_would_fit_are_named(
     assert all("to spare" in line for line in lines)
 
 
-def test_if_nothing_fits_the_smallest_option_says_what_it_lacks(
+@pytest.mark.usefixtures("_untraced")
+def test_if_nothing_fits_the_smallest_option_names_what_it_lacks(
     command: Command, make_config: Callable[..., RunConfig], config_file: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = dataclasses.replace(estimate.find_available(), bytes=1000, framework=0)

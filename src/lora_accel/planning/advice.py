@@ -35,7 +35,7 @@ def advise(config: RunConfig, plan: Plan, ledgers: Sequence[SourceLedger], num_t
 
 
 def warmup_advice(plan: Plan) -> str | None:
-    """Advise on a warm-up that takes the whole run: the rate never reaches its peak."""
+    """Advise on a warm-up that takes the full run: the rate never reaches its peak."""
     if plan.warmup_steps < plan.total_steps or plan.total_steps == 1:
         return None
     return (

@@ -46,7 +46,7 @@ def count_by_kind(model: Any) -> list[ParameterCount]:
         kind = _trained_kind(name) if trained else own.get(id(parameter)) or _frozen_kind(name, parameter)
         counts[kind, trained][0] += 1
         counts[kind, trained][1] += parameter.numel()
-    rows = [ParameterCount(kind, *count, trained) for (kind, trained), count in counts.items()]
+    rows = [ParameterCount(kind, num, numel, trained) for (kind, trained), (num, numel) in counts.items()]
     return sorted(rows, key=lambda row: (not row.is_trained, -row.numel))
 
 

@@ -96,7 +96,7 @@ def build_skeleton(config: RunConfig, mixed_precision: str, device: torch.device
 
 
 def _read_base(config: RunConfig) -> tuple[PretrainedConfig, torch.dtype]:
-    """Return the config of a base, and the dtype in which it is stored: for the Hub, as its config says."""
+    """Return the config of a base, and the dtype in which it is stored: for the Hub, as config.json declares it."""
     if Path(config.model.name_or_path).is_dir():
         base_config, tensors = check_base(config.model)
         return base_config, main_dtype(tensors)

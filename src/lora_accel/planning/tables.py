@@ -24,7 +24,7 @@ def format_bytes(count: int) -> str:
 
 def _parameters(estimate: Estimate) -> str:
     counts = estimate.parameters
-    total, trained = (sum(count.numel for count in counts if count.is_trained or whole) for whole in (True, False))
+    total, trained = (sum(x.numel for x in counts if x.is_trained or not only) for only in (False, True))
     rows = [
         (count.kind, f"{count.num_tensors:,}", f"{count.numel:,}", "yes" if count.is_trained else "")
         for count in counts

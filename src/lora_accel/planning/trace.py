@@ -51,7 +51,7 @@ class Tracer:
         layers = _find_layers(self._model)
         if layers is None:
             return self._trace(batch)
-        kinds = [_kind(layer) for layer in layers]
+        kinds = _kinds(layers)
         first = {kind: kinds.index(kind) for kind in kinds}
         one_of_each = self._trace_layers(batch, layers, first.values())
         total = one_of_each.activations
@@ -89,7 +89,7 @@ class Tracer:
                 saved, forward_peak = counter.live, counter.peak
                 counter.peak = saved
                 if loss.requires_grad:
-                    loss.backward()
+                    torch.autograd.backward(loss)
                 return Usage(saved, forward_peak - saved, counter.peak - saved)
         except Exception as error:  # fake tensors raise many types
             raise UntraceableError(f"the model's code cannot be traced: {first_line(error)}") from None
@@ -98,11 +98,11 @@ class Tracer:
                 parameter.grad = None
 
 
-class _StorageCounter(TorchDispatchMode):
+class _StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the storages that operations create, until they are freed."""
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
@@ -161,7 +161,15 @@ def _find_layers(model: Any) -> nn.ModuleList | None:
     return next((layers for layers in lists if len(layers) == num_layers), None)
 
 
-def _kind(layer: nn.Module) -> tuple[Any, ...]:
-    """Return what layers have in common whose forwards allocate the same."""
-    parameters = tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters())
-    return type(layer), getattr(layer, "attention_type", None), parameters
+def _kinds(layers: nn.ModuleList) -> list[tuple[Any, ...]]:
+    """Return what layers have in common whose forwards save the same.
+
+    A frozen layer saves nothing unless a layer before it is trained.
+    """
+    kinds, is_after_trained = [], False
+    for layer in layers:
+        parameters = tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+        is_trained = any(parameter.requires_grad for parameter in layer.parameters())
+        is_after_trained |= is_trained
+        kinds.append((type(layer), getattr(layer, "attention_type", None), parameters, is_after_trained))
+    return kinds
