@@ -24,7 +24,7 @@ CONTEXT_BYTES = 600_000_000
 """What a process takes of a GPU beside tensors: its context and the workspaces of libraries. About, by experience."""
 HEAP_FACTOR = 2
 """Memory of a process that trains on the CPU, relative to its tensors: glibc's heap keeps gaps between blocks.
-Measured: 1.6 to 2.1 (docs/planning.md). With activation checkpointing, training returns freed memory instead."""
+Measured: 1.5 to 2.1 (docs/planning.md). With activation checkpointing, training returns freed memory instead."""
 
 
 @dataclasses.dataclass(frozen=True)

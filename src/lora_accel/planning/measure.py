@@ -111,6 +111,7 @@ def measure(config: RunConfig) -> Measurement:
     silence_libraries()
     from lora_accel.distributed.launch import make_accelerator, resolve_launch
     from lora_accel.planning.micro_batches import choose_micro_batches
+    from lora_accel.planning.skeleton import build_skeleton
     from lora_accel.setup.data import prepare_data
     from lora_accel.setup.model import enable_activation_checkpointing, prepare_model
     from lora_accel.setup.sizes import resolve_rope_scaling
@@ -120,6 +121,7 @@ def measure(config: RunConfig) -> Measurement:
     if accelerator.device.type == "cpu":
         return_freed_memory()  # as on a GPU, memory that is allocated is measured, not what the allocator reserves
     data = prepare_data(config)
+    build_skeleton(config, accelerator.mixed_precision, accelerator.device)  # imports what loading imports
     memory = _MemoryMeter(accelerator.device)
     prepared = prepare_model(config, accelerator)
     enable_activation_checkpointing(config, data, accelerator, prepared, 1)
