@@ -194,8 +194,8 @@ def test_nonfinite_loss_stops_the_run_and_keeps_the_last_checkpoint(
     original = step_module.summed_token_loss
     calls = iter(range(1000))
 
-    def patched(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-        loss = original(model, batch)
+    def patched(model: torch.nn.Module, batch: MicroBatch, *options: float) -> torch.Tensor:
+        loss = original(model, batch, *options)
         return loss * math.nan if next(calls) >= 4 else loss
 
     monkeypatch.setattr(step_module, "summed_token_loss", patched)

@@ -15,6 +15,7 @@ import pytest
 from accelerate.utils import DeepSpeedPlugin
 
 from lora_accel.config.launch import Launch, Precision, Settings, read_launch, reconcile
+from lora_accel.config.optimizers import OPTIMIZERS
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ConfigError
 from tests.conftest import ROOT, run_code
@@ -438,6 +439,7 @@ def test_rows_name_the_json_as_source(write_json: WriteJson) -> None:
         ({"gradient_clipping": 1.0}, BY_TOKENS),
         ({"gradient_clipping": 1}, BY_TOKENS),
         ({"gradient_clipping": 0.3}, {"max_grad_norm": 0.3}),
+        ({"gradient_clipping": 0}, {"max_grad_norm": None}),
         ({"train_batch_size": 16}, BY_TOKENS),
         ({"train_batch_size": 16}, PER_DEVICE),  # 2 examples * 4 micro-batches * 2 devices
         ({"train_batch_size": 4}, {"micro_batch_size": 2}),
@@ -485,6 +487,11 @@ def test_equal_json_values_are_accepted(
         ),
         ({"gradient_clipping": 0.5}, BY_TOKENS, ("gradient_clipping is 0.5", "training.max_grad_norm is 1.0")),
         ({"gradient_clipping": 0}, BY_TOKENS, ("gradient_clipping is 0,", "training.max_grad_norm is 1.0")),
+        (
+            {"gradient_clipping": 1.0},
+            {"max_grad_norm": None},
+            ("gradient_clipping is 1.0,", "training.max_grad_norm is null, so it is 0.0;"),
+        ),
         ({"train_batch_size": 32}, BY_TOKENS, ("train_batch_size is 32", "training.batch_size is 16")),
         ({"train_batch_size": 8}, PER_DEVICE, ("train_batch_size is 8", "is 16")),
         (
@@ -956,3 +963,29 @@ def test_unsupported_config_is_reported_before_torch_is_imported(
     assert ran.stderr.startswith("error: quantization.bits=4 with ZeRO-3 is not supported: quantized weights cannot")
     assert "Traceback" not in ran.stderr
     assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS])
+def test_deepspeed_trains_with_some_optimizers(optimizer: str) -> None:
+    """ZeRO splits what the others need in one piece."""
+    environment, training = zero(2), {"optimizer": optimizer}
+    if OPTIMIZERS[optimizer].zero_problem:
+        (message,) = error_lines(environment, training=training)
+        assert message.startswith(f"training.optimizer={optimizer} is not supported under DeepSpeed: ")
+        assert message.endswith(". Use adamw, lion or sgd, or DDP (accelerate_configs/ddp.yaml)")
+    else:
+        resolve(environment, training=training)
+    resolve(TORCHRUN, training=training)
+
+
+def test_offload_is_for_adamw(write_json: WriteJson) -> None:
+    values = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    (message,) = error_lines(write_json(2, **values), training={"optimizer": "lion"})
+    assert "offload_optimizer with training.optimizer=lion is not supported" in message
+    resolve(write_json(2, **values), training={"optimizer": "adamw"})
+
+
+def test_null_turns_clipping_off_under_deepspeed() -> None:
+    settings = resolve(zero(2), training={"max_grad_norm": None})
+    assert settings.deepspeed["gradient_clipping"] == 0.0
+    assert ("gradient clipping", "none", "run config") in settings.rows

@@ -41,8 +41,8 @@ def main(fault: str, config: str, *overrides: str) -> int:
                 save_file(state, run.accelerator.project_dir + "/after.safetensors")
         return result
 
-    def loss_with_fault(model: Any, batch: Any) -> Any:
-        loss = summed_token_loss(model, batch)
+    def loss_with_fault(*args: Any) -> Any:
+        loss = summed_token_loss(*args)
         if in_bad_step and fault == "raise":
             raise RuntimeError("rank 1 has a fault of its own")
         if in_bad_step and fault == "kill":

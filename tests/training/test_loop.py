@@ -173,11 +173,11 @@ def at(monkeypatch: pytest.MonkeyPatch) -> At:
     def plan(events: dict[int, str], start: int = 0, stop_in: int = 0, number: int = signal.SIGTERM) -> None:
         steps = itertools.count(start + 1)
 
-        def patched(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        def patched(*args: Any) -> torch.Tensor:
             step = next(steps)
             if step == stop_in:
                 signal.raise_signal(number)
-            loss, event = original(model, batch), events.get(step)
+            loss, event = original(*args), events.get(step)
             if event == "gradient":  # finite loss, infinite gradient: d sqrt(x)/dx at 0
                 return loss + (loss * 0).sqrt()
             return loss if event is None else loss * float(event)

@@ -201,6 +201,27 @@ def within_vocabulary(examples: list[Example]) -> list[Example]:
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("family", FUSED_LOSS)
+def test_label_smoothing_equals_that_of_torch(family: str) -> None:
+    """Of the original model's logits; also where they are scaled and capped."""
+    original, fused = original_and_fused(family, tie_word_embeddings=False)
+    batch = pad(within_vocabulary(EXAMPLES), 0)
+    logits = original(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, batch.logit_positions]
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch.targets.flatten(), reduction="sum", label_smoothing=0.2
+    )
+    expected.backward()
+    gradient = original.get_input_embeddings().weight.grad.clone()
+    for model in (original, fused):
+        model.zero_grad()
+        loss = summed_token_loss(model, batch, 0.2)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+        loss.backward()
+        torch.testing.assert_close(model.get_input_embeddings().weight.grad, gradient, rtol=1e-4, atol=1e-5)
+    assert summed_token_loss(fused, batch) < 0.9 * expected or summed_token_loss(fused, batch) > 1.1 * expected
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("family", FUSED_LOSS)
 def test_fused_loss_equals_the_original_loss(family: str) -> None:
     original, fused = original_and_fused(family, tie_word_embeddings=False)
     batch = pad(within_vocabulary(EXAMPLES), 0)
@@ -235,8 +256,9 @@ def test_logits_are_never_materialized(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("kind", ["modules_to_save", "lora", "bias"])
-def test_trained_head_gets_its_gradients(kind: str) -> None:
+def test_trained_head_gets_its_gradients(kind: str, smoothing: float) -> None:
     from peft import LoraConfig, get_peft_model
 
     options: dict[str, Any] = {
@@ -252,7 +274,7 @@ def test_trained_head_gets_its_gradients(kind: str) -> None:
         assert not is_fused or patch_fused_loss(base)
         models.append(model)
     batch = pad(within_vocabulary(EXAMPLES), 0)
-    losses = [summed_token_loss(model, batch) for model in models]
+    losses = [summed_token_loss(model, batch, smoothing) for model in models]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
     for loss in losses:
         loss.backward()

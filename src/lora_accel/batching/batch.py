@@ -52,6 +52,14 @@ class MicroBatch:
             inputs |= {"position_ids": self.position_ids, "segments": self.segments}
         return inputs
 
+    @property
+    def example_lengths(self) -> torch.Tensor:
+        """Return the length of each token's example, [B, T] float32; of padding, that of its row's example."""
+        if self.segments is not None:
+            lengths = torch.tensor(self.segments.lengths)
+            return lengths.repeat_interleave(lengths)[None].to(self.input_ids.device, torch.float32)
+        return self.attention_mask.sum(dim=1, keepdim=True).expand_as(self.input_ids).float()
+
     def to(self, device: torch.device) -> MicroBatch:
         """Return a copy on a device. Copies to a GPU go through pinned memory, so the host does not wait for them."""
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}

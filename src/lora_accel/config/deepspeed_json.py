@@ -10,10 +10,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lora_accel.config.schema import RunConfig, TrainingSection
+from lora_accel.config.optimizers import OPTIMIZERS
+from lora_accel.config.schedules import SCHEDULES
+from lora_accel.config.schema import RunConfig, TrainingSection, chosen_options
 
 RUN_CONFIG_SECTIONS = ("optimizer", "scheduler")
-OPTIMIZER_TYPES = {"adamw": ("adam", "adamw")}
+OPTIMIZER_TYPES = {"adamw": ("adam", "adamw"), "lion": ("lion",), "sgd": ("sgd",)}
 """`training.optimizer` -> types of DeepSpeed that compute the same, in lower case. Its Adam decouples weight decay."""
 SCHEDULER_TYPES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 """DeepSpeed's types -> `training.scheduler`."""
@@ -132,17 +134,18 @@ def section_rows(config: RunConfig, values: Mapping[str, Any]) -> list[tuple[str
         rows.append(("optimizer", f"{training.optimizer}, learning rate {training.learning_rate:g}"))
     if "scheduler" in values:
         name = values["scheduler"].get("type", "auto")
-        unused = "" if SCHEDULER_TYPES.get(name, training.scheduler) == training.scheduler else f" (not {name})"
+        unused = "" if name not in SCHEDULER_TYPES or _is_schedule(name, training) else f" (not {name})"
         rows.append(("scheduler", f"{training.scheduler}{unused}"))
     return rows
 
 
 def _optimizer_problem(training: TrainingSection, name: str) -> str | None:
-    if name == "auto" or name.lower() in OPTIMIZER_TYPES[training.optimizer]:
+    types = OPTIMIZER_TYPES.get(training.optimizer, ("auto",))
+    if name == "auto" or name.lower() in types:
         return None
     return (
         f"optimizer.type is {json.dumps(name)}, but training.optimizer is {training.optimizer}; use "
-        f'"{OPTIMIZER_TYPES[training.optimizer][-1]}" there, or remove the section'
+        f'"{types[-1]}" there, or remove the section'
     )
 
 
@@ -154,13 +157,18 @@ def _scheduler_problem(training: TrainingSection, name: str, *, is_explicit: boo
     """
     if name == "auto" or (name in SCHEDULER_TYPES and not is_explicit):
         return None
-    if SCHEDULER_TYPES.get(name) == training.scheduler:
+    if _is_schedule(name, training):
         return None
     pairs = ", ".join(f"{ours} = {theirs}" for theirs, ours in SCHEDULER_TYPES.items())
     return (
         f"scheduler.type is {json.dumps(name)}, but training.scheduler is {training.scheduler}; remove the section, or "
         f"set the same schedule in both ({pairs})"
     )
+
+
+def _is_schedule(name: str, training: TrainingSection) -> bool:
+    """Whether a type of DeepSpeed is the run config's schedule, which may have two names."""
+    return name in SCHEDULER_TYPES and SCHEDULES[SCHEDULER_TYPES[name]] is SCHEDULES[training.scheduler]
 
 
 def _param_problem(key: str, value: object, expected: Mapping[str, tuple[str, Any]]) -> str | None:
@@ -182,11 +190,14 @@ def _param_problem(key: str, value: object, expected: Mapping[str, tuple[str, An
 
 
 def _optimizer_params(training: TrainingSection) -> dict[str, tuple[str, Any]]:
-    return {
+    arguments = OPTIMIZERS[training.optimizer].arguments(chosen_options(training.optimizer_options))
+    options = {
+        name: (f"training.optimizer_options.{name}", list(value) if isinstance(value, tuple) else value)
+        for name, value in arguments.items()
+    }
+    return options | {
         "lr": ("training.learning_rate", training.learning_rate),
         "weight_decay": ("training.weight_decay", training.weight_decay),
-        "betas": ("the optimizer's value here", [0.9, 0.999]),
-        "eps": ("the optimizer's value here", 1e-8),
         "adam_w_mode": ("the optimizer's value here", True),
     }
 

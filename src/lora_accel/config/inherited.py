@@ -1,7 +1,7 @@
 """The options that a run takes from the adapter with which it begins (`adapter.init_from`).
 
 The shape of an adapter is that of its weights: rank, scaling, modules, biases and every variant of LoRA. The run's own
-are `dropout` and everything outside the section.
+are `dropout`, `loraplus_ratio`, and everything outside the section.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lora_accel.config.recorded import with_defaults
 from lora_accel.config.schema import AdapterSection, ModelSection, RunConfig
 from lora_accel.errors import ArtifactError, ConfigError
 
-OWN = ("dropout", "init_from", "init_from_force")
+OWN = ("dropout", "init_from", "init_from_force", "loraplus_ratio")
 """Options of the section `adapter` that are the run's own."""
 WITHOUT_EFFECT = (
     "corda_config",

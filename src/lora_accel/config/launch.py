@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_accel.config.deepspeed_json import key_problems, section_problems, section_rows, value_of
+from lora_accel.config.optimizers import OPTIMIZERS
 from lora_accel.config.schema import RunConfig
-from lora_accel.errors import ConfigError
+from lora_accel.errors import ConfigError, join_or
 from lora_accel.json_text import unique_keys
 from lora_accel.paths import open_to_read
 
@@ -236,7 +237,9 @@ def _conflicts(config: RunConfig, launch: Launch) -> list[str]:
         accumulation = 1
     owned = {
         "gradient_accumulation_steps": ("training.gradient_accumulation_steps", accumulation),
-        "gradient_clipping": ("training.max_grad_norm", training.max_grad_norm),
+        "gradient_clipping": ("training.max_grad_norm", training.max_grad_norm)
+        if training.max_grad_norm
+        else ("training.max_grad_norm is null, so it", 0.0),
         "train_batch_size": (batch_option, batch_size),
         "train_micro_batch_size_per_gpu": ("training.micro_batch_size", training.micro_batch_size),
     }
@@ -283,6 +286,18 @@ def _unsupported(config: RunConfig, launch: Launch) -> list[str]:
         )
     if stage == 3 and config.adapter.trainable_token_indices is not None:
         problems.append("adapter.trainable_token_indices: PEFT cannot gather them under ZeRO-3; use ZeRO-2 or DDP")
+    optimizer = config.training.optimizer
+    if reason := OPTIMIZERS[optimizer].zero_problem:
+        supported = join_or(name for name, spec in OPTIMIZERS.items() if not spec.zero_problem)
+        problems.append(
+            f"training.optimizer={optimizer} is not supported under DeepSpeed: {reason}. Use {supported}, or DDP "
+            "(accelerate_configs/ddp.yaml)"
+        )
+    elif optimizer != "adamw" and launch.offload["optimizer"] != "none":
+        problems.append(
+            f"{launch.source}: offload_optimizer with training.optimizer={optimizer} is not supported: DeepSpeed "
+            "updates offloaded moments with its own AdamW; use training.optimizer=adamw, or no offload"
+        )
     stages = {"optimizer": (2, 3), "param": (3,)}
     for name, device in launch.offload.items():
         if device == "nvme" and name == "optimizer":
@@ -321,7 +336,7 @@ def _deepspeed_values(config: RunConfig, launch: Launch, precision: str) -> dict
         "gradient_accumulation_steps": 1,
         "train_micro_batch_size_per_gpu": 1,
         "train_batch_size": launch.num_processes,
-        "gradient_clipping": config.training.max_grad_norm,
+        "gradient_clipping": config.training.max_grad_norm or 0.0,  # 0 = no clipping
         # Skip a step whose gradient is not finite.
         "bf16": {**_non_auto(values.get("bf16") or {}), "enabled": precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": True, **LOSS_SCALE, "loss_scale_window": LOSS_SCALE_WINDOW}
@@ -357,7 +372,7 @@ def _rows(config: RunConfig, launch: Launch, precision: Precision) -> list[tuple
     rows += [
         ("mixed precision", f"{precision.value}{precision.reason and f' ({precision.reason})'}", precision.decided_by),
         ("gradient accumulation", accumulation, RUN_CONFIG),
-        ("gradient clipping", f"{training.max_grad_norm:g}", RUN_CONFIG),
+        ("gradient clipping", f"{training.max_grad_norm:g}" if training.max_grad_norm else "none", RUN_CONFIG),
         ("batch size", f"{training.examples_per_step(launch.num_processes)} examples per step", RUN_CONFIG),
         ("micro-batch", micro_batch, RUN_CONFIG),
     ]

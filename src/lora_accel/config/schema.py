@@ -25,7 +25,7 @@ from typing_extensions import Self
 
 from lora_accel.config.adapter_options import unsupported_adapter_options
 from lora_accel.config.optimizers import OPTIMIZERS
-from lora_accel.config.schedules import SCHEDULES
+from lora_accel.config.schedules import SCHEDULES, schedule_options
 from lora_accel.errors import did_you_mean, join_or
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -195,6 +195,8 @@ class AdapterSection(Section):
     """Dropout probability on the adapter's input (PEFT: lora_dropout)."""
     target_modules: list[str] | str = ["q_proj", "v_proj"]
     """Modules to adapt: a list of names, a regular expression, or all-linear."""
+    loraplus_ratio: float = Field(1.0, ge=1, le=1e6)
+    """LoRA+: learning rate of the B matrices, in multiples of that of the A matrices. 1 = plain LoRA."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases of the base to train and save: none, all, or those of the adapted modules."""
     init_from: Annotated[PathText, Field(min_length=1)] | None = None
@@ -238,7 +240,7 @@ class AdapterSection(Section):
 
     def peft_fields(self) -> dict[str, Any]:
         """Return the fields to pass to `peft.LoraConfig`: those that are set and have no field above."""
-        own = {"r", "alpha", "dropout", "target_modules", "bias", "init_from", "init_from_force"}
+        own = {"r", "alpha", "dropout", "target_modules", "loraplus_ratio", "bias", "init_from", "init_from_force"}
         return {
             name: getattr(self, name)
             for name in type(self).model_fields
@@ -336,6 +338,34 @@ class DataSection(Section):
         return self
 
 
+class SchedulerOptions(Section):
+    """Options of the learning-rate schedules; null = the schedule's default. Each is an error for other schedules."""
+
+    min_ratio: float | None = Field(None, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak (cosine_with_min: 0.1; polynomial, wsd: 0)."""
+    decay_ratio: float | None = Field(None, gt=0, le=1)
+    """Share of the steps after warm-up over which the learning rate decays (wsd: 0.1)."""
+    power: float | None = Field(None, gt=0, le=100)
+    """Power of the decay (polynomial: 1)."""
+    num_cycles: int | None = Field(None, ge=1, le=MAX_STEPS)
+    """Number of cosine decays (cosine_with_restarts: 1)."""
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+"""Decay rate of a moment."""
+
+
+class OptimizerOptions(Section):
+    """Options of the optimizers; null = the optimizer's default. Each is an error for other optimizers."""
+
+    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] | None = None
+    """Decay rates of the two moments (adamw and its variants: [0.9, 0.999]; lion: [0.9, 0.99])."""
+    eps: float | None = Field(None, gt=0, le=1)
+    """Added to the denominator of the update (adamw and its variants: 1e-8)."""
+    momentum: Beta | None = None
+    """Decay rate of the momentum (sgd: 0.9; muon: 0.95)."""
+
+
 class TrainingSection(Section):
     """The training loop. A step is one optimizer update over all ranks."""
 
@@ -355,8 +385,14 @@ class TrainingSection(Section):
     """Peak learning rate."""
     optimizer: _name_in(OPTIMIZERS) = "adamw"  # type: ignore[valid-type]
     """The optimizer. Its state is part of every checkpoint."""
+    optimizer_options: OptimizerOptions = OptimizerOptions()
+    """Options of the optimizer, such as {betas: [0.9, 0.95]}."""
+    embedding_learning_rate: float | None = Field(None, gt=0, le=1000)
+    """Peak learning rate of what is trained in the embeddings and the head. null = learning_rate."""
     scheduler: _name_in(SCHEDULES) = "cosine"  # type: ignore[valid-type]
     """Learning-rate schedule after warm-up: decay toward 0 over the run, or constant."""
+    scheduler_options: SchedulerOptions = SchedulerOptions()
+    """Options of the schedule, such as {min_ratio: 0.1}."""
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     """Share of the steps over which the learning rate rises to its peak."""
     warmup_steps: int | None = Field(None, ge=0, le=MAX_STEPS)
@@ -366,8 +402,13 @@ class TrainingSection(Section):
     set, a resumed run keeps the value of its checkpoint."""
     weight_decay: float = Field(0.0, ge=0, le=1000)
     """Weight decay of matrices; biases and norms have none."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Maximum gradient norm; larger gradients are clipped to it."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Maximum gradient norm; larger gradients are clipped to it. null = no clipping."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each target's probability that the training loss spreads evenly over the vocabulary."""
+    neftune_alpha: float | None = Field(None, gt=0, le=1000)
+    """NEFTune: uniform noise of at most alpha / sqrt(length x hidden size) on the embeddings, in training only. null =
+    none."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto = bf16 or fp16 if accelerate launch sets it; else bf16 if the device computes it natively; else fp16 on GPUs
     with native float16; else no (float32). A resumed run keeps the mixed precision of its checkpoint."""
@@ -406,6 +447,23 @@ class TrainingSection(Section):
         return values
 
     @model_validator(mode="after")
+    def _check_options_are_used(self) -> Self:
+        problems = []
+        for kind, supported in (
+            ("optimizer", OPTIMIZERS[self.optimizer].settable),
+            ("scheduler", schedule_options(self.scheduler)),
+        ):
+            known = f"its options are {', '.join(supported)}" if supported else "it has no options"
+            problems += [
+                f"{kind}_options: {name} is not an option of {kind}={getattr(self, kind)}; {known}"
+                for name in chosen_options(getattr(self, f"{kind}_options"))
+                if name not in supported
+            ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @model_validator(mode="after")
     def _check_batch_options(self) -> Self:
         if self.gradient_accumulation_steps is not None and self.micro_batch_size is None:
             raise ValueError(
@@ -419,6 +477,11 @@ class TrainingSection(Section):
         if self.micro_batch_size is None and self.batch_size is None:
             raise ValueError("batch_size is null; set it, or micro_batch_size")
         return self
+
+
+def chosen_options(section: Section) -> dict[str, Any]:
+    """Return the options of a section that are not null."""
+    return {name: value for name, value in section.model_dump().items() if value is not None}
 
 
 class CheckpointSection(Section):

@@ -50,20 +50,27 @@ class Backend(Protocol):
     def full_parameters(self, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield each parameter in full, its float32 master if it has one. Each is valid until the next is yielded."""
 
-    def full_moment(self, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, name: str) -> torch.Tensor:
-        """Return a state tensor of the optimizer in full, in float32; zeros before the first update."""
+    def full_moment(
+        self, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, name: str
+    ) -> torch.Tensor | None:
+        """Return a state tensor of the optimizer in full; None before the first update."""
 
     def write_parameter(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
         """Copy a full tensor into a parameter and into its master."""
 
-    def init_moments(self, optimizer: torch.optim.Optimizer, names: Sequence[str]) -> None:
+    def init_moments(
+        self, optimizer: torch.optim.Optimizer, names: Sequence[str], *, has_int_step: bool = False
+    ) -> None:
         """Prepare the optimizer's state, so that it can be saved and written before the first update."""
 
-    def write_moments(self, optimizer: torch.optim.Optimizer, num_updates: int, moments: Moments) -> None:
+    def write_moments(
+        self, optimizer: torch.optim.Optimizer, num_updates: int, moments: Moments, *, has_int_step: bool = False
+    ) -> None:
         """Write the optimizer's state, for every trained parameter.
 
         Args:
             num_updates: number of optimizer updates in the moments.
+            has_int_step: whether the optimizer counts updates in an int instead of a tensor.
         """
 
 
@@ -98,25 +105,45 @@ class ReplicatedBackend:
         for name, parameter in parameters.items():
             yield name, parameter.detach()
 
-    def full_moment(self, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, name: str) -> torch.Tensor:
-        """Return the optimizer's own tensor; zeros before the first update."""
+    def full_moment(
+        self, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, name: str
+    ) -> torch.Tensor | None:
+        """Return the optimizer's own tensor; None before the first update."""
         moment: torch.Tensor | None = optimizer.state.get(parameter, {}).get(name)
-        return torch.zeros_like(parameter, dtype=torch.float32) if moment is None else moment
+        return moment
 
     def write_parameter(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
         """Copy in place."""
         with torch.no_grad():
             parameter.copy_(value.to(parameter.device))
 
-    def init_moments(self, optimizer: torch.optim.Optimizer, names: Sequence[str]) -> None:
-        """Do nothing: torch's optimizers create their state at the first update, and it can be written before."""
+    def init_moments(
+        self, optimizer: torch.optim.Optimizer, names: Sequence[str], *, has_int_step: bool = False
+    ) -> None:
+        """Do nothing: optimizers create their state at the first update, and it can be written before."""
 
-    def write_moments(self, optimizer: torch.optim.Optimizer, num_updates: int, moments: Moments) -> None:
+    def write_moments(
+        self, optimizer: torch.optim.Optimizer, num_updates: int, moments: Moments, *, has_int_step: bool = False
+    ) -> None:
         """Replace the optimizer's state."""
+        _init_bitsandbytes(optimizer)
         for parameter, values in moments.items():
-            state: dict[str, Any] = {"step": torch.tensor(float(num_updates), device=parameter.device)}
-            state |= {name: value.to(parameter.device, torch.float32, copy=True) for name, value in values.items()}
-            optimizer.state[parameter] = state
+            state: dict[str, Any] = optimizer.state[parameter]
+            state["step"] = num_updates if has_int_step else torch.tensor(float(num_updates), device=parameter.device)
+            for name, value in values.items():
+                if name in state:
+                    state[name].copy_(value)
+                else:
+                    state[name] = value.to(parameter.device, copy=True)
+
+
+def _init_bitsandbytes(optimizer: torch.optim.Optimizer) -> None:
+    """Create the state of an optimizer of bitsandbytes: paged memory, and the tables of 8-bit codes."""
+    inner: Any = getattr(optimizer, "optimizer", optimizer)  # in Accelerate's wrapper
+    if hasattr(inner, "init_state"):
+        for number, group in enumerate(inner.param_groups):
+            for position, parameter in enumerate(group["params"]):
+                inner.init_state(group, parameter, number, position)
 
 
 def backend_of(accelerator: Accelerator) -> Backend:

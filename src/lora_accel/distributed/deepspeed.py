@@ -80,7 +80,7 @@ class DeepSpeedBackend:
         with _gathered([parameter], modifier_rank=0), torch.no_grad():
             parameter.copy_(value.to(parameter.device))
 
-    def init_moments(self, optimizer: Any, names: Sequence[str]) -> None:
+    def init_moments(self, optimizer: Any, names: Sequence[str], *, has_int_step: bool = False) -> None:
         """Create the moments of a new engine, all zero: the state that its first step would create.
 
         Otherwise ZeRO-1 and 2 of DeepSpeed 0.19 link the moments of all parameter groups when only the first group has
@@ -88,16 +88,21 @@ class DeepSpeedBackend:
         """
         for flat, state in _states(optimizer):
             state.update({name: torch.zeros_like(flat) for name in names})
-        _set_update_count(optimizer, 0)
+        _set_update_count(optimizer, 0, has_int_step)
         zero = optimizer.optimizer
         if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # ZeRO-1 and 2: links each parameter to its part
             zero._lazy_init_hp_params_optimizer_state()
 
     def write_moments(
-        self, optimizer: Any, num_updates: int, moments: Mapping[torch.nn.Parameter, Mapping[str, torch.Tensor]]
+        self,
+        optimizer: Any,
+        num_updates: int,
+        moments: Mapping[torch.nn.Parameter, Mapping[str, torch.Tensor]],
+        *,
+        has_int_step: bool = False,
     ) -> None:
         """Write into the moments that `init_moments` created."""
-        _set_update_count(optimizer, num_updates)
+        _set_update_count(optimizer, num_updates, has_int_step)
         for parameter, values in moments.items():
             for name, value in values.items():
                 _write_partition(parameter, value, name)
@@ -124,9 +129,9 @@ def _states(optimizer: Any) -> list[tuple[torch.Tensor, dict[str, Any]]]:
     return [(flat, zero.optimizer.state[flat]) for flat in partitions]
 
 
-def _set_update_count(optimizer: Any, num_updates: int) -> None:
+def _set_update_count(optimizer: Any, num_updates: int, has_int_step: bool) -> None:
     # DeepSpeed's CPU Adam for offloaded states counts in an int, torch's optimizers in a tensor.
-    plain = type(optimizer.optimizer.optimizer).__name__ == "DeepSpeedCPUAdam"
+    plain = has_int_step or type(optimizer.optimizer.optimizer).__name__ == "DeepSpeedCPUAdam"
     for flat, state in _states(optimizer):
         state["step"] = num_updates if plain else torch.tensor(float(num_updates), device=flat.device)
 

@@ -145,6 +145,14 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def embedding_parameters(model: PeftModel) -> set[str]:
+    """Return the names of the trainable parameters in the input embeddings and the head."""
+    base = model.get_base_model()
+    modules = [module for module in (base.get_input_embeddings(), base.get_output_embeddings()) if module is not None]
+    inside = {parameter for module in modules for parameter in module.parameters()}
+    return {name for name, parameter in trainable_parameters(model).items() if parameter in inside}
+
+
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """Return the number of (trainable, all) parameters. Quantized weights count with their original shape."""
 

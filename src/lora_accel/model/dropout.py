@@ -22,6 +22,7 @@ class DropoutKeys:
 
     def __init__(self) -> None:
         self.keys: torch.Tensor | None = None  # [B, T] int32
+        self.lengths: torch.Tensor | None = None  # [B, T] float32, of each token's example: for model/noise.py
 
     @contextlib.contextmanager
     def replaced(self, keys: torch.Tensor) -> Iterator[None]:
@@ -49,9 +50,7 @@ class KeyedDropout(nn.Module):
         super().__init__()
         self.p = p
         self.token_keys = token_keys
-        generator = torch.Generator().manual_seed(layer)
-        keys = torch.randint(-(2**31), 2**31, (num_features,), generator=generator).to(torch.int32)
-        self.register_buffer("feature_keys", keys | 1, persistent=False)
+        self.register_buffer("feature_keys", feature_keys(num_features, layer), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x with values zeroed with probability p and the rest scaled by 1 / (1 - p).
@@ -81,6 +80,12 @@ def dropout_keys_of(module: nn.Module) -> DropoutKeys | None:
     """Return the keys that the dropout in a module reads; None if it has no dropout, or does not train."""
     layers = (layer for layer in module.modules() if isinstance(layer, KeyedDropout))
     return next((layer.token_keys for layer in layers if layer.training), None)
+
+
+def feature_keys(count: int, seed: int) -> torch.Tensor:
+    """Return an odd int32 key for each feature, [count]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**31), 2**31, (count,), generator=generator).to(torch.int32) | 1
 
 
 def keep_mask(token_keys: torch.Tensor, feature_keys: torch.Tensor, p: float) -> torch.Tensor:

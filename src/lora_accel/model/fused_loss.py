@@ -29,6 +29,8 @@ SOFTMAX_NUMEL = 2**22
 def patch_fused_loss(base: Any) -> bool:
     """Make a transformers model return the summed loss when its forward gets `logit_positions` and `targets`.
 
+    The forward then takes `label_smoothing`, too, as torch's cross_entropy does.
+
     Returns:
         Whether the head of this model family is known; otherwise nothing is patched.
     """
@@ -44,14 +46,18 @@ def patch_fused_loss(base: Any) -> bool:
 
     @functools.wraps(original)
     def forward(
-        *args: Any, logit_positions: torch.Tensor | None = None, targets: torch.Tensor | None = None, **kwargs: Any
+        *args: Any,
+        logit_positions: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
+        **kwargs: Any,
     ) -> Any:
         if logit_positions is None or targets is None:
             return original(*args, **kwargs)
         hidden = base.base_model(*args, **kwargs)[0]  # [B, T, H]
         hidden, targets = hidden[:, logit_positions].flatten(0, 1), targets.flatten()  # [N, H], [N]
         if is_frozen:
-            return head(hidden, targets)
+            return head(hidden, targets, label_smoothing)
         # A trained head needs its own gradients, so its logits are recomputed in backward.
         keys = _keys_at(head, logit_positions)
         losses = [
@@ -63,6 +69,7 @@ def patch_fused_loss(base: Any) -> bool:
                 None if keys is None else keys[rows],
                 scale,
                 softcap,
+                label_smoothing,
                 use_reentrant=False,
             )
             for rows in _chunks(len(hidden), CHUNK_NUMEL // config.vocab_size)
@@ -78,11 +85,15 @@ def _patch_head(head: Any, scale: float, softcap: float | None) -> None:
     original = head.forward
 
     @functools.wraps(original)
-    def forward(hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        hidden: torch.Tensor, targets: torch.Tensor | None = None, label_smoothing: float = 0.0
+    ) -> torch.Tensor:
         if targets is None:
             logits: torch.Tensor = original(hidden)
             return logits
-        loss: torch.Tensor = _FusedLoss.apply(hidden, head.weight, head.bias, targets, scale, softcap)  # type: ignore[no-untyped-call]
+        loss: torch.Tensor = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+            hidden, head.weight, head.bias, targets, scale, softcap, label_smoothing
+        )
         return loss
 
     head.forward = forward
@@ -101,20 +112,21 @@ def _head_loss(
     keys: torch.Tensor | None,
     scale: float,
     softcap: float | None,
+    label_smoothing: float,
 ) -> torch.Tensor:
     dropout = dropout_keys_of(head)
     with contextlib.nullcontext() if dropout is None or keys is None else dropout.replaced(keys):
         logits = head(hidden).float() * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=label_smoothing)
 
 
 class _FusedLoss(torch.autograd.Function):
     """Frozen head and cross-entropy, chunk by chunk. The gradient is computed in forward.
 
     d loss / d logits = softmax(logits) - onehot(target), so a chunk's gradient is computed right after its logits, and
-    only [N, H] is saved for backward.
+    only [N, H] is saved for backward. With label smoothing s, the target is (1 - s) * onehot(target) + s / V.
     """
 
     @staticmethod
@@ -126,6 +138,7 @@ class _FusedLoss(torch.autograd.Function):
         targets: torch.Tensor,
         scale: float,
         softcap: float | None,
+        smoothing: float,
     ) -> torch.Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -136,7 +149,9 @@ class _FusedLoss(torch.autograd.Function):
             for rows in _chunks(len(hidden), CHUNK_NUMEL // len(weight)):
                 logits = F.linear(hidden[rows].to(dtype), weight, bias)  # [n, V]
                 for part in _chunks(len(logits), (SOFTMAX_NUMEL if device == "cpu" else CHUNK_NUMEL) // len(weight)):
-                    loss += _loss(logits[part], targets[rows][part], scale, softcap, overwrite=grad is not None)
+                    loss += _loss(
+                        logits[part], targets[rows][part], scale, softcap, smoothing, overwrite=grad is not None
+                    )
                 if grad is not None:
                     supervised = targets[rows, None] != IGNORE_INDEX
                     grad[rows] = (logits @ weight) * (supervised * scale)
@@ -144,13 +159,19 @@ class _FusedLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return (grad * grad_loss.float()).to(grad.dtype), None, None, None, None, None
+        return (grad * grad_loss.float()).to(grad.dtype), None, None, None, None, None, None
 
 
 def _loss(
-    logits: torch.Tensor, targets: torch.Tensor, scale: float, softcap: float | None, *, overwrite: bool
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    smoothing: float,
+    *,
+    overwrite: bool,
 ) -> torch.Tensor:
     """Return the summed loss of logits [n, V] after scaling and capping.
 
@@ -166,10 +187,15 @@ def _loss(
         tanh = torch.tanh(exact / softcap)
         exact, slope = tanh * softcap, 1 - tanh.square()
     log_p = torch.log_softmax(exact, dim=-1)
-    loss = -(log_p.gather(1, target)[:, 0] * (targets != IGNORE_INDEX)).sum()
+    expected = log_p.gather(1, target)[:, 0]
+    if smoothing:
+        expected = (1 - smoothing) * expected + smoothing * log_p.mean(dim=1)
+    loss = -(expected * (targets != IGNORE_INDEX)).sum()
     if overwrite:
         gradient = log_p.exp_()
-        gradient.scatter_add_(1, target, -torch.ones_like(target, dtype=gradient.dtype))
+        if smoothing:
+            gradient -= smoothing / gradient.shape[1]
+        gradient.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=gradient.dtype))
         logits.copy_(gradient if slope is None else gradient.mul_(slope))
     return loss
 

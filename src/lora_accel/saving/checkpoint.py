@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,9 @@ def save_checkpoint(
     peft_model = unwrap_peft_model(accelerator, model)
     with on_all_ranks(accelerator, f"saving {final.name}"):
         fault_point("save.begin")
-    backend, names = backend_of(accelerator), OPTIMIZERS[optimizer_name].moments
+    backend, spec = backend_of(accelerator), OPTIMIZERS[optimizer_name]
     adapter = gather_adapter(accelerator, model, gather=gather)
-    moments = _moments(backend, peft_model, optimizer, names, keep=accelerator.is_main_process)
+    moments = _moments(backend, peft_model, optimizer, spec, keep=accelerator.is_main_process)
     with on_all_ranks(accelerator, f"saving {final.name}"):
         if accelerator.is_main_process:
             check_exists(folder.parent)
@@ -92,10 +92,10 @@ def check_disk_space(
         ConfigError: there is too little free space.
     """
     backend, peft_model = backend_of(accelerator), unwrap_peft_model(accelerator, model)
-    num_trained = sum(backend.full_shape(parameter).numel() for parameter in adapter_parameters(peft_model).values())
+    shapes, spec = map(backend.full_shape, adapter_parameters(peft_model).values()), OPTIMIZERS[optimizer_name]
+    moment_bytes = sum(moment.num_bytes for shape in shapes for moment in spec.moments_of(shape).values())
     num_saved = sum(shape.numel() for shape in saved_shapes(peft_model, backend).values())
-    numel = num_saved + len(OPTIMIZERS[optimizer_name].moments) * num_trained
-    checkpoint_bytes = 4 * numel + METADATA_BYTES  # float32
+    checkpoint_bytes = 4 * num_saved + moment_bytes + METADATA_BYTES  # float32
     existing = sum(file.lstat().st_size for path in step_folders(folder) for file in path.iterdir())
     needed = max((keep_last + 2) * checkpoint_bytes - existing, 2 * checkpoint_bytes)
     free = shutil.disk_usage(folder if folder.is_dir() else folder.parent).free  # it may be a link to another disk
@@ -156,7 +156,7 @@ def load_checkpoint(
 
 
 def _moments(
-    backend: Backend, model: torch.nn.Module, optimizer: torch.optim.Optimizer, names: Sequence[str], *, keep: bool
+    backend: Backend, model: torch.nn.Module, optimizer: torch.optim.Optimizer, spec: OptimizerSpec, *, keep: bool
 ) -> State:
     """Return the optimizer's moments in full, named `exp_avg.<parameter>` and so on.
 
@@ -165,9 +165,11 @@ def _moments(
     """
     moments: State = {}
     for name, parameter in trainable_parameters(model).items():
-        for moment in names:
+        for moment, (shape, dtype) in spec.moments_of(backend.full_shape(parameter)).items():
             value = backend.full_moment(optimizer, parameter, moment)
-            if keep:
+            if keep and value is None:
+                value = torch.zeros(shape, dtype=getattr(torch, dtype))
+            if keep and value is not None:
                 moments[f"{moment}.{name}"] = value.detach().cpu()
     return moments
 
@@ -181,8 +183,10 @@ def _restore_moments(
 ) -> None:
     file = checkpoint.folder / OPTIMIZER
     saved, trained = read_tensors(file), trainable_parameters(model)
-    shapes = {f"{moment}.{name}": backend.full_shape(p) for name, p in trained.items() for moment in spec.moments}
-    if {key: tensor.shape for key, tensor in saved.items()} != shapes:
+    layouts = {name: spec.moments_of(backend.full_shape(parameter)) for name, parameter in trained.items()}
+    expected_moments = {f"{key}.{name}": moment for name, layout in layouts.items() for key, moment in layout.items()}
+    shapes = {key: moment.shape for key, moment in expected_moments.items()}
+    if {key: tuple(tensor.shape) for key, tensor in saved.items()} != {k: tuple(shape) for k, shape in shapes.items()}:
         names = saved.keys() | shapes.keys()
         name = min(key for key in names if key not in saved or key not in shapes or saved[key].shape != shapes[key])
         found = f"has shape {tuple(saved[name].shape)}" if name in saved else "is missing"
@@ -192,13 +196,15 @@ def _restore_moments(
             f"{expected}"
         )
     for name, tensor in saved.items():
-        if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
-            raise ArtifactError(f"{file}: {name} is not float32, or not finite")
+        dtype = expected_moments[name].dtype
+        if tensor.dtype != getattr(torch, dtype) or not torch.isfinite(tensor).all():
+            raise ArtifactError(f"{file}: {name} is not {dtype}, or not finite")
         if name.split(".")[0] in spec.non_negative and (tensor < 0).any():
             raise ArtifactError(f"{file}: {name} has negative values, which this moment cannot have")
     moments = {
-        parameter: {moment: saved[f"{moment}.{name}"] for moment in spec.moments} for name, parameter in trained.items()
+        parameter: {moment: saved[f"{moment}.{name}"] for moment in layouts[name]}
+        for name, parameter in trained.items()
     }
     # Every step updates every parameter once, unless the step was skipped.
     num_updates = checkpoint.step - checkpoint.skipped - checkpoint.overflowed
-    backend.write_moments(optimizer, num_updates, moments)
+    backend.write_moments(optimizer, num_updates, moments, has_int_step=spec.has_int_step)

@@ -20,6 +20,7 @@ from lora_accel.logs import logger
 from lora_accel.model.adapter import (
     add_adapter,
     count_parameters,
+    embedding_parameters,
     key_dropout,
     skipped_experts,
     trainable_parameters,
@@ -32,6 +33,7 @@ from lora_accel.model.dropout import DropoutKeys
 from lora_accel.model.fused_loss import patch_fused_loss
 from lora_accel.model.kernels import patch_norms_and_gates
 from lora_accel.model.new_tokens import extend_vocabulary, train_new_tokens
+from lora_accel.model.noise import add_embedding_noise
 from lora_accel.model.prequantized import check_modules_to_save
 from lora_accel.model.tokenizer import load_tokenizer
 from lora_accel.processes import return_freed_memory
@@ -42,7 +44,7 @@ from lora_accel.saving.serving import serving_note
 from lora_accel.setup.data import PreparedData
 from lora_accel.setup.initial import InitialAdapter, check_vocabulary, fits_base
 from lora_accel.training.memory import estimate_activation_bytes, free_bytes
-from lora_accel.training.optimizer import make_optimizer
+from lora_accel.training.optimizer import learning_rate_factors, make_optimizer
 
 PROBE_TOKENS = 256
 """Length of the forward that measures activation memory."""
@@ -97,14 +99,19 @@ def prepare_model(
     with fits_base(initial, base):
         model = _add_adapter(config, adapter, base, backend, is_mixed=accelerator.mixed_precision != "no")
     is_fused = patch_fused_loss(model.get_base_model())
+    trained = trainable_parameters(model)
     optimizer = make_optimizer(
-        trainable_parameters(model).values(),
+        trained,
         config.training,
+        factors=learning_rate_factors(trained, embedding_parameters(model), config),
         fused=has_fused_adamw(detect_device(accelerator.device)),
     )
     dropout_keys = key_dropout(model, fused_loss=is_fused)
+    if config.training.neftune_alpha is not None:
+        add_embedding_noise(model, config.training.neftune_alpha, dropout_keys)
     model, optimizer = accelerator.prepare(model, optimizer)
-    backend.init_moments(optimizer, OPTIMIZERS[config.training.optimizer].moments)
+    spec = OPTIMIZERS[config.training.optimizer]
+    backend.init_moments(optimizer, spec.moments, has_int_step=spec.has_int_step)
     if initial is not None and initial.data is not None:
         begin_with_adapter(unwrap_peft_model(accelerator, model), initial.data, initial.name, backend)
     trainable = list(trainable_parameters(model).values())
@@ -180,7 +187,7 @@ def _should_checkpoint_activations(
     probe = Example(first.input_ids[:PROBE_TOKENS], first.labels[:PROBE_TOKENS])
     options = BatchOptions.from_config(config.training, pad_id=data.pad_id, packed=prepared.packed)
     probe_batch = step_batch([probe], options).micro_batches[0].to(accelerator.device)
-    prepared.dropout_keys.keys = probe_batch.token_keys
+    prepared.dropout_keys.keys, prepared.dropout_keys.lengths = probe_batch.token_keys, probe_batch.example_lengths
     prepared.model.train()
     longest = max(int(source.examples.lengths.max()) for source in data.dataset.sources)
     per_forward = config.training.micro_batch_size

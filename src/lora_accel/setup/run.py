@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from lora_accel.batching.batches import Batches, BatchOptions, step_batch
 from lora_accel.config.plan import Plan
 from lora_accel.config.schedules import learning_rate
-from lora_accel.config.schema import RunConfig
+from lora_accel.config.schema import RunConfig, chosen_options
 from lora_accel.saving.provenance import Provenance
 from lora_accel.saving.status import Note
 from lora_accel.setup.data import PreparedData
@@ -84,6 +84,7 @@ def _learning_rate(config: RunConfig, plan: Plan) -> Callable[[int], float]:
         warmup_steps=plan.warmup_steps,
         total_steps=plan.total_steps,
         from_zero=config.training.warmup_from_zero,
+        options=chosen_options(config.training.scheduler_options),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -76,8 +77,10 @@ def train_step(run: Run, step: int) -> StepResult:
         with accelerator.accumulate(run.model):  # ranks exchange gradients in the last micro-batch only
             micro_batch = micro_batch.to(accelerator.device)
             run.dropout_keys.keys = micro_batch.token_keys
+            if run.training.neftune_alpha is not None:
+                run.dropout_keys.lengths = micro_batch.example_lengths
             run.position.reach(step, 2 * number - 1)
-            loss = summed_token_loss(run.model, micro_batch)
+            loss = summed_token_loss(run.model, micro_batch, run.training.label_smoothing)
             run.position.reach(step, 2 * number)
             accelerator.backward(loss * weight)
             loss_sum += loss.detach()  # stays on the device: no synchronization per micro-batch
@@ -85,7 +88,7 @@ def train_step(run: Run, step: int) -> StepResult:
     fault_point("step.after_backward")
     if scale:
         run.backend.unscale_gradients(run.trainable, scale.value)
-    norm = accelerator.clip_grad_norm_(run.trainable, run.training.max_grad_norm)
+    norm = accelerator.clip_grad_norm_(run.trainable, run.training.max_grad_norm or math.inf)
     # The only synchronization of the step: no weight may change before loss and norm are known to be finite. (A
     # DeepSpeed engine has clipped and stepped in the last backward; it skips a step whose gradient is not finite.)
     # Stop requests are reduced together with the loss, so all ranks stop after the same step at no extra cost.
