@@ -9,6 +9,8 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 
+from lora_accel.config.counts import scale
+
 
 def cosine(progress: float) -> float:
     """Return half a cosine, from 1 to 0."""
@@ -22,8 +24,7 @@ def cosine_with_min(progress: float, *, min_ratio: float = 0.1) -> float:
 
 def cosine_with_restarts(progress: float, *, num_cycles: int = 1) -> float:
     """Return `num_cycles` half cosines from 1 to 0: Loshchilov & Hutter, SGDR, arXiv 1608.03983, with equal cycles."""
-    # Rounded, since (step / N) * num_cycles may be a hair below an integer: the end of a cycle instead of a start.
-    return cosine(round(num_cycles * progress, 12) % 1)
+    return cosine(scale(progress, num_cycles) % 1)  # a hair below an integer would be the end of the previous cycle
 
 
 def polynomial(progress: float, *, power: float = 1.0, min_ratio: float = 0.0) -> float:
