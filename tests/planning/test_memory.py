@@ -21,7 +21,7 @@ SIZES = Sizes(
     base_numel=8000,
     trained_numel=100,
     trained=400,
-    num_moments=2,
+    moments=800,
     compute_itemsize=2,
     usage=Usage(7, 2, 5),
 )

@@ -139,13 +139,13 @@ def model_sizes(config: RunConfig, skeleton: Skeleton) -> Sizes:
     """Return the sizes of a model, without the usage of a micro-batch."""
     named = [*skeleton.model.named_parameters(), *skeleton.model.named_buffers()]
     trained = [parameter for parameter in skeleton.model.parameters() if parameter.requires_grad]
-    dtype = skeleton.autocast or torch.float32
+    dtype, spec = skeleton.autocast or torch.float32, OPTIMIZERS[config.training.optimizer]
     return Sizes(
         base=sum(skeleton.stored_bytes(name, tensor) for name, tensor in named if not tensor.requires_grad),
         base_numel=sum(tensor.numel() for _, tensor in named if not tensor.requires_grad),
         trained_numel=sum(parameter.numel() for parameter in trained),
         trained=sum(parameter.numel() * parameter.element_size() for parameter in trained),
-        num_moments=len(OPTIMIZERS[config.training.optimizer].moments),
+        moments=sum(moment.num_bytes for p in trained for moment in spec.moments_of(tuple(p.shape)).values()),
         compute_itemsize=dtype.itemsize,
         usage=Usage(0, 0, 0),
     )

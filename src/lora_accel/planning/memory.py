@@ -46,8 +46,8 @@ class Sizes:
     trained_numel: int
     trained: int
     """Trained weights as one process or DDP holds them."""
-    num_moments: int
-    """Float32 state tensors of the optimizer for each trained weight."""
+    moments: int
+    """State tensors of the optimizer, over all ranks."""
     compute_itemsize: int
     """Bytes of an element in the dtype of mixed precision; 4 without."""
     usage: Usage
@@ -121,7 +121,7 @@ def device_memory(sizes: Sizes, layout: Layout, *, on_cpu: bool = False) -> Memo
     Args:
         on_cpu: whether the device is the CPU, where memory that is allocated and not written costs nothing.
     """
-    adapter, moments = _weights(sizes, layout), FLOAT32 * sizes.num_moments * sizes.trained_numel
+    adapter, moments = _weights(sizes, layout), sizes.moments
     masters = FLOAT32 * sizes.trained_numel if layout.zero_stage else 0
     state = (moments + masters) // layout.num_ranks if layout.zero_stage else moments
     base, host = sizes.base, 0
