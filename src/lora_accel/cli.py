@@ -6,13 +6,14 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from lora_accel.config.schema import MAX_NEW_TOKENS, Dtype
 from lora_accel.console import print_table, run_command, show_logs, silence_libraries
 from lora_accel.errors import ConfigError, LoraAccelError
+from lora_accel.inference.options import parse_sampling, with_sampling
 from lora_accel.processes import keep_freed_memory
 
 app = typer.Typer(
@@ -153,7 +154,7 @@ def init(
     Without options, and without a terminal or with --yes, writes a recipe to edit.
     """
     from lora_accel.config.files import write_recipe
-    from lora_accel.setup.questions import complete_request, is_terminal, write_draft
+    from lora_accel.setup.dialog import complete_request, is_terminal, write_draft
 
     should_ask = is_terminal() and not yes
     if should_ask or any(option is not None for option in (model, data, evaluation, four_bits)):
@@ -357,8 +358,13 @@ def push(
 
 
 @app.command()
+@with_sampling
 def generate(
-    adapter: Annotated[list[Path], typer.Option(metavar="DIR", help="Adapter folder; repeat it for several.")],
+    sampling: dict[str, Any],
+    adapter: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(metavar="DIR", help="Adapter folder; repeat it for several. Default: the base alone (--base)."),
+    ] = None,
     prompts: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Argument(metavar="[PROMPT …]", help="Prompts (user messages)."),
@@ -373,7 +379,9 @@ def generate(
     ] = None,
     base: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="PATH", help="Base model, instead of the one that the adapters name."),
+        typer.Option(
+            metavar="PATH", help="Base model, instead of the one that the adapters name, or without adapters."
+        ),
     ] = None,
     merged: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Merged model, to compare its replies.")] = None,  # noqa: UP045
     compare: Annotated[bool, typer.Option("--compare", help="Also show the replies of the base model.")] = False,
@@ -391,13 +399,17 @@ def generate(
     trust_remote_code: TrustOption = False,
     as_json: Json = False,
 ) -> None:
-    """Generate replies to prompts: greedy decoding, with the chat template of training."""
+    """Generate replies to prompts: greedy by default, with the chat template of training."""
     from lora_accel.inference.generation import generate as generate_replies
     from lora_accel.inference.generation import stream
     from lora_accel.inference.prompts import last_message, read_prompts
 
-    conversations = read_prompts(prompts or [], prompts_file)
-    if streamed and (len(adapter) > 1 or compare or merged or as_json):
+    conversations, adapters, options = (
+        read_prompts(prompts or [], prompts_file),
+        adapter or [],
+        parse_sampling(sampling),
+    )
+    if streamed and (len(adapters) > 1 or compare or merged or as_json):
         raise ConfigError(
             "--stream supports a single adapter; leave out --compare, --merged, --json and further --adapter options"
         )
@@ -405,11 +417,12 @@ def generate(
     if streamed:
         stream(
             conversations,
-            adapter=adapter[0],
+            adapter=adapters[0] if adapters else None,
             base=base,
             system=system,
             raw=raw,
             max_new_tokens=max_new_tokens,
+            sampling=options,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             force=force,
@@ -417,7 +430,7 @@ def generate(
         return
     answers = generate_replies(
         conversations,
-        adapters=adapter,
+        adapters=adapters,
         base=base,
         merged=merged,
         compare=compare or merged is not None,
@@ -425,6 +438,7 @@ def generate(
         raw=raw,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        sampling=options,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         force=force,
@@ -438,11 +452,15 @@ def generate(
 
 
 @app.command()
+@with_sampling
 def chat(
+    sampling: dict[str, Any],
     adapter: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Adapter folder.")] = None,  # noqa: UP045
     base: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="PATH", help="Base model, instead of the one that the adapter names."),
+        typer.Option(
+            metavar="PATH", help="Base model, instead of the one that the adapter names, or without an adapter."
+        ),
     ] = None,
     merged: Annotated[
         Optional[Path],  # noqa: UP045
@@ -457,7 +475,8 @@ def chat(
     force: ForceOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Chat with an adapter or a merged model in the terminal. Decoding is greedy."""
+    """Chat with an adapter, a merged model or a base in the terminal. Decoding is greedy by default."""
+    options = parse_sampling(sampling)
     silence_libraries()
     from lora_accel.inference.chat import chat as start_chat
 
@@ -468,6 +487,7 @@ def chat(
         system=system,
         raw=raw,
         max_new_tokens=max_new_tokens,
+        sampling=options,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         force=force,
@@ -475,7 +495,9 @@ def chat(
 
 
 @app.command(context_settings=READS_CONFIG)
+@with_sampling
 def evaluate(
+    sampling: dict[str, Any],
     config: Annotated[
         Path,
         typer.Option("--config", metavar="FILE", help="Run config (YAML) with data.eval or data.eval_fraction."),
@@ -486,6 +508,18 @@ def evaluate(
         typer.Option(metavar="DIR", help="Adapter folder; repeat it for several."),
     ] = None,
     merged: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Merged model to score.")] = None,  # noqa: UP045
+    metric: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            metavar="NAME",
+            help="Metric to compute, or module:function; repeat it for several (docs/evaluation.md). Default: loss, "
+            "perplexity, exact_match and those of the config.",
+        ),
+    ] = None,
+    forgetting: Annotated[
+        bool,
+        typer.Option("--forgetting", help="Also compute the loss on neutral text, of the base and of each adapter."),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 25,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, max=MAX_NEW_TOKENS, help="Maximum reply length in tokens.")
@@ -495,12 +529,15 @@ def evaluate(
     trust_remote_code: TrustOption = False,
     as_json: Json = False,
 ) -> None:
-    """Compute loss, perplexity and exact match of base, adapters and a merged model on the evaluation data."""
+    """Compute loss, exact match and other metrics of base, adapters and a merged model on the evaluation data."""
     from lora_accel.config.files import read_config
 
     options = [] if dtype == "auto" else [f"model.dtype={dtype}"]
     options += ["model.trust_remote_code=true"] if trust_remote_code else []
+    options += [f"evaluation.generation.{name}={value}" for name, value in sampling.items()]
     run_config = read_config(config, [*(overrides or []), *options])
+    if forgetting and run_config.evaluation.neutral is None:
+        run_config = read_config(config, [*(overrides or []), *options, "evaluation.neutral=auto"])
     silence_libraries()
     from lora_accel.inference.evaluation import evaluate as score_models
     from lora_accel.inference.evaluation import scores_as_json, scores_as_table
@@ -509,6 +546,7 @@ def evaluate(
         run_config,
         adapters=adapter or [],
         merged=merged,
+        metrics=metric,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         force=force,

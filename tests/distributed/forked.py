@@ -15,7 +15,7 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -191,18 +191,17 @@ def _overflow() -> None:
 
 
 def _fail_second_reply() -> None:
-    """Raise an error while generating the reply to the second prompt."""
-    from lora_accel.training import evaluator
+    """Raise an error while generating the reply to the second prompt, alone and in a batch."""
+    from lora_accel.training import replies
 
-    original, calls = evaluator.generate_replies, []
+    original = replies.generate_replies
 
-    def generate_replies(*arguments: Any, **options: Any) -> list[str]:
-        calls.append(arguments)
-        if len(calls) == 2:
+    def generate_replies(*arguments: Any, numbers: Sequence[int], **options: Any) -> list[str]:
+        if 1 in numbers:
             raise RuntimeError("out of luck")
-        return original(*arguments, **options)
+        return original(*arguments, numbers=numbers, **options)
 
-    evaluator.generate_replies = generate_replies
+    replies.generate_replies = generate_replies
 
 
 def _be_impatient() -> None:

@@ -33,7 +33,7 @@ class Plan:
     evaluate_every: float | None
     """In steps; None = after the last step only."""
     evaluates: bool
-    """Whether there are evaluation examples or prompts."""
+    """Whether there are evaluation examples, prompts or neutral text."""
     evaluates_at_start: bool
     """Whether the first evaluation is before the first step."""
     saves_evaluated: bool
@@ -143,7 +143,7 @@ def make_plan(
         log_every=config.logging.every_steps,
         save_every=checkpoint.every_steps or scale(checkpoint.every_epochs or 0, steps_per_epoch),
         evaluate_every=evaluation.every_steps or scale(evaluation.every_epochs or 0, steps_per_epoch) or None,
-        evaluates=num_eval_examples > 0 or bool(evaluation.prompts),
+        evaluates=num_eval_examples > 0 or bool(evaluation.prompts or evaluation.neutral),
         evaluates_at_start=evaluation.at_start,
         saves_evaluated=checkpoint.keeps_best or evaluation.patience is not None,
     )

@@ -24,6 +24,7 @@ from pydantic_core import PydanticKnownError
 from typing_extensions import Self
 
 from lora_accel.config.adapter_options import unsupported_adapter_options
+from lora_accel.config.metrics import check_metric_name
 from lora_accel.config.optimizers import OPTIMIZERS
 from lora_accel.config.schedules import SCHEDULES, schedule_options
 from lora_accel.errors import did_you_mean, join_or
@@ -536,11 +537,45 @@ class CheckpointSection(Section):
         return self
 
 
+class GenerationSection(Section):
+    """How replies are generated: greedily unless a temperature or beams are set. The base's generation_config.json
+    changes only the end tokens."""
+
+    temperature: float = Field(0.0, ge=0, le=100)
+    """Sampling temperature. 0 = greedy."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """Sample from the most likely tokens whose probabilities add up to this. null = from all tokens."""
+    top_k: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    """Sample from this number of most likely tokens. null = from all tokens."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of sampling. A draw depends on the seed, the number of the prompt and the position, not on the batch."""
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    """Divides the logits of tokens in the prompt and the reply: above 1 = fewer repetitions. null = none."""
+    no_repeat_ngram_size: int | None = Field(None, ge=1, le=1000)
+    """Sequences of this number of tokens occur only once in prompt and reply. null = any number of times."""
+    num_beams: int = Field(1, ge=1, le=64)
+    """Number of beams of beam search. 1 = no beam search."""
+    length_penalty: float | None = Field(None, ge=-100, le=100)
+    """Exponent of the length in the score of a beam: above 0 = longer replies. null = 1."""
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> Self:
+        for name in ("top_p", "top_k"):
+            if getattr(self, name) is not None and not self.temperature:
+                raise ValueError(f"{name} needs sampling; set temperature above 0 too")
+        if self.num_beams > 1 and self.temperature:
+            raise ValueError("num_beams and temperature are two ways to choose tokens; set one of them")
+        if self.length_penalty is not None and self.num_beams == 1:
+            raise ValueError("length_penalty needs beam search; set num_beams above 1 too")
+        return self
+
+
 class EvaluationSection(Section):
     """Evaluation during training."""
 
     every_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
-    """Steps between evaluations. null = after the last step only. Needs data.eval, data.eval_fraction or prompts."""
+    """Steps between evaluations. null = after the last step only. Needs data.eval, data.eval_fraction, prompts or
+    neutral."""
     every_epochs: float | None = Field(None, gt=0, le=1e6)
     """Epochs between evaluations, such as 0.5, in place of every_steps."""
     at_start: bool = True
@@ -550,10 +585,27 @@ class EvaluationSection(Section):
     """
     min_delta: float = Field(0.0, ge=0, le=1e6)
     """Smallest change that counts as an improvement for patience."""
+    metrics: list[Annotated[str, AfterValidator(check_metric_name)]] = []
+    """Metrics beside loss and perplexity: bits_per_byte, exact_match, token_f1, rouge_l, bleu, json_valid, json_equal,
+    tool_call_equal, or a function of yours, module:function (docs/evaluation.md)."""
+    num_replies: int = Field(100, ge=1, le=MAX_STEPS)
+    """Maximum number of rows of each evaluation source to reply to, for the metrics that need replies. The seed selects
+    them."""
+    neutral: PathText | None = Field(None, min_length=1)
+    """Neutral text on which to compute a loss too, to see what the model forgets: auto = a built-in English text | a
+    .txt file. null = none."""
     prompts: list[str] = []
     """User messages to reply to at each evaluation. The replies are written to metrics.jsonl."""
     max_new_tokens: int = Field(64, ge=1, le=MAX_NEW_TOKENS)
     """Maximum length of a reply, in tokens."""
+    generation: GenerationSection = GenerationSection()
+    """How replies are generated."""
+
+    @model_validator(mode="after")
+    def _check_metrics(self) -> Self:
+        if len(set(self.metrics)) < len(self.metrics):
+            raise ValueError("metrics has a name twice; remove one of them")
+        return self
 
     @property
     def is_periodic(self) -> bool:
@@ -605,10 +657,15 @@ class RunConfig(Section):
         problems = []
         has_eval = bool(self.data.eval) or self.data.eval_fraction > 0
         interval = "every_epochs" if self.evaluation.every_epochs else "every_steps"
-        if self.evaluation.is_periodic and not (has_eval or self.evaluation.prompts):
+        if self.evaluation.is_periodic and not (has_eval or self.evaluation.prompts or self.evaluation.neutral):
             problems.append(
-                f"evaluation.{interval}: there is nothing to evaluate; set data.eval, data.eval_fraction "
-                "or evaluation.prompts"
+                f"evaluation.{interval}: there is nothing to evaluate; set data.eval, data.eval_fraction, "
+                "evaluation.prompts or evaluation.neutral"
+            )
+        if self.evaluation.metrics and not has_eval:
+            problems.append(
+                "evaluation.metrics: there are no evaluation rows; set data.eval or data.eval_fraction, or remove "
+                "evaluation.metrics"
             )
         problems += self._selection_problems(has_eval)
         if self.quantization.bits and self.model.dtype == "float16":
@@ -629,7 +686,7 @@ class RunConfig(Section):
                 "adapter.alora_invocation_tokens: aLoRA looks for these tokens once per row, and a packed row has "
                 "several examples; set data.packing=false"
             )
-        evaluates = has_eval or bool(self.evaluation.prompts)
+        evaluates = has_eval or bool(self.evaluation.prompts or self.evaluation.neutral)
         if self.adapter.alora_invocation_tokens and self.training.activation_checkpointing and evaluates:
             problems.append(
                 "adapter.alora_invocation_tokens with training.activation_checkpointing does not support evaluation: "

@@ -28,6 +28,8 @@ class Backend(Protocol):
     parameters stay in float32 and forwards run under autocast."""
     default_gather: str
     """`checkpoint.gather: auto`: state_dict or parameters."""
+    shards_parameters: bool
+    """Whether a forward gathers parameters from all ranks, so that all ranks have to run it."""
 
     def begin_step(self, optimizer: torch.optim.Optimizer, num_micro_batches: int, loss_scale: float | None) -> float:
         """Return the factor that turns a micro-batch's loss into its part of the sum over all ranks.
@@ -79,6 +81,7 @@ class ReplicatedBackend:
 
     keeps_fp32_masters = False
     default_gather = "state_dict"
+    shards_parameters = False
 
     def __init__(self, num_ranks: int = 1) -> None:
         self._num_ranks = num_ranks
@@ -151,5 +154,6 @@ def backend_of(accelerator: Accelerator) -> Backend:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         from lora_accel.distributed.deepspeed import DeepSpeedBackend
 
-        return DeepSpeedBackend(accelerator.num_processes)
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        return DeepSpeedBackend(accelerator.num_processes, shards_parameters=stage == 3)
     return ReplicatedBackend(accelerator.num_processes)

@@ -26,8 +26,8 @@ class DeepSpeedBackend:
     keeps_fp32_masters = True
     default_gather = "parameters"
 
-    def __init__(self, num_ranks: int) -> None:
-        self._num_ranks = num_ranks
+    def __init__(self, num_ranks: int, *, shards_parameters: bool = False) -> None:
+        self._num_ranks, self.shards_parameters = num_ranks, shards_parameters
 
     def begin_step(self, optimizer: Any, num_micro_batches: int, loss_scale: float | None) -> float:
         """The engine averages over ranks. Its own gradient accumulation stays at 1, so it divides by nothing else.

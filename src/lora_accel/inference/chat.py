@@ -1,4 +1,4 @@
-"""Interactive chat in the terminal with base + adapter, or with a merged model."""
+"""Interactive chat in the terminal with base + adapter, a merged model, or the base alone."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_accel.config.schema import Dtype, ModelSection, QuantizationSection
+from lora_accel.config.schema import Dtype, GenerationSection, ModelSection, QuantizationSection
 from lora_accel.data.records import Conversation, Message
 from lora_accel.errors import ConfigError, DataError
-from lora_accel.inference.bases import resolve_section
-from lora_accel.inference.generation import ReplyWriter, stream_reply
+from lora_accel.inference.generation import GREEDY, ReplyWriter, check_streaming, section_of, stream_reply
 from lora_accel.inference.models import find_adapters, load_candidates
 from lora_accel.inference.prompts import encode_prompts
-from lora_accel.inference.templates import load_template
+from lora_accel.inference.templates import load_base_template, load_template
 
 if TYPE_CHECKING:
     import torch
@@ -29,48 +28,54 @@ def chat(
     system: str | None = None,
     raw: bool | None = None,
     max_new_tokens: int = 512,
+    sampling: GenerationSection = GREEDY,
     dtype: Dtype = "auto",
     trust_remote_code: bool = False,
     force: bool = False,
 ) -> None:
-    """Chat with base + adapter, or with a merged model: one message per line of stdin, until `/quit` or end of file.
+    """Chat with base + adapter, a merged model or the base alone.
+
+    It reads one message per line of stdin, until `/quit` or end of file.
 
     Args:
         adapter: adapter folder. Together with `merged`, only its chat template is used.
-        base: Hub id or folder to use instead of the base that the adapter names.
+        base: Hub id or folder to use instead of the base that the adapter names, or without an adapter.
         merged: folder of a merged model.
         system: system message.
         raw: whether messages are passed without a chat template, each without those before it; None = as in training.
         max_new_tokens: maximum length of a reply.
+        sampling: how tokens are chosen. Each message of the session has other draws.
         dtype, trust_remote_code, force: as in `generate`.
 
     Raises:
-        ConfigError: neither an adapter nor a merged model is given, or `base` with a merged model, or a system message
-            without a template.
+        ConfigError: no model is given, or `base` with a merged model, or a system message without a template, or
+            `sampling` has beams.
         ArtifactError: the adapter or a model cannot be used.
         DataError: the chat template rejects the system message.
     """
     if merged and base:
         raise ConfigError("--base, --merged: a merged model needs no base; pass only one of them")
+    check_streaming(sampling)
     found = find_adapters([adapter] if adapter else [], merged, force=force)
-    adapter = found[0] if found else None
-    template_folder = adapter or merged
-    if template_folder is None:
-        raise ConfigError("nothing to chat with: pass --adapter DIR or --merged DIR")
-    if merged or adapter is None:
+    if not found and not merged and not base:
+        raise ConfigError("nothing to chat with: pass --adapter DIR, --merged DIR, or --base MODEL for the base alone")
+    if merged:
         section = ModelSection(name_or_path=str(merged), dtype=dtype, trust_remote_code=trust_remote_code)
     else:
-        section = resolve_section([adapter], base, dtype, trust_remote_code=trust_remote_code)
-    template = load_template(template_folder, section)
+        section = section_of(found, base, dtype, trust_remote_code=trust_remote_code)
+    folders = [*found, *([merged] if merged else [])]
+    template = load_template(folders[0], section) if folders else load_base_template(section, raw=raw)
     raw = template.is_raw if raw is None else raw
     if raw and system:
         raise ConfigError("--system: needs the chat template, and the adapter was trained without one; pass --template")
     first_messages = (Message("system", system),) if system else ()
     prompt = Conversation((*first_messages, Message("user", "hello")))
     encode_prompts([prompt], template, None, raw)  # raises before a model is loaded
-    adapters = {} if merged or adapter is None else {"adapter": adapter}
-    for _, model, _ in load_candidates(section, QuantizationSection(), adapters, merged, with_base=False, force=force):
-        _run_chat(model, template, first_messages, max_new_tokens, raw=raw)
+    adapters = {} if merged else dict(zip(["adapter"], found, strict=False))
+    for _, model, _ in load_candidates(
+        section, QuantizationSection(), adapters, merged, with_base=not folders, force=force
+    ):
+        _run_chat(model, template, first_messages, max_new_tokens, sampling, raw=raw)
 
 
 def _run_chat(
@@ -78,11 +83,12 @@ def _run_chat(
     template: ChatTemplate,
     first_messages: tuple[Message, ...],
     max_new_tokens: int,
+    sampling: GenerationSection,
     *,
     raw: bool,
 ) -> None:
     print("/reset starts a new conversation, /quit exits; Ctrl-C stops a reply")
-    messages = first_messages
+    messages, num_replies = first_messages, 0
     while (line := _read_line()) is not None and line != "/quit":
         if line == "/reset":
             messages = first_messages
@@ -96,9 +102,10 @@ def _run_chat(
                 continue
             writer = ReplyWriter(template)
             try:
-                stream_reply(model, template, ids, limit, writer)
+                stream_reply(model, template, ids, limit, writer, sampling, num_replies)
             except KeyboardInterrupt:
                 writer.end()
+            num_replies += 1
             if writer.text and not raw:  # a message without a reply is dropped
                 messages = (*prompt, Message("assistant", writer.text))
 

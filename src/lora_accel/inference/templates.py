@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_accel.config.schema import ModelSection
-from lora_accel.errors import ArtifactError
+from lora_accel.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
     from lora_accel.data.template import ChatTemplate
@@ -45,6 +45,24 @@ def load_template(adapter: Path, section: ModelSection) -> ChatTemplate:
         template.is_raw = _is_raw(_recorded(folders[-1].parent))
         return template
     return ChatTemplate(load_tokenizer(section))
+
+
+def load_base_template(section: ModelSection, *, raw: bool | None) -> ChatTemplate:
+    """Return a base's own chat template, for the base alone.
+
+    Args:
+        raw: whether prompts are passed without it.
+
+    Raises:
+        ConfigError: the base has no chat template, and prompts are to be passed with it.
+    """
+    from lora_accel.data.template import ChatTemplate
+    from lora_accel.model.tokenizer import load_tokenizer
+
+    template = ChatTemplate(load_tokenizer(section))
+    if not template.source and not raw:
+        raise ConfigError(f"{section.name_or_path}: its tokenizer has no chat template; pass --raw for plain text")
+    return template
 
 
 def _saved_template(folder: Path) -> ChatTemplate:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from lora_accel.batching.order import source_count
+from lora_accel.config.metrics import load_metrics
 from lora_accel.config.plan import Plan, make_plan
 from lora_accel.config.schema import DataSection, RunConfig
 from lora_accel.console import format_table, short_names
@@ -17,8 +18,11 @@ from lora_accel.data.splits import examples_by_name, load_splits
 from lora_accel.data.template import ChatTemplate
 from lora_accel.logs import logger
 from lora_accel.model.tokenizer import padding_id
+from lora_accel.setup.neutral import neutral_examples
+from lora_accel.setup.questions import check_scorers, load_questions
 from lora_accel.setup.recipe import make_recipe
 from lora_accel.setup.sizes import check_examples, check_prompts
+from lora_accel.training.scoring import Question, Scorers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,12 @@ class PreparedData:
     plan: Plan
     vocab_size: int
     """Tokens that the model has."""
+    scorers: Scorers
+    """Those of `evaluation.metrics` that need replies."""
+    questions: list[Question]
+    """What they ask; empty if there are none of them."""
+    neutral: list[Example]
+    """The neutral text; empty if there is none."""
 
     @property
     def template(self) -> ChatTemplate:
@@ -57,8 +67,9 @@ def prepare_data(config: RunConfig, num_ranks: int = 1) -> PreparedData:
 
     Raises:
         DataError: a file, a row or the template is wrong, too many rows are unusable, or the model lacks a token.
-        ConfigError: an example is longer than the model supports.
+        ConfigError: an example is longer than the model supports, or a metric cannot be computed.
     """
+    scorers = load_metrics(config.evaluation.metrics)
     recipe = make_recipe(config)
     train, evaluation, eval_ledgers = load_splits(config.data, config.seed, recipe)
     dataset = train._replace(sources=[source for source in train.sources if len(source.examples)])
@@ -78,7 +89,24 @@ def prepare_data(config: RunConfig, num_ranks: int = 1) -> PreparedData:
     named_prompts = {f"evaluation.prompts[{number}]": ids for number, ids in enumerate(prompts)}
     if prompts:
         check_prompts(config.model, recipe.template().tokenizer, named_prompts, sizes)
-    return PreparedData(recipe, dataset, eval_sources, eval_ledgers, train.sources, prompts, plan, sizes.vocab_size)
+    questions: list[Question] = []
+    if scorers:
+        limit = config.evaluation.num_replies
+        questions = load_questions(evaluation, recipe.template(), limit=limit, seed=config.seed)
+    check_scorers(scorers, questions)
+    return PreparedData(
+        recipe,
+        dataset,
+        eval_sources,
+        eval_ledgers,
+        train.sources,
+        prompts,
+        plan,
+        sizes.vocab_size,
+        scorers=scorers,
+        questions=questions,
+        neutral=neutral_examples(config, recipe.template, sizes),
+    )
 
 
 def _encode_prompt(prompt: str, template: ChatTemplate, *, is_raw: bool) -> list[int]:
@@ -92,6 +120,11 @@ def log_data(config: RunConfig, data: PreparedData) -> None:
         names = short_names([source.path for source in data.sources])
         logger.info(format_table("examples per epoch", zip(names, map(describe_share, data.sources), strict=True)))
     logger.info(format_table("plan", data.plan.table()))
+    if data.questions:
+        logger.info(
+            f"note: {', '.join(data.scorers)}: computed from replies to {len(data.questions):,} evaluation rows, at "
+            f"most {config.evaluation.num_replies:,} of each source (evaluation.num_replies)"
+        )
     for note in (*end_notes(data.dataset.ledgers, config.data), *raw_notes(data.dataset.ledgers)):
         logger.info(f"note: {note}")
 

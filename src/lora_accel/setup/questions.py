@@ -1,78 +1,83 @@
-"""The questions that `lora-accel init` asks on a terminal, and the files that it writes."""
+"""What evaluation asks a model: the last supervised answer of each evaluation row, and the prompt before it."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from pathlib import Path
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from lora_accel.config.files import check_recipe_path, write_recipe
-from lora_accel.config.schema import RunConfig
+from lora_accel.data.chat import Example
+from lora_accel.data.splits import EvalSource
+from lora_accel.data.template import ChatTemplate
 from lora_accel.errors import ConfigError
-from lora_accel.json_text import parse_strictly
-from lora_accel.paths import open_to_read
-from lora_accel.saving.atomic import write_text
-from lora_accel.setup.draft import DraftRequest, draft, schema_path
+from lora_accel.labels import IGNORE_INDEX
+from lora_accel.model.generation import decode_reply
+from lora_accel.randomness import permutation
+from lora_accel.training.scoring import Question, Scorers, try_scorers
 
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-MAX_SCHEMA_BYTES = 10_000_000
-
-
-def is_terminal() -> bool:
-    """Whether a user can be asked."""
-    return sys.stdin.isatty() and sys.stdout.isatty()
+QUESTIONS = 0xA5C
+"""Key of the permutation that selects questions."""
 
 
-def complete_request(
-    *,
-    model: str | None,
-    data: str | None,
-    evaluation: str | None,
-    four_bits: bool | None,
-    output_dir: str,
-    should_ask: bool,
-) -> DraftRequest:
-    """Return a request, with a question for each option that is missing.
+def find_questions(examples: Iterable[Example]) -> list[tuple[list[int], list[int]]]:
+    """Return the last supervised answer of each row, as tokens: what inference feeds, and what it should get.
+
+    A row without an answer (such as plain text), or whose answer is cut at data.max_length, has no question.
+
+    Args:
+        examples: the examples of a source; those of a row follow each other.
+    """
+    questions = []
+    for _, group in itertools.groupby(examples, lambda example: example.row):
+        *_, last = group
+        if last.answer is not None:
+            start, end = last.answer
+            questions.append((last.input_ids[:start], last.input_ids[start:end]))
+    return questions
+
+
+def load_questions(
+    sources: Sequence[EvalSource], template: ChatTemplate, *, limit: int | None = None, seed: int = 0
+) -> list[Question]:
+    """Return the questions of evaluation sources.
+
+    Args:
+        limit: maximum number of questions of each source, which the seed selects; None = all.
+    """
+    by_name: dict[str, list[tuple[list[int], list[int]]]] = {}
+    for source in sources:  # a path that is listed twice is one source, and its rows are asked twice
+        by_name.setdefault(source.name, []).extend(find_questions(source.examples))
+    questions = []
+    for name, found in by_name.items():
+        if limit is not None and len(found) > limit:
+            found = [found[number] for number in sorted(permutation(len(found), seed, QUESTIONS)[:limit].tolist())]
+        for ids, answer in found:
+            reference = decode_reply(template.tokenizer, answer, template.end_ids)
+            questions.append(Question(name, ids, template.tokenizer.decode(ids), reference))
+    return questions
+
+
+def check_scorers(scorers: Scorers, questions: Sequence[Question]) -> None:
+    """Check that metrics which need replies can be computed.
 
     Raises:
-        ConfigError: there are no rows to look at, and nobody to ask.
+        ConfigError: no evaluation row has an answer, or a function of the user fails.
     """
-    if not should_ask and data is None:
-        raise ConfigError("--data PATH is missing: the rows to train on (a file, a folder, or a dataset id on the Hub)")
-    if should_ask:
-        from typer import confirm, prompt
-
-        data = data or prompt("Rows to train on (a file, a folder, or a dataset id on the Hub)")
-        model = model or prompt("Base model (Hub id or folder)", default=DEFAULT_MODEL)
-        if evaluation is None:
-            evaluation = prompt("Rows to evaluate on (empty: hold some out)", default="", show_default=False) or None
-        if four_bits is None:
-            four_bits = confirm("Quantize the base to 4 bits (QLoRA)?", default=False)
-    assert data is not None
-    return DraftRequest(model or DEFAULT_MODEL, data, evaluation, bool(four_bits), output_dir)
+    if scorers and not questions:
+        raise ConfigError(
+            f"evaluation.metrics: {next(iter(scorers))} compares replies with answers, but no evaluation row has a "
+            "complete answer to a prompt; remove it, or use other rows"
+        )
+    if scorers:
+        try_scorers(scorers, questions)
 
 
-def write_draft(file: Path, request: DraftRequest) -> list[tuple[str, str]]:
-    """Write a drafted config, and the schema for editors beside it. Return a table of what was seen.
-
-    Raises:
-        UserError: the file exists or cannot be written, or see `draft`. Nothing was written.
-    """
-    check_recipe_path(file)
-    schema = schema_path(file)
-    if os.path.lexists(schema) and not _is_our_schema(schema):
-        raise ConfigError(f"{schema} is not a schema of lora-accel; move it away, or choose another folder")
-    text, seen = draft(request)
-    write_recipe(file, text.encode())
-    write_text(schema, json.dumps(RunConfig.model_json_schema(), indent=2) + "\n")
-    return seen
-
-
-def _is_our_schema(path: Path) -> bool:
-    try:
-        with open_to_read(path) as file:
-            content = parse_strictly(file.read(MAX_SCHEMA_BYTES).decode())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("title") == RunConfig.__name__
+def count_bytes(examples: Iterable[Example], tokenizer: Any) -> int:
+    """Return the UTF-8 bytes of the supervised text. Special tokens have none."""
+    num_bytes = 0
+    for example in examples:
+        for is_supervised, run in itertools.groupby(example.labels, lambda label: label != IGNORE_INDEX):
+            if is_supervised:
+                text = tokenizer.decode([*run], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                num_bytes += len(text.encode("utf-8", errors="replace"))
+    return num_bytes

@@ -16,10 +16,12 @@ from lora_accel.saving.provenance import Provenance
 from lora_accel.saving.status import Note
 from lora_accel.setup.data import PreparedData
 from lora_accel.setup.model import PreparedModel
+from lora_accel.setup.questions import count_bytes
 from lora_accel.setup.resume import ResumePoint
 from lora_accel.training.checkpointer import Checkpointer
 from lora_accel.training.evaluator import Evaluator
 from lora_accel.training.metrics import Metrics
+from lora_accel.training.replies import Replier
 from lora_accel.training.step import Run
 from lora_accel.training.stopping import Stop
 
@@ -91,12 +93,28 @@ def _learning_rate(config: RunConfig, plan: Plan) -> Callable[[int], float]:
 def _evaluator(
     config: RunConfig, data: PreparedData, accelerator: Accelerator, prepared: PreparedModel, options: BatchOptions
 ) -> Evaluator:
+    tokenizer, evaluation = data.template.tokenizer, config.evaluation
+    num_bytes = None
+    if "bits_per_byte" in evaluation.metrics:
+        num_bytes = {name: count_bytes(examples, tokenizer) for name, examples in data.eval_sources.items()}
     return Evaluator(
         accelerator=accelerator,
         model=prepared.model,
         sources={name: step_batch(examples, options) for name, examples in data.eval_sources.items()},
-        tokenizer=data.template.tokenizer,
-        prompts=config.evaluation.prompts,
+        num_bytes=num_bytes,
+        neutral=step_batch(data.neutral, options) if data.neutral else None,
+        scorers=data.scorers,
+        questions=data.questions,
+        replier=Replier(
+            accelerator=accelerator,
+            model=prepared.model,
+            tokenizer=tokenizer,
+            ends=data.template.end_ids,
+            max_new_tokens=evaluation.max_new_tokens,
+            sampling=evaluation.generation,
+            max_tokens=config.training.micro_batch_tokens,
+            is_sharded=prepared.backend.shards_parameters,
+        ),
+        prompts=evaluation.prompts,
         prompt_ids=data.prompts,
-        max_new_tokens=config.evaluation.max_new_tokens,
     )

@@ -28,8 +28,11 @@ from lora_accel.saving.atomic import write_bytes
 from lora_accel.saving.output_dir import FolderIdentity
 from lora_accel.training.loss import perplexity
 from lora_accel.training.progress import StepResult
+from lora_accel.training.replies import FailedReply
 from lora_accel.training.trackers import log_replies, start_trackers
 
+EVALUATION_EVENTS = ("reply", "reply_failed", "metric_failed")
+"""Events of an evaluation, which a resumed run repeats."""
 REFRESH_SECONDS = 1.0
 """Interval at which the progress bar is redrawn within a step."""
 LONG_STEP_SECONDS = 5.0
@@ -284,19 +287,22 @@ class Metrics:
         Args:
             values: as returned by `Evaluator.evaluate`; modified.
         """
-        replies = values.pop("replies", [])
+        replies, failure = values.pop("replies", []), values.pop("metric_failed", None)
         if "eval_loss" in values:
             self.eval_loss = values["eval_loss"]
             values["eval_perplexity"] = perplexity(values["eval_loss"])
+        if values:
             self._write({"kind": "eval", "step": step, **values})
-            self.print(f"step {step}: eval loss {values['eval_loss']:.4f}")
+            self.print(f"step {step}: {_format_evaluation(values)}")
             for name, source in values.get("sources", {}).items():
-                self.print(f"step {step}: eval loss {source['eval_loss']:.4f} on {name}")
+                self.print(f"step {step}: {_format_evaluation(source)} on {name}")
+        if failure is not None:
+            self.log_event(step, "metric_failed", error=failure)
+            self.print(f"step {step}: {failure}")
         for prompt, reply in replies:
-            if isinstance(reply, Exception):
-                error = f"{type(reply).__name__}: {reply}"
-                self._write({"kind": "event", "event": "reply_failed", "step": step, "prompt": prompt, "error": error})
-                self.print(f"step {step}: no reply to {prompt!r}: {error}")
+            if isinstance(reply, FailedReply):
+                self.log_event(step, "reply_failed", prompt=prompt, error=reply.error)
+                self.print(f"step {step}: no reply to {prompt!r}: {reply.error}")
             else:
                 self._write({"kind": "event", "event": "reply", "step": step, "prompt": prompt, "reply": reply})
                 self.print(f"step {step}: {prompt!r} -> {reply!r}")
@@ -383,6 +389,16 @@ class Metrics:
         tqdm.write(note, file=sys.stderr)
 
 
+def _format_evaluation(values: Mapping[str, Any]) -> str:
+    """Return the values of an eval line as text: `eval loss 1.2345, exact_match 0.5000`."""
+    names = [key for key in values if key not in ("eval_tokens", "eval_perplexity", "sources")]
+    return "eval " + ", ".join(f"{_title(name)} {values[name]:.4f}" for name in names)
+
+
+def _title(key: str) -> str:
+    return key.removeprefix("eval_").replace("neutral_loss", "neutral loss")
+
+
 def _hide_writer_errors(args: threading.ExceptHookArgs) -> None:
     """Print no traceback if TensorBoard's writing thread fails: its error is raised again at the next line."""
     if not isinstance(args.exc_value, OSError) or not type(args.thread).__module__.startswith("tensorboard"):
@@ -414,7 +430,7 @@ def truncate_log(path: Path, step: int, *, drop_evaluation: bool = False) -> Non
     for text in lines:  # bytes: an incomplete line may end within a character
         try:
             line = json.loads(text)
-            is_evaluation = line["kind"] == "eval" or line.get("event") in ("reply", "reply_failed")
+            is_evaluation = line["kind"] == "eval" or line.get("event") in EVALUATION_EVENTS
             keep = line["step"] < step + (not (drop_evaluation and is_evaluation))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue

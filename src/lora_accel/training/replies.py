@@ -1,0 +1,95 @@
+"""Replies during training: in batches, divided among ranks, and a prompt that fails does not stop the others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from lora_accel.config.schema import GenerationSection
+from lora_accel.model.generation import generate_replies
+
+
+class FailedReply(NamedTuple):
+    """Takes the place of a reply that could not be generated."""
+
+    error: str
+    """Type and message of the exception."""
+
+
+Reply: TypeAlias = str | FailedReply
+
+
+@dataclasses.dataclass(frozen=True)
+class Replier:
+    """Generates replies in the precision of training. Every rank calls `reply`, and gets all replies."""
+
+    accelerator: Accelerator
+    model: torch.nn.Module
+    tokenizer: Any
+    ends: Collection[int]
+    """Ids of the tokens that end a reply."""
+    max_new_tokens: int
+    sampling: GenerationSection
+    max_tokens: int
+    """Tokens in a batch, with padding, the longest reply and all beams (`training.micro_batch_tokens`)."""
+    is_sharded: bool
+    """Whether a forward gathers weights from all ranks (ZeRO-3). Then every rank generates all replies."""
+
+    def reply(self, prompts: Sequence[list[int]]) -> list[Reply]:
+        """Return the reply to each prompt, or the error that generation raised.
+
+        The batches do not depend on the number of ranks, so neither do the replies.
+
+        Args:
+            prompts: token ids.
+        """
+        batches = group_prompts(prompts, self.max_tokens // self.sampling.num_beams, self.max_new_tokens)
+        rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
+        own = batches if self.is_sharded else batches[rank::num_ranks]
+        replies = {number: reply for batch in own for number, reply in self._try(prompts, batch).items()}
+        gathered: dict[int, Reply] = {}
+        for part in gather_object([replies]):
+            gathered = part | gathered  # of the lowest rank, if several have generated it
+        return [gathered[number] for number in range(len(prompts))]
+
+    def _try(self, prompts: Sequence[list[int]], batch: Sequence[int]) -> dict[int, Reply]:
+        """Reply to the prompts of a batch; if that fails, to each alone."""
+        try:
+            return dict(zip(batch, self._generate(prompts, batch), strict=True))
+        except Exception as error:
+            if len(batch) == 1:
+                return {batch[0]: FailedReply(f"{type(error).__name__}: {error}")}
+        return {number: reply for x in batch for number, reply in self._try(prompts, [x]).items()}
+
+    def _generate(self, prompts: Sequence[list[int]], batch: Sequence[int]) -> list[str]:
+        with self.accelerator.autocast():  # Accelerate wraps only the outer forward; `generate` calls the inner one
+            return generate_replies(
+                self.accelerator.unwrap_model(self.model),
+                self.tokenizer,
+                [prompts[number] for number in batch],
+                ends=self.ends,
+                sampling=self.sampling,
+                numbers=batch,
+                max_new_tokens=self.max_new_tokens,
+            )
+
+
+def group_prompts(prompts: Sequence[list[int]], max_tokens: int, max_new_tokens: int) -> list[list[int]]:
+    """Return the numbers of prompts in batches: prompts of similar length, which need little padding.
+
+    Args:
+        max_tokens: in a batch: its number of prompts, times the tokens of the longest one with its reply. A batch has
+            at least one prompt.
+    """
+    batches: list[list[int]] = []
+    for number in sorted(range(len(prompts)), key=lambda number: len(prompts[number])):
+        length = len(prompts[number]) + max_new_tokens
+        if not batches or (len(batches[-1]) + 1) * length > max_tokens:
+            batches.append([])
+        batches[-1].append(number)
+    return batches
