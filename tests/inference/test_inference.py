@@ -241,9 +241,9 @@ def test_padded_and_packed_rows_have_the_same_loss(
     is_padded = []
     evaluate_sources = evaluation.evaluate_sources
 
-    def record(accelerator: Any, model: Any, sources: Any) -> Any:
+    def record(accelerator: Any, model: Any, sources: Any, *rest: Any) -> Any:
         is_padded.append({batch.segments is None for share in sources.values() for batch in share.micro_batches})
-        return evaluate_sources(accelerator, model, sources)
+        return evaluate_sources(accelerator, model, sources, *rest)
 
     monkeypatch.setattr(evaluation, "evaluate_sources", record)
     results = [
@@ -274,7 +274,7 @@ def test_each_source_has_a_loss_in_json_and_in_the_table(
     assert [score["name"] for score in scores] == ["base", "base + one", "base + two"]
     for score in scores:
         fields = {"name", "eval_loss", "eval_perplexity", "eval_tokens", "exact_match", "rows", "sources"}
-        assert set(score) == fields
+        assert set(score) == {*fields, "metrics"}
         assert score["eval_perplexity"] == pytest.approx(math.exp(score["eval_loss"]))
         assert score["rows"] == 8
         parts = score["sources"].values()

@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lora_accel.config.files import read_config
-from lora_accel.setup import questions
+from lora_accel.setup import dialog
 from lora_accel.setup.data import prepare_data
 from lora_accel.setup.draft import SAMPLE, SCHEMA_FILE, DraftRequest, Rows, Seen, choose
 from tests.conftest import CommandResult, chat_rows, write_jsonl
@@ -156,7 +156,7 @@ def test_existing_files_stay(command: Command, here: Path, tiny_model: Callable[
 def test_questions_on_a_terminal(
     command: Command, here: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(questions, "is_terminal", lambda: True)
+    monkeypatch.setattr(dialog, "is_terminal", lambda: True)
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"rows.jsonl\n{tiny_model()}\n\ny\n"))
     result = command("init")
     assert result.returncode == 0, result.stderr
@@ -166,7 +166,7 @@ def test_questions_on_a_terminal(
 
 
 def test_yes_asks_nothing(command: Command, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(questions, "is_terminal", lambda: True)
+    monkeypatch.setattr(dialog, "is_terminal", lambda: True)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert command("init", "--yes").returncode == 0
     assert names(here) == {"rows.jsonl", "my_rows.yaml"}

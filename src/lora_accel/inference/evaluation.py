@@ -74,7 +74,7 @@ def evaluate(
         adapters: adapter folders.
         merged: folder of a merged model.
         metrics: what to compute; None = `DEFAULT_METRICS` and `evaluation.metrics` of the config. The loss is always
-            computed. Replies are generated as `evaluation.generation` says.
+            computed. Replies use the options of `evaluation.generation`.
         batch_size: number of prompts per batch.
         max_new_tokens: maximum length of a reply.
         force: whether to accept a base that an adapter was not trained on, and to ignore options of an adapter that the

@@ -15,7 +15,7 @@ from lora_accel.model.generation import generate_replies
 
 
 class FailedReply(NamedTuple):
-    """Takes the place of a reply that could not be generated."""
+    """A reply that could not be generated."""
 
     error: str
     """Type and message of the exception."""
