@@ -16,7 +16,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SUFFIXES = (".py", ".md", ".yaml", ".toml", ".sh", ".txt")
-SKIPPED = ("scripts/check_language.py", "LICENSE", "recipes/data/", "src/lora_accel/data/neutral.txt", "tests/reference/", "constraints")
+SKIPPED = (
+    "scripts/check_language.py",
+    "LICENSE",
+    "recipes/data/",
+    "src/lora_accel/data/neutral.txt",
+    "tests/reference/",
+    "constraints",
+)
 MAX_COLUMNS = 120
 
 ALLOWED = {

@@ -50,7 +50,7 @@ def test_chat_with_the_base(command: Command, tiny_model: Callable[..., Path], m
         assert result.returncode == 0, result.stderr
         sessions.append(result.stdout.splitlines()[1:])
     assert sessions[0] == sessions[1]
-    assert len(set(sessions[0])) == 2
+    assert sessions[0][: len(sessions[0]) // 2] != sessions[0][len(sessions[0]) // 2 :]
 
 
 def test_base_without_a_template(
@@ -60,7 +60,7 @@ def test_base_without_a_template(
     (base / "chat_template.jinja").unlink()
     result = command("generate", "--base", base, "hello")
     assert result.returncode == 2
-    assert result.stderr == f"error: {base}: its tokenizer has no chat template; pass --raw for plain text\n"
+    assert f"{base}: its tokenizer has no chat template; pass --raw for plain text" in result.stderr
     assert command("generate", "--base", base, "--raw", "--max-new-tokens", 2, "hello").returncode == 0
 
 

@@ -62,7 +62,7 @@ def check_metric_name(name: str) -> str:
     """
     if name not in METRICS and not FUNCTION.fullmatch(name):
         hint = did_you_mean(name, METRICS)
-        raise ValueError(f"{name!r} is not a metric{hint}; set {join_or(METRICS)}, or module:function for your own")
+        raise ValueError(f"{name!r:.80} is not a metric{hint}; set {join_or(METRICS)}, or module:function for your own")
     return name
 
 
@@ -98,7 +98,7 @@ def larger_is_better(name: str, metrics: Sequence[str] = ()) -> bool:
             return bool(direction)
     if not functions:
         raise ConfigError(f"eval_{name}: evaluation does not compute it{did_you_mean(name, METRICS)}")
-    return all(bool(direction) for direction in directions.values() if not isinstance(direction, Mapping))
+    return [*directions.values()] != [False]  # one function, which returns several numbers
 
 
 def load_function(path: str) -> Callable[..., Any]:

@@ -38,8 +38,9 @@ def logits_processors(
         penalty = RepetitionPenaltyLogitsProcessor(options.repetition_penalty)
         processors.append(_WithoutPadding(penalty, prompts, [ids[0] for ids in prompts]))
     if options.no_repeat_ngram_size is not None:
-        ngrams = NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size)
-        processors.append(_WithoutPadding(ngrams, prompts, [-1] * len(prompts)))
+        ngrams, size = NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size), options.no_repeat_ngram_size
+        # Longer sequences are looked up by the tokens before their last one, and no token is -1.
+        processors.append(_WithoutPadding(ngrams, prompts, [ids[0] if size == 1 else -1 for ids in prompts]))
     if options.temperature > 0:
         processors.append(TemperatureLogitsWarper(options.temperature))
         if options.top_k is not None:
@@ -57,7 +58,7 @@ class _WithoutPadding:
         """Prepare the mask.
 
         Args:
-            fillers: a token for each prompt that has no effect in place of padding.
+            fillers: for each prompt, a token without effect, which replaces padding.
         """
         self._penalty = penalty
         width = max(map(len, prompts))
