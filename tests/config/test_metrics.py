@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lora_accel.config.metrics import check_metric_name, larger_is_better, load_metrics
+from lora_accel.config.metrics import check_metric_name, figures_of, load_metrics
 from lora_accel.config.schema import EvaluationSection
 from lora_accel.errors import ConfigError
 
@@ -19,11 +19,9 @@ def accuracy(prompts, replies, references):
 
 def errors(prompts, replies, references):
     return 0.5
-errors.larger_is_better = False
 
 def several(prompts, replies, references):
     return {"cost": 1.0, "gain": 2.0}
-several.larger_is_better = {"cost": False}
 
 number = 3
 """
@@ -40,14 +38,17 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "scores_of_mine"
 
 
-def test_directions(module: str) -> None:
-    metrics = [f"{module}:accuracy", f"{module}:errors", f"{module}:several"]
-    smaller = ["loss", "eval_loss", "perplexity", "bits_per_byte", "neutral_loss", "eval_errors", "cost"]
-    larger = ["exact_match", "eval_token_f1", "rouge_l", "bleu", "json_equal", "accuracy", "gain"]
-    assert [name for name in smaller if larger_is_better(name, metrics)] == []
-    assert [name for name in larger if not larger_is_better(name, metrics)] == []
-    with pytest.raises(ConfigError, match=r"eval_tokn_f1: evaluation does not compute it \(did you mean token_f1\?\)"):
-        larger_is_better("eval_tokn_f1")
+def test_figures_and_their_directions() -> None:
+    assert figures_of([], has_neutral=False) == {"eval_loss": False, "eval_perplexity": False}
+    metrics = ["bits_per_byte", "exact_match", "my_scores:accuracy"]
+    assert figures_of(metrics, has_neutral=True) == {
+        "eval_loss": False,
+        "eval_perplexity": False,
+        "eval_bits_per_byte": False,
+        "eval_exact_match": True,
+        "eval_accuracy": None,
+        "eval_neutral_loss": False,
+    }
 
 
 def test_modules_of_the_current_folder_are_found(module: str) -> None:

@@ -212,6 +212,14 @@ HELD_OUT = {"train": [{"path": "rows.jsonl"}], "eval_fraction": 0.1}
             {"data": HELD_OUT, "evaluation": EVERY, "checkpoint": {"keep_best": "eval_los"}},
             r"no figure 'eval_los' \(did you mean eval_loss\?\)",
         ),
+        (
+            {"data": HELD_OUT, "evaluation": EVERY, "checkpoint": {"keep_best": "eval_exact_match"}},
+            "no figure 'eval_exact_match'; add exact_match to evaluation.metrics",
+        ),
+        (
+            {"data": HELD_OUT, "evaluation": EVERY | {"metrics": ["a:b"]}, "checkpoint": {"keep_best": "eval_b"}},
+            "checkpoint.keep_best=eval_b is of your own function; set checkpoint.best_is to min or max",
+        ),
         ({"checkpoint": {"best_is": "max"}}, "checkpoint.best_is needs checkpoint.keep_best"),
         ({"checkpoint": {"every_steps": 5, "every_epochs": 0.5}}, "set every_steps or every_epochs, not both"),
         ({"checkpoint": {"every_steps": None}}, "every_steps is null; set it, or every_epochs"),

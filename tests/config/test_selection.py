@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lora_accel.config.schema import RunConfig
 from lora_accel.config.selection import Selection
 
 
@@ -60,6 +61,31 @@ def test_best(values: tuple[float, ...], is_larger_better: bool, step: int | Non
 )
 def test_has_stalled(values: tuple[float, ...], changes: dict[str, Any], has_stalled: bool) -> None:
     assert selection(**changes).has_stalled(evaluations(*values)) is has_stalled
+
+
+@pytest.mark.parametrize(
+    ("metrics", "checkpoint", "is_larger_better"),
+    [
+        ([], {"export": "best"}, False),
+        ([], {"keep_best": "eval_perplexity"}, False),
+        (["exact_match"], {"keep_best": "eval_exact_match"}, True),
+        (["bits_per_byte"], {"keep_best": "eval_bits_per_byte"}, False),
+        (["exact_match"], {"keep_best": "eval_exact_match", "best_is": "min"}, False),
+        (["mine:cost"], {"keep_best": "eval_cost", "best_is": "min"}, False),
+        (["mine:several"], {"keep_best": "eval_gain", "best_is": "max"}, True),
+    ],
+)
+def test_direction_of_a_figure(metrics: list[str], checkpoint: dict[str, Any], is_larger_better: bool) -> None:
+    config = RunConfig.model_validate(
+        {
+            "output_dir": "run",
+            "model": {"name_or_path": "model"},
+            "data": {"train": [{"path": "rows.jsonl"}], "eval_fraction": 0.1},
+            "evaluation": {"every_steps": 5, "metrics": metrics},
+            "checkpoint": checkpoint,
+        }
+    )
+    assert Selection.from_config(config).is_larger_better is is_larger_better
 
 
 def test_evaluations_of_other_data_do_not_count() -> None:

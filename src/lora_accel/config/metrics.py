@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lora_accel.errors import ConfigError, did_you_mean, first_line, join_or
@@ -71,34 +71,19 @@ def needs_replies(metrics: Sequence[str]) -> bool:
     return any(name not in METRICS or METRICS[name].needs_replies for name in metrics)
 
 
-def larger_is_better(name: str, metrics: Sequence[str] = ()) -> bool:
-    """Whether a larger value of a metric is better.
-
-    A function of the user sets its attribute `larger_is_better`: a bool, or a bool for each name that it returns. The
-    default is True.
+def figures_of(metrics: Sequence[str], *, has_neutral: bool) -> dict[str, bool | None]:
+    """Return the figures of an evaluation -> whether a larger value is better; None = a function of the user decides.
 
     Args:
-        name: of the metric, with or without `eval_`.
-        metrics: `evaluation.metrics`, whose functions may return this name.
-
-    Raises:
-        ConfigError: evaluation does not compute this metric, or a function cannot be imported.
+        metrics: `evaluation.metrics`. A function that returns several numbers by name is listed by its own name only.
+        has_neutral: whether there is neutral text.
     """
-    name = name.removeprefix("eval_")
-    if name == NEUTRAL_LOSS:
-        return False
-    if name in METRICS:
-        return METRICS[name].larger_is_better
-    functions = {path.split(":")[1]: load_function(path) for path in metrics if path not in METRICS}
-    directions = {key: getattr(function, "larger_is_better", True) for key, function in functions.items()}
-    for key, direction in directions.items():
-        if isinstance(direction, Mapping) and name in direction:
-            return bool(direction[name])
-        if not isinstance(direction, Mapping) and key == name:
-            return bool(direction)
-    if not functions:
-        raise ConfigError(f"eval_{name}: evaluation does not compute it{did_you_mean(name, METRICS)}")
-    return [*directions.values()] != [False]  # one function, which returns several numbers
+    names = ["loss", "perplexity", *metrics]
+    figures: dict[str, bool | None] = {
+        f"eval_{name}": METRICS[name].larger_is_better for name in names if name in METRICS
+    }
+    figures |= {f"eval_{name.split(':')[1]}": None for name in metrics if name not in METRICS}
+    return figures | ({f"eval_{NEUTRAL_LOSS}": False} if has_neutral else {})
 
 
 def load_function(path: str) -> Callable[..., Any]:

@@ -24,7 +24,7 @@ from pydantic_core import PydanticKnownError
 from typing_extensions import Self
 
 from lora_accel.config.adapter_options import unsupported_adapter_options
-from lora_accel.config.metrics import check_metric_name
+from lora_accel.config.metrics import METRICS, check_metric_name, figures_of
 from lora_accel.config.optimizers import OPTIMIZERS
 from lora_accel.config.schedules import SCHEDULES, schedule_options
 from lora_accel.errors import did_you_mean, join_or
@@ -74,8 +74,6 @@ def _check_path(value: str) -> str:
 
 PathText = Annotated[str, AfterValidator(_check_path)]
 """A path, a URL or a Hub id."""
-LOSS_FIGURES = ("eval_loss", "eval_perplexity")
-"""The figures that every evaluation has; of these, the smallest value is the best."""
 MAX_STEPS = 1_000_000_000
 MAX_TOKENS = 1 << 24
 """Limits of counts. Larger values are typing errors: 10^9 steps take years, and no model has 2^24 positions."""
@@ -495,8 +493,8 @@ class CheckpointSection(Section):
     keep_last: int = Field(2, ge=1, le=MAX_STEPS)
     """Number of checkpoints to keep after the run. During the run at least 2 are kept, in case one is corrupt."""
     keep_best: str | None = None
-    """Figure of the evaluation, such as eval_loss, whose best checkpoint is kept beside the newest ones. Every
-    evaluated step is then saved. null = no checkpoint is kept for its figures."""
+    """Figure of the evaluation, such as eval_loss or eval_exact_match (of evaluation.metrics), whose best checkpoint is
+    kept beside the newest ones. Every evaluated step is then saved. null = no checkpoint is kept for its figures."""
     best_is: Literal["auto", "min", "max"] = "auto"
     """Whether the smallest or the largest value of keep_best is the best. auto = as the figure is defined."""
     export: Literal["last", "best"] = "last"
@@ -606,6 +604,11 @@ class EvaluationSection(Section):
         if len(set(self.metrics)) < len(self.metrics):
             raise ValueError("metrics has a name twice; remove one of them")
         return self
+
+    @property
+    def figures(self) -> dict[str, bool | None]:
+        """Return the figures that an evaluation has; see `config.metrics.figures_of`."""
+        return figures_of(self.metrics, has_neutral=self.neutral is not None)
 
     @property
     def is_periodic(self) -> bool:
@@ -731,8 +734,17 @@ class RunConfig(Section):
                 f"{name}: the run is evaluated after its last step only; set evaluation.every_steps or "
                 "evaluation.every_epochs"
             )
-        figure = checkpoint.keep_best
-        if figure is not None and figure not in LOSS_FIGURES:
-            hint = did_you_mean(figure, LOSS_FIGURES)
-            problems.append(f"checkpoint.keep_best: the evaluation has no figure {figure!r}{hint}")
-        return problems
+        return problems + self._figure_problems(checkpoint.keep_best or "eval_loss")
+
+    def _figure_problems(self, figure: str) -> list[str]:
+        """Return what is wrong with `checkpoint.keep_best`."""
+        evaluation, figures = self.evaluation, self.evaluation.figures
+        has_function = None in figures.values()  # which may return further names
+        if figure not in figures and not (has_function and figure.startswith("eval_")):
+            hint = did_you_mean(figure, figures)
+            if (metric := figure.removeprefix("eval_")) in METRICS and metric not in evaluation.metrics:
+                hint = f"; add {metric} to evaluation.metrics"
+            return [f"checkpoint.keep_best: the evaluation has no figure {figure!r}{hint}"]
+        if figures.get(figure) is None and self.checkpoint.best_is == "auto":
+            return [f"checkpoint.keep_best={figure} is of your own function; set checkpoint.best_is to min or max"]
+        return []

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from typing_extensions import Self
 
-from lora_accel.config.schema import LOSS_FIGURES, RunConfig
+from lora_accel.config.schema import RunConfig
 
 Evaluation = Mapping[str, float]
 """The figures of an evaluation by name (eval_loss, eval_tokens, …), and `step`, after which it was made."""
@@ -34,8 +34,10 @@ class Selection:
         """Return the selection of a run config."""
         checkpoint, evaluation = config.checkpoint, config.evaluation
         figure = checkpoint.keep_best or "eval_loss"
-        is_larger_better = figure not in LOSS_FIGURES if checkpoint.best_is == "auto" else checkpoint.best_is == "max"
-        return cls(figure, is_larger_better, checkpoint.keeps_best, evaluation.patience, evaluation.min_delta)
+        is_larger_better = (
+            evaluation.figures.get(figure) if checkpoint.best_is == "auto" else checkpoint.best_is == "max"
+        )
+        return cls(figure, is_larger_better is True, checkpoint.keeps_best, evaluation.patience, evaluation.min_delta)
 
     def best(self, evaluations: Sequence[Evaluation]) -> Evaluation | None:
         """Return the evaluation with the best figure, the earliest of equal ones; None if none has a finite figure.
