@@ -106,7 +106,12 @@ def _style(salt: str) -> Iterator[None]:
     level = log.level
     log.setLevel(logging.ERROR)  # it reports that it builds its cache of fonts
     try:
-        options = {"svg.fonttype": "none", "svg.hashsalt": salt, "path.simplify": True, "text.parse_math": False}
+        options: dict[Any, Any] = {
+            "svg.fonttype": "none",
+            "svg.hashsalt": salt,
+            "path.simplify": True,
+            "text.parse_math": False,
+        }
         with style.context("default", after_reset=True), matplotlib.rc_context(options), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a label has characters that its font lacks; the browser has others
             yield
