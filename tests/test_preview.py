@@ -532,7 +532,7 @@ def test_a_page_without_write_permission_is_an_error(inspect: Inspect, monkeypat
     def fail(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("lora_accel.preview.write_text", fail)
+    monkeypatch.setattr("lora_accel.pages.write_text", fail)
     result = inspect("--html", "page.html")
     assert (result.code, result.out) == (2, "")
     assert "page.html cannot be written: Permission denied" in result.err

@@ -139,6 +139,13 @@ def test_ids_are_unique_on_the_page(tmp_path: Path) -> None:
     assert set(re.findall(r'(?:xlink:href="#|url\(#)([^")]*)', text)) <= set(ids)
 
 
+def test_labels_of_a_logarithmic_axis_are_numbers(tmp_path: Path) -> None:
+    lines = [train_line(step, grad_norm=1000.0 if step == 9 else 1.0) for step in range(1, 30)]
+    text = write_report([write_run(tmp_path / "run", lines)]).read_text(encoding="utf-8")
+    assert "mathdefault" not in text
+    assert re.search(r"<text [^>]*>1000</text>", text)
+
+
 def test_damaged_log_is_read(tmp_path: Path) -> None:
     folder = write_run(
         tmp_path / "run", [train_line(1), train_line(2, loss="NaN"), [], {"kind": "train"}, train_line(3)]
@@ -152,7 +159,9 @@ def test_damaged_log_is_read(tmp_path: Path) -> None:
     assert log.train["loss"].last == 1.0
     assert math.isnan(log.train["loss"].values[1])
     assert log.num_unreadable == 5
-    assert "5 lines of metrics.jsonl cannot be read" in write_report([folder]).read_text(encoding="utf-8")
+    assert "unreadable lines of metrics.jsonl, which are left out: 5" in write_report([folder]).read_text(
+        encoding="utf-8"
+    )
 
 
 def test_other_files_may_be_missing_or_damaged(tmp_path: Path) -> None:

@@ -29,13 +29,14 @@ class Quantity(NamedTuple):
     y_label: str
     scale: float = 1.0
     may_be_log: bool = False
+    begins_at_zero: bool = False
 
 
 QUANTITIES = (
     Quantity("learning_rate", "Learning rate", "learning rate"),
     Quantity("grad_norm", "Gradient norm, before clipping", "norm", may_be_log=True),
     Quantity("tokens_per_second", "Throughput", "tokens/s"),
-    Quantity("peak_memory_bytes", "Peak memory of the main process", "GB", scale=1e-9),
+    Quantity("peak_memory_bytes", "Peak memory of the main process", "GB", scale=1e-9, begins_at_zero=True),
 )
 
 
@@ -121,7 +122,14 @@ def _quantity_chart(quantity: Quantity, runs: Sequence[RunRecord], names: Sequen
     marks = [mark for mark in marks_of(runs) if quantity.name != "peak_memory_bytes" or mark.style == "resume"]
     if quantity.name == "grad_norm" and len(runs) == 1:
         lines += _clipping_line(runs[0], lines)
-    return Chart(quantity.title, quantity.y_label, lines, marks, may_be_log=quantity.may_be_log)
+    return Chart(
+        quantity.title,
+        quantity.y_label,
+        lines,
+        marks,
+        may_be_log=quantity.may_be_log,
+        begins_at_zero=quantity.begins_at_zero,
+    )
 
 
 def _clipping_line(run: RunRecord, lines: Sequence[Line]) -> list[Line]:

@@ -71,6 +71,8 @@ class Chart:
     star: tuple[int, float] | None = None
     """(step, value) of the best checkpoint."""
     may_be_log: bool = False
+    begins_at_zero: bool = False
+    """Whether the vertical axis begins at 0."""
 
 
 def draw_svg(chart: Chart) -> str:
@@ -109,7 +111,7 @@ def _style(salt: str) -> Iterator[None]:
         options: dict[Any, Any] = {
             "svg.fonttype": "none",
             "svg.hashsalt": salt,
-            "path.simplify": True,
+            "axes.formatter.useoffset": False,
             "text.parse_math": False,
         }
         with style.context("default", after_reset=True), matplotlib.rc_context(options), warnings.catch_warnings():
@@ -155,17 +157,21 @@ def _draw_line(axes: Axes, line: Line, number: int) -> None:
 
 def _scale_axes(axes: Axes, chart: Chart) -> None:
     import numpy as np
-    from matplotlib.ticker import EngFormatter, MaxNLocator
+    from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
     values = np.concatenate([line.curve[1] for line in chart.lines]) if chart.lines else np.array([])
     values = values[np.isfinite(values)]
     is_spiky = chart.may_be_log and len(values) and values.min() > 0 and values.max() > LOG_RATIO * np.median(values)
     if is_spiky:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")  # the default is mathtext, which an SVG with text does not have
+        axes.yaxis.set_minor_formatter(NullFormatter())
     elif len(values) and values.max() >= 10_000:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     elif len(values) and 0 < np.abs(values).max() < 0.01:
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=False)
+    if chart.begins_at_zero:
+        axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep="") if _last_step(chart) >= 100_000 else "{x:,.0f}")
 

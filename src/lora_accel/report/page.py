@@ -167,11 +167,11 @@ def notes(run: RunRecord) -> list[str]:
     if resumed := log.steps_of("resume"):
         lines.append(f"resumed after step {_join_steps(resumed)}")
     if skipped := log.steps_of(*SKIP_EVENTS):
-        lines.append(f"{len(skipped):,} steps without an update: {_join_steps(skipped)}")
+        lines.append(f"steps without an update ({len(skipped):,}): {_join_steps(skipped)}")
     if stopped := log.steps_of("early_stop"):
         lines.append(f"stopped early after step {_join_steps(stopped)}")
     if log.num_unreadable:
-        lines.append(f"{log.num_unreadable:,} lines of metrics.jsonl cannot be read and are left out")
+        lines.append(f"unreadable lines of metrics.jsonl, which are left out: {log.num_unreadable:,}")
     return lines
 
 
