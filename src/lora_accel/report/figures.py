@@ -170,8 +170,8 @@ def _scale_axes(axes: Axes, chart: Chart) -> None:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     elif len(values) and 0 < np.abs(values).max() < 0.01:
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=False)
-    if chart.begins_at_zero:
-        axes.set_ylim(bottom=0)
+    if chart.begins_at_zero and len(values) and values.max() > 0:
+        axes.set_ylim(0, 1.1 * values.max())
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep="") if _last_step(chart) >= 100_000 else "{x:,.0f}")
 
