@@ -117,8 +117,8 @@ def rope_factors(config: PretrainedConfig) -> torch.Tensor | None:
         return None
     scaled: torch.Tensor = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
     size = head_size(config)
-    plain = 1.0 / float(rope["rope_theta"]) ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
-    return torch.div(plain, scaled)
+    plain: torch.Tensor = 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    return plain / scaled
 
 
 def to_gguf_layout(
