@@ -28,7 +28,7 @@ RESERVED |= {"base_model_name_or_path", "revision", "inference_mode"}
 def test_every_peft_field_is_an_option() -> None:
     peft_fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     newer = {name for name, since in PEFT_SINCE.items() if Version(since) > PEFT}
-    own = {"alpha", "dropout", "init_from", "init_from_force"}
+    own = {"alpha", "dropout", "init_from", "init_from_force", "loraplus_ratio"}
     assert set(AdapterSection.model_fields) - own == (peft_fields - RESERVED) | newer
     assert not newer & peft_fields
 
@@ -68,7 +68,7 @@ def test_false_is_passed_to_peft() -> None:
 def test_every_schema_field_has_a_description() -> None:
     schema = RunConfig.model_json_schema()
     sections = {"RunConfig": schema, **schema["$defs"]}
-    assert len(sections) == 11
+    assert len(sections) == 13
     assert all(section["description"] for section in sections.values())
     missing = [
         f"{name}.{key}"
