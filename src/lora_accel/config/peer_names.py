@@ -62,6 +62,11 @@ def _as_modules(value: Any) -> Any:
     return _as_list(value) if isinstance(value, str) and "," in value else value
 
 
+def _as_figure(value: Any) -> Any:
+    """Translate transformers' `loss`, which it also accepts as `eval_loss`."""
+    return f"eval_{value.removeprefix('eval_')}" if isinstance(value, str) else UNKNOWN
+
+
 def _as_fraction(value: Any) -> Any:
     """Translate a share; a number of rows has no equivalent."""
     return value if isinstance(value, (int, float)) and 0 <= value < 1 else UNKNOWN
@@ -107,6 +112,16 @@ PEERS: dict[str, Peer] = {
         "checkpoint.resume", lambda value: {True: "auto", False: "never"}.get(value, value) if value else "never"
     ),
     "eval_steps": Peer("evaluation.every_steps"),
+    "eval_on_start": Peer("evaluation.at_start"),
+    "metric_for_best_model": Peer("checkpoint.keep_best", _as_figure),
+    "load_best_model_at_end": Peer("checkpoint.export", _mapped({True: "best", False: "last"})),
+    "early_stopping_patience": Peer("evaluation.patience"),
+    "early_stopping_threshold": Peer("evaluation.min_delta"),
+    "neftune_noise_alpha": Peer("training.neftune_alpha"),
+    "label_smoothing_factor": Peer("training.label_smoothing"),
+    "adam_epsilon": Peer("training.optimizer_options.eps"),
+    "wandb_project": Peer("logging.project"),
+    "loraplus_lr_ratio": Peer("adapter.loraplus_ratio"),
     "logging_steps": Peer("logging.every_steps"),
     "report_to": Peer("logging.trackers", _as_list),
     "attn_implementation": ATTENTION,
