@@ -23,7 +23,7 @@ from tests.conftest import write_jsonl
 
 
 def test_measuring_runs_the_largest_micro_batch_and_writes_nothing(make_config: Callable[..., RunConfig]) -> None:
-    config = make_config()
+    config = make_config(training={"neftune_alpha": 5.0, "label_smoothing": 0.1})
     largest, typical = choose_micro_batches(config, prepare_data(config), packed=True)
     measured = measure(config)
     assert measured.tokens == [largest.input_ids.numel(), typical.input_ids.numel()]

@@ -114,9 +114,10 @@ def measure(config: RunConfig) -> Measurement:
     from lora_accel.planning.skeleton import build_skeleton
     from lora_accel.setup.data import prepare_data
     from lora_accel.setup.model import enable_activation_checkpointing, prepare_model
+    from lora_accel.setup.recipe import complete_config
     from lora_accel.setup.sizes import resolve_rope_scaling
 
-    config = resolve_rope_scaling(config)
+    config = resolve_rope_scaling(complete_config(config))
     accelerator = make_accelerator(config, *resolve_launch(config, None))
     if accelerator.device.type == "cpu":
         return_freed_memory()  # as on a GPU, memory that is allocated is measured, not what the allocator reserves
@@ -145,9 +146,9 @@ def _update(accelerator: Accelerator, prepared: PreparedModel, batch: MicroBatch
     factor = prepared.backend.begin_step(prepared.optimizer, 1, None)
     with accelerator.accumulate(prepared.model):
         batch = batch.to(accelerator.device)
-        prepared.dropout_keys.keys = batch.token_keys
+        prepared.dropout_keys.keys, prepared.dropout_keys.lengths = batch.token_keys, batch.example_lengths
         prepared.model.train()
-        loss = summed_token_loss(prepared.model, batch)
+        loss = summed_token_loss(prepared.model, batch, config.training.label_smoothing)
         accelerator.backward(loss * (factor / batch.targets.numel()))
     accelerator.clip_grad_norm_(prepared.trainable, config.training.max_grad_norm or torch.inf)
     prepared.optimizer.step()
