@@ -79,10 +79,10 @@ def test_run_folder_contents(make_config: Callable[..., RunConfig], tmp_path: Pa
     assert set(EXACT) | {"kind", "tokens_per_second", "elapsed_seconds", "peak_memory_bytes"} == set(train[0])
     assert train[-1]["loss"] < train[0]["loss"]
     evaluation = read_metrics(folder, "eval")
-    assert [line["step"] for line in evaluation] == [3, 6]
+    assert [line["step"] for line in evaluation] == [0, 3, 6]
     assert evaluation[-1]["eval_perplexity"] == pytest.approx(math.exp(evaluation[-1]["eval_loss"]))
     replies = [line for line in read_metrics(folder, "event") if line["event"] == "reply"]
-    assert [line["prompt"] for line in replies] == ["repeat alpha", "repeat alpha"]
+    assert [line["prompt"] for line in replies] == ["repeat alpha"] * 3
 
 
 def test_adapter_and_checkpoints_load_with_peft(make_config: Callable[..., RunConfig]) -> None:
@@ -604,7 +604,7 @@ def test_is_finished_compares_the_run(make_config: Callable[..., RunConfig], cha
     values = json.loads(file.read_text())
     if change in ("state", "step"):
         file = folder / "status.json"
-        values = json.loads(file.read_text()) | ({"state": "preempted"} if change == "state" else {"step": 0})
+        values = json.loads(file.read_text()) | ({"state": "preempted"} if change == "state" else {"total_steps": 2})
     elif change == "plan":
         values["plan"]["num_examples"] += 1
     elif change == "data":

@@ -111,7 +111,7 @@ def test_evaluation_and_replies_under_zero3_match_one_process(
         for name in ("one", "two")
     ]
     assert replies[0] == replies[1]
-    assert len(replies[0]) == 4
+    assert len(replies[0]) == 6
 
 
 def test_modules_to_save_under_zero3(

@@ -36,7 +36,7 @@ def test_replies_during_training(
 ) -> None:
     preset, *bits = backend.split()
     config = make_config(
-        evaluation={"prompts": PROMPTS, "max_new_tokens": 3, "every_steps": 1},
+        evaluation={"prompts": PROMPTS, "max_new_tokens": 3, "every_steps": 1, "at_start": False},
         training={"max_steps": 2, "mixed_precision": precision},
         quantization={"bits": 4 if bits else None},
     )
@@ -74,6 +74,7 @@ def test_metrics_do_not_depend_on_ranks(
         "metrics": ["bits_per_byte", "exact_match", "token_f1", FINGERPRINT],
         "neutral": str(neutral),
         "every_steps": 1,
+        "at_start": False,
         "max_new_tokens": 6,
         "num_replies": 4,
         "generation": {"temperature": 1.0},
@@ -95,6 +96,7 @@ def flat_lines(folder: Path) -> list[dict[str, Any]]:
     """Return the eval lines of a run, with the values of each source under `<name>/<key>`."""
     lines = read_metrics(folder, "eval")
     for line in lines:
+        assert line.pop("kind") == "eval"
         for path, values in line.pop("sources").items():
             line |= {f"{Path(path).stem}/{key}": value for key, value in values.items()}
     return lines
@@ -107,7 +109,7 @@ def test_failed_reply_is_logged(
     """The second prompt raises after the last step: the adapter is written, and a restart repeats the replies."""
     config = make_config(
         data=evaluation_sources(tmp_path),
-        evaluation={"prompts": PROMPTS, "max_new_tokens": 3, "metrics": ["exact_match"]},
+        evaluation={"prompts": PROMPTS, "max_new_tokens": 3, "metrics": ["exact_match"], "at_start": False},
         training={"max_steps": 2},
     )
     file = tmp_path / "config.yaml"

@@ -228,7 +228,7 @@ def test_a_pissa_adapter_scores_as_in_training(eval_config: Callable[..., RunCon
     config = eval_config(adapter={"init_lora_weights": "pissa", "dropout": 0.0}, training={"max_steps": 2})
     adapter = run_training(config)
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    (in_training,) = [line for line in map(json.loads, lines) if line["kind"] == "eval"]
+    _, in_training = [line for line in map(json.loads, lines) if line["kind"] == "eval"]
     score = evaluate(config, adapters=[adapter], max_new_tokens=1)[1]
     assert score.name == "base + adapter"
     assert score.eval_loss == pytest.approx(in_training["eval_loss"], rel=1e-5)
@@ -348,7 +348,7 @@ def test_held_out_rows_score_as_in_training_and_only_they_get_replies(
     assert 2 <= len(scored & correct) < len(scored)
 
     adapter = run_training(config)
-    (in_training,) = read_metrics(Path(config.output_dir), "eval")
+    _, in_training = read_metrics(Path(config.output_dir), "eval")
     scores = evaluate(config, adapters=[adapter], max_new_tokens=3)
     assert [score.name for score in scores] == ["base", "base + adapter"]
     assert scores[1].eval_loss == pytest.approx(in_training["eval_loss"], rel=1e-5)

@@ -86,7 +86,7 @@ def test_eval_loss_of_a_run_is_that_of_its_adapter(
     data = prepare_data(evaluated, num_ranks=1)
     model = load_adapter(load(tiny_model()), adapter)
     lines = read_metrics(tmp_path / "evaluated", "eval")
-    assert len(lines) == 6
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6]
     (examples,) = data.eval_sources.values()
     assert lines[-1]["eval_loss"] == pytest.approx(brute_force(model, examples), rel=1e-6)
     assert lines[-1]["eval_tokens"] == sum(x.num_supervised for x in examples)
@@ -110,7 +110,7 @@ def test_each_source_has_its_own_loss(
     model = load_adapter(load(tiny_model()), run_training(config))
     eval_sources = prepare_data(config, num_ranks=1).eval_sources
     assert {name: len(examples) for name, examples in eval_sources.items()} == {str(short): 2, str(long): 10}
-    (line,) = read_metrics(tmp_path / "run", "eval")
+    _, line = read_metrics(tmp_path / "run", "eval")
     all_examples = [example for examples in eval_sources.values() for example in examples]
     assert line["eval_loss"] == pytest.approx(brute_force(model, all_examples), rel=1e-6)
     for name, examples in eval_sources.items():
@@ -185,5 +185,7 @@ def test_replies_are_logged(make_config: Callable[..., RunConfig]) -> None:
     run_training(config)
     text = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8")
     replies = [line for line in map(json.loads, text.splitlines()) if line.get("event") == "reply"]
-    assert [(line["step"], line["prompt"]) for line in replies] == [(2, "repeat alpha"), (2, "hello")]
+    assert [(line["step"], line["prompt"]) for line in replies] == [
+        (step, prompt) for step in (0, 2) for prompt in ("repeat alpha", "hello")
+    ]
     assert all(isinstance(line["reply"], str) for line in replies)

@@ -11,7 +11,6 @@ from lora_accel.data.splits import EvalSource
 from lora_accel.data.template import ChatTemplate
 from lora_accel.errors import ConfigError
 from lora_accel.labels import IGNORE_INDEX
-from lora_accel.model.generation import decode_reply
 from lora_accel.randomness import permutation
 from lora_accel.training.scoring import Question, Scorers, try_scorers
 
@@ -44,6 +43,8 @@ def load_questions(
     Args:
         limit: maximum number of questions of each source, which the seed selects; None = all.
     """
+    from lora_accel.model.generation import decode_reply  # imports torch, which `plan --no-estimate` does without
+
     by_name: dict[str, list[tuple[list[int], list[int]]]] = {}
     for source in sources:  # a path that is listed twice is one source, and its rows are asked twice
         by_name.setdefault(source.name, []).extend(find_questions(source.examples))
