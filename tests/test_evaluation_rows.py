@@ -58,7 +58,7 @@ def test_training_and_evaluate_use_the_same_rows(
     folder = run_training(config).parent
     ledger = json.loads((folder / "data_ledger.json").read_text())["eval"][0]
     assert ledger["num_examples"] == num_evaluated
-    (trained,) = read_metrics(folder, "eval")
+    _, trained = read_metrics(folder, "eval")
 
     arguments = ("evaluate", "--config", folder / "config.yaml", "--adapter", folder / "adapter", "--max-new-tokens", 2)
     result = command(*map(str, arguments), "--json")
@@ -90,7 +90,7 @@ def test_evaluate_scores_all_rows_that_training_held_out(
     rows = write_jsonl(tmp_path / "long.jsonl", [{"messages": turns}] * 4 + chat_rows(6))
     data = {"train": [{"path": str(rows)}], "eval_fraction": 0.4, "overlong": "split", "max_length": 100}
     folder = run_training(make_config(data=data, training={"max_steps": 1})).parent
-    (trained,) = read_metrics(folder, "eval")
+    _, trained = read_metrics(folder, "eval")
     result = command(
         *("evaluate", "--config", str(folder / "config.yaml"), "--adapter", str(folder / "adapter")),
         *("--max-new-tokens", "2", "--json"),

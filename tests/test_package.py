@@ -251,7 +251,7 @@ def test_evaluate_scores_all_three(trained: RunConfig, merged: Path) -> None:
     assert list(scores) == ["base", "base + adapter", "merged"]
     assert scores["base + adapter"]["eval_loss"] < scores["base"]["eval_loss"]
     assert scores["merged"]["eval_loss"] == pytest.approx(scores["base + adapter"]["eval_loss"], rel=1e-5)
-    (in_training,) = read_metrics(Path(trained.output_dir), "eval")
+    *_, in_training = read_metrics(Path(trained.output_dir), "eval")
     assert scores["base + adapter"]["eval_loss"] == pytest.approx(in_training["eval_loss"], rel=1e-6)
     assert {score["rows"] for score in scores.values()} == {5}
     assert all(0 <= score["exact_match"] <= 1 for score in scores.values())

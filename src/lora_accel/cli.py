@@ -145,7 +145,10 @@ def init(
         Optional[bool],  # noqa: UP045
         typer.Option("--4bit/--no-4bit", help="Quantize the base to 4 bits (QLoRA)."),
     ] = None,
-    output: Annotated[str, typer.Option(metavar="DIR", help="Run folder (output_dir).")] = "runs/my_rows",
+    output: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="DIR", help="Run folder (output_dir). Default: runs/my_rows."),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing.")] = False,
 ) -> None:
     """Write a commented config file for training on your own data.
@@ -157,10 +160,15 @@ def init(
     from lora_accel.setup.dialog import complete_request, is_terminal, write_draft
 
     should_ask = is_terminal() and not yes
-    if should_ask or any(option is not None for option in (model, data, evaluation, four_bits)):
+    if should_ask or any(option is not None for option in (model, data, evaluation, four_bits, output)):
         silence_libraries()
         request = complete_request(
-            model=model, data=data, evaluation=evaluation, four_bits=four_bits, output_dir=output, should_ask=should_ask
+            model=model,
+            data=data,
+            evaluation=evaluation,
+            four_bits=four_bits,
+            output_dir=output or "runs/my_rows",
+            should_ask=should_ask,
         )
         print_table("rows and model", write_draft(file, request))
         print(f"wrote {file}. Then:\n  lora-accel inspect --config {file}")
@@ -343,9 +351,6 @@ def push(
         typer.Option(metavar="HUB_ID", help="The adapter's base on the Hub, if it was in a local folder."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
-    with_optimizer: Annotated[
-        bool, typer.Option("--with-optimizer", help="Upload a checkpoint's optimizer state too.")
-    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded. Nothing is sent.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -353,7 +358,7 @@ def push(
     silence_libraries()
     from lora_accel.export.push import push_folder, push_lines
 
-    pushed = push_folder(folder, repo_id, base=base, private=private, with_optimizer=with_optimizer, dry_run=dry_run)
+    pushed = push_folder(folder, repo_id, base=base, private=private, dry_run=dry_run)
     print(json.dumps(pushed, indent=2) if as_json else "\n".join(push_lines(pushed)))
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_accel.config.plan import Plan
+from lora_accel.config.recorded import with_defaults
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import format_seconds
 from lora_accel.data.audit import SourceLedger
@@ -45,7 +45,7 @@ def is_finished(
         total_steps = status.get("total_steps", status["step"])  # a run that stopped early has done fewer
         if status["state"] != "done" or total_steps != plan.total_steps or why_invalid(adapter) is not None:
             return False
-        finished_plan = {key: provenance["plan"][key] for key in plan.as_dict() if key != "num_ranks"}
+        finished_plan = {key: value for key, value in provenance["plan"].items() if key != "num_ranks"}
         tokens = [entry["tokens_sha256"] for entry in provenance["data"]]
         settings, precision = provenance["config"], provenance["mixed_precision"]
         initial = (provenance.get("init_from") or [{"sha256": None}])[0]["sha256"]
@@ -58,9 +58,9 @@ def is_finished(
     except (ArtifactError, KeyError, TypeError, ValueError, AttributeError):
         return False
     is_same = (
-        finished_plan == {key: value for key, value in plan.as_dict().items() if key != "num_ranks"}
+        finished_plan == {key: value for key, value in plan.as_dict().items() if key in finished_plan}
         and tokens == [ledger.tokens_sha256 for ledger in ledgers]
-        and settings == json.loads(json.dumps(config.model_dump()))
+        and with_defaults(settings) == config.model_dump()
         and precision == mixed_precision
         and initial == initial_sha256
     )
@@ -78,7 +78,9 @@ def finished_lines(folder: Path, plan: Plan, *, can_evaluate: bool, trust_remote
     return [
         f"{folder}: finished after step {step:,}{_early_note(step, plan)}; nothing to do",
         f"adapter: {folder / 'adapter'}",
-        "to train longer, add training.epochs=N 'checkpoint.allow_changes=[training.epochs]'",
+        "to continue, raise evaluation.patience"
+        if step < plan.total_steps
+        else "to train longer, add training.epochs=N 'checkpoint.allow_changes=[training.epochs]'",
         "to train from the beginning, add output_dir=ANOTHER",
         *next_lines(folder, can_evaluate=can_evaluate, trust_remote_code=trust_remote_code),
     ]

@@ -18,7 +18,10 @@ from lora_accel.paths import why_not_writable
 from lora_accel.saving.atomic import sha256_of
 from lora_accel.saving.discovery import OPTIMIZER, WEIGHTS
 
-COMPARED = {"train": ("loss", "grad_norm", "learning_rate", "supervised_tokens"), "eval": ("eval_loss", "eval_tokens")}
+COMPARED = {
+    "train": ("loss", "grad_norm", "learning_rate", "supervised_tokens"),
+    "eval": ("eval_loss", "eval_tokens", "eval_neutral_loss"),
+}
 """The values in metrics.jsonl that must be equal, by kind of line. Times and throughput differ."""
 
 
@@ -64,7 +67,8 @@ def verify_resume(config: Path, overrides: Sequence[str], *, steps: int, launche
     command += [f"training.max_steps={steps}", f"checkpoint.every_steps={half}", "checkpoint.resume=auto"]
     command += ["checkpoint.every_epochs=null", "checkpoint.keep_best=null", "checkpoint.export=last"]
     command += ["checkpoint.best_is=auto", "evaluation.every_steps=null", "evaluation.every_epochs=null"]
-    command += ["evaluation.patience=null", "evaluation.min_delta=0"]
+    command += ["evaluation.patience=null", "evaluation.min_delta=0", "evaluation.at_start=false"]
+    command += ["evaluation.metrics=[]", "evaluation.prompts=[]"]
     command += ["logging.every_steps=1", "logging.trackers=[]", "logging.report=false"]
 
     _run("uninterrupted", [*command, f"output_dir={json.dumps(str(folder / 'uninterrupted'))}"])
@@ -103,7 +107,7 @@ def _read_lines(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{folder / 'metrics.jsonl'}: cannot be read: {error}") from None
     return {
-        (line["kind"], line["step"]): {key: line[key] for key in COMPARED[line["kind"]]}
+        (line["kind"], line["step"]): {key: line[key] for key in COMPARED[line["kind"]] if key in line}
         for line in lines
         if line["kind"] in COMPARED
     }

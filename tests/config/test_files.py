@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
-from lora_accel.config.files import config_to_yaml, read_config
+from lora_accel.config.files import config_to_yaml, read_config, yaml_scalar
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ConfigError
 from tests.conftest import ROOT
@@ -136,3 +137,14 @@ def test_recipes_are_valid(recipe: Path) -> None:
 
 def test_recipes_exist() -> None:
     assert "quickstart.yaml" in [path.name for path in RECIPES]
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["a, b", "{a}", "[0-9].jsonl", "x?a=1&b=2", "a: b", "#a", "no", "1", "", " a ", "${a}", 3, ["a, b", 1]],
+)
+def test_yaml_scalar_is_read_back_in_a_flow_mapping(value: Any) -> None:
+    text = yaml_scalar(value)
+    read = OmegaConf.to_container(OmegaConf.create(f"outer: {text}\ninner: [{{path: {text}}}]\n"), resolve=True)
+    assert read == {"outer": value, "inner": [{"path": value}]}
+    assert "\n" not in text

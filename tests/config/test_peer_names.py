@@ -75,6 +75,8 @@ def test_every_peer_is_an_option_here_and_no_name_of_ours() -> None:
         ("optim", "adamw_torch", "training.optimizer=adamw"),
         ("optim", "sgd", "training.optimizer=sgd"),
         ("optim", "lomo", "training.optimizer"),
+        ("optim", "paged_adamw_32bit", "training.optimizer=paged_adamw"),
+        ("lr_scheduler_type", "warmup_stable_decay", "training.scheduler=wsd"),
         ("dataset", "a.jsonl", 'data.train=[{"path": "a.jsonl"}]'),
         ("datasets", "[{path: a.jsonl, type: alpaca}]", "data.train"),
         ("val_set_size", "0.05", "data.eval_fraction=0.05"),

@@ -124,7 +124,7 @@ def test_alora_run_is_evaluated_as_in_training_and_not_merged(
         training={"max_steps": 2},
     )
     adapter = run_training(config)
-    (in_training,) = read_metrics(Path(config.output_dir), "eval")
+    _, in_training = read_metrics(Path(config.output_dir), "eval")
     packed = config.model_copy(update={"data": config.data.model_copy(update={"packing": True})})
     score = evaluate(packed, adapters=[adapter], max_new_tokens=1)[1]
     assert score.eval_loss == pytest.approx(in_training["eval_loss"], rel=1e-5)

@@ -52,7 +52,6 @@ def test_an_ordinary_run_gets_no_advice() -> None:
             LONG_RUN_STEPS,
             "only checkpoi",
         ),
-        (lambda every: {"evaluate_every": every}, 150, 151, "evaluation.every_steps=151 is never reached"),
     ],
 )
 def test_advice_on_a_plan(change: Callable[[int], dict[str, int]], silent: int, speaks: int, text: str) -> None:
@@ -60,6 +59,32 @@ def test_advice_on_a_plan(change: Callable[[int], dict[str, int]], silent: int, 
     assert advise(config_of(), plan_of(**change(silent)), []) == []
     (advice,) = advise(config_of(), plan_of(**change(speaks)), [])
     assert text in advice
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "every", "text"),
+    [
+        ({"every_steps": 151}, 151, "evaluation.every_steps=151 is never reached"),
+        ({"every_epochs": 3.02}, 151.0, "evaluation.every_epochs=3.02 is never reached"),
+    ],
+)
+def test_advice_on_evaluations_that_never_happen(evaluation: dict[str, Any], every: float, text: str) -> None:
+    config = config_of()
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=evaluation)})
+    (advice,) = advise(config, plan_of(evaluate_every=every), [])
+    assert text in advice
+    assert advise(config, plan_of(evaluate_every=150), []) == []
+
+
+def test_a_run_that_saves_each_evaluated_step_has_checkpoints() -> None:
+    values = {"save_every": 10**6, "total_steps": LONG_RUN_STEPS, "evaluates": True, "evaluate_every": 100}
+    assert len(advise(config_of(), plan_of(**values), [])) == 1
+    assert advise(config_of(), plan_of(**values, saves_evaluated=True), []) == []
+
+
+def test_rates_of_other_optimizers_get_no_advice() -> None:
+    assert len(advise(config_of(learning_rate=0.1), plan_of(), [])) == 1
+    assert advise(config_of(learning_rate=0.1, optimizer="sgd"), plan_of(), []) == []
 
 
 @pytest.mark.parametrize(("silent", "speaks", "text"), [(1e-5, 9e-6, "hardly change"), (5e-3, 6e-3, "diverge")])

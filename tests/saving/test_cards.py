@@ -56,7 +56,6 @@ def test_a_plot_is_shown_only_if_it_is_in_the_folder(make_config: Callable[..., 
         "data": [{"path": "owner/rows"}, {"path": "/a/b/c.jsonl"}],
     }
     saved = {"r": 4, "lora_alpha": 8}
-    assert "![Training loss](loss.png)" in model_card(provenance, saved, "", has_plot=True)
     card = model_card(provenance, saved, "")
     assert "loss.png" not in card
     assert "- owner/rows\n- c.jsonl\n" in card

@@ -55,12 +55,13 @@ def test_the_draft_fits_the_rows_and_the_model(command: Command, here: Path, tin
     assert command("init", "other.yaml", "--model", tiny_model(), "--data", "rows.jsonl").returncode == 0
 
 
-def test_options_are_in_the_draft(command: Command, here: Path, tiny_model: Callable[..., Path]) -> None:
-    write_jsonl(here / "held out.jsonl", chat_rows(3))
-    rows = ("--data", "rows.jsonl", "--eval", "held out.jsonl")
+@pytest.mark.parametrize("name", ["held out.jsonl", "a, b.jsonl", "{a}.jsonl", "a: b.jsonl", "#a.jsonl"])
+def test_options_are_in_the_draft(command: Command, here: Path, tiny_model: Callable[..., Path], name: str) -> None:
+    write_jsonl(here / name, chat_rows(3))
+    rows = ("--data", "rows.jsonl", "--eval", name)
     assert command("init", "my.yaml", "--model", tiny_model(), *rows, "--4bit").returncode == 0
     config = read_config("my.yaml")
-    assert [source.path for source in config.data.eval] == ["held out.jsonl"]
+    assert [source.path for source in config.data.eval] == [name]
     assert (config.data.eval_fraction, config.quantization.bits) == (0, 4)
 
 

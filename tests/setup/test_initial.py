@@ -91,7 +91,7 @@ def test_first_logits_are_those_of_base_and_adapter(second: Make, bits: int | No
 def test_first_loss_is_the_evaluation_loss_of_the_adapter(second: Make, trained: Path, tmp_path: Path) -> None:
     """A fresh run: step 1 with the rate of step 1, and the adapter's own weights."""
     run_training(second(training={"max_steps": 1, "batch_size": 21, "warmup_ratio": 0.0}))
-    (first, *_), (evaluated,) = read_metrics(tmp_path / "run"), read_metrics(trained, "eval")
+    (first, *_), (*_, evaluated) = read_metrics(tmp_path / "run"), read_metrics(trained, "eval")
     assert first["step"] == 1
     assert first["learning_rate"] == 3e-2
     assert first["loss"] == pytest.approx(evaluated["eval_loss"], rel=1e-6)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lora_accel import faults
 from lora_accel.config.schema import RunConfig
-from lora_accel.errors import TrainingError
+from lora_accel.errors import ConfigError, TrainingError
 from lora_accel.train import run_training
 from tests.conftest import CommandResult, read_metrics, write_jsonl
 
@@ -134,6 +134,34 @@ def test_longer_patience_continues_the_run(overfitting: Callable[..., RunConfig]
     run_training(overfitting())
     run_training(overfitting(evaluation={"patience": 3}, training={"max_steps": 20}))
     assert [step for step, _ in losses(tmp_path / "run")][:5] == [2, 4, 6, 8, 10]
+
+
+def test_best_is_selected_from_when_it_is_kept(
+    overfitting: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best step until then was evaluated, but its checkpoint was not kept."""
+    crash = faults.Fault("step.begin", 7, "enospc", None)
+    monkeypatch.setattr(faults, "active_fault", lambda: crash)
+    with pytest.raises(OSError, match="injected"):
+        run_training(overfitting(checkpoint={"export": "last", "every_steps": 3}, evaluation={"patience": None}))
+    run_training(overfitting(checkpoint={"every_steps": 3}, evaluation={"patience": None}, training={"max_steps": 20}))
+    exported = json.loads((tmp_path / "run" / "adapter" / "provenance.json").read_text())["exported"]
+    assert exported["selected"] == "best"
+    assert exported["step"] >= 6
+
+
+def test_keep_best_of_a_value_that_no_function_returns(overfitting: Callable[..., RunConfig]) -> None:
+    evaluation = {"metrics": [f"{__name__}:half"], "max_new_tokens": 2}
+    checkpoint = {"keep_best": "eval_halve", "best_is": "max"}
+    with pytest.raises(
+        ConfigError, match=r"returns eval_halve \(did you mean eval_half"
+    ):
+        run_training(overfitting(evaluation=evaluation, checkpoint=checkpoint))
+
+
+def half(prompts: list[str], replies: list[str], references: list[str]) -> float:
+    """Return a metric of a user."""
+    return 0.5
 
 
 @pytest.mark.parametrize("damage", ["deleted", "changed"])

@@ -118,7 +118,7 @@ def test_training_and_evaluate_compute_the_same_metrics(
         training={"max_steps": 3},
     )
     adapter = run_training(config)
-    (line,) = read_metrics(tmp_path / "run", "eval")
+    _, line = read_metrics(tmp_path / "run", "eval")
     assert line["eval_num_replies"] == 12
     base, score = evaluate(config, adapters=[adapter], max_new_tokens=5)
     values = score.metrics | {"eval_exact_match": score.exact_match, "eval_loss": score.eval_loss}
@@ -140,7 +140,9 @@ def test_training_and_evaluate_compute_the_same_metrics(
 
 def test_a_metric_that_fails_does_not_stop_the_run(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     name = f"{__name__}:nothing"
-    config = make_config(data={"eval_fraction": 0.3}, evaluation={"metrics": [name]}, training={"max_steps": 1})
+    config = make_config(
+        data={"eval_fraction": 0.3}, evaluation={"metrics": [name], "at_start": False}, training={"max_steps": 1}
+    )
     assert run_training(config).is_dir()
     (line,) = read_metrics(tmp_path / "run", "eval")
     (event,) = [line for line in read_metrics(tmp_path / "run", "event") if line["event"] == "metric_failed"]

@@ -65,6 +65,11 @@ def test_arguments_as_text_are_parsed() -> None:
     assert find_calls(text) == [("f", {"x": 1})]
 
 
+def test_calls_within_other_objects_are_found() -> None:
+    text = '{"content": null, "tool_calls": [{"id": 1, "function": {"name": "f", "arguments": {"x": 1}}}]}'
+    assert find_calls(text) == [("f", {"x": 1})]
+
+
 def questions(*sources: str) -> list[Question]:
     return [Question(source, [5], "prompt", f"answer {number}") for number, source in enumerate(sources)]
 

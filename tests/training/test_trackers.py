@@ -83,6 +83,21 @@ def test_resumed_run_is_the_same_run(make_config: Callable[..., RunConfig], tmp_
     assert tables[0][4][0][0] == "repeat alpha"
 
 
+@pytest.mark.usefixtures("_fake_wandb")
+def test_run_that_begins_again_is_a_new_run(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """It may have another config, and W&B drops steps that an earlier run has logged."""
+    config = make_config(training={"max_steps": 1}, logging={"trackers": ["wandb"]})
+    folder = run_training(config).parent
+    shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(folder / "adapter")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    run_training(config)
+    (_, _, first), (_, _, second) = [call for call in CALLS if call[0] == "init"]
+    assert first["id"] != second["id"]
+    assert len([call for call in CALLS if call[0] == "config"]) == 2
+
+
 def test_tensorboard_has_config_and_replies_as_text(make_config: Callable[..., RunConfig]) -> None:
     evaluation = {"prompts": ["repeat alpha"], "max_new_tokens": 2}
     config = make_config(training={"max_steps": 1}, logging={"trackers": ["tensorboard"]}, evaluation=evaluation)

@@ -110,9 +110,9 @@ def write_recipe(path: Path, content: bytes | None = None) -> None:
 
 
 def yaml_scalar(value: object) -> str:
-    """Return a text, number or flat list in one line of YAML that `read_config` reads back equal."""
-    text = yaml.safe_dump(_escape(value), default_flow_style=True, width=10**9, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")
+    """Return a text, number or flat list in one line of YAML that `read_config` reads back equal, in `{key: …}` too."""
+    text = yaml.safe_dump([_escape(value)], default_flow_style=True, width=10**9, allow_unicode=True)
+    return text.removesuffix("\n")[1:-1]
 
 
 def _escape(value: Any) -> Any:

@@ -66,11 +66,6 @@ def check_metric_name(name: str) -> str:
     return name
 
 
-def needs_replies(metrics: Sequence[str]) -> bool:
-    """Whether one of some metrics needs replies."""
-    return any(name not in METRICS or METRICS[name].needs_replies for name in metrics)
-
-
 def figures_of(metrics: Sequence[str], *, has_neutral: bool) -> dict[str, bool | None]:
     """Return the figures of an evaluation -> whether a larger value is better; None = a function of the user decides.
 
@@ -132,6 +127,9 @@ def load_metrics(names: Sequence[str]) -> dict[str, Callable[..., Any]]:
 @contextlib.contextmanager
 def _current_folder_on_path() -> Iterator[None]:
     """Allow imports from the current folder within the block, after all other folders: it hides no installed module."""
+    if "" in sys.path:
+        yield
+        return
     sys.path.append("")
     try:
         yield

@@ -140,6 +140,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "muon": OptimizerSpec(
         "torch.optim.Muon",
         moments=("momentum_buffer",),
+        options={"adjust_lr_fn": "match_rms_adamw"},  # so that the rates of AdamW fit
         settable={"momentum": 0.95},
         zero_problem="it orthogonalizes matrices, which ZeRO splits",
         is_matrix_only=True,

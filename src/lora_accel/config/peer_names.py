@@ -85,10 +85,16 @@ EVAL_FRACTION = Peer("data.eval_fraction", _as_fraction)
 WORKERS = Peer("data.num_workers")
 CLIP = Peer("training.max_grad_norm")
 RECOMPUTE = Peer("training.activation_checkpointing")
-SCHEDULE = Peer("training.scheduler", _same_in(SCHEDULES, {"constant_with_warmup": "constant"}))
+SCHEDULE = Peer(
+    "training.scheduler", _same_in(SCHEDULES, {"cosine_with_min_lr": "cosine_with_min", "warmup_stable_decay": "wsd"})
+)
 OPTIMIZER = Peer(
     "training.optimizer",
-    _same_in(OPTIMIZERS, dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw")),
+    _same_in(
+        OPTIMIZERS,
+        dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw")
+        | {"adamw_bnb_8bit": "adamw_8bit", "paged_adamw_32bit": "paged_adamw", "lion_32bit": "lion"},
+    ),
 )
 FLASH = {True: "flash_attention_2", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}
 ATTENTION = Peer(
@@ -249,7 +255,8 @@ def hint(name: str, value: Any) -> str | None:
         return NO_FSDP
     if name in PEERS:
         return f"that is {describe(PEERS[name], value)}"
-    found = [option for option in options() if name in (option, option.rpartition(".")[2])]
+    known = [*options()]
+    found = [name] if name in known else [option for option in known if name == option.rpartition(".")[2]]
     if len(found) == 1:
         return f"that is {describe(Peer(found[0]), value)}"
     return f"that is {join_or(found)}" if found else None

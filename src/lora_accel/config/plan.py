@@ -77,7 +77,8 @@ class Plan:
         """Return (name, value) rows to print."""
         share = self.num_supervised_tokens / max(1, self.num_tokens)
         times = ["before the first step"] if self.evaluates_at_start else []
-        times += [f"every {self.evaluate_every:g} steps"] if self.evaluate_every else []
+        times += [f"every {self.evaluate_every:,.10g} steps"] if self.evaluate_every else []
+        saves = [f"every {self.save_every:,.10g} steps", *(["after each evaluation"] if self.saves_evaluated else [])]
         return [
             ("examples", f"{self.num_examples:,} per epoch, {self.num_eval_examples:,} for evaluation"),
             ("tokens", f"{self.num_tokens:,} per epoch, {share:.1%} supervised"),
@@ -87,7 +88,7 @@ class Plan:
                 f"{self.total_steps:,} = {self.total_steps / self.steps_per_epoch:.4g} epoch(s) of "
                 f"{self.steps_per_epoch:,} steps; {self._describe_warmup()}",
             ),
-            ("checkpoints", f"every {self.save_every:g} steps and after the last step"),
+            ("checkpoints", join_and([*saves, "after the last step"])),
             ("evaluation", join_and([*times, "after the last step"]) if self.evaluates else "none"),
         ]
 

@@ -488,7 +488,7 @@ class CheckpointSection(Section):
 
     every_steps: int | None = Field(200, ge=1, le=MAX_STEPS)
     """Steps between checkpoints. The last step is always saved."""
-    every_epochs: float | None = Field(None, gt=0, le=1e6)
+    every_epochs: float | None = Field(None, ge=1e-6, le=1e6)
     """Epochs between checkpoints, such as 0.5. Replaces every_steps."""
     keep_last: int = Field(2, ge=1, le=MAX_STEPS)
     """Number of checkpoints to keep after the run. During the run at least 2 are kept, in case one is corrupt."""
@@ -574,7 +574,7 @@ class EvaluationSection(Section):
     every_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     """Steps between evaluations. null = after the last step only. Needs data.eval, data.eval_fraction, prompts or
     neutral."""
-    every_epochs: float | None = Field(None, gt=0, le=1e6)
+    every_epochs: float | None = Field(None, ge=1e-6, le=1e6)
     """Epochs between evaluations, such as 0.5, in place of every_steps."""
     at_start: bool = True
     """Whether to evaluate before the first step too: what the base, or the adapter that the run starts from, does."""

@@ -60,6 +60,8 @@ class Selection:
         """Whether the last `patience` evaluations did not improve the figure by more than `min_delta`."""
         reference, num_without = None, 0
         for evaluation in _comparable(evaluations):
+            if self.figure not in evaluation and "eval_loss" in evaluation:
+                continue  # its replies failed
             num_without += 1
             if self._is_better(evaluation, reference, self.min_delta):
                 reference, num_without = evaluation, 0

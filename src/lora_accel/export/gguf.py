@@ -26,7 +26,7 @@ from lora_accel.saving.provenance import provenance_of
 from lora_accel.saving.tensor_files import finite_copies
 
 GGUF = "gguf"
-COPIED_FILES = ("provenance.json", "LICENSE")
+COPIED_FILES = ("provenance.json", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 
 
 def export_gguf(
@@ -101,9 +101,8 @@ def _is_raw(folder: Path) -> bool:
 
 
 def _copy_files(source_folder: Path, folder: Path) -> None:
-    for name in COPIED_FILES:
-        if (source_folder / name).is_file():
-            shutil.copyfile(source_folder / name, folder / name)
+    for file in (file for pattern in COPIED_FILES for file in source_folder.glob(pattern) if file.is_file()):
+        shutil.copyfile(file, folder / file.name)
 
 
 def _summary(folder: Path, out: Path, outtype: str, tensors: Sequence[GgufTensor]) -> dict[str, Any]:

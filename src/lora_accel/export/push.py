@@ -63,7 +63,6 @@ def push_folder(
     *,
     base: str | None = None,
     private: bool = False,
-    with_optimizer: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
     """Upload a folder to a model repository of the Hub in one commit; create the repository if it does not exist.
@@ -73,7 +72,6 @@ def push_folder(
         repo_id: `owner/name`.
         base: Hub id of the base, for an adapter whose base was in a local folder.
         private: whether a new repository is private.
-        with_optimizer: whether to upload a checkpoint's optimizer and position too.
         dry_run: only return what would be uploaded. Nothing is sent.
 
     Returns:
@@ -88,7 +86,7 @@ def push_folder(
         if name is not None and not REPO_ID.fullmatch(name):
             raise ConfigError(f"{option}={name}: is not a Hub id, such as my-name/my-adapter")
     _check_kind(folder)
-    left_out = [] if with_optimizer else [name for name in TRAINING_STATE if (folder / name).exists()]
+    left_out = [name for name in TRAINING_STATE if (folder / name).exists()]
     uploads = [_prepare(folder, path, base) for path in _files(folder) if path.name not in (MANIFEST, *left_out)]
     for upload in uploads:
         _check_text(upload)
@@ -107,7 +105,7 @@ def push_lines(pushed: dict[str, Any]) -> list[str]:
     lines = [f"{file['bytes']:>15,}  {file['name']}{note[file['is_changed']]}" for file in files]
     total = sum(file["bytes"] for file in files)
     if pushed["left_out"]:
-        lines.append(f"left out: {', '.join(pushed['left_out'])}; pass --with-optimizer to upload them")
+        lines.append(f"left out: {', '.join(pushed['left_out'])}, from which only this run resumes")
     done = f"uploaded to {pushed['url']}" if pushed["url"] else f"would be uploaded to {pushed['repo_id']}"
     return [*lines, f"{total:>15,}  bytes in {len(files)} files {done}"]
 

@@ -202,7 +202,8 @@ def scores_as_json(scores: list[Score]) -> str:
 
 def scores_as_table(scores: list[Score]) -> list[tuple[str, ...]]:
     """Return scores as rows of a table, the column headers first. Exact match is left out if it is not computed."""
-    sources, metrics, has_match = [*scores[0].sources], [*scores[0].metrics], scores[0].exact_match is not None
+    sources, has_match = [*scores[0].sources], scores[0].exact_match is not None
+    metrics = [*dict.fromkeys(metric for score in scores for metric in score.metrics)]  # replies may decide the names
     headers = (
         "model",
         "loss",
@@ -214,7 +215,7 @@ def scores_as_table(scores: list[Score]) -> list[tuple[str, ...]]:
     rows = [headers]
     for score in scores:
         matches = [] if score.exact_match is None else [f"{score.exact_match:.0%} of {score.rows}"]
-        values = [f"{score.metrics[metric]:.4f}" for metric in metrics]
+        values = [f"{score.metrics[metric]:.4f}" if metric in score.metrics else "" for metric in metrics]
         losses = [f"{score.sources[source]['eval_loss']:.4f}" for source in sources]
         rows.append((score.name, f"{score.eval_loss:.4f}", f"{score.eval_perplexity:,.3f}", *matches, *values, *losses))
     return rows

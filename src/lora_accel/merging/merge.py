@@ -231,19 +231,27 @@ def _merge(jobs: Sequence[MergeJob], base: Base, options: MergeOptions) -> list[
                 merge, base, options, hashing.result(), verify_merge(merge, base, options, reference)
             )
             write_json(merge.folder / PROVENANCE, provenance)
-            card = merged_card(provenance, _results(merge.job), base_folder=base.folder)
+            results, step = _results(merge.job), checkpoint_step(merge.job.adapter)
+            card = merged_card(provenance, results, step=step, base_folder=base.folder)
             write_text(merge.folder / "README.md", card)
             provenances.append(provenance)
     return provenances
 
 
+def checkpoint_step(adapter: Path) -> int | None:
+    """Return the step of a checkpoint folder; None if the folder is none."""
+    found = re.fullmatch(r"step-(\d+)", adapter.name)
+    return int(found[1]) if found else None
+
+
 def _results(job: MergeJob) -> RunResults | None:
-    """Return the results of the run of one adapter, up to the step of a checkpoint; None if they are not known."""
+    """Return the results of the run of one adapter, up to the step of its weights; None if they are not known."""
     run = job.adapter.parent if job.adapter.name == "adapter" else run_of(job.adapter)
     if job.combined is not None or run is None:
         return None
-    step = re.fullmatch(r"step-(\d+)", job.adapter.name)
-    return read_results(run, int(step[1]) if step else None)
+    exported = (job.provenance or {}).get("exported")
+    last = exported.get("step") if isinstance(exported, dict) else None
+    return read_results(run, checkpoint_step(job.adapter) or (last if isinstance(last, int) else None))
 
 
 def _provenance(

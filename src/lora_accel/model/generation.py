@@ -42,6 +42,11 @@ def generate_replies(
     sizes = sizes_of_model(model)
     pad = padding_id(tokenizer, sizes.vocab_size)
     if sizes.num_positions is not None and width + options.get("max_new_tokens", 0) > sizes.num_positions:
+        if len(prompts) > 1:  # alone, a shorter prompt has room for more
+            order = range(len(prompts)) if numbers is None else numbers
+            one: dict[str, Any] = {"ends": ends, "sampling": sampling, **options}
+            pairs = zip(prompts, order, strict=True)
+            return [text for ids, n in pairs for text in generate_replies(model, tokenizer, [ids], numbers=[n], **one)]
         options["max_new_tokens"] = max(1, sizes.num_positions - width)
     model.generation_config = config = generation_config(model.generation_config, sampling)
     ends = {*ends, *(config.eos_token_id or []), tokenizer.eos_token_id} - {None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from lora_accel.config.plan import Plan
@@ -28,7 +29,7 @@ def advise(config: RunConfig, plan: Plan, ledgers: Sequence[SourceLedger], num_t
         truncation_advice(config, ledgers),
         batch_advice(plan),
         checkpoint_advice(plan),
-        evaluation_advice(plan),
+        evaluation_advice(config, plan),
         capacity_advice(plan, num_trained),
     ]
     return [text for text in advice if text is not None]
@@ -47,8 +48,8 @@ def warmup_advice(plan: Plan) -> str | None:
 def rate_advice(config: RunConfig, plan: Plan) -> str | None:
     """Advise on a learning rate far from those with which LoRA is trained."""
     rate = config.training.learning_rate
-    if MIN_RATE <= rate <= MAX_RATE:
-        return None
+    if "adamw" not in config.training.optimizer or MIN_RATE <= rate <= MAX_RATE:
+        return None  # the bounds are those of AdamW
     effect = "the loss may diverge" if rate > MAX_RATE else f"{plan.total_steps:,} steps may hardly change the adapter"
     return f"training.learning_rate={rate:g}: LoRA's and QLoRA's authors train with 1e-4 to 5e-4; {effect}"
 
@@ -77,7 +78,8 @@ def batch_advice(plan: Plan) -> str | None:
 
 def checkpoint_advice(plan: Plan) -> str | None:
     """Advise on a long run whose only checkpoint is the last: an interruption would lose all of it."""
-    if plan.total_steps < LONG_RUN_STEPS or plan.save_every < plan.total_steps:
+    has_evaluated = plan.saves_evaluated and plan.evaluates and (plan.evaluate_every or math.inf) < plan.total_steps
+    if plan.total_steps < LONG_RUN_STEPS or plan.save_every < plan.total_steps or has_evaluated:
         return None
     return (
         f"the only checkpoint is saved at the end, after {plan.total_steps:,} steps; lower checkpoint.every_steps, so "
@@ -85,13 +87,15 @@ def checkpoint_advice(plan: Plan) -> str | None:
     )
 
 
-def evaluation_advice(plan: Plan) -> str | None:
-    """Advise on evaluation steps beyond the end of the run: only the last step is evaluated."""
+def evaluation_advice(config: RunConfig, plan: Plan) -> str | None:
+    """Advise on an interval of evaluations that is longer than the run."""
     if plan.evaluate_every is None or plan.evaluate_every <= plan.total_steps:
         return None
+    section = config.evaluation
+    option = f"every_steps={section.every_steps:,}" if section.every_steps else f"every_epochs={section.every_epochs}"
+    when = "before its first step and at the end" if plan.evaluates_at_start else "at the end"
     return (
-        f"evaluation.every_steps={plan.evaluate_every:,} is never reached: the run has {plan.total_steps:,} steps, so "
-        "it is evaluated at the end only"
+        f"evaluation.{option} is never reached: the run has {plan.total_steps:,} steps, so it is evaluated only {when}"
     )
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import psutil
 import torch
+from pydantic import ValidationError
 
 from lora_accel.config.optimizers import OPTIMIZERS
 from lora_accel.config.schema import RunConfig
 from lora_accel.model.device import detect_device
+from lora_accel.model.prequantized import stored_quantization
 from lora_accel.planning.memory import Layout, Memory, Sizes, Usage, device_memory, layouts
 from lora_accel.planning.micro_batches import choose_micro_batches
 from lora_accel.planning.parameters import ParameterCount, count_by_kind
@@ -71,13 +73,18 @@ class Estimate:
         """Return whether the devices that are there have the memory; None = unsupported, or unknown."""
         if option.memory is None:
             return False
-        memory, framework, num_ranks = option.memory, self.available.framework, option.layout.num_ranks
-        needed, host = memory.total + framework, memory.host * num_ranks
-        if self.available.kind == "cpu":
-            factor = 1 if self.returns_memory else HEAP_FACTOR
-            needed, host = (factor * (memory.total + memory.host) + framework) * num_ranks, 0
-        is_enough = needed <= self.available.bytes and host <= self.available.host_bytes
+        host = 0 if self.available.kind == "cpu" else option.memory.host * option.layout.num_ranks
+        is_enough = self.needed_bytes(option) <= self.available.bytes and host <= self.available.host_bytes
         return None if is_enough and self.untraced else is_enough
+
+    def needed_bytes(self, option: Option) -> int:
+        """Return the memory that a supported option needs on a device; on the CPU, that of all its ranks."""
+        assert option.memory is not None
+        memory, framework = option.memory, self.available.framework
+        if self.available.kind != "cpu":
+            return memory.total + framework
+        factor = 1 if self.returns_memory else HEAP_FACTOR
+        return (factor * (memory.total + memory.host) + framework) * option.layout.num_ranks
 
 
 def find_available() -> Available:
@@ -92,14 +99,14 @@ def find_available() -> Available:
 
 
 def make_estimate(
-    config: RunConfig, data: PreparedData, mixed_precision: str, num_ranks: int, *, with_4_bits: bool = True
+    config: RunConfig, data: PreparedData, mixed_precision: str, num_ranks: int, *, has_4_bits: bool = True
 ) -> Estimate:
     """Estimate a run.
 
     Args:
         mixed_precision: no, bf16 or fp16.
         num_ranks: number of training processes.
-        with_4_bits: whether to estimate the same run on a base in 4 bits, too.
+        has_4_bits: whether to estimate the same run on a base in 4 bits, too.
 
     Raises:
         ArtifactError, ConfigError: see `build_skeleton`.
@@ -110,14 +117,9 @@ def make_estimate(
     parameters = count_by_kind(skeleton.model)
     batch = choose_micro_batches(config, data, packed=skeleton.packed).largest
     variants = [(config.quantization.bits, skeleton)]
-    if (
-        with_4_bits
-        and not skeleton.quantized
-        and not config.adapter.modules_to_save
-        and config.model.dtype != "float16"
-    ):
-        four = config.quantization.model_copy(update={"bits": 4})
-        variants.append((4, build_skeleton(config.model_copy(update={"quantization": four}), mixed_precision, device)))
+    four_bits = with_4_bits(config) if has_4_bits and not skeleton.quantized else None
+    if four_bits is not None:
+        variants.append((4, build_skeleton(four_bits, mixed_precision, device)))
     options, untraced = [], None
     for bits, variant in variants:
         sizes, usage = model_sizes(config, variant), Usage(0, 0, 0)
@@ -133,6 +135,23 @@ def make_estimate(
     rows, width = batch.input_ids.shape
     returns_memory = config.training.activation_checkpointing is True
     return Estimate(parameters, options, available, (rows, width), returns_memory, untraced)
+
+
+def with_4_bits(config: RunConfig) -> RunConfig | None:
+    """Return a config with its base in 4 bits; None if it has bits already, or its other options do not allow it."""
+    if config.quantization.bits is not None or stored_quantization(config.model) is not None:
+        return None
+    four_bits = config.model_copy(update={"quantization": config.quantization.model_copy(update={"bits": 4})})
+    return four_bits if is_supported(four_bits) else None
+
+
+def is_supported(config: RunConfig) -> bool:
+    """Whether the sections of a config can be combined."""
+    try:
+        RunConfig.model_validate(config.model_dump())
+    except ValidationError:
+        return False
+    return True
 
 
 def model_sizes(config: RunConfig, skeleton: Skeleton) -> Sizes:

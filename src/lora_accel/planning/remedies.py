@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lora_accel.config.schema import RunConfig
-from lora_accel.planning.estimate import Estimate, make_estimate
+from lora_accel.planning.estimate import Estimate, is_supported, make_estimate, with_4_bits
 from lora_accel.setup.data import PreparedData
 
 
@@ -17,18 +17,26 @@ class Remedy(NamedTuple):
     overrides: list[str]
     total: int
     """Bytes on one device."""
-    fits: bool
+    spare: int
+    """Bytes that remain of the memory that is free; below 0 if it does not fit."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits with these options."""
+        return self.spare >= 0
 
 
 def find_remedies(config: RunConfig, data: PreparedData, mixed_precision: str, estimate: Estimate) -> list[Remedy]:
     """Return the options that would fit, from the mildest to the strongest; if none does, the one with least memory."""
     remedies = []
     for overrides, changed in _changes(config, longest=max(x.longest for x in data.dataset.ledgers)):
-        changed_estimate = make_estimate(changed, data, mixed_precision, 1, with_4_bits=False)
+        if not is_supported(changed):
+            continue
+        changed_estimate = make_estimate(changed, data, mixed_precision, 1, has_4_bits=False)
         option = changed_estimate.options[0]
-        if option.memory is not None:
-            fits = dataclasses.replace(changed_estimate, available=estimate.available).fits(option)
-            remedies.append(Remedy(overrides, option.memory.total, bool(fits)))
+        if option.memory is not None and changed_estimate.untraced is None:
+            needed = dataclasses.replace(changed_estimate, available=estimate.available).needed_bytes(option)
+            remedies.append(Remedy(overrides, option.memory.total, estimate.available.bytes - needed))
     fitting = [remedy for remedy in remedies if remedy.fits]
     return fitting or sorted(remedies, key=lambda remedy: remedy.total)[:1]
 
@@ -46,9 +54,5 @@ def _changes(config: RunConfig, *, longest: int) -> Iterator[tuple[list[str], Ru
         changes.append("training.activation_checkpointing=true")
         training = training.model_copy(update={"activation_checkpointing": True})
         yield [*changes], config.model_copy(update={"training": training})
-    if config.quantization.bits is None and not config.adapter.modules_to_save:
-        quantization = config.quantization.model_copy(update={"bits": 4})
-        yield (
-            [*changes, "quantization.bits=4"],
-            config.model_copy(update={"training": training, "quantization": quantization}),
-        )
+    if (four_bits := with_4_bits(config)) is not None:
+        yield [*changes, "quantization.bits=4"], four_bits.model_copy(update={"training": training})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from lora_accel.planning.estimate import Estimate, Option, as_dict, make_estimat
 from lora_accel.planning.measure import Measurement, measure_in_child
 from lora_accel.planning.remedies import Remedy, find_remedies
 from lora_accel.planning.tables import estimate_tables, format_bytes
+from lora_accel.saving.results import METRICS, read_log
 from lora_accel.setup.data import PreparedData
 
 LAST_LINES = 50
@@ -41,9 +41,9 @@ class Forecast:
 
     @property
     def seconds(self) -> float | None:
-        """Return how long the run takes, without evaluations and saves."""
-        if self.tokens_per_second is None:
-            return None
+        """Return how long the run takes, without evaluations and saves; None = unknown."""
+        if self.tokens_per_second is None or (self.measurement is not None and self.plan.num_ranks > 1):
+            return None  # one process was measured
         epochs = self.plan.total_steps / self.plan.steps_per_epoch
         return self.plan.num_tokens * epochs / self.tokens_per_second
 
@@ -55,7 +55,7 @@ class Forecast:
     @property
     def error(self) -> float | None:
         """Return the error of the estimate relative to what was measured."""
-        if self.measurement is None or self.option.memory is None:
+        if self.measurement is None or self.option.memory is None or self.estimate.untraced:
             return None
         return self.option.memory.total / self.measurement.peak_bytes - 1
 
@@ -105,7 +105,7 @@ def forecast_as_dict(forecast: Forecast) -> dict[str, Any]:
         **as_dict(forecast.estimate),
         "measured": None if measurement is None else dataclasses.asdict(measurement) | {"error": forecast.error},
         "time": {"tokens_per_second": forecast.tokens_per_second, "seconds": forecast.seconds},
-        "remedies": [remedy._asdict() for remedy in forecast.remedies],
+        "remedies": [remedy._asdict() | {"fits": remedy.fits} for remedy in forecast.remedies],
         "advice": forecast.advice,
     }
 
@@ -120,7 +120,7 @@ def forecast_text(forecast: Forecast) -> str:
             f"time: {format_seconds(forecast.seconds)} at {forecast.tokens_per_second:,.0f} tokens/s, as in this run "
             "folder's metrics.jsonl"
         )
-    parts += [_remedy(remedy, forecast.estimate) for remedy in forecast.remedies]
+    parts += [_remedy(remedy) for remedy in forecast.remedies]
     parts += [f"advice: {text}" for text in forecast.advice]
     return "\n".join(parts)
 
@@ -128,30 +128,26 @@ def forecast_text(forecast: Forecast) -> str:
 def _measured(forecast: Forecast, measurement: Measurement) -> str:
     memory, seconds = forecast.option.memory, forecast.seconds
     assert memory is not None
-    assert seconds is not None
+    error = "without activations" if forecast.error is None else f"{forecast.error:+.1%}"
     tokens = " and ".join(f"{count:,}" for count in measurement.tokens)
     rows = [
         ("micro-batches", f"{tokens} tokens, in {' and '.join(map(format_seconds, measurement.seconds))}"),
         ("peak memory", f"{format_bytes(measurement.peak_bytes)} on {measurement.device}"),
-        ("estimate", f"{format_bytes(memory.total)} ({forecast.error:+.1%})"),
-        ("throughput", f"{measurement.tokens_per_second:,.0f} tokens/s"),
-        ("time of the run", f"{format_seconds(seconds)}, without evaluations and saves"),
+        ("estimate", f"{format_bytes(memory.total)} ({error})"),
+        ("throughput", f"{measurement.tokens_per_second:,.0f} tokens/s, without padding"),
     ]
+    if seconds is not None:
+        rows.append(("time of the run", f"{format_seconds(seconds)}, without evaluations and saves"))
     return format_table("measured", rows)
 
 
-def _remedy(remedy: Remedy, estimate: Estimate) -> str:
-    spare = estimate.available.bytes - estimate.available.framework - remedy.total
-    verdict = f"fits, {format_bytes(spare)} to spare" if remedy.fits else f"lacks {format_bytes(-spare)}"
+def _remedy(remedy: Remedy) -> str:
+    verdict = f"fits, {format_bytes(remedy.spare)} to spare" if remedy.fits else f"lacks {format_bytes(-remedy.spare)}"
     return f"with {' '.join(remedy.overrides)}: {format_bytes(remedy.total)}, {verdict}"
 
 
 def _recorded_throughput(folder: Path) -> float | None:
     """Return the median throughput of the last steps of the run in a folder; None if there is none."""
-    try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        values = [json.loads(line) for line in lines]
-        rates = [float(value["tokens_per_second"]) for value in values if value.get("kind") == "train"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    lines = (line for line in read_log(folder / METRICS) if line.get("kind") == "train")
+    rates = [rate for line in lines if isinstance(rate := line.get("tokens_per_second"), (int, float))]
     return statistics.median(rates[-LAST_LINES:]) if rates else None

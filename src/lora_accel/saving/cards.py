@@ -12,6 +12,7 @@ from typing import Any
 from lora_accel.config.adapter_options import subtracts_initial_adapter
 from lora_accel.config.schema import ModelSection
 from lora_accel.model.tokenizer import is_hub_id, local_file
+from lora_accel.paths import open_to_read
 from lora_accel.saving.lineage import lineage_note
 from lora_accel.saving.results import RunResults, evaluation_rows, loss_curve
 
@@ -28,8 +29,6 @@ MAX_HASHES = 3
 """Maximum number of weight files in a model card."""
 MAX_CELL = 100
 """Characters of a value in a table."""
-LOSS_PLOT = "loss.png"
-"""A plot of the loss, which the card shows if it is in the folder."""
 LICENSE = re.compile(r"^license:\s*['\"]?([\w.+-]{1,60})['\"]?\s*$", re.MULTILINE)
 
 
@@ -38,8 +37,6 @@ def model_card(
     saved: Mapping[str, Any],
     serving: str,
     results: RunResults | None = None,
-    *,
-    has_plot: bool = False,
 ) -> str:
     """Return the README.md of an adapter: what it is, how to load it, and how it was trained.
 
@@ -47,7 +44,6 @@ def model_card(
         saved: the PEFT config in the adapter's folder.
         serving: how to serve it; see `serving.serving_note`.
         results: of its run; None = unknown.
-        has_plot: whether `LOSS_PLOT` is in the folder.
     """
     config, plan, base = provenance["config"], provenance["plan"], provenance["base"]
     adapter, on_hub = config["adapter"], not os.path.isabs(base["name_or_path"])
@@ -71,18 +67,23 @@ tokenizer = AutoTokenizer.from_pretrained(".")  # with the chat template of trai
 
 `lora-accel merge . OUT{"" if on_hub else " --base BASE"}` merges it into the base model.
 Serving: {serving}
-{_base_notes(config["model"])}{_training_section(provenance, results, has_plot=has_plot)}{_license_note(base)}
+{_base_notes(config["model"])}{_training_section(provenance, results)}{_license_note(base)}
 `provenance.json` records the config, package versions, and hashes of base model, tokenizer, template and data.
 """
 
 
 def merged_card(
-    provenance: Mapping[str, Any], results: RunResults | None = None, *, base_folder: Path | None = None
+    provenance: Mapping[str, Any],
+    results: RunResults | None = None,
+    *,
+    step: int | None = None,
+    base_folder: Path | None = None,
 ) -> str:
     """Return the README.md of a merged model: what it is, its base and adapter, and how it differs from them.
 
     Args:
         results: of the adapter's run; None = unknown.
+        step: of the checkpoint that was merged; None = an adapter.
         base_folder: of the base, whose card may name its license; None = unknown.
     """
     merged, agreement, base = provenance["merged"], provenance["merged"]["agreement"], provenance["base"]
@@ -113,7 +114,7 @@ tokenizer = AutoTokenizer.from_pretrained(".")  # with the chat template of trai
 ```
 
 Serving: `vllm serve .`; for llama.cpp and Ollama: `lora-accel export . OUT --format gguf`.
-{_merged_training(trained, results)}
+{_merged_training(trained, results, step)}
 `provenance.json` records package versions, hashes, and the provenance of the adapter.
 """
 
@@ -124,7 +125,9 @@ def _steps(provenance: Mapping[str, Any]) -> str:
     exported, step = provenance.get("exported") or {}, exported_step(provenance)
     if exported.get("selected") == "best":
         return f"{step} steps (of {total}; {exported['figure']} was best there: {exported['value']:.4g})"
-    return f"{step} steps" if step == total else f"{step} steps (stopped early, of {total})"
+    if step == total:
+        return f"{step} steps"
+    return f"{step} steps ({'' if exported.get('selected') == 'checkpoint' else 'stopped early, '}of {total})"
 
 
 def exported_step(provenance: Mapping[str, Any]) -> int:
@@ -138,7 +141,12 @@ def license_of(name_or_path: str, revision: str | None) -> str | None:
     file = local_file(ModelSection(name_or_path=name_or_path, revision=revision), "README.md")
     if file is None:
         return None
-    _, _, rest = file.read_text(encoding="utf-8", errors="replace").partition("---\n")
+    try:
+        with open_to_read(Path(file)) as stream:
+            text = stream.read().decode("utf-8", errors="replace")
+    except OSError:
+        return None
+    _, _, rest = text.partition("---\n")
     found = LICENSE.search(rest.partition("\n---")[0] + "\n")
     return found[1] if found else None
 
@@ -153,22 +161,26 @@ def _data_list(provenance: Mapping[str, Any]) -> str:
     return "\n".join(f"- {data_name(entry['path'])}" for entry in provenance["data"])
 
 
-def _merged_training(trained: Any, results: RunResults | None) -> str:
+def _merged_training(trained: Any, results: RunResults | None, step: int | None) -> str:
     """Return how the adapter of a merged model was trained; empty if that is not known.
 
     Args:
-        trained: the adapter's provenance; that of another tool is None.
+        trained: the adapter's provenance, which is untrusted; that of another tool is None.
+        step: of the checkpoint that was merged; None = an adapter.
     """
-    if not isinstance(trained, Mapping) or not all(key in trained for key in ("config", "plan", "data")):
-        return ""
-    return f"""
+    try:
+        if step is not None:
+            trained = {**trained, "exported": {"step": step, "selected": "checkpoint"}}
+        return f"""
 The adapter was trained for {_steps(trained)} on:
 
 {_data_list(trained)}
 {_training_section(trained, results)}"""
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return ""
 
 
-def _training_section(provenance: Mapping[str, Any], results: RunResults | None, *, has_plot: bool = False) -> str:
+def _training_section(provenance: Mapping[str, Any], results: RunResults | None) -> str:
     """Return the settings of a run, its last evaluation and its losses."""
     text = f"""
 ## Training
@@ -185,7 +197,7 @@ def _training_section(provenance: Mapping[str, Any], results: RunResults | None,
     if results is not None and results.losses:
         (first, start), (last, end) = results.losses[0], results.losses[-1]
         text += f"\nLoss, steps {first} to {last}: {start:.3g} {loss_curve(results)} {end:.3g}\n"
-    return text + (f"\n![Training loss]({LOSS_PLOT})\n" if has_plot else "")
+    return text
 
 
 def _settings(config: Mapping[str, Any], plan: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[list[str]]:
@@ -203,7 +215,7 @@ def _settings(config: Mapping[str, Any], plan: Mapping[str, Any], provenance: Ma
         "schedule": training.get("scheduler"),
         "warm-up steps": plan.get("warmup_steps"),
         "weight decay": training.get("weight_decay"),
-        "steps": plan.get("total_steps"),
+        "steps": exported_step(provenance),
         "examples per step": plan.get("batch_size"),
         "training examples": plan.get("num_examples"),
         "maximum length": (config.get("data") or {}).get("max_length"),

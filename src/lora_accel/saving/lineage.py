@@ -69,9 +69,10 @@ def make_lineage(
     own |= {"base": base if isinstance(base, str) else None, "steps": None, "data": []}
     try:
         if provenance is not None:
+            total = provenance.get("plan", {}).get("total_steps")
             own |= {
                 "base": provenance["base"]["name_or_path"],
-                "steps": provenance.get("plan", {}).get("total_steps") if step is None else step,
+                "steps": provenance.get("exported", {}).get("step", total) if step is None else step,
                 "data": provenance.get("data", []),
             }
         earlier = (provenance or {}).get("init_from") or []

@@ -18,7 +18,7 @@ from lora_accel.faults import fault_point
 from lora_accel.model.portable import save_tokenizer
 from lora_accel.saving.adapter import gather_adapter, unwrap_peft_model, write_adapter
 from lora_accel.saving.atomic import atomic_folder, read_json, write_json, write_text
-from lora_accel.saving.cards import LOSS_PLOT, exported_step, model_card
+from lora_accel.saving.cards import exported_step, model_card
 from lora_accel.saving.discovery import CONFIG
 from lora_accel.saving.output_dir import check_exists
 from lora_accel.saving.provenance import Provenance
@@ -84,4 +84,4 @@ def _card(folder: Path, provenance: Provenance, results: RunResults) -> str:
     config = read_json(folder / CONFIG)
     shapes = {name: tensor.shape for name, tensor in read_adapter(folder).items()}
     serving = serving_note(config, shapes, provenance["config"]["model"])
-    return model_card(provenance, config, serving, results, has_plot=(folder / LOSS_PLOT).is_file())
+    return model_card(provenance, config, serving, results)

@@ -16,6 +16,7 @@ from lora_accel.data.dataset import Dataset, Recipe, Source
 from lora_accel.data.records import Message
 from lora_accel.data.splits import examples_by_name, load_splits
 from lora_accel.data.template import ChatTemplate
+from lora_accel.errors import ConfigError, did_you_mean
 from lora_accel.logs import logger
 from lora_accel.model.tokenizer import padding_id
 from lora_accel.setup.neutral import neutral_examples
@@ -93,7 +94,10 @@ def prepare_data(config: RunConfig, num_ranks: int = 1) -> PreparedData:
     if scorers:
         limit = config.evaluation.num_replies
         questions = load_questions(evaluation, recipe.template(), limit=limit, seed=config.seed)
-    check_scorers(scorers, questions)
+    returned, selected = check_scorers(scorers, questions), config.checkpoint.keep_best
+    if selected is not None and config.evaluation.figures.get(selected) is None and selected not in returned:
+        hint = did_you_mean(selected, returned)
+        raise ConfigError(f"checkpoint.keep_best: no function of evaluation.metrics returns {selected}{hint}")
     return PreparedData(
         recipe,
         dataset,

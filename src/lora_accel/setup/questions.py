@@ -12,6 +12,7 @@ from lora_accel.data.template import ChatTemplate
 from lora_accel.errors import ConfigError
 from lora_accel.labels import IGNORE_INDEX
 from lora_accel.randomness import permutation
+from lora_accel.training.scores import find_calls
 from lora_accel.training.scoring import Question, Scorers, try_scorers
 
 QUESTIONS = 0xA5C
@@ -58,8 +59,8 @@ def load_questions(
     return questions
 
 
-def check_scorers(scorers: Scorers, questions: Sequence[Question]) -> None:
-    """Check that metrics which need replies can be computed.
+def check_scorers(scorers: Scorers, questions: Sequence[Question]) -> set[str]:
+    """Check that metrics which need replies can be computed. Return the names of their values, as `eval_<name>`.
 
     Raises:
         ConfigError: no evaluation row has an answer, or a function of the user fails.
@@ -69,8 +70,9 @@ def check_scorers(scorers: Scorers, questions: Sequence[Question]) -> None:
             f"evaluation.metrics: {next(iter(scorers))} compares replies with answers, but no evaluation row has a "
             "complete answer to a prompt; remove it, or use other rows"
         )
-    if scorers:
-        try_scorers(scorers, questions)
+    if "tool_call_equal" in scorers and not any(find_calls(question.reference) for question in questions):
+        raise ConfigError("evaluation.metrics: tool_call_equal: no answer has a tool call written as JSON; remove it")
+    return try_scorers(scorers, questions) if scorers else set()
 
 
 def count_bytes(examples: Iterable[Example], tokenizer: Any) -> int:

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 
-from lora_accel.config.inherited import MODEL_OPTIONS
 from lora_accel.config.schema import RunConfig
 from lora_accel.data.dataset import Recipe
 from lora_accel.data.template import ChatTemplate, template_source
@@ -21,11 +20,12 @@ def complete_config(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError, ArtifactError: see `setup.initial.prepare_initial_adapter`.
     """
-    if config.adapter.init_from is None or config.model.model_fields_set.issuperset(MODEL_OPTIONS):
+    if config.adapter.init_from is None:
         return config
     from lora_accel.setup.initial import resolve_initial_adapter
+    from lora_accel.setup.sizes import resolve_rope_scaling
 
-    return resolve_initial_adapter(config)[0]
+    return resolve_initial_adapter(resolve_rope_scaling(config))[0]
 
 
 def make_recipe(config: RunConfig) -> Recipe:

@@ -8,9 +8,12 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from pydantic import ValidationError
 
 from lora_accel.config.plan import Plan
+from lora_accel.config.recorded import with_defaults
 from lora_accel.config.schema import RunConfig
+from lora_accel.config.selection import Selection
 from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.logs import logger
 from lora_accel.paths import real_path
@@ -82,7 +85,7 @@ def resume_run(
         logger.info(f"changed, allowed by checkpoint.allow_changes:{line}")
     # The checkpoints that another run evaluated are not in this one.
     is_own = real_path(checkpoint.folder.parent) == real_path(folder / "checkpoints")
-    evaluations = checkpoint.evaluations if is_own else []
+    evaluations = checkpoint.evaluations if is_own and _kept_same_best(checkpoint, config) else []
     return ResumePoint(
         Progress(checkpoint.step, checkpoint.skipped, checkpoint.overflowed, evaluations),
         LossScale.from_state(checkpoint.state.get("loss_scale")) if is_fp16 else None,
@@ -90,6 +93,19 @@ def resume_run(
         selection.parent_hash,
         selection.parent_path,
     )
+
+
+def _kept_same_best(checkpoint: Checkpoint, config: RunConfig) -> bool:
+    """Whether the run kept the best checkpoint by the same metric until now, so that it exists."""
+    now = Selection.from_config(config)
+    if not now.keeps_best:
+        return True
+    try:
+        recorded = RunConfig.model_validate(with_defaults(checkpoint.state["provenance"]["config"]))
+    except (ValidationError, KeyError, TypeError):
+        return False
+    then = Selection.from_config(recorded)
+    return (then.keeps_best, then.figure, then.is_larger_better) == (True, now.figure, now.is_larger_better)
 
 
 def _check_derived(checkpoint: Checkpoint, seed: int | None, plan: Plan) -> None:

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Mapping
 from typing import Any
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from lora_accel.errors import Interrupted, TrainingError, exit_code_of
 from lora_accel.faults import fault_point
@@ -64,10 +64,10 @@ def evaluate_if_due(run: Run, progress: Progress) -> bool:
     run.model.train()
     if done == 0:
         return False  # it has no checkpoint that could be selected
-    # The losses are reduced over ranks, so they are the same everywhere; other figures need not be.
-    (figures,) = broadcast_object_list([finite_figures(values)])
-    progress.evaluations.append({"step": done, **figures})
     selection = run.checkpointer.selection
+    kept = {"eval_tokens", selection.figure, *run.checkpointer.config.evaluation.figures}
+    figures = {name: value for name, value in finite_figures(values).items() if name in kept}
+    progress.evaluations.append({"step": done, **figures})
     if done == run.plan.total_steps or not selection.has_stalled(progress.evaluations):
         return False
     best = selection.best(progress.evaluations)

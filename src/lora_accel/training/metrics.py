@@ -242,12 +242,14 @@ class Metrics:
             self._bar.activity = name
             if not self._bar.is_shown:
                 print(f"step {self._step:,}: {name}", file=sys.stderr, flush=True)
+        began = time.perf_counter()
         try:
             yield
         finally:
             if self._bar is not None:
                 self._bar.activity = ""
             self.begin()
+            self._log_time += self._step_time - began  # throughput is that of training
 
     def log_step(self, step: int, result: StepResult) -> None:
         """Log a train line. Its throughput covers the steps since the last line."""
@@ -337,7 +339,7 @@ class Metrics:
             TrainingError: one cannot be started.
         """
         threading.excepthook = _hide_writer_errors
-        start_trackers(self._accelerator, config)
+        start_trackers(self._accelerator, config, self._start)
 
     def close(self) -> None:
         """Close the bar and the trackers."""

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from lora_accel.config.schema import GenerationSection
+from lora_accel.errors import TrainingError
 from lora_accel.model.generation import generate_replies
 
 
@@ -62,6 +63,13 @@ class Replier:
         try:
             return dict(zip(batch, self._generate(prompts, batch), strict=True))
         except Exception as error:
+            if self.is_sharded and self.accelerator.num_processes > 1:
+                # The other ranks wait for this one's shards within the same forward: it cannot try again.
+                reason = f"{type(error).__name__}: {error}"
+                raise TrainingError(
+                    f"generating replies failed: {reason}. The newest checkpoint is kept; lower "
+                    "training.micro_batch_tokens or evaluation.max_new_tokens, and run the same command to resume"
+                ) from error
             if len(batch) == 1:
                 return {batch[0]: FailedReply(f"{type(error).__name__}: {error}")}
         return {number: reply for x in batch for number, reply in self._try(prompts, [x]).items()}

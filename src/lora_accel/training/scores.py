@@ -143,6 +143,6 @@ def _calls_of(value: Any) -> list[tuple[str, Any]]:
     function = value["function"] if isinstance(value.get("function"), dict) else value
     arguments = function.get("arguments", function.get("parameters"))
     if not isinstance(function.get("name"), str) or arguments is None:
-        return []
+        return [call for item in value.values() for call in _calls_of(item)]
     parsed = _parse(arguments) if isinstance(arguments, str) else None
     return [(function["name"], arguments if parsed is None else parsed[0])]

@@ -97,11 +97,14 @@ def score_by_source(
     return overall, {source: score_replies(scorers, *pair) for source, pair in by_source.items()}
 
 
-def try_scorers(scorers: Scorers, questions: Sequence[Question]) -> None:
+def try_scorers(scorers: Scorers, questions: Sequence[Question]) -> set[str]:
     """Score the references as if they were replies, so that a faulty function raises before the model is loaded.
+
+    Returns:
+        The names of the values, as `eval_<name>`.
 
     Raises:
         ConfigError: see `score_replies`.
     """
     tried = questions[:NUM_TRIED]
-    score_replies(scorers, tried, [question.reference for question in tried])
+    return set(score_replies(scorers, tried, [question.reference for question in tried]))

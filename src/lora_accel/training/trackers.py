@@ -22,8 +22,10 @@ PROJECT = "lora_accel"
 """Default of `logging.project`."""
 
 
-def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
+def start_trackers(accelerator: Accelerator, config: RunConfig, first_step: int) -> None:
     """Start the trackers of `logging.trackers`, each with the run's project and name, and log the config once.
+
+    A run that begins at step 0 is a new one in each tracker, even if one was started in this folder before.
 
     Accelerate has one project name for all trackers, and takes it as TensorBoard's folder, so each is started alone.
 
@@ -31,7 +33,7 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
         TrainingError: one cannot be started.
     """
     folder, kinds = Path(config.output_dir), list(accelerator.log_with)
-    ids, trackers = _read_ids(folder), []
+    ids, trackers = _read_ids(folder) if first_step else {}, []
     for kind in kinds:
         name = str(getattr(kind, "value", kind))
         is_new, run_id = name not in ids, ids.get(name) or secrets.token_hex(16)
