@@ -136,7 +136,7 @@ def test_valid_input_works(folder: Path) -> None:
         ),
         pytest.param(
             "  max_steps: 1", "  scheduler: cosin",
-            ("line 12: training.scheduler: should be 'cosine', 'linear' or 'constant', not 'cosin'",), id="choice",
+            ("line 12: training.scheduler: should be 'cosine', 'linear', 'constant', ", ", not 'cosin'"), id="choice",
         ),
         pytest.param("training:\n", "training: 3\nlogging2:\n", ("line 11: training: should be", "not 3"), id="value"),
         pytest.param("all-linear", "'(['", ("line 7: adapter.target_modules: '(['", "list of names"), id="expression"),
