@@ -153,9 +153,7 @@ def test_best_is_selected_from_when_it_is_kept(
 def test_keep_best_of_a_value_that_no_function_returns(overfitting: Callable[..., RunConfig]) -> None:
     evaluation = {"metrics": [f"{__name__}:half"], "max_new_tokens": 2}
     checkpoint = {"keep_best": "eval_halve", "best_is": "max"}
-    with pytest.raises(
-        ConfigError, match=r"returns eval_halve \(did you mean eval_half"
-    ):
+    with pytest.raises(ConfigError, match=r"returns eval_halve \(did you mean eval_half"):
         run_training(overfitting(evaluation=evaluation, checkpoint=checkpoint))
 
 
