@@ -50,7 +50,7 @@ def known_tests() -> set[str]:
 @functools.cache
 def known_options() -> dict[str, set[str]]:
     """Return the options of each command."""
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_group(app).commands
     return {
         name: {
             "--help",

@@ -568,6 +568,9 @@ class GenerationSection(Section):
         return self
 
 
+GREEDY = GenerationSection()
+
+
 class EvaluationSection(Section):
     """Evaluation during training."""
 
@@ -596,7 +599,7 @@ class EvaluationSection(Section):
     """User messages to reply to at each evaluation. The replies are written to metrics.jsonl."""
     max_new_tokens: int = Field(64, ge=1, le=MAX_NEW_TOKENS)
     """Maximum length of a reply, in tokens."""
-    generation: GenerationSection = GenerationSection()
+    generation: GenerationSection = GREEDY
     """How replies are generated."""
 
     @model_validator(mode="after")

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_accel.config.schema import Dtype, GenerationSection, ModelSection, QuantizationSection
+from lora_accel.config.schema import GREEDY, Dtype, GenerationSection, ModelSection, QuantizationSection
 from lora_accel.data.records import Conversation, Message
 from lora_accel.errors import ConfigError, DataError
-from lora_accel.inference.generation import GREEDY, ReplyWriter, check_streaming, section_of, stream_reply
+from lora_accel.inference.generation import ReplyWriter, check_streaming, section_of, stream_reply
 from lora_accel.inference.models import find_adapters, load_candidates
 from lora_accel.inference.prompts import encode_prompts
 from lora_accel.inference.templates import load_base_template, load_template

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_accel.config.schema import Dtype, GenerationSection, ModelSection, QuantizationSection
+from lora_accel.config.schema import GREEDY, Dtype, GenerationSection, ModelSection, QuantizationSection
 from lora_accel.console import Stage
 from lora_accel.data.records import Conversation
 from lora_accel.errors import ConfigError
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     import torch
 
     from lora_accel.data.template import ChatTemplate
-
-GREEDY = GenerationSection()
 
 
 def generate(

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from lora_accel.config.schema import GenerationSection
+from lora_accel.config.schema import GREEDY, GenerationSection
 from lora_accel.model.sampling import logits_processors
 from lora_accel.model.sizes import sizes_of_model
 from lora_accel.model.tokenizer import padding_id
-
-GREEDY = GenerationSection()
 
 
 @torch.no_grad()

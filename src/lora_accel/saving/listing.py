@@ -18,7 +18,7 @@ from lora_accel.errors import ArtifactError
 from lora_accel.paths import has_access
 from lora_accel.saving.atomic import read_json, why_invalid
 from lora_accel.saving.discovery import FILES, QUARANTINED, step_folders
-from lora_accel.saving.results import METRICS, read_log
+from lora_accel.saving.results import METRICS, eval_figures, read_log
 
 
 @dataclasses.dataclass
@@ -94,8 +94,7 @@ def read_figures(run: Path) -> dict[int, dict[str, float]]:
     figures = {}
     for line in read_log(run / METRICS):
         if line.get("kind") == "eval" and isinstance(line.get("step"), int):
-            values = {name: value for name, value in line.items() if name.startswith("eval_")}
-            figures[line["step"]] = {name: x for name, x in values.items() if isinstance(x, (int, float))}
+            figures[line["step"]] = eval_figures(line)
     return figures
 
 

@@ -61,15 +61,18 @@ def loss_curve(results: RunResults) -> str:
 def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
     """Return the figures of an evaluation by source, that of all sources first: (name, {metric: value})."""
     sources = evaluation.get("sources")
-    rows = [("all", _figures(evaluation))]
-    if isinstance(sources, dict) and len(sources) > 1:
-        rows += [(str(name), _figures(values)) for name, values in sources.items() if isinstance(values, dict)]
-    return rows
+    parts = {"all": evaluation} | (sources if isinstance(sources, dict) and len(sources) > 1 else {})
+    return [
+        (str(name), {key.removeprefix("eval_"): value for key, value in eval_figures(values).items()})
+        for name, values in parts.items()
+        if isinstance(values, Mapping)
+    ]
 
 
-def _figures(values: Mapping[str, Any]) -> dict[str, float]:
+def eval_figures(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of an evaluation, or of one of its sources, by their names `eval_…`."""
     return {
-        key.removeprefix("eval_"): value
+        key: value
         for key, value in values.items()
         if key.startswith("eval_") and isinstance(value, (int, float)) and not isinstance(value, bool)
     }

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 
 from lora_accel.errors import Interrupted, TrainingError, exit_code_of
 from lora_accel.faults import fault_point
+from lora_accel.saving.results import eval_figures
 from lora_accel.training.progress import Progress, StepResult
 from lora_accel.training.step import Run, train_step
 
@@ -80,11 +81,7 @@ def evaluate_if_due(run: Run, progress: Progress) -> bool:
 
 def finite_figures(values: Mapping[str, Any]) -> dict[str, float]:
     """Return the figures among the values of an evaluation, without those that are not finite."""
-    return {
-        name: value
-        for name, value in values.items()
-        if name.startswith("eval_") and isinstance(value, (int, float)) and math.isfinite(value)
-    }
+    return {name: value for name, value in eval_figures(values).items() if math.isfinite(value)}
 
 
 def log_overflow(run: Run, done: int) -> None:
