@@ -380,6 +380,7 @@ def test_too_many_dropped_rows_error_lists_rows_and_reasons(folder: Path, train_
     assert main(["--config", "run.yaml", "data.max_dropped=0.15"]) == 0
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("overrides", "fragments"),
     [

@@ -145,6 +145,7 @@ def as_compared(name: str, reply: str) -> str:
     return reply.strip() if TEMPLATES[name] == "bytes, stripping" else reply
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in TEMPLATES])
 def test_a_model_answers_its_training_rows(name: str, tmp_path: Path) -> None:
     rows = rows_of(name)

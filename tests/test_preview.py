@@ -550,6 +550,7 @@ def test_an_unknown_source_is_an_error_with_the_known_ones(inspect: Inspect) -> 
     )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("args", [("--json",), ("--rows", "600")], ids=["json", "text"])
 @pytest.mark.parametrize("rows", [1, 600], ids=["fits the buffer", "does not"])
 def test_a_closed_pipe_is_not_an_error(folder: Path, args: tuple[str, ...], rows: int) -> None:

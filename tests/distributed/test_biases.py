@@ -43,7 +43,10 @@ def expected_tensors(base: torch.nn.Module, mode: str) -> set[str]:
     return names
 
 
-@pytest.fixture(params=["one process", "cpu_ddp", "cpu_zero2", "cpu_zero3"], scope="module")
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(params=["one process", "cpu_ddp", pytest.param("cpu_zero2", marks=SLOW), "cpu_zero3"], scope="module")
 def runs(
     request: pytest.FixtureRequest,
     forks: Forks,

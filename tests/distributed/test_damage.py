@@ -63,7 +63,7 @@ def test_corrupt_newest_checkpoint_is_quarantined_and_the_previous_one_used(
     runs.check_resumed(expected, preset)
 
 
-@pytest.mark.parametrize("preset", ["cpu_ddp", "cpu_zero3"])
+@pytest.mark.parametrize("preset", [pytest.param("cpu_ddp", marks=pytest.mark.slow), "cpu_zero3"])
 def test_killed_rank_ends_the_run(runs: Runs, preset: str, tmp_path: Path) -> None:
     """The other rank is waiting for it in a collective."""
     expected = runs.uninterrupted(preset)

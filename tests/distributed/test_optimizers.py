@@ -36,9 +36,8 @@ def check_against_one_process(runs: Runs, config: RunConfig, preset: str, folder
     assert f"resuming after step 2 from {runs.output}" in runs.forks.log()
 
 
-@pytest.mark.parametrize(
-    "preset", ["cpu_zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cpu_ddp", "zero1", "cpu_zero2"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["cpu_ddp", "zero1", "cpu_zero2", "cpu_zero3"])
 def test_all_knobs_at_once(forks: Forks, make_config: Callable[..., RunConfig], tmp_path: Path, preset: str) -> None:
     config = make_config(adapter=KNOBS_OF_ADAPTER, training=KNOBS, checkpoint={"every_steps": 1, "keep_last": 9})
     check_against_one_process(Runs(forks, config, tmp_path), config, preset, tmp_path / "alone", rel=1e-5)

@@ -24,7 +24,7 @@ CASES = [(backend, precision) for precision in ("no", "bf16", "fp16") for backen
 PROMPTS = ["repeat alpha", "repeat bravo and more than that"]
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(("backend", "precision"), CASES)
 def test_replies_during_training(
     forks: Forks,
@@ -63,7 +63,7 @@ def evaluation_sources(folder: Path) -> dict[str, Any]:
     return {"eval": [{"path": str(write_jsonl(folder / f"{name}.jsonl", rows))} for name, rows in files.items()]}
 
 
-@pytest.mark.parametrize("preset", ["cpu_ddp", "cpu_zero2", "cpu_zero3"])
+@pytest.mark.parametrize("preset", ["cpu_ddp", pytest.param("cpu_zero2", marks=pytest.mark.slow), "cpu_zero3"])
 def test_metrics_do_not_depend_on_ranks(
     forks: Forks, make_config: Callable[..., RunConfig], tmp_path: Path, preset: str
 ) -> None:
@@ -102,7 +102,7 @@ def flat_lines(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-@pytest.mark.parametrize("preset", ["cpu", "cpu_ddp"])
+@pytest.mark.parametrize("preset", [pytest.param("cpu", marks=pytest.mark.slow), "cpu_ddp"])
 def test_failed_reply_is_logged(
     forks: Forks, make_config: Callable[..., RunConfig], tmp_path: Path, preset: str
 ) -> None:

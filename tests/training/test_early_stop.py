@@ -99,6 +99,7 @@ def test_run_stops_early_and_exports_the_best(
     assert "finished after step 8, stopped early (of 20 steps); nothing to do" in caplog.text
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("fault", ["evaluate.begin@2", "step.begin@6", "evaluate.begin@4", "export.mid@1"])
 def test_resumed_run_stops_at_the_same_step_with_the_same_weights(
     overfitting: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
