@@ -569,7 +569,7 @@ def checkpoints(
     verify: Annotated[bool, typer.Option("--verify", help="Also compare the SHA-256 of every file.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the checkpoints of a run: step, age, size, figures, and whether each is valid, newest, best, exported."""
+    """List the checkpoints of a run: step, age, size, metrics, and whether each is valid, newest, best, exported."""
     from lora_accel.saving.listing import as_table, list_checkpoints
 
     infos = list_checkpoints(run, hashes=verify)

@@ -114,7 +114,7 @@ def summary_lines(
     resumed = f", resumed after step {resumed_from:,}" if resumed_from else ""
     losses = [("loss", loss), ("eval loss", eval_loss)]
     final_losses = ", ".join(f"{name} {value:.4f}" for name, value in losses if value is not None)
-    best = f", of step {exported['step']:,}: best {exported['figure']}" if exported["selected"] == "best" else ""
+    best = f", of step {exported['step']:,}: best {exported['metric']}" if exported["selected"] == "best" else ""
     return [
         f"finished: {steps:,} steps in {format_seconds(seconds)}{resumed}{_early_note(last_step, plan)}"
         + (f"; {final_losses}" if final_losses else ""),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lora_accel.config.metrics import check_metric_name, figures_of, load_metrics
+from lora_accel.config.metrics import check_metric_name, directions_of, load_metrics
 from lora_accel.config.schema import EvaluationSection
 from lora_accel.errors import ConfigError
 
@@ -38,10 +38,10 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "scores_of_mine"
 
 
-def test_figures_and_their_directions() -> None:
-    assert figures_of([], has_neutral=False) == {"eval_loss": False, "eval_perplexity": False}
+def test_metrics_and_their_directions() -> None:
+    assert directions_of([], has_neutral=False) == {"eval_loss": False, "eval_perplexity": False}
     metrics = ["bits_per_byte", "exact_match", "my_scores:accuracy"]
-    assert figures_of(metrics, has_neutral=True) == {
+    assert directions_of(metrics, has_neutral=True) == {
         "eval_loss": False,
         "eval_perplexity": False,
         "eval_bits_per_byte": False,

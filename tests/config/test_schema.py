@@ -210,11 +210,11 @@ HELD_OUT = {"train": [{"path": "rows.jsonl"}], "eval_fraction": 0.1}
         ({"checkpoint": {"keep_best": "eval_loss"}}, "checkpoint.keep_best: there are no evaluation rows"),
         (
             {"data": HELD_OUT, "evaluation": EVERY, "checkpoint": {"keep_best": "eval_los"}},
-            r"no figure 'eval_los' \(did you mean eval_loss\?\)",
+            r"no metric 'eval_los' \(did you mean eval_loss\?\)",
         ),
         (
             {"data": HELD_OUT, "evaluation": EVERY, "checkpoint": {"keep_best": "eval_exact_match"}},
-            "no figure 'eval_exact_match'; add exact_match to evaluation.metrics",
+            "no metric 'eval_exact_match'; add exact_match to evaluation.metrics",
         ),
         (
             {"data": HELD_OUT, "evaluation": EVERY | {"metrics": ["a:b"]}, "checkpoint": {"keep_best": "eval_b"}},

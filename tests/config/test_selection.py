@@ -12,12 +12,12 @@ from lora_accel.config.selection import Selection
 
 
 def selection(**changes: Any) -> Selection:
-    values = {"figure": "eval_loss", "is_larger_better": False, "keeps_best": True, "patience": 2, "min_delta": 0.0}
+    values = {"metric": "eval_loss", "is_larger_better": False, "keeps_best": True, "patience": 2, "min_delta": 0.0}
     return Selection(**(values | changes))
 
 
-def evaluations(*values: float, **figures: float) -> list[dict[str, float]]:
-    return [{"step": 10 * number, "eval_loss": x, **figures} for number, x in enumerate(values, start=1)]
+def evaluations(*values: float, **metrics: float) -> list[dict[str, float]]:
+    return [{"step": 10 * number, "eval_loss": x, **metrics} for number, x in enumerate(values, start=1)]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_has_stalled(values: tuple[float, ...], changes: dict[str, Any], has_sta
         (["mine:several"], {"keep_best": "eval_gain", "best_is": "max"}, True),
     ],
 )
-def test_direction_of_a_figure(metrics: list[str], checkpoint: dict[str, Any], is_larger_better: bool) -> None:
+def test_direction_of_a_metric(metrics: list[str], checkpoint: dict[str, Any], is_larger_better: bool) -> None:
     config = RunConfig.model_validate(
         {
             "output_dir": "run",

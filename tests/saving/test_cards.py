@@ -47,7 +47,7 @@ def test_the_cards_of_a_run_and_its_merge(make_config: Callable[..., RunConfig],
         assert f" {losses[-1]:.3g}\n" in card
 
 
-def test_a_plot_is_shown_only_if_it_is_in_the_folder(make_config: Callable[..., RunConfig]) -> None:
+def test_the_card_of_minimal_provenance(make_config: Callable[..., RunConfig]) -> None:
     provenance = {
         "config": make_config().model_dump(mode="json"),
         "plan": {"total_steps": 1, "batch_size": 4},
@@ -59,6 +59,10 @@ def test_a_plot_is_shown_only_if_it_is_in_the_folder(make_config: Callable[..., 
     card = model_card(provenance, saved, "")
     assert "loss.png" not in card
     assert "- owner/rows\n- c.jsonl\n" in card
+    best = provenance | {"exported": {"step": 1, "selected": "best", "metric": "eval_loss", "value": 2.5}}
+    assert "1 steps (of 1; eval_loss was best there: 2.5)" in model_card(best, saved, "")
+    unnamed = provenance | {"exported": {"step": 1, "selected": "best"}}  # of another version
+    assert "1 steps (of 1; its best one)" in model_card(unnamed, saved, "")
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_run_stops_early_and_exports_the_best(
     assert checkpoint_names(run) == ["step-00000004", "step-00000008"]
     assert_same_weights(run / "adapter", run / "checkpoints" / "step-00000004")
     exported = json.loads((run / "adapter" / "provenance.json").read_text())["exported"]
-    assert exported == {"step": 4, "selected": "best", "figure": "eval_loss", "value": best}
+    assert exported == {"step": 4, "selected": "best", "metric": "eval_loss", "value": best}
     assert (
         f"Trained for 4 steps (of 20; eval_loss was best there: {best:.4g})" in (run / "adapter/README.md").read_text()
     )
@@ -85,10 +85,10 @@ def test_run_stops_early_and_exports_the_best(
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["step"], status["total_steps"]) == ("done", 8, 20)
     (event,) = [line for line in read_metrics(run, "event") if line["event"] == "early_stop"]
-    assert (event["step"], event["figure"], event["best_step"]) == (8, "eval_loss", 4)
+    assert (event["step"], event["metric"], event["best_step"]) == (8, "eval_loss", 4)
 
     listed = json.loads(command("checkpoints", run, "--json").stdout)
-    assert [(x["step"], x["marks"], x["figures"]["eval_loss"]) for x in listed] == [
+    assert [(x["step"], x["marks"], x["metrics"]["eval_loss"]) for x in listed] == [
         (4, ["best", "exported"], best),
         (8, ["newest"], after_8),
     ]

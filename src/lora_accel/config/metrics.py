@@ -66,19 +66,19 @@ def check_metric_name(name: str) -> str:
     return name
 
 
-def figures_of(metrics: Sequence[str], *, has_neutral: bool) -> dict[str, bool | None]:
-    """Return the figures of an evaluation -> whether a larger value is better; None = a function of the user decides.
+def directions_of(metrics: Sequence[str], *, has_neutral: bool) -> dict[str, bool | None]:
+    """Return the metrics of an evaluation -> whether a larger value is better; None = a function of the user decides.
 
     Args:
         metrics: `evaluation.metrics`. A function that returns several numbers by name is listed by its own name only.
         has_neutral: whether there is neutral text.
     """
     names = ["loss", "perplexity", *metrics]
-    figures: dict[str, bool | None] = {
+    directions: dict[str, bool | None] = {
         f"eval_{name}": METRICS[name].larger_is_better for name in names if name in METRICS
     }
-    figures |= {f"eval_{name.split(':')[1]}": None for name in metrics if name not in METRICS}
-    return figures | ({f"eval_{NEUTRAL_LOSS}": False} if has_neutral else {})
+    directions |= {f"eval_{name.split(':')[1]}": None for name in metrics if name not in METRICS}
+    return directions | ({f"eval_{NEUTRAL_LOSS}": False} if has_neutral else {})
 
 
 def load_function(path: str) -> Callable[..., Any]:

@@ -62,7 +62,7 @@ def _as_modules(value: Any) -> Any:
     return _as_list(value) if isinstance(value, str) and "," in value else value
 
 
-def _as_figure(value: Any) -> Any:
+def _as_eval_metric(value: Any) -> Any:
     """Translate transformers' `loss`, which it also accepts as `eval_loss`."""
     return f"eval_{value.removeprefix('eval_')}" if isinstance(value, str) else UNKNOWN
 
@@ -119,7 +119,7 @@ PEERS: dict[str, Peer] = {
     ),
     "eval_steps": Peer("evaluation.every_steps"),
     "eval_on_start": Peer("evaluation.at_start"),
-    "metric_for_best_model": Peer("checkpoint.keep_best", _as_figure),
+    "metric_for_best_model": Peer("checkpoint.keep_best", _as_eval_metric),
     "load_best_model_at_end": Peer("checkpoint.export", _mapped({True: "best", False: "last"})),
     "early_stopping_patience": Peer("evaluation.patience"),
     "early_stopping_threshold": Peer("evaluation.min_delta"),

@@ -37,7 +37,7 @@ class Plan:
     evaluates_at_start: bool
     """Whether the first evaluation is before the first step."""
     saves_evaluated: bool
-    """Whether every evaluated step is saved, because one of them is selected by its figures."""
+    """Whether every evaluated step is saved, because one of them is selected by its metrics."""
 
     def position(self, step: int) -> tuple[int, int]:
         """Return (epoch, step within the epoch) of the 0-based step."""

@@ -24,7 +24,7 @@ from pydantic_core import PydanticKnownError
 from typing_extensions import Self
 
 from lora_accel.config.adapter_options import unsupported_adapter_options
-from lora_accel.config.metrics import METRICS, check_metric_name, figures_of
+from lora_accel.config.metrics import METRICS, check_metric_name, directions_of
 from lora_accel.config.optimizers import OPTIMIZERS
 from lora_accel.config.schedules import SCHEDULES, schedule_options
 from lora_accel.errors import did_you_mean, join_or
@@ -493,10 +493,10 @@ class CheckpointSection(Section):
     keep_last: int = Field(2, ge=1, le=MAX_STEPS)
     """Number of checkpoints to keep after the run. During the run at least 2 are kept, in case one is corrupt."""
     keep_best: str | None = None
-    """Figure of the evaluation, such as eval_loss or eval_exact_match (of evaluation.metrics), whose best checkpoint is
-    kept beside the newest ones. Every evaluated step is then saved. null = no checkpoint is kept for its figures."""
+    """Metric of the evaluation, such as eval_loss or eval_exact_match (of evaluation.metrics), whose best checkpoint is
+    kept beside the newest ones. Every evaluated step is then saved. null = no checkpoint is kept for its metrics."""
     best_is: Literal["auto", "min", "max"] = "auto"
-    """Whether the smallest or the largest value of keep_best is the best. auto = as the figure is defined."""
+    """Whether the smallest or the largest value of keep_best is the best. auto = as the metric is defined."""
     export: Literal["last", "best"] = "last"
     """Which weights adapter/ gets: those of the last step, or those of the best evaluated checkpoint (keep_best, or
     eval_loss)."""
@@ -609,9 +609,9 @@ class EvaluationSection(Section):
         return self
 
     @property
-    def figures(self) -> dict[str, bool | None]:
-        """Return the figures that an evaluation has; see `config.metrics.figures_of`."""
-        return figures_of(self.metrics, has_neutral=self.neutral is not None)
+    def metric_directions(self) -> dict[str, bool | None]:
+        """Return the metrics that an evaluation has; see `config.metrics.directions_of`."""
+        return directions_of(self.metrics, has_neutral=self.neutral is not None)
 
     @property
     def is_periodic(self) -> bool:
@@ -737,17 +737,17 @@ class RunConfig(Section):
                 f"{name}: the run is evaluated after its last step only; set evaluation.every_steps or "
                 "evaluation.every_epochs"
             )
-        return problems + self._figure_problems(checkpoint.keep_best or "eval_loss")
+        return problems + self._keep_best_problems(checkpoint.keep_best or "eval_loss")
 
-    def _figure_problems(self, figure: str) -> list[str]:
+    def _keep_best_problems(self, metric: str) -> list[str]:
         """Return what is wrong with `checkpoint.keep_best`."""
-        evaluation, figures = self.evaluation, self.evaluation.figures
-        has_function = None in figures.values()  # which may return further names
-        if figure not in figures and not (has_function and figure.startswith("eval_")):
-            hint = did_you_mean(figure, figures)
-            if (metric := figure.removeprefix("eval_")) in METRICS and metric not in evaluation.metrics:
-                hint = f"; add {metric} to evaluation.metrics"
-            return [f"checkpoint.keep_best: the evaluation has no figure {figure!r}{hint}"]
-        if figures.get(figure) is None and self.checkpoint.best_is == "auto":
-            return [f"checkpoint.keep_best={figure} is of your own function; set checkpoint.best_is to min or max"]
+        evaluation, directions = self.evaluation, self.evaluation.metric_directions
+        has_function = None in directions.values()  # which may return further names
+        if metric not in directions and not (has_function and metric.startswith("eval_")):
+            hint = did_you_mean(metric, directions)
+            if (name := metric.removeprefix("eval_")) in METRICS and name not in evaluation.metrics:
+                hint = f"; add {name} to evaluation.metrics"
+            return [f"checkpoint.keep_best: the evaluation has no metric {metric!r}{hint}"]
+        if directions.get(metric) is None and self.checkpoint.best_is == "auto":
+            return [f"checkpoint.keep_best={metric} is of your own function; set checkpoint.best_is to min or max"]
         return []

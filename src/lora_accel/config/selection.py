@@ -11,18 +11,18 @@ from typing_extensions import Self
 from lora_accel.config.schema import RunConfig
 
 Evaluation = Mapping[str, float]
-"""The figures of an evaluation by name (eval_loss, eval_tokens, …), and `step`, after which it was made."""
+"""The metrics of an evaluation by name (eval_loss, eval_tokens, …), and `step`, after which it was made."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """The figure that selects a checkpoint.
+    """The metric that selects a checkpoint.
 
     The evaluation before the first step does not take part: it was not saved. Neither does one of other evaluation
-    data, which a run may get when it resumes: its figures cannot be compared.
+    data, which a run may get when it resumes: its metrics cannot be compared.
     """
 
-    figure: str
+    metric: str
     is_larger_better: bool
     keeps_best: bool
     """Whether the best checkpoint is kept."""
@@ -33,14 +33,14 @@ class Selection:
     def from_config(cls, config: RunConfig) -> Self:
         """Return the selection of a run config."""
         checkpoint, evaluation = config.checkpoint, config.evaluation
-        figure = checkpoint.keep_best or "eval_loss"
+        metric = checkpoint.keep_best or "eval_loss"
         is_larger_better = (
-            evaluation.figures.get(figure) if checkpoint.best_is == "auto" else checkpoint.best_is == "max"
+            evaluation.metric_directions.get(metric) if checkpoint.best_is == "auto" else checkpoint.best_is == "max"
         )
-        return cls(figure, is_larger_better is True, checkpoint.keeps_best, evaluation.patience, evaluation.min_delta)
+        return cls(metric, is_larger_better is True, checkpoint.keeps_best, evaluation.patience, evaluation.min_delta)
 
     def best(self, evaluations: Sequence[Evaluation]) -> Evaluation | None:
-        """Return the evaluation with the best figure, the earliest of equal ones; None if none has a finite figure.
+        """Return the evaluation with the best metric, the earliest of equal ones; None if none has a finite one.
 
         Args:
             evaluations: in the order of their steps.
@@ -57,10 +57,10 @@ class Selection:
         return None if best is None else int(best["step"])
 
     def has_stalled(self, evaluations: Sequence[Evaluation]) -> bool:
-        """Whether the last `patience` evaluations did not improve the figure by more than `min_delta`."""
+        """Whether the last `patience` evaluations did not improve the metric by more than `min_delta`."""
         reference, num_without = None, 0
         for evaluation in _comparable(evaluations):
-            if self.figure not in evaluation and "eval_loss" in evaluation:
+            if self.metric not in evaluation and "eval_loss" in evaluation:
                 continue  # its replies failed
             num_without += 1
             if self._is_better(evaluation, reference, self.min_delta):
@@ -68,10 +68,10 @@ class Selection:
         return self.patience is not None and num_without >= self.patience
 
     def _is_better(self, evaluation: Evaluation, than: Evaluation | None, by: float = 0.0) -> bool:
-        value = evaluation.get(self.figure, math.nan)
+        value = evaluation.get(self.metric, math.nan)
         if than is None or not math.isfinite(value):
             return math.isfinite(value)
-        change = value - than[self.figure]
+        change = value - than[self.metric]
         return (change if self.is_larger_better else -change) > by
 
 

@@ -134,14 +134,14 @@ def comparison_page(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str
         "next": [],
         "replies": replies_by_run(runs, names),
         "sections": [
-            ("figures", "Final figures", True, [("", figures_table(runs, names))]),
+            ("metrics", "Final metrics", True, [("", final_metrics_table(runs, names))]),
             ("config", "Config differences", True, [("", differences_table(runs, names))]),
         ],
     }
 
 
 def facts(run: RunRecord) -> list[tuple[str, str]]:
-    """Return the figures at the top of the page, as (name, value)."""
+    """Return the values at the top of the page, as (name, value)."""
     log, best = run.log, run.best_checkpoint()
     rates = np.array(log.train.get("tokens_per_second", Series()).values)
     memory = log.train.get("peak_memory_bytes", Series()).values
@@ -251,7 +251,7 @@ def checkpoint_table(run: RunRecord) -> Table:
             info.name,
             f"{info.step:,}",
             f"{info.bytes / 1e6:,.1f} MB",
-            format_number(info.figures.get("eval_loss")),
+            format_number(info.metrics.get("eval_loss")),
             "valid" if info.reason is None else info.reason,
             ", ".join(info.marks),
         ]
@@ -384,8 +384,8 @@ def provenance_table(run: RunRecord) -> Table:
     return _table(["", ""], rows)
 
 
-def figures_table(runs: Sequence[RunRecord], names: Sequence[str]) -> Table:
-    """Return the last figures of each run."""
+def final_metrics_table(runs: Sequence[RunRecord], names: Sequence[str]) -> Table:
+    """Return the last metrics of each run."""
     rows = []
     for run, name in zip(runs, names, strict=True):
         best, rates = run.best_checkpoint(), run.log.train.get("tokens_per_second", Series()).values

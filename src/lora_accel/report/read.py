@@ -94,12 +94,12 @@ class RunRecord:
         return []
 
     def best_checkpoint(self) -> tuple[CheckpointInfo, str, float] | None:
-        """Return the best checkpoint that exists, the figure that selects it, and its value."""
+        """Return the best checkpoint that exists, the metric that selects it, and its value."""
         best = next((info for info in self.checkpoints if "best" in info.marks), None)
         selection = selection_of(self.folder)
-        if best is None or selection is None or selection.figure not in best.figures:
+        if best is None or selection is None or selection.metric not in best.metrics:
             return None
-        return best, selection.figure, best.figures[selection.figure]
+        return best, selection.metric, best.metrics[selection.metric]
 
 
 def read_run(folder: Path) -> RunRecord:

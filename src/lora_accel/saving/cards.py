@@ -124,7 +124,10 @@ def _steps(provenance: Mapping[str, Any]) -> str:
     total = provenance["plan"]["total_steps"]
     exported, step = provenance.get("exported") or {}, exported_step(provenance)
     if exported.get("selected") == "best":
-        return f"{step} steps (of {total}; {exported['figure']} was best there: {exported['value']:.4g})"
+        best = (
+            f"{exported['metric']} was best there: {exported['value']:.4g}" if "metric" in exported else "its best one"
+        )
+        return f"{step} steps (of {total}; {best})"
     if step == total:
         return f"{step} steps"
     return f"{step} steps ({'' if exported.get('selected') == 'checkpoint' else 'stopped early, '}of {total})"
@@ -189,9 +192,9 @@ def _training_section(provenance: Mapping[str, Any], results: RunResults | None)
 """
     if results is not None and results.evaluation is not None:
         rows = evaluation_rows(results.evaluation)
-        metrics = list(dict.fromkeys(metric for _, figures in rows for metric in figures))
+        metrics = list(dict.fromkeys(metric for _, values in rows for metric in values))
         cells = [
-            [data_name(name), *(f"{figures[x]:.5g}" if x in figures else "" for x in metrics)] for name, figures in rows
+            [data_name(name), *(f"{values[x]:.5g}" if x in values else "" for x in metrics)] for name, values in rows
         ]
         text += f"\nEvaluation after step {results.evaluation['step']}:\n\n{_table(('data', *metrics), cells)}\n"
     if results is not None and results.losses:

@@ -50,7 +50,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def evaluations(self) -> list[dict[str, float]]:
-        """Return the step and the figures of each evaluation before the checkpoint."""
+        """Return the step and the metrics of each evaluation before the checkpoint."""
         return list(self.state["evaluations"])
 
 

@@ -1,4 +1,4 @@
-"""The list of a run's checkpoints, with the figures of their evaluations. Reads no tensors."""
+"""The list of a run's checkpoints, with the metrics of their evaluations. Reads no tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_accel.errors import ArtifactError
 from lora_accel.paths import has_access
 from lora_accel.saving.atomic import read_json, why_invalid
 from lora_accel.saving.discovery import FILES, QUARANTINED, step_folders
-from lora_accel.saving.results import METRICS, eval_figures, read_log
+from lora_accel.saving.results import METRICS_FILE, eval_metrics, read_log
 
 
 @dataclasses.dataclass
@@ -31,10 +31,10 @@ class CheckpointInfo:
     bytes: int
     reason: str | None
     """Why it cannot be used; None = it can."""
-    figures: dict[str, float]
+    metrics: dict[str, float]
     """Of the evaluation after its step; empty = not evaluated."""
     marks: list[str] = dataclasses.field(default_factory=list)
-    """newest: the run resumes from it | best: of the figure that the config selects by | exported: adapter/ has its
+    """newest: the run resumes from it | best: of the metric that the config selects by | exported: adapter/ has its
     weights."""
 
 
@@ -50,7 +50,7 @@ def list_checkpoints(run: Path, *, hashes: bool) -> list[CheckpointInfo]:
     folder = run / "checkpoints"
     if not folder.is_dir():
         raise ArtifactError(f"{run}: no checkpoints/ folder; pass the output_dir of a run")
-    steps, figures = step_folders(folder), read_figures(run)
+    steps, evaluations = step_folders(folder), read_evaluations(run)
     quarantined = sorted(
         path for path in folder.iterdir() if re.fullmatch(rf"({'|'.join(QUARANTINED)})-step-\d{{8,}}.*", path.name)
     )
@@ -64,42 +64,42 @@ def list_checkpoints(run: Path, *, hashes: bool) -> list[CheckpointInfo]:
             readable = path.is_dir() and has_access(path, os.R_OK | os.X_OK)
             size = sum(file.lstat().st_size for file in path.iterdir()) if readable else 0
             age = time.time() - path.lstat().st_mtime
-            own_figures = {} if path in quarantined else figures.get(step, {})
-            infos.append(CheckpointInfo(path.name, step, age, size, reason, own_figures))
-    _mark(run, infos, figures)
+            metrics = {} if path in quarantined else evaluations.get(step, {})
+            infos.append(CheckpointInfo(path.name, step, age, size, reason, metrics))
+    _mark(run, infos, evaluations)
     return infos
 
 
 def as_table(run: Path, infos: Sequence[CheckpointInfo], *, hashes: bool) -> list[tuple[str, ...]]:
     """Return a list of checkpoints as rows of a table, the column headers first.
 
-    Of the figures it has the loss, and the one by which the run selects a checkpoint.
+    Of the metrics it has the loss, and the one by which the run selects a checkpoint.
 
     Args:
         hashes: whether the SHA-256 of the files were compared.
     """
     selection = selection_of(run)
-    names = dict.fromkeys(["eval_loss", *([selection.figure] if selection else [])])
-    names = {name: None for name in names if any(name in info.figures for info in infos)}
+    names = dict.fromkeys(["eval_loss", *([selection.metric] if selection else [])])
+    names = {name: None for name in names if any(name in info.metrics for info in infos)}
     rows = [("checkpoint", "step", "age", "size", *names, "bytes and hashes" if hashes else "state", "")]
     for info in infos:
-        figures = [f"{info.figures[name]:.4f}" if name in info.figures else "" for name in names]
+        metrics = [f"{info.metrics[name]:.4f}" if name in info.metrics else "" for name in names]
         age, size = f"{info.age_seconds / 3600:,.1f} h", f"{info.bytes / 1e6:,.1f} MB"
-        rows.append((info.name, str(info.step), age, size, *figures, info.reason or "valid", ", ".join(info.marks)))
+        rows.append((info.name, str(info.step), age, size, *metrics, info.reason or "valid", ", ".join(info.marks)))
     return rows
 
 
-def read_figures(run: Path) -> dict[int, dict[str, float]]:
-    """Return the figures of a run's evaluations by their step, from its metrics.jsonl."""
-    figures = {}
-    for line in read_log(run / METRICS):
+def read_evaluations(run: Path) -> dict[int, dict[str, float]]:
+    """Return the metrics of a run's evaluations by their step, from its metrics.jsonl."""
+    evaluations = {}
+    for line in read_log(run / METRICS_FILE):
         if line.get("kind") == "eval" and isinstance(line.get("step"), int):
-            figures[line["step"]] = eval_figures(line)
-    return figures
+            evaluations[line["step"]] = eval_metrics(line)
+    return evaluations
 
 
 def selection_of(run: Path) -> Selection | None:
-    """Return the figure by which a run selects a checkpoint; None = its config is missing or of another version."""
+    """Return the metric by which a run selects a checkpoint; None = its config is missing or of another version."""
     try:
         recorded = read_json(run / "provenance.json")["config"]
         return Selection.from_config(RunConfig.model_validate(recorded))
@@ -107,14 +107,14 @@ def selection_of(run: Path) -> Selection | None:
         return None
 
 
-def _mark(run: Path, infos: list[CheckpointInfo], figures: Mapping[int, Mapping[str, float]]) -> None:
+def _mark(run: Path, infos: list[CheckpointInfo], evaluations: Mapping[int, Mapping[str, float]]) -> None:
     """Mark the newest valid, the best and the exported checkpoint."""
     usable = [info for info in infos if info.reason is None]
     if usable:
         usable[-1].marks.append("newest")
     selection = selection_of(run)
-    evaluations = [{"step": step, **values} for step, values in sorted(figures.items()) if step > 0]
-    best = selection.best(evaluations) if selection and evaluations else None
+    saved = [{"step": step, **metrics} for step, metrics in sorted(evaluations.items()) if step > 0]
+    best = selection.best(saved) if selection and saved else None
     exported = _exported_step(run / "adapter")
     for info in usable:
         info.marks += ["best"] if best is not None and info.step == best["step"] else []

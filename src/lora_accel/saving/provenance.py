@@ -101,8 +101,8 @@ class Exported(TypedDict):
     """The step after which they were saved."""
     selected: str
     """last | best"""
-    figure: NotRequired[str]
-    """Name of the figure that is the best there."""
+    metric: NotRequired[str]
+    """Name of the metric that is the best there."""
     value: NotRequired[float]
 
 

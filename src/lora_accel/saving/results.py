@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from lora_accel.paths import open_to_read
 
-METRICS = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 BARS = "▁▂▃▄▅▆▇█"
 MAX_BARS = 40
 
@@ -33,7 +33,7 @@ def read_results(run: Path, step: int | None = None) -> RunResults:
         step: the last step to consider; None = all.
     """
     evaluation, losses = None, {}
-    for line in read_log(run / METRICS):
+    for line in read_log(run / METRICS_FILE):
         at = line.get("step")
         if not isinstance(at, int) or (step is not None and at > step):
             continue
@@ -59,17 +59,17 @@ def loss_curve(results: RunResults) -> str:
 
 
 def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
-    """Return the figures of an evaluation by source, that of all sources first: (name, {metric: value})."""
+    """Return the metrics of an evaluation by source, that of all sources first: (name, {metric: value})."""
     sources = evaluation.get("sources")
     parts = {"all": evaluation} | (sources if isinstance(sources, dict) and len(sources) > 1 else {})
     return [
-        (str(name), {key.removeprefix("eval_"): value for key, value in eval_figures(values).items()})
+        (str(name), {key.removeprefix("eval_"): value for key, value in eval_metrics(values).items()})
         for name, values in parts.items()
         if isinstance(values, Mapping)
     ]
 
 
-def eval_figures(values: Mapping[str, Any]) -> dict[str, float]:
+def eval_metrics(values: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of an evaluation, or of one of its sources, by their names `eval_…`."""
     return {
         key: value

@@ -95,7 +95,7 @@ def prepare_data(config: RunConfig, num_ranks: int = 1) -> PreparedData:
         limit = config.evaluation.num_replies
         questions = load_questions(evaluation, recipe.template(), limit=limit, seed=config.seed)
     returned, selected = check_scorers(scorers, questions), config.checkpoint.keep_best
-    if selected is not None and config.evaluation.figures.get(selected) is None and selected not in returned:
+    if selected is not None and config.evaluation.metric_directions.get(selected) is None and selected not in returned:
         hint = did_you_mean(selected, returned)
         raise ConfigError(f"checkpoint.keep_best: no function of evaluation.metrics returns {selected}{hint}")
     return PreparedData(

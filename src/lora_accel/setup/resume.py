@@ -105,7 +105,7 @@ def _kept_same_best(checkpoint: Checkpoint, config: RunConfig) -> bool:
     except (ValidationError, KeyError, TypeError):
         return False
     then = Selection.from_config(recorded)
-    return (then.keeps_best, then.figure, then.is_larger_better) == (True, now.figure, now.is_larger_better)
+    return (then.keeps_best, then.metric, then.is_larger_better) == (True, now.metric, now.is_larger_better)
 
 
 def _check_derived(checkpoint: Checkpoint, seed: int | None, plan: Plan) -> None:

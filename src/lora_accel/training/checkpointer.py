@@ -73,17 +73,17 @@ class Checkpointer:
         best = self.selection.best(progress.evaluations) if self.config.checkpoint.export == "best" else None
         if best is None:
             return exported
-        figure, step = self.selection.figure, int(best["step"])
+        metric, step = self.selection.metric, int(best["step"])
         if step < progress.step:
             folder = step_folder(self.folder, step)
             with on_all_ranks(self.accelerator, "checking the best checkpoint"):
                 if reason := why_invalid(folder, required=FILES):
                     raise TrainingError(
-                        f"checkpoint.export=best: {folder} has the best {figure}, but cannot be used: {reason}. To "
+                        f"checkpoint.export=best: {folder} has the best {metric}, but cannot be used: {reason}. To "
                         "export the weights of the last step, run the same command with checkpoint.export=last"
                     )
             restore_adapter(unwrap_peft_model(self.accelerator, self.model), folder, backend_of(self.accelerator))
-        return exported | {"step": step, "selected": "best", "figure": figure, "value": best[figure]}
+        return exported | {"step": step, "selected": "best", "metric": metric, "value": best[metric]}
 
     def save(self, progress: Progress) -> None:
         """Save the state after `progress.step` steps, then delete checkpoints that are no longer needed.

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 
 from lora_accel.errors import Interrupted, TrainingError, exit_code_of
 from lora_accel.faults import fault_point
-from lora_accel.saving.results import eval_figures
+from lora_accel.saving.results import eval_metrics
 from lora_accel.training.progress import Progress, StepResult
 from lora_accel.training.step import Run, train_step
 
@@ -66,22 +66,22 @@ def evaluate_if_due(run: Run, progress: Progress) -> bool:
     if done == 0:
         return False  # it has no checkpoint that could be selected
     selection = run.checkpointer.selection
-    kept = {"eval_tokens", selection.figure, *run.checkpointer.config.evaluation.figures}
-    figures = {name: value for name, value in finite_figures(values).items() if name in kept}
-    progress.evaluations.append({"step": done, **figures})
+    kept = {"eval_tokens", selection.metric, *run.checkpointer.config.evaluation.metric_directions}
+    metrics = {name: value for name, value in finite_metrics(values).items() if name in kept}
+    progress.evaluations.append({"step": done, **metrics})
     if done == run.plan.total_steps or not selection.has_stalled(progress.evaluations):
         return False
     best = selection.best(progress.evaluations)
-    run.metrics.log_event(done, "early_stop", figure=selection.figure, best_step=best and best["step"])
+    run.metrics.log_event(done, "early_stop", metric=selection.metric, best_step=best and best["step"])
     run.metrics.print(
-        f"step {done}: stopping early: {selection.figure} has not improved in the last {selection.patience} evaluations"
+        f"step {done}: stopping early: {selection.metric} has not improved in the last {selection.patience} evaluations"
     )
     return True
 
 
-def finite_figures(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures among the values of an evaluation, without those that are not finite."""
-    return {name: value for name, value in eval_figures(values).items() if math.isfinite(value)}
+def finite_metrics(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics among the values of an evaluation, without those that are not finite."""
+    return {name: value for name, value in eval_metrics(values).items() if math.isfinite(value)}
 
 
 def log_overflow(run: Run, done: int) -> None:
