@@ -16,7 +16,7 @@ from lora_accel.errors import ConfigError
 from lora_accel.inference.evaluation import evaluate
 from lora_accel.setup.data import prepare_data
 from lora_accel.training import replies as module
-from lora_accel.training.replies import FailedReply, Replier, group_prompts
+from lora_accel.training.replies import FailedReply, ReplyGenerator, group_prompts
 from tests.conftest import chat_rows, read_metrics, write_jsonl
 
 
@@ -43,7 +43,9 @@ class Calls:
         monkeypatch.setattr(module, "generate_replies", generate)
 
 
-def make_replier(model: Path, tokenizer: PreTrainedTokenizerFast, accelerator: Any = None, **changes: Any) -> Replier:
+def make_generator(
+    model: Path, tokenizer: PreTrainedTokenizerFast, accelerator: Any = None, **changes: Any
+) -> ReplyGenerator:
     options: dict[str, Any] = {
         "ends": [4],
         "max_new_tokens": 4,
@@ -52,7 +54,7 @@ def make_replier(model: Path, tokenizer: PreTrainedTokenizerFast, accelerator: A
         "is_sharded": False,
     }
     loaded = AutoModelForCausalLM.from_pretrained(model)
-    return Replier(accelerator or Accelerator(), loaded, tokenizer, **(options | changes))
+    return ReplyGenerator(accelerator or Accelerator(), loaded, tokenizer, **(options | changes))
 
 
 PROMPTS = [[5, 6], [7] * 30, [8, 9, 10], [11], [12] * 5]
@@ -61,12 +63,12 @@ PROMPTS = [[5, 6], [7] * 30, [8, 9, 10], [11], [12] * 5]
 def test_only_the_prompt_that_fails_has_no_reply(
     tiny_model: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replier = make_replier(tiny_model(), tokenizer)
-    expected = replier.reply(PROMPTS)
+    generator = make_generator(tiny_model(), tokenizer)
+    expected = generator.generate(PROMPTS)
     assert all(isinstance(reply, str) for reply in expected)
     calls = Calls(monkeypatch, failing=[2])
     expected[2] = FailedReply("RuntimeError: 1 prompt(s)")
-    assert replier.reply(PROMPTS) == expected
+    assert generator.generate(PROMPTS) == expected
     assert calls.batches == [[3, 0, 2, 4], [3], [0], [2], [4], [1]]
 
 
@@ -79,7 +81,7 @@ def test_ranks_divide_the_same_batches(
 ) -> None:
     """With sharded weights, every rank generates all."""
     calls = Calls(monkeypatch)
-    expected = make_replier(tiny_model(), tokenizer, max_tokens=20).reply(PROMPTS)
+    expected = make_generator(tiny_model(), tokenizer, max_tokens=20).generate(PROMPTS)
     batches, parts = [*calls.batches], []
     monkeypatch.setattr(module, "gather_object", lambda part: [*parts, *part])
 
@@ -89,10 +91,10 @@ def test_ranks_divide_the_same_batches(
     for rank in (0, 1):
         calls.batches.clear()
         Rank.process_index = rank
-        replier = make_replier(tiny_model(), tokenizer, Rank(), max_tokens=20, is_sharded=is_sharded)
+        generator = make_generator(tiny_model(), tokenizer, Rank(), max_tokens=20, is_sharded=is_sharded)
         if rank == 0:
             parts.append({number: str(expected[number]) for batch in batches[1::2] for number in batch})
-        assert replier.reply(PROMPTS) == expected
+        assert generator.generate(PROMPTS) == expected
         assert calls.batches == (batches if is_sharded else batches[rank::2])
         parts[:] = [{number: str(expected[number]) for batch in batches[0::2] for number in batch}]
 
@@ -179,8 +181,8 @@ def test_metrics_that_cannot_be_computed_are_errors_before_the_model_is_loaded(
 def test_the_seed_selects_some_rows_of_each_source(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     sources = [{"path": str(write_jsonl(tmp_path / f"{n}.jsonl", chat_rows(n)))} for n in (3, 15)]
     data, options = {"eval": sources}, {"metrics": ["exact_match"], "num_replies": 6}
-    questions = prepare_data(make_config(data=data, evaluation=options)).questions
-    assert [question.source for question in questions] == [sources[0]["path"]] * 3 + [sources[1]["path"]] * 6
-    again = prepare_data(make_config(data=data, evaluation=options, seed=1)).questions
-    assert again[:3] == questions[:3]
-    assert again[3:] != questions[3:]
+    prompts = prepare_data(make_config(data=data, evaluation=options)).scored_prompts
+    assert [prompt.source for prompt in prompts] == [sources[0]["path"]] * 3 + [sources[1]["path"]] * 6
+    again = prepare_data(make_config(data=data, evaluation=options, seed=1)).scored_prompts
+    assert again[:3] == prompts[:3]
+    assert again[3:] != prompts[3:]

@@ -11,7 +11,7 @@ import pytest
 from lora_accel.config.metrics import METRICS, load_metrics
 from lora_accel.errors import ConfigError
 from lora_accel.training.scores import find_calls
-from lora_accel.training.scoring import Question, score_by_source, score_replies
+from lora_accel.training.scoring import ScoredPrompt, score_by_source, score_replies
 
 CALL = '{"name": "weather", "arguments": {"city": "Rome", "days": 2}}'
 CASES: list[tuple[str, str, str, float]] = [
@@ -70,13 +70,13 @@ def test_calls_within_other_objects_are_found() -> None:
     assert find_calls(text) == [("f", {"x": 1})]
 
 
-def questions(*sources: str) -> list[Question]:
-    return [Question(source, [5], "prompt", f"answer {number}") for number, source in enumerate(sources)]
+def scored_prompts(*sources: str) -> list[ScoredPrompt]:
+    return [ScoredPrompt(source, [5], "prompt", f"answer {number}") for number, source in enumerate(sources)]
 
 
 def test_metrics_of_all_sources_and_of_each() -> None:
-    asked = questions("a", "b", "a")
-    overall, by_source = score_by_source(load_metrics(["exact_match"]), asked, ["answer 0", "wrong", "answer 2"])
+    prompts = scored_prompts("a", "b", "a")
+    overall, by_source = score_by_source(load_metrics(["exact_match"]), prompts, ["answer 0", "wrong", "answer 2"])
     assert overall == {"eval_exact_match": pytest.approx(2 / 3)}
     assert by_source == {"a": {"eval_exact_match": 1.0}, "b": {"eval_exact_match": 0.0}}
 
@@ -93,7 +93,7 @@ def test_functions_of_the_user() -> None:
         "my:lengths": lambda prompts, replies, references: {"mean-length": len(replies[0]), "n": len(prompts)},
     }
     expected = {"eval_first": 0.5, "eval_mean-length": 3.0, "eval_n": 1.0}
-    assert score_replies(scorers, questions("a"), ["two"]) == expected
+    assert score_replies(scorers, scored_prompts("a"), ["two"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -115,11 +115,11 @@ def test_invalid_results_are_named(result: Any, message: str) -> None:
         return result
 
     with pytest.raises(ConfigError) as caught:
-        score_replies({"my:score": score}, questions("a"), [""])
+        score_replies({"my:score": score}, scored_prompts("a"), [""])
     assert f"evaluation.metrics: my:score {message}" in str(caught.value)
 
 
 def test_two_functions_cannot_return_the_same_name() -> None:
     functions: dict[str, Callable[..., Any]] = {"one:score": lambda *_: 1.0, "two:score": lambda *_: 2.0}
     with pytest.raises(ConfigError, match="two:score returned score, which another one returns"):
-        score_replies(functions, questions("a"), [""])
+        score_replies(functions, scored_prompts("a"), [""])

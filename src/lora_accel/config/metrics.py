@@ -32,7 +32,7 @@ class MetricSpec:
 
     @property
     def needs_replies(self) -> bool:
-        """Whether the model has to reply to the questions of the evaluation rows."""
+        """Whether the model has to reply to the prompts of the evaluation rows."""
         return self.path is not None
 
 

@@ -17,7 +17,7 @@ from lora_accel.inference.models import find_adapters, load_candidates, name_ada
 if TYPE_CHECKING:
     from lora_accel.data.chat import Example
     from lora_accel.data.template import ChatTemplate
-    from lora_accel.training.scoring import Question, Scorers
+    from lora_accel.training.scoring import ScoredPrompt, Scorers
 
 DEFAULT_METRICS = ("loss", "perplexity", "exact_match")
 """What `evaluate` computes unless metrics are requested; in addition to those of the run config."""
@@ -54,7 +54,7 @@ class _EvaluationData(NamedTuple):
     """Bytes of the supervised text of each source; None = bits per byte are not requested."""
     scorers: Scorers
     """The metrics that need replies."""
-    questions: list[Question]
+    scored_prompts: list[ScoredPrompt]
     neutral: list[Example]
 
 
@@ -121,8 +121,8 @@ def evaluate(
             if data.neutral:
                 losses[f"eval_{NEUTRAL_LOSS}"] = evaluate_batch(accelerator, model, step_batch(data.neutral, options))
         replies = []
-        if data.questions:
-            prompts, sampling = [question.ids for question in data.questions], config.evaluation.generation
+        if data.scored_prompts:
+            prompts, sampling = [prompt.ids for prompt in data.scored_prompts], config.evaluation.generation
             replies = reply_in_batches(name, model, data.template, prompts, batch_size, max_new_tokens, sampling)
         scores.append(_score(name, losses, replies, data))
         del model  # frees memory for the merged model
@@ -148,17 +148,17 @@ def _load_data(config: RunConfig, metrics: Sequence[str], scorers: Scorers, *, i
     from lora_accel.data.splits import examples_by_name, load_evaluation
     from lora_accel.model.tokenizer import padding_id
     from lora_accel.setup.neutral import neutral_examples
-    from lora_accel.setup.questions import check_scorers, count_bytes, load_questions
     from lora_accel.setup.recipe import make_recipe
+    from lora_accel.setup.scored_prompts import check_scorers, count_bytes, load_scored_prompts
     from lora_accel.setup.sizes import check_examples
 
     recipe = make_recipe(config)
     template, sources = recipe.template(), load_evaluation(config.data, config.seed, recipe)
     sizes = check_examples(config, recipe.template, [source.examples for source in sources])
     by_name, num_bytes = examples_by_name(sources), None
-    questions = load_questions(sources, template) if scorers else []
-    if questions or not is_default:
-        check_scorers(scorers, questions)
+    scored_prompts = load_scored_prompts(sources, template) if scorers else []
+    if scored_prompts or not is_default:
+        check_scorers(scorers, scored_prompts)
     if "bits_per_byte" in metrics:
         num_bytes = {name: count_bytes(examples, template.tokenizer) for name, examples in by_name.items()}
     return _EvaluationData(
@@ -167,7 +167,7 @@ def _load_data(config: RunConfig, metrics: Sequence[str], scorers: Scorers, *, i
         sources=by_name,
         num_bytes=num_bytes,
         scorers=scorers,
-        questions=questions,
+        scored_prompts=scored_prompts,
         neutral=neutral_examples(config, recipe.template, sizes),
     )
 
@@ -178,8 +178,8 @@ def _score(name: str, losses: dict[str, Any], replies: Sequence[str], data: _Eva
     from lora_accel.training.scoring import score_by_source
 
     sources = losses.pop("sources", {})
-    if data.questions:
-        overall, by_source = score_by_source(data.scorers, data.questions, replies)
+    if data.scored_prompts:
+        overall, by_source = score_by_source(data.scorers, data.scored_prompts, replies)
         losses |= overall
         sources = {source: values | by_source.get(source, {}) for source, values in sources.items()}
     return Score(
@@ -188,7 +188,7 @@ def _score(name: str, losses: dict[str, Any], replies: Sequence[str], data: _Eva
         eval_perplexity=perplexity(losses["eval_loss"]),
         eval_tokens=losses["eval_tokens"],
         exact_match=losses.pop("eval_exact_match", None),
-        rows=len(data.questions),
+        rows=len(data.scored_prompts),
         sources=sources,
         metrics={key: value for key, value in losses.items() if key not in ("eval_loss", "eval_tokens")},
     )

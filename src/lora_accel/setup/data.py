@@ -20,10 +20,10 @@ from lora_accel.errors import ConfigError, did_you_mean
 from lora_accel.logs import logger
 from lora_accel.model.tokenizer import padding_id
 from lora_accel.setup.neutral import neutral_examples
-from lora_accel.setup.questions import check_scorers, load_questions
 from lora_accel.setup.recipe import make_recipe
+from lora_accel.setup.scored_prompts import check_scorers, load_scored_prompts
 from lora_accel.setup.sizes import check_examples, check_prompts
-from lora_accel.training.scoring import Question, Scorers
+from lora_accel.training.scoring import ScoredPrompt, Scorers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PreparedData:
     """Tokens that the model has."""
     scorers: Scorers
     """Those of `evaluation.metrics` that need replies."""
-    questions: list[Question]
+    scored_prompts: list[ScoredPrompt]
     """What they ask; empty if there are none of them."""
     neutral: list[Example]
     """The neutral text; empty if there is none."""
@@ -90,11 +90,11 @@ def prepare_data(config: RunConfig, num_ranks: int = 1) -> PreparedData:
     named_prompts = {f"evaluation.prompts[{number}]": ids for number, ids in enumerate(prompts)}
     if prompts:
         check_prompts(config.model, recipe.template().tokenizer, named_prompts, sizes)
-    questions: list[Question] = []
+    scored_prompts: list[ScoredPrompt] = []
     if scorers:
         limit = config.evaluation.num_replies
-        questions = load_questions(evaluation, recipe.template(), limit=limit, seed=config.seed)
-    returned, selected = check_scorers(scorers, questions), config.checkpoint.keep_best
+        scored_prompts = load_scored_prompts(evaluation, recipe.template(), limit=limit, seed=config.seed)
+    returned, selected = check_scorers(scorers, scored_prompts), config.checkpoint.keep_best
     if selected is not None and config.evaluation.metric_directions.get(selected) is None and selected not in returned:
         hint = did_you_mean(selected, returned)
         raise ConfigError(f"checkpoint.keep_best: no function of evaluation.metrics returns {selected}{hint}")
@@ -108,7 +108,7 @@ def prepare_data(config: RunConfig, num_ranks: int = 1) -> PreparedData:
         plan,
         sizes.vocab_size,
         scorers=scorers,
-        questions=questions,
+        scored_prompts=scored_prompts,
         neutral=neutral_examples(config, recipe.template, sizes),
     )
 
@@ -124,10 +124,10 @@ def log_data(config: RunConfig, data: PreparedData) -> None:
         names = short_names([source.path for source in data.sources])
         logger.info(format_table("examples per epoch", zip(names, map(describe_share, data.sources), strict=True)))
     logger.info(format_table("plan", data.plan.table()))
-    if data.questions:
+    if data.scored_prompts:
         logger.info(
-            f"note: {', '.join(data.scorers)}: computed from replies to {len(data.questions):,} evaluation rows, at "
-            f"most {config.evaluation.num_replies:,} of each source (evaluation.num_replies)"
+            f"note: {', '.join(data.scorers)}: computed from replies to {len(data.scored_prompts):,} evaluation rows, "
+            f"at most {config.evaluation.num_replies:,} of each source (evaluation.num_replies)"
         )
     for note in (*end_notes(data.dataset.ledgers, config.data), *raw_notes(data.dataset.ledgers)):
         logger.info(f"note: {note}")

@@ -16,12 +16,12 @@ from lora_accel.saving.provenance import Provenance
 from lora_accel.saving.status import Note
 from lora_accel.setup.data import PreparedData
 from lora_accel.setup.model import PreparedModel
-from lora_accel.setup.questions import count_bytes
 from lora_accel.setup.resume import ResumePoint
+from lora_accel.setup.scored_prompts import count_bytes
 from lora_accel.training.checkpointer import Checkpointer
 from lora_accel.training.evaluator import Evaluator
 from lora_accel.training.metrics import Metrics
-from lora_accel.training.replies import Replier
+from lora_accel.training.replies import ReplyGenerator
 from lora_accel.training.step import Run
 from lora_accel.training.stopping import Stop
 
@@ -104,8 +104,8 @@ def _evaluator(
         num_bytes=num_bytes,
         neutral=step_batch(data.neutral, options) if data.neutral else None,
         scorers=data.scorers,
-        questions=data.questions,
-        replier=Replier(
+        scored_prompts=data.scored_prompts,
+        reply_generator=ReplyGenerator(
             accelerator=accelerator,
             model=prepared.model,
             tokenizer=tokenizer,

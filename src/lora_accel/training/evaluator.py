@@ -17,7 +17,7 @@ from lora_accel.errors import ConfigError
 from lora_accel.training import scoring
 from lora_accel.training.loss import summed_token_loss
 from lora_accel.training.metrics import Metrics
-from lora_accel.training.replies import FailedReply, Replier, Reply
+from lora_accel.training.replies import FailedReply, Reply, ReplyGenerator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Evaluator:
     neutral: StepBatch | None
     """This rank's micro-batches of the neutral text; None = there is none."""
     scorers: scoring.Scorers
-    """Functions that score replies to the questions."""
-    questions: Sequence[scoring.Question]
-    replier: Replier
+    """Functions that score the replies to `scored_prompts`."""
+    scored_prompts: Sequence[scoring.ScoredPrompt]
+    reply_generator: ReplyGenerator
     prompts: Sequence[str]
     """`evaluation.prompts`."""
     prompt_ids: Sequence[list[int]]
@@ -55,12 +55,12 @@ class Evaluator:
             with metrics.activity("evaluating on neutral text"):
                 values[f"eval_{NEUTRAL_LOSS}"] = evaluate(self.accelerator, self.model, self.neutral)
         if self.scorers:
-            with metrics.activity(f"replying to {len(self.questions):,} evaluation rows"):
-                replies = self.replier.reply([question.ids for question in self.questions])
+            with metrics.activity(f"replying to {len(self.scored_prompts):,} evaluation rows"):
+                replies = self.reply_generator.generate([prompt.ids for prompt in self.scored_prompts])
                 self._add_scores(values, replies)
         if self.prompts:
             with metrics.activity("replying to evaluation.prompts"):
-                replies = self.replier.reply(self.prompt_ids)
+                replies = self.reply_generator.generate(self.prompt_ids)
             values["replies"] = list(zip(self.prompts, replies, strict=True))
         return values
 
@@ -72,7 +72,7 @@ class Evaluator:
         scores: tuple[dict[str, float], dict[str, dict[str, float]]] | str = ""
         if self.accelerator.is_main_process:
             try:
-                scores = scoring.score_by_source(self.scorers, self.questions, require_replies(replies))
+                scores = scoring.score_by_source(self.scorers, self.scored_prompts, require_replies(replies))
             except ConfigError as error:
                 scores = str(error)
         scores = gather_object([scores])[0]

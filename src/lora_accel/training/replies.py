@@ -26,8 +26,8 @@ Reply: TypeAlias = str | FailedReply
 
 
 @dataclasses.dataclass(frozen=True)
-class Replier:
-    """Generates replies in the precision of training. Every rank calls `reply`, and gets all replies."""
+class ReplyGenerator:
+    """Generates replies in the precision of training. Every rank calls `generate`, and gets all replies."""
 
     accelerator: Accelerator
     model: torch.nn.Module
@@ -41,7 +41,7 @@ class Replier:
     is_sharded: bool
     """Whether a forward gathers weights from all ranks (ZeRO-3). Then every rank generates all replies."""
 
-    def reply(self, prompts: Sequence[list[int]]) -> list[Reply]:
+    def generate(self, prompts: Sequence[list[int]]) -> list[Reply]:
         """Return the reply to each prompt, or the error that generation raised.
 
         The batches do not depend on the number of ranks, so neither do the replies.
@@ -52,16 +52,16 @@ class Replier:
         batches = group_prompts(prompts, self.max_tokens // self.sampling.num_beams, self.max_new_tokens)
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
         own = batches if self.is_sharded else batches[rank::num_ranks]
-        replies = {number: reply for batch in own for number, reply in self._try(prompts, batch).items()}
+        replies = {number: reply for batch in own for number, reply in self._generate_or_retry(prompts, batch).items()}
         gathered: dict[int, Reply] = {}
         for part in gather_object([replies]):
             gathered = part | gathered  # of the lowest rank, if several have generated it
         return [gathered[number] for number in range(len(prompts))]
 
-    def _try(self, prompts: Sequence[list[int]], batch: Sequence[int]) -> dict[int, Reply]:
-        """Reply to the prompts of a batch; if that fails, to each alone."""
+    def _generate_or_retry(self, prompts: Sequence[list[int]], batch: Sequence[int]) -> dict[int, Reply]:
+        """Generate the replies to a batch; if that fails, to each of its prompts alone."""
         try:
-            return dict(zip(batch, self._generate(prompts, batch), strict=True))
+            return dict(zip(batch, self._generate_batch(prompts, batch), strict=True))
         except Exception as error:
             if self.is_sharded and self.accelerator.num_processes > 1:
                 # The other ranks wait for this one's shards within the same forward: it cannot try again.
@@ -72,9 +72,9 @@ class Replier:
                 ) from error
             if len(batch) == 1:
                 return {batch[0]: FailedReply(f"{type(error).__name__}: {error}")}
-        return {number: reply for x in batch for number, reply in self._try(prompts, [x]).items()}
+        return {number: reply for x in batch for number, reply in self._generate_or_retry(prompts, [x]).items()}
 
-    def _generate(self, prompts: Sequence[list[int]], batch: Sequence[int]) -> list[str]:
+    def _generate_batch(self, prompts: Sequence[list[int]], batch: Sequence[int]) -> list[str]:
         with self.accelerator.autocast():  # Accelerate wraps only the outer forward; `generate` calls the inner one
             return generate_replies(
                 self.accelerator.unwrap_model(self.model),

@@ -1,4 +1,4 @@
-"""Metrics of replies: apply functions to questions and replies, over all sources and for each; check the results."""
+"""Metrics of replies: apply functions to them, over all sources and for each; check the results."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lora_accel.errors import ConfigError, first_line
 RESERVED = {*METRICS, NEUTRAL_LOSS, "tokens"}
 """Names that a function of the user cannot return: evaluation logs other values under them."""
 NUM_TRIED = 8
-"""Questions on which functions are tried before the model is loaded."""
+"""Prompts on which functions are tried before the model is loaded."""
 
 
-class Question(NamedTuple):
-    """The last supervised answer of an evaluation row, and the prompt before it."""
+class ScoredPrompt(NamedTuple):
+    """A prompt whose reply is scored: the last one of an evaluation row with a supervised answer, its reference."""
 
     source: str
     """Name of the evaluation source."""
     ids: list[int]
-    """Token ids of the prompt: what inference feeds."""
-    prompt: str
+    """Its token ids: what inference feeds."""
+    text: str
     """Its text, special tokens included."""
     reference: str
     """The answer in the row, as text."""
@@ -33,17 +33,17 @@ Scorers: TypeAlias = Mapping[str, Callable[..., Any]]
 """Functions that score replies, by the name of the metric; see `config.metrics.load_metrics`."""
 
 
-def score_replies(scorers: Scorers, questions: Sequence[Question], replies: Sequence[str]) -> dict[str, float]:
+def score_replies(scorers: Scorers, prompts: Sequence[ScoredPrompt], replies: Sequence[str]) -> dict[str, float]:
     """Return the metrics of replies, as `eval_<name>`.
 
     Raises:
         ConfigError: a function of the user raises, or does not return finite numbers.
     """
     values: dict[str, float] = {}
-    prompts, references = [x.prompt for x in questions], [x.reference for x in questions]
+    texts, references = [prompt.text for prompt in prompts], [prompt.reference for prompt in prompts]
     for name, function in scorers.items():
         try:
-            result = function([*prompts], [*replies], [*references])  # copies: a function may change its lists
+            result = function([*texts], [*replies], [*references])  # copies: a function may change its lists
         except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise ConfigError(f"evaluation.metrics: {name} raised {reason}; fix it, or remove it") from error
@@ -79,25 +79,25 @@ def _checked(metric: str, key: str, value: Any) -> float:
 
 
 def score_by_source(
-    scorers: Scorers, questions: Sequence[Question], replies: Sequence[str]
+    scorers: Scorers, prompts: Sequence[ScoredPrompt], replies: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Return the metrics over all replies, and of each source.
 
     Raises:
         ConfigError: see `score_replies`.
     """
-    by_source: dict[str, tuple[list[Question], list[str]]] = {}
-    for question, reply in zip(questions, replies, strict=True):
-        pair = by_source.setdefault(question.source, ([], []))
-        pair[0].append(question)
+    by_source: dict[str, tuple[list[ScoredPrompt], list[str]]] = {}
+    for prompt, reply in zip(prompts, replies, strict=True):
+        pair = by_source.setdefault(prompt.source, ([], []))
+        pair[0].append(prompt)
         pair[1].append(reply)
-    overall = score_replies(scorers, questions, replies)
+    overall = score_replies(scorers, prompts, replies)
     if len(by_source) == 1:
         return overall, dict.fromkeys(by_source, overall)
     return overall, {source: score_replies(scorers, *pair) for source, pair in by_source.items()}
 
 
-def try_scorers(scorers: Scorers, questions: Sequence[Question]) -> set[str]:
+def try_scorers(scorers: Scorers, prompts: Sequence[ScoredPrompt]) -> set[str]:
     """Score the references as if they were replies, so that a faulty function raises before the model is loaded.
 
     Returns:
@@ -106,5 +106,5 @@ def try_scorers(scorers: Scorers, questions: Sequence[Question]) -> set[str]:
     Raises:
         ConfigError: see `score_replies`.
     """
-    tried = questions[:NUM_TRIED]
-    return set(score_replies(scorers, tried, [question.reference for question in tried]))
+    tried = prompts[:NUM_TRIED]
+    return set(score_replies(scorers, tried, [prompt.reference for prompt in tried]))
