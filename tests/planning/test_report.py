@@ -95,8 +95,8 @@ def test_if_nothing_fits_the_smallest_option_names_what_it_lacks(
 
 def test_the_throughput_of_the_run_folder_is_the_median_of_its_last_steps(tmp_path: Path) -> None:
     assert report._recorded_throughput(tmp_path) is None
-    lines = [{"kind": "train", "tokens_per_second": rate} for rate in (1.0, 100.0, 300.0)]
-    write_jsonl(tmp_path / "metrics.jsonl", [*lines, {"kind": "eval", "eval_loss": 1.0}])
+    lines = [{"kind": "train", "step": 1, "tokens_per_second": rate} for rate in (1.0, 100.0, 300.0)]
+    write_jsonl(tmp_path / "metrics.jsonl", [*lines, {"kind": "eval", "step": 1, "eval_loss": 1.0}])
     assert report._recorded_throughput(tmp_path) == 100.0
     (tmp_path / "metrics.jsonl").write_text('{"kind": "tr')
     assert report._recorded_throughput(tmp_path) is None

@@ -16,7 +16,7 @@ from lora_accel.planning.estimate import Estimate, Option, as_dict, make_estimat
 from lora_accel.planning.measure import Measurement, measure_in_child
 from lora_accel.planning.remedies import Remedy, find_remedies
 from lora_accel.planning.tables import estimate_tables, format_bytes
-from lora_accel.saving.results import METRICS_FILE, read_log
+from lora_accel.saving.metrics_file import METRICS_FILE, read_valid_lines
 from lora_accel.setup.data import PreparedData
 
 LAST_LINES = 50
@@ -148,6 +148,6 @@ def _remedy(remedy: Remedy) -> str:
 
 def _recorded_throughput(folder: Path) -> float | None:
     """Return the median throughput of the last steps of the run in a folder; None if there is none."""
-    lines = (line for line in read_log(folder / METRICS_FILE) if line.get("kind") == "train")
+    lines = (line for line in read_valid_lines(folder / METRICS_FILE) if line["kind"] == "train")
     rates = [rate for line in lines if isinstance(rate := line.get("tokens_per_second"), (int, float))]
     return statistics.median(rates[-LAST_LINES:]) if rates else None

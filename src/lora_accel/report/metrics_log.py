@@ -1,9 +1,8 @@
-"""Reads metrics.jsonl: of a run in progress, of a killed one, or of another version."""
+"""The content of metrics.jsonl by name: series of values, events and replies."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from array import array
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_accel.errors import ArtifactError
-from lora_accel.paths import open_to_read
+from lora_accel.saving.metrics_file import read_lines
 
 TRAIN_VALUES = (
     "epoch",
@@ -27,8 +26,6 @@ TRAIN_VALUES = (
 """The values of a train line that the report uses."""
 TOTAL = ""
 """Name of the evaluation over all sources: no source has an empty path."""
-MAX_STEP = 10**12
-"""A step beyond this is not one of a run."""
 
 
 @dataclasses.dataclass
@@ -88,14 +85,12 @@ def read_metrics_log(path: Path) -> MetricsLog:
     """
     log, num_lines = MetricsLog(), 0
     try:
-        with open_to_read(path) as file:
-            for text in file:
-                line = _parse(text)
-                num_lines += 1
-                if line is None:
-                    log.num_unreadable += bool(text.strip())
-                else:
-                    _add(log, line)
+        for line in read_lines(path):
+            num_lines += 1
+            if line is None:
+                log.num_unreadable += 1
+            else:
+                _add(log, line)
     except OSError as error:
         raise ArtifactError(
             f"{path}: cannot be read: {error.strerror}; pass the output_dir of a run that has begun to train"
@@ -103,19 +98,6 @@ def read_metrics_log(path: Path) -> MetricsLog:
     if not log.train and not log.events and not log.evaluations and not log.replies:
         raise ArtifactError(f"{path}: has no metrics ({num_lines:,} lines, {log.num_unreadable:,} unreadable)")
     return log
-
-
-def _parse(text: bytes) -> dict[str, Any] | None:
-    """Return a line as an object with a `kind` and a `step`; None = it is not one."""
-    try:
-        line = json.loads(text.decode("utf-8", errors="replace"))
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
-        return None
-    step = line.get("step")
-    is_step = isinstance(step, int) and not isinstance(step, bool) and 0 <= step <= MAX_STEP
-    return line if is_step else None
 
 
 def _add(log: MetricsLog, line: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from lora_accel.pages import make_readable
 from lora_accel.report.charts import SKIP_EVENTS, charts_of
 from lora_accel.report.figures import COLORS, LINE_STYLES, draw_svg
 from lora_accel.report.metrics_log import TOTAL, Series, as_number
-from lora_accel.report.read import RunRecord, flatten
+from lora_accel.report.read import RunRecord, options_as_text
 from lora_accel.summary import next_lines
 
 TEMPLATE = "page.html.jinja"
@@ -349,7 +349,7 @@ def config_table(run: RunRecord) -> Table:
     defaults = _defaults()
     rows = [
         [name, value, "" if defaults.get(name) == value else "set", defaults.get(name, "required")]
-        for name, value in flatten(run.config).items()
+        for name, value in options_as_text(run.config).items()
     ]
     rows.sort(key=lambda row: not row[2])
     headers = ["option", "value", "", "default"]
@@ -409,7 +409,7 @@ def final_metrics_table(runs: Sequence[RunRecord], names: Sequence[str]) -> Tabl
 
 def differences_table(runs: Sequence[RunRecord], names: Sequence[str]) -> Table:
     """Return the options in which the runs differ, except the run folder."""
-    configs = [flatten(run.config) for run in runs]
+    configs = [options_as_text(run.config) for run in runs]
     options = dict.fromkeys(option for config in configs for option in config if option != "output_dir")
     rows = [
         [option, *(_shorten(config.get(option, "(none)")) for config in configs)]
@@ -433,7 +433,7 @@ def format_number(value: float | None) -> str:
 def _defaults() -> dict[str, str]:
     """Return the default of each option that has one."""
     required = {"output_dir": "-", "model": {"name_or_path": "-"}, "data": {"train": [{"path": "-"}]}}
-    flat = flatten(RunConfig.model_validate(required).model_dump())
+    flat = options_as_text(RunConfig.model_validate(required).model_dump())
     return {key: value for key, value in flat.items() if key not in ("output_dir", "model.name_or_path", "data.train")}
 
 

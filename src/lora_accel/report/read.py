@@ -13,10 +13,12 @@ from typing import Any
 
 import psutil
 
+from lora_accel.config.flat import flatten
 from lora_accel.errors import ArtifactError
 from lora_accel.report.metrics_log import MetricsLog, Series, as_number, read_metrics_log
 from lora_accel.saving.atomic import read_json
 from lora_accel.saving.listing import CheckpointInfo, list_checkpoints, selection_of
+from lora_accel.saving.metrics_file import METRICS_FILE
 
 MERGED, MERGED_ALL = "merged", "merged-all"
 """Folders of a run in which its summary, and `merge --all`, put merged models."""
@@ -110,12 +112,12 @@ def read_run(folder: Path) -> RunRecord:
     """
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: is not a folder; pass the output_dir of a run")
-    if not (folder / "metrics.jsonl").exists():
+    if not (folder / METRICS_FILE).exists():
         raise ArtifactError(
             f"{folder}: has no metrics.jsonl, so there is nothing to report; pass the output_dir of a run that has "
             "begun to train"
         )
-    log = read_metrics_log(folder / "metrics.jsonl")
+    log = read_metrics_log(folder / METRICS_FILE)
     checkpoints: list[CheckpointInfo] = []
     with contextlib.suppress(ArtifactError, OSError):
         checkpoints = list_checkpoints(folder, hashes=False)
@@ -144,12 +146,9 @@ def _read_merges(folder: Path) -> dict[str, dict[str, Any]]:
     return merges
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return the options of a config under their dotted names, values as JSON text."""
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return flat
+def options_as_text(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the options of a config by dotted name, values as JSON text."""
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in flatten(config).items()
+    }

@@ -18,7 +18,7 @@ from lora_accel.errors import ArtifactError
 from lora_accel.paths import has_access
 from lora_accel.saving.atomic import read_json, why_invalid
 from lora_accel.saving.discovery import FILES, QUARANTINED, step_folders
-from lora_accel.saving.results import METRICS_FILE, eval_metrics, read_log
+from lora_accel.saving.metrics_file import METRICS_FILE, eval_metrics, read_valid_lines
 
 
 @dataclasses.dataclass
@@ -92,8 +92,8 @@ def as_table(run: Path, infos: Sequence[CheckpointInfo], *, hashes: bool) -> lis
 def read_evaluations(run: Path) -> dict[int, dict[str, float]]:
     """Return the metrics of a run's evaluations by their step, from its metrics.jsonl."""
     evaluations = {}
-    for line in read_log(run / METRICS_FILE):
-        if line.get("kind") == "eval" and isinstance(line.get("step"), int):
+    for line in read_valid_lines(run / METRICS_FILE):
+        if line["kind"] == "eval":
             evaluations[line["step"]] = eval_metrics(line)
     return evaluations
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_accel.paths import open_to_read
+from lora_accel.saving.metrics_file import METRICS_FILE, eval_metrics, read_valid_lines
 
-METRICS_FILE = "metrics.jsonl"
 BARS = "▁▂▃▄▅▆▇█"
 MAX_BARS = 40
 
@@ -33,14 +31,14 @@ def read_results(run: Path, step: int | None = None) -> RunResults:
         step: the last step to consider; None = all.
     """
     evaluation, losses = None, {}
-    for line in read_log(run / METRICS_FILE):
-        at = line.get("step")
-        if not isinstance(at, int) or (step is not None and at > step):
+    for line in read_valid_lines(run / METRICS_FILE):
+        at = line["step"]
+        if step is not None and at > step:
             continue
-        if line.get("kind") == "eval":
+        if line["kind"] == "eval":
             evaluation = line
         loss = line.get("loss")
-        if line.get("kind") == "train" and isinstance(loss, float) and math.isfinite(loss):
+        if line["kind"] == "train" and isinstance(loss, float) and math.isfinite(loss):
             losses[at] = loss  # after a resume, the later line of a step replaces the earlier
     return RunResults(evaluation, tuple(sorted(losses.items())))
 
@@ -67,28 +65,3 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, dict[str, 
         for name, values in parts.items()
         if isinstance(values, Mapping)
     ]
-
-
-def eval_metrics(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of an evaluation, or of one of its sources, by their names `eval_…`."""
-    return {
-        key: value
-        for key, value in values.items()
-        if key.startswith("eval_") and isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-
-
-def read_log(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the valid lines of a metrics.jsonl; none if there is no such file."""
-    try:
-        with open_to_read(file) as stream:
-            texts = stream.read().decode("utf-8", errors="replace").splitlines()
-    except OSError:
-        return
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict):
-            yield line

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 
 from lora_accel.errors import Interrupted, TrainingError, exit_code_of
 from lora_accel.faults import fault_point
-from lora_accel.saving.results import eval_metrics
+from lora_accel.saving.metrics_file import eval_metrics
 from lora_accel.training.progress import Progress, StepResult
 from lora_accel.training.step import Run, train_step
 

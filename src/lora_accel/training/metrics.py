@@ -25,6 +25,7 @@ from lora_accel.console import format_seconds
 from lora_accel.errors import TrainingError, first_line
 from lora_accel.paths import open_to_append, open_to_read
 from lora_accel.saving.atomic import write_bytes
+from lora_accel.saving.metrics_file import METRICS_FILE
 from lora_accel.saving.output_dir import FolderIdentity
 from lora_accel.training.loss import perplexity
 from lora_accel.training.progress import StepResult
@@ -185,7 +186,7 @@ class Metrics:
         self._start_time = self._log_time = self._step_time = time.perf_counter()  # of the run, last line, last step
         self._tokens = 0  # real tokens since the last line, over all ranks
         self._is_main = accelerator.is_main_process
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / METRICS_FILE
         self._identity = FolderIdentity.of(folder) if self._is_main else None
         if self._is_main:
             with self._writing():

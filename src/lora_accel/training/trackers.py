@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from lora_accel.config.files import config_to_yaml
+from lora_accel.config.flat import flatten
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ArtifactError, TrainingError, first_line
 from lora_accel.saving.atomic import read_json, write_json
@@ -105,19 +106,11 @@ def _log_config(tracker: Any, config: RunConfig) -> None:
         text = "\n".join(f"    {line}" for line in config_to_yaml(config).splitlines())  # Markdown: verbatim
         tracker.tracker.add_text("config", text)
     else:
-        tracker.store_init_configuration(_flat_config(config.model_dump()))
-
-
-def _flat_config(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the options under their dotted names; lists and empty sections as JSON text."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat_config(value, f"{prefix}{key}.")
-        else:
-            is_simple = value is None or isinstance(value, (str, int, float))
-            flat[f"{prefix}{key}"] = value if is_simple else json.dumps(value, ensure_ascii=False)
-    return flat
+        options = flatten(config.model_dump())
+        for name, value in options.items():
+            if value is not None and not isinstance(value, (str, int, float)):
+                options[name] = json.dumps(value, ensure_ascii=False)
+        tracker.store_init_configuration(options)
 
 
 def _id_of(tracker: Any) -> str | None:
