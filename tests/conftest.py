@@ -304,9 +304,14 @@ def read_metrics(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerator_state() -> Iterator[None]:
-    """Reset Accelerate's state after each test: it is stored in the class."""
+    """Reset Accelerate's state after each test."""
+    yield
+    reset_accelerator()
+
+
+def reset_accelerator() -> None:
+    """Reset Accelerate's state, as in a new process: it is stored in its classes."""
     from accelerate.state import AcceleratorState, GradientState
 
-    yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 
 from lora_accel import RunConfig, cli, run_training, train
 from lora_accel.config.files import config_to_yaml
-from tests.conftest import chat_rows, write_jsonl
+from tests.conftest import chat_rows, reset_accelerator, write_jsonl
 
 SECONDS = 10
 """CPU seconds of one command and its child processes. The watchdog allows six times as many by the clock."""
@@ -192,8 +191,7 @@ def run(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def stop(*_: object) -> None:
         raise Hang
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerator()
     monkeypatch.setattr(sys, "argv", ["lora-accel", *arguments])
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
     output, errors = io.StringIO(), io.StringIO()

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from scripts.check_language import hits
@@ -30,7 +29,7 @@ from lora_accel.export.export import export_adapter
 from lora_accel.export.formats import ExportFormat
 from lora_accel.saving.discovery import WEIGHTS
 from lora_accel.saving.tensor_files import State
-from tests.conftest import PATIENCE_SECONDS, ROOT, read_metrics, write_jsonl
+from tests.conftest import PATIENCE_SECONDS, ROOT, read_metrics, reset_accelerator, write_jsonl
 
 PACKAGE = ROOT / "src" / "lora_accel"
 
@@ -96,11 +95,6 @@ def test_only_rank_0_logs_and_every_rank_warns(
 # A new entry in each table, from here, where nothing else knows it.
 
 
-def forget_accelerator() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 @pytest.mark.launch
 def test_an_optimizer_and_a_schedule_are_one_entry_each(
     make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -112,7 +106,7 @@ def test_an_optimizer_and_a_schedule_are_one_entry_each(
     training = {"optimizer": "toy", "scheduler": "toy", "learning_rate": 0.1, "max_steps": 4, "warmup_steps": 0}
 
     def train(name: str) -> list[float]:
-        forget_accelerator()
+        reset_accelerator()
         run_training(make_config(output_dir=str(tmp_path / name), training=training, checkpoint={"every_steps": 2}))
         return [line["loss"] for line in read_metrics(tmp_path / name)]
 

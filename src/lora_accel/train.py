@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from lora_accel.setup.model import PreparedModel
     from lora_accel.setup.resume import ResumePoint
     from lora_accel.training.metrics import Metrics
+    from lora_accel.training.progress import Progress
+    from lora_accel.training.step import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -198,7 +200,6 @@ def train_and_export(
     from lora_accel.distributed.heartbeat import Process, watch_ranks
     from lora_accel.report.write import report_finished_run
     from lora_accel.saving.discovery import prune
-    from lora_accel.saving.run_folder import save_final_adapter
     from lora_accel.saving.status import track_status, write_state
     from lora_accel.setup.run import make_run
     from lora_accel.training.loop import train
@@ -223,15 +224,7 @@ def train_and_export(
             store, end = connect_store(len(processes)), functools.partial(write_state, folder)
             with watch_ranks(store, run.position, processes, rank, on_abort=end):
                 train(run, start.progress)
-                exported = run.checkpointer.restore_exported(start.progress)
-                save_final_adapter(
-                    folder / "adapter",
-                    data.template,
-                    accelerator,
-                    prepared.model,
-                    {**provenance, "exported": exported},
-                    config.checkpoint.gather,
-                )
+                exported = export_final_adapter(config, data, run, provenance, start.progress)
             if is_main:
                 prune(checkpoints, config.checkpoint.keep_last, run.checkpointer.protected(start.progress))
             run.metrics.log_event(start.progress.step, "done")
@@ -242,6 +235,18 @@ def train_and_export(
         if config.logging.report:
             report_finished_run(folder)
     return folder / "adapter"
+
+
+def export_final_adapter(
+    config: RunConfig, data: PreparedData, run: Run, provenance: Provenance, progress: Progress
+) -> Exported:
+    """Save the weights of the last step, or of the best one, as the final adapter; return which these are."""
+    from lora_accel.saving.run_folder import save_final_adapter
+
+    exported = run.checkpointer.restore_exported(progress)
+    folder, provenance = Path(config.output_dir) / "adapter", {**provenance, "exported": exported}
+    save_final_adapter(folder, data.template, run.accelerator, run.model, provenance, config.checkpoint.gather)
+    return exported
 
 
 def log_summary(

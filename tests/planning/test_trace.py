@@ -66,15 +66,20 @@ def real_model(config: RunConfig) -> Any:
     return model.train(), key_dropout(model, fused_loss=is_fused)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2", "gemma3_text", "phi3"])
-@pytest.mark.sample(4)
-def test_traced_activations_are_those_that_a_forward_saves(config_of: Callable[..., RunConfig], family: str) -> None:
-    config, batch = config_of(family), batch_of(90, 70, 50)
+def check_activations(config: RunConfig, batch: MicroBatch) -> None:
+    """Assert that the traced activations are those that a forward saves for backward."""
     usage = trace_usage(build_skeleton(config, "no", CPU), batch, config)
     model, keys = real_model(config)
     keys.keys = batch.token_keys
     saved = saved_activation_bytes(model, batch)
     assert saved == pytest.approx(usage.activations, abs=1.05 * MASK_BYTES)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2", "gemma3_text", "phi3"])
+@pytest.mark.sample(4)
+def test_traced_activations_are_those_that_a_forward_saves(config_of: Callable[..., RunConfig], family: str) -> None:
+    config, batch = config_of(family), batch_of(90, 70, 50)
+    check_activations(config, batch)
 
 
 @pytest.mark.parametrize(
@@ -89,11 +94,7 @@ def test_traced_activations_are_those_that_a_forward_saves(config_of: Callable[.
 def test_traced_activations_of_options(config_of: Callable[..., RunConfig], sections: dict[str, Any]) -> None:
     config = config_of("llama", **sections)
     batch = batch_of(90, 70, 50, packed=config.data.packing)
-    usage = trace_usage(build_skeleton(config, "no", CPU), batch, config)
-    model, keys = real_model(config)
-    keys.keys = batch.token_keys
-    saved = saved_activation_bytes(model, batch)
-    assert saved == pytest.approx(usage.activations, abs=1.05 * MASK_BYTES)
+    check_activations(config, batch)
 
 
 def test_the_layers_that_are_not_traced_are_extrapolated(config_of: Callable[..., RunConfig]) -> None:

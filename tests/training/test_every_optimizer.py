@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file, save_file
 
 from lora_accel import RunConfig, run_training
@@ -19,7 +18,7 @@ from lora_accel.config.schedules import SCHEDULES
 from lora_accel.errors import ArtifactError
 from lora_accel.saving.atomic import write_manifest
 from lora_accel.saving.discovery import OPTIMIZER, STATE, WEIGHTS
-from tests.conftest import read_metrics
+from tests.conftest import read_metrics, reset_accelerator
 
 KNOBS: dict[str, Any] = {
     "scheduler": "wsd",
@@ -43,8 +42,7 @@ def train(make_config: Callable[..., RunConfig], tmp_path: Path) -> Train:
     """Return a function that trains in a folder with a name, and returns the folder."""
 
     def train(name: str, **changes: Any) -> Path:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerator()
         changes["checkpoint"] = {"every_steps": 1, "keep_last": 9}
         run_training(make_config(output_dir=str(tmp_path / name), **changes))
         return tmp_path / name

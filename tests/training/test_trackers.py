@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -19,6 +18,7 @@ from lora_accel.config.schema import RunConfig
 from lora_accel.distributed.launch import check_trackers
 from lora_accel.errors import ConfigError
 from lora_accel.training.trackers import log_replies, tracker_options
+from tests.conftest import reset_accelerator
 
 CALLS: list[tuple[Any, ...]] = []
 
@@ -65,8 +65,7 @@ def test_resumed_run_is_the_same_run(make_config: Callable[..., RunConfig], tmp_
     folder = run_training(config).parent
     shutil.rmtree(folder / "checkpoints" / "step-00000004")
     shutil.rmtree(folder / "adapter")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerator()
     run_training(config)
 
     (_, project, first), (_, _, second) = [call for call in CALLS if call[0] == "init"]
@@ -90,8 +89,7 @@ def test_run_that_begins_again_is_a_new_run(make_config: Callable[..., RunConfig
     folder = run_training(config).parent
     shutil.rmtree(folder / "checkpoints")
     shutil.rmtree(folder / "adapter")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerator()
     run_training(config)
     (_, _, first), (_, _, second) = [call for call in CALLS if call[0] == "init"]
     assert first["id"] != second["id"]

@@ -286,18 +286,32 @@ def _unsupported(config: RunConfig, launch: Launch) -> list[str]:
         )
     if stage == 3 and config.adapter.trainable_token_indices is not None:
         problems.append("adapter.trainable_token_indices: PEFT cannot gather them under ZeRO-3; use ZeRO-2 or DDP")
-    optimizer = config.training.optimizer
+    problems += _unsupported_optimizer(config.training.optimizer, launch) + _unsupported_offload(launch)
+    if stage == 3 and config.checkpoint.gather == "state_dict" and not launch.gathers_16bit:
+        problems.append(
+            "checkpoint.gather=state_dict needs zero3_save_16bit_model (DeepSpeed: "
+            "stage3_gather_16bit_weights_on_model_save) under ZeRO-3; set it to true, or checkpoint.gather=auto"
+        )
+    return problems
+
+
+def _unsupported_optimizer(optimizer: str, launch: Launch) -> list[str]:
     if reason := OPTIMIZERS[optimizer].zero_problem:
         supported = join_or(name for name, spec in OPTIMIZERS.items() if not spec.zero_problem)
-        problems.append(
+        return [
             f"training.optimizer={optimizer} is not supported under DeepSpeed: {reason}. Use {supported}, or DDP "
             "(accelerate_configs/ddp.yaml)"
-        )
-    elif optimizer != "adamw" and launch.offload["optimizer"] != "none":
-        problems.append(
+        ]
+    if optimizer != "adamw" and launch.offload["optimizer"] != "none":
+        return [
             f"{launch.source}: offload_optimizer with training.optimizer={optimizer} is not supported: DeepSpeed "
             "updates offloaded moments with its own AdamW; use training.optimizer=adamw, or no offload"
-        )
+        ]
+    return []
+
+
+def _unsupported_offload(launch: Launch) -> list[str]:
+    stage, problems = launch.zero_stage, []
     stages = {"optimizer": (2, 3), "param": (3,)}
     for name, device in launch.offload.items():
         if device == "nvme" and name == "optimizer":
@@ -317,11 +331,6 @@ def _unsupported(config: RunConfig, launch: Launch) -> list[str]:
             problems.append(f"{launch.source}: offload_{name} is supported with ZeRO stage {needed}, not {stage}")
     if "cpu_offload" in launch.zero:
         problems.append(f'{launch.source}: cpu_offload is deprecated; use "offload_optimizer": {{"device": "cpu"}}')
-    if stage == 3 and config.checkpoint.gather == "state_dict" and not launch.gathers_16bit:
-        problems.append(
-            "checkpoint.gather=state_dict needs zero3_save_16bit_model (DeepSpeed: "
-            "stage3_gather_16bit_weights_on_model_save) under ZeRO-3; set it to true, or checkpoint.gather=auto"
-        )
     return problems
 
 

@@ -702,6 +702,14 @@ class RunConfig(Section):
             problems.append("model.add_tokens and adapter.trainable_token_indices: set one of them")
         if self.model.add_tokens is not None and self.model.add_tokens.train == "embeddings" and self.quantization.bits:
             problems.append("model.add_tokens.train=embeddings with quantization.bits is not supported; set train=rows")
+        problems += self._allow_changes_problems()
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _allow_changes_problems(self) -> list[str]:
+        """Return what is wrong with `checkpoint.allow_changes`."""
+        problems = []
         for option in self.checkpoint.allow_changes:
             section: Any = RunConfig
             for name in option.split("."):
@@ -711,9 +719,7 @@ class RunConfig(Section):
                     problems.append(f"checkpoint.allow_changes: {option!r} is not an option{hint}")
                     break
                 section = fields[name].annotation
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+        return problems
 
     def _selection_problems(self, has_eval: bool) -> list[str]:
         """Return what is wrong with the options that select a checkpoint by its evaluation."""
