@@ -95,7 +95,7 @@ def test_pattern_is_compared_with_that_of_the_adapters_run() -> None:
     ],
 )
 def test_adapter_that_a_run_cannot_train_is_an_error(saved: Any, sections: Any, problem: str) -> None:
-    with pytest.raises(ArtifactError, match=rf"adapter\.init_from: a run cannot train on from first: .*{problem}"):
+    with pytest.raises(ArtifactError, match=rf"adapter\.init_from: a run cannot begin with first: .*{problem}"):
         complete(run_config(**sections), SAVED | saved)
 
 

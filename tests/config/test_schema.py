@@ -218,7 +218,7 @@ HELD_OUT = {"train": [{"path": "rows.jsonl"}], "eval_fraction": 0.1}
         ),
         (
             {"data": HELD_OUT, "evaluation": EVERY | {"metrics": ["a:b"]}, "checkpoint": {"keep_best": "eval_b"}},
-            "checkpoint.keep_best=eval_b is of your own function; set checkpoint.best_is to min or max",
+            "checkpoint.keep_best=eval_b is computed by your own function; set checkpoint.best_is to min or max",
         ),
         ({"checkpoint": {"best_is": "max"}}, "checkpoint.best_is needs checkpoint.keep_best"),
         ({"checkpoint": {"every_steps": 5, "every_epochs": 0.5}}, "set every_steps or every_epochs, not both"),

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from lora_accel.config.files import read_config
 from lora_accel.setup import dialog
 from lora_accel.setup.data import prepare_data
-from lora_accel.setup.draft import SAMPLE, SCHEMA_FILE, DraftRequest, Rows, Seen, choose
+from lora_accel.setup.draft import SAMPLE, SCHEMA_FILE, DraftRequest, InputSummary, Rows, choose
 from tests.conftest import CommandResult, chat_rows, write_jsonl
 
 Command = Callable[..., CommandResult]
@@ -85,7 +85,7 @@ def test_a_few_long_rows_do_not_decide_the_length(
 )
 def test_max_length(longest: int, positions: int | None, expected: int) -> None:
     rows = Rows("text", 10_000, np.full(SAMPLE, longest), is_estimate=False)
-    values = choose(DraftRequest("model", "rows.txt"), Seen(rows, positions, is_large=True, chat_template=None))
+    values = choose(DraftRequest("model", "rows.txt"), InputSummary(rows, positions, is_large=True, chat_template=None))
     assert (values.max_length, values.batch_size, values.eval_fraction) == (expected, 16, 0.02)
 
 

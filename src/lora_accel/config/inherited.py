@@ -170,6 +170,6 @@ def _validated(config: RunConfig, model: ModelSection, adapter: Mapping[str, Any
             for detail in details
         ]
         raise ArtifactError(
-            f"adapter.init_from: a run cannot train on from {own['init_from']}: {'; '.join(lines)}"
+            f"adapter.init_from: a run cannot begin with {own['init_from']}: {'; '.join(lines)}"
         ) from None
     return changed

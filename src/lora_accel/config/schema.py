@@ -580,7 +580,7 @@ class EvaluationSection(Section):
     every_epochs: float | None = Field(None, ge=1e-6, le=1e6)
     """Epochs between evaluations, such as 0.5, in place of every_steps."""
     at_start: bool = True
-    """Whether to evaluate before the first step too: what the base, or the adapter that the run starts from, does."""
+    """Whether to evaluate before the first step too: the base, or the adapter with which the run begins."""
     patience: int | None = Field(None, ge=1, le=MAX_STEPS)
     """Stop the run if this many evaluations in a row do not improve checkpoint.keep_best (or eval_loss). null = never.
     """
@@ -755,5 +755,7 @@ class RunConfig(Section):
                 hint = f"; add {name} to evaluation.metrics"
             return [f"checkpoint.keep_best: the evaluation has no metric {metric!r}{hint}"]
         if directions.get(metric) is None and self.checkpoint.best_is == "auto":
-            return [f"checkpoint.keep_best={metric} is of your own function; set checkpoint.best_is to min or max"]
+            return [
+                f"checkpoint.keep_best={metric} is computed by your own function; set checkpoint.best_is to min or max"
+            ]
         return []

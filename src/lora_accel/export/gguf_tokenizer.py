@@ -72,7 +72,7 @@ def read_vocabulary(name: str, tokenizer: Any, vocab_size: int) -> Vocabulary:
         types = [_type_of(index, texts, added) for index in range(vocab_size)]
         return Vocabulary("gpt2", split, _padded(texts, vocab_size), types, [" ".join(x) for x in _merges(model)], [])
     if not model.get("byte_fallback"):
-        raise _unsupported(name, "is BPE neither of bytes nor of SentencePiece")
+        raise _unsupported(name, "is neither byte-level BPE nor BPE of SentencePiece")
     return _sentencepiece(name, model, texts, added, vocab_size)
 
 
@@ -179,7 +179,7 @@ def _check_merges(name: str, vocab: Mapping[str, int], merges: set[tuple[str, st
             if pair[0] in vocab and pair[1] in vocab and pair not in merges:
                 logger.warning(
                     f"note: {name}: its tokenizer does not join {pair[0]!r} and {pair[1]!r}, and llama.cpp does: it is "
-                    "no converted SentencePiece model, so llama.cpp may tokenize some words otherwise"
+                    "not a converted SentencePiece model, so llama.cpp may tokenize some words differently"
                 )
                 return
 

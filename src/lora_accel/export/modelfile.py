@@ -25,8 +25,8 @@ ROUNDS = (
     *(Message("assistant", "a last answer"), Message("user", "the end")),
 )
 UNKNOWN = """\
-# No TEMPLATE: the chat template does more than to write texts around messages, which is not translated here. Ollama
-# then uses the template in the GGUF file if it knows it; `ollama show --template NAME` shows what it took.
+# No TEMPLATE: the chat template does more than write texts around messages, which is not translated here. Ollama
+# then uses the template in the GGUF file if it knows it; `ollama show --template NAME` shows the one in use.
 """
 BASE_NOTE = f"""\
 # The base as a GGUF file; write it with `lora-accel export BASE OUT --format gguf`, and name it here:

@@ -128,7 +128,7 @@ def _files(folder: Path) -> Iterator[Path]:
     """
     for path in sorted(folder.rglob("*")):
         if not path.resolve().is_relative_to(folder.resolve()):
-            raise ArtifactError(f"{path}: is a link to {os.readlink(path)}; replace it by the file, or remove it")
+            raise ArtifactError(f"{path}: is a link to {os.readlink(path)}; replace it with the file, or remove it")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
             yield path
 

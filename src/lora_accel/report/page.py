@@ -113,7 +113,7 @@ def run_page(run: RunRecord) -> dict[str, Any]:
             ("merged", "Merged models", True, [("", merge_table(run))]),
             ("data", "Data", True, [("", ledger_table(run)), ("Dropped rows", dropped_table(run))]),
             ("events", "Events", False, [("", event_table(run))]),
-            ("settings", "Launch settings, and who decided", False, [("", settings_table(run))]),
+            ("settings", "Launch settings and where they come from", False, [("", settings_table(run))]),
             ("config", "Config", False, [("", config_table(run))]),
             ("provenance", "Provenance", False, [("", provenance_table(run))]),
         ],
@@ -403,7 +403,7 @@ def final_metrics_table(runs: Sequence[RunRecord], names: Sequence[str]) -> Tabl
                 f"{np.median(np.array(rates)):,.0f}" if len(rates) else "",
             ]
         )
-    headers = ["run", "state", "steps", "loss", "eval loss", "least eval loss", "best checkpoint", "training time"]
+    headers = ["run", "state", "steps", "loss", "eval loss", "lowest eval loss", "best checkpoint", "training time"]
     return _table([*headers, "tokens/s, median"], rows)
 
 

@@ -54,7 +54,7 @@ def complete_request(
 
 
 def write_draft(file: Path, request: DraftRequest) -> list[tuple[str, str]]:
-    """Write a drafted config, and the schema for editors beside it. Return a table of what was seen.
+    """Write a drafted config, and the schema for editors beside it. Return a table that describes rows and model.
 
     Raises:
         UserError: the file exists or cannot be written, or see `draft`. Nothing was written.
@@ -63,10 +63,10 @@ def write_draft(file: Path, request: DraftRequest) -> list[tuple[str, str]]:
     schema = schema_path(file)
     if os.path.lexists(schema) and not _is_our_schema(schema):
         raise ConfigError(f"{schema} is not a schema of lora-accel; move it away, or choose another folder")
-    text, seen = draft(request)
+    text, description = draft(request)
     write_recipe(file, text.encode())
     write_text(schema, json.dumps(RunConfig.model_json_schema(), indent=2) + "\n")
-    return seen
+    return description
 
 
 def _is_our_schema(path: Path) -> bool:

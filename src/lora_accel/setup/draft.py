@@ -1,4 +1,4 @@
-"""`lora-accel init`: looks at a model and rows, and drafts a commented run config that fits them. Loads no weights."""
+"""`lora-accel init`: reads a model and rows, and drafts a commented run config that fits them. Loads no weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CHAT_FORMATS = ("messages", "sharegpt", "alpaca")
 
 
 class DraftRequest(NamedTuple):
-    """What a user asks `lora-accel init` for."""
+    """The options of `lora-accel init`."""
 
     model: str
     data: str
@@ -46,7 +46,7 @@ class DraftRequest(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What was seen of the rows of a source."""
+    """Summary of the rows of a source."""
 
     format: str
     num_rows: int
@@ -58,8 +58,8 @@ class Rows(NamedTuple):
     """Rows of the sample that cannot be used."""
 
 
-class Seen(NamedTuple):
-    """What was seen of a model and rows."""
+class InputSummary(NamedTuple):
+    """Summary of a model and of rows."""
 
     rows: Rows
     max_positions: int | None
@@ -71,7 +71,7 @@ class Seen(NamedTuple):
 
 
 class Values(NamedTuple):
-    """The options of a draft that depend on what was seen."""
+    """The options of a draft that depend on the model and the rows."""
 
     max_length: int
     eval_fraction: float
@@ -82,20 +82,20 @@ class Values(NamedTuple):
 
 
 def draft(request: DraftRequest) -> tuple[str, list[tuple[str, str]]]:
-    """Return a run config as commented YAML, and a table of what was seen.
+    """Return a run config as commented YAML, and a table that describes the rows and the model.
 
     Raises:
         UserError: the model is not a model, a file of rows does not exist, or no row can be used.
     """
-    with Stage("looking at the model and the rows"):
-        seen = look(request)
-    values = choose(request, seen)
-    text = write(request, seen, values)
-    return text, describe(request, seen)
+    with Stage("reading the model and the rows"):
+        inputs = summarize_inputs(request)
+    values = choose(request, inputs)
+    text = write(request, inputs, values)
+    return text, describe(request, inputs)
 
 
-def look(request: DraftRequest) -> Seen:
-    """Look at the model's config and tokenizer, if they can be loaded, and at the rows.
+def summarize_inputs(request: DraftRequest) -> InputSummary:
+    """Read the model's config and tokenizer, if they can be loaded, and the rows.
 
     Raises:
         UserError: see `draft`.
@@ -120,7 +120,7 @@ def look(request: DraftRequest) -> Seen:
     config = read_config_file(model)
     hidden_size = (config or {}).get("hidden_size", LARGE_HIDDEN_SIZE)
     is_large = not isinstance(hidden_size, int) or hidden_size >= LARGE_HIDDEN_SIZE
-    return Seen(rows, model_sizes(model).max_positions if config else None, is_large, chat_template)
+    return InputSummary(rows, model_sizes(model).max_positions if config else None, is_large, chat_template)
 
 
 def _tokenize(model: ModelSection, source: SourceSection, num_rows: int) -> Rows:
@@ -157,29 +157,29 @@ def _template_for(model: ModelSection, source: SourceSection) -> str | None:
     return "chatml" if is_chat and not load_tokenizer(model).chat_template else None
 
 
-def choose(request: DraftRequest, seen: Seen) -> Values:
+def choose(request: DraftRequest, inputs: InputSummary) -> Values:
     """Return values that fit the number of rows, their lengths, and the size of the model."""
-    num_rows, longest = seen.rows.num_rows, int(seen.rows.lengths.max())
-    usual = int(np.quantile(seen.rows.lengths, 0.99))
+    num_rows, longest = inputs.rows.num_rows, int(inputs.rows.lengths.max())
+    usual = int(np.quantile(inputs.rows.lengths, 0.99))
     max_length = _round_up(longest if longest <= 2 * usual else usual)  # a few long rows do not decide
-    max_length = min(max_length, LONGEST, seen.max_positions or LONGEST)
+    max_length = min(max_length, LONGEST, inputs.max_positions or LONGEST)
     batch_size = 4 if num_rows < 200 else 8 if num_rows < 2000 else 16
     epochs = 5 if num_rows < 200 else 3 if num_rows < 20_000 else 1
     eval_fraction = 0.0 if request.evaluation or num_rows < 20 else 0.1 if num_rows < 5000 else 0.02
     steps = max(1, round(num_rows * (1 - eval_fraction) / batch_size)) * epochs
     every_steps = min(200, max(10, steps // 10))
-    return Values(max_length, eval_fraction, epochs, batch_size, 2e-4 if seen.is_large else 5e-4, every_steps)
+    return Values(max_length, eval_fraction, epochs, batch_size, 2e-4 if inputs.is_large else 5e-4, every_steps)
 
 
 def _round_up(length: int) -> int:
-    """Return the next multiple of 64 tokens, or of 256 from 1,024 on: room for rows that were not seen."""
+    """Return the next multiple of 64 tokens, or of 256 from 1,024 on: room for rows that were not read."""
     step = 64 if length < 1024 else 256
     return math.ceil((length + 1) / step) * step
 
 
-def describe(request: DraftRequest, seen: Seen) -> list[tuple[str, str]]:
-    """Return what was seen as (name, text) pairs."""
-    rows, lengths = seen.rows, seen.rows.lengths
+def describe(request: DraftRequest, inputs: InputSummary) -> list[tuple[str, str]]:
+    """Return a description of the rows and the model as (name, text) pairs."""
+    rows, lengths = inputs.rows, inputs.rows.lengths
     about = "about " if rows.is_estimate else ""
     sample = f" of the first {SAMPLE:,} rows" if rows.num_rows > SAMPLE else ""
     tokens = f"{about}{int(np.median(lengths)):,} tokens (median), {about}{int(lengths.max()):,} at most{sample}"
@@ -188,26 +188,26 @@ def describe(request: DraftRequest, seen: Seen) -> list[tuple[str, str]]:
         table.append(("tokenizer", f"{request.model} cannot be loaded now: lengths are estimated from characters"))
     if rows.num_dropped:
         table.append(("not usable", f"{rows.num_dropped:,}{sample}; lora-accel inspect lists the reasons"))
-    if seen.max_positions is not None:
-        table.append(("positions", f"{seen.max_positions:,} in the model"))
-    if seen.chat_template:
-        table.append(("chat template", f"the tokenizer has none: {seen.chat_template}"))
+    if inputs.max_positions is not None:
+        table.append(("positions", f"{inputs.max_positions:,} in the model"))
+    if inputs.chat_template:
+        table.append(("chat template", f"the tokenizer has none: {inputs.chat_template}"))
     return table
 
 
-def write(request: DraftRequest, seen: Seen, values: Values) -> str:
+def write(request: DraftRequest, inputs: InputSummary, values: Values) -> str:
     """Return the run config as commented YAML."""
-    rows, scalar = seen.rows, yaml_scalar
+    rows, scalar = inputs.rows, yaml_scalar
     longest = f"the longest row has {'about ' if rows.is_estimate else ''}{int(rows.lengths.max()):,}"
     evaluation = f"eval: [{{path: {scalar(request.evaluation)}}}]"
     if request.evaluation is None:
         evaluation = f"eval_fraction: {values.eval_fraction}    # share of the rows held out for evaluation"
     template = "# chat_template: chatml  # for a base model whose tokenizer has no chat template"
-    if seen.chat_template:
-        template = f"chat_template: {seen.chat_template}  # the tokenizer has none"
+    if inputs.chat_template:
+        template = f"chat_template: {inputs.chat_template}  # the tokenizer has none"
     bits = "quantization: {bits: 4}   # QLoRA: less memory, slower steps"
     has_eval = request.evaluation is not None or values.eval_fraction > 0
-    size = "over" if seen.is_large else "under"
+    size = "over" if inputs.is_large else "under"
     every = f"{{every_steps: {values.every_steps}}}"
     return f"""\
 # yaml-language-server: $schema={SCHEMA_FILE}
