@@ -15,6 +15,9 @@ class BitsPerByte(ConfigurableTask):
     task requests its log-likelihood too, and subtracts it.
     """
 
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
         """Return the requests of a row: the answer, and the whitespace before it if there is some."""
         answer = super().construct_requests(doc, ctx, **kwargs)

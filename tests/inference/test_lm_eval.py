@@ -49,7 +49,7 @@ def test_the_documented_command_gives_the_figures_of_evaluate(
     config = make_config(
         output_dir=str(tmp_path / "runs" / "quickstart"),
         data={"train": [{"path": str(train)}], "eval": [{"path": str(heldout)}]},
-        training={"max_steps": 30},
+        training={"max_steps": 60, "batch_size": 16},
         evaluation={"at_start": False},
     )
     merged = tmp_path / "runs" / "quickstart" / "merged"
