@@ -6,8 +6,8 @@ the file with pip, checks its hash, dequantizes it with transformers from 4 bits
 safetensors, with tokenizer, chat template and license. The weights are those of the 4-bit file: close to the
 published model, but not identical to it.
 
-    pip install 'lora-accel[quickstart]'     # includes gguf, which reads the file
-    python scripts/fetch_model.py            # 92 MB to download, 270 MB on disk
+    pip install '.[quickstart]'         # in the clone; includes gguf, which reads the file
+    python scripts/fetch_model.py       # 92 MB to download, 270 MB on disk
 
 The folder is written atomically. An existing folder is kept.
 """
@@ -107,7 +107,7 @@ def check_complete(out: Path) -> None:
 def check_requirements() -> None:
     for package in ("gguf", "transformers", "torch"):
         if importlib.util.find_spec(package) is None:
-            raise FetchError(f"needs the package {package}: pip install 'lora-accel[quickstart]'")
+            raise FetchError(f"needs the package {package}: pip install '{REPOSITORY}[quickstart]'")
 
 
 def create_folder(out: Path) -> None:

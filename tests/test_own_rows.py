@@ -17,11 +17,18 @@ from pathlib import Path
 
 import pytest
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model
+from scripts import fetch_model
 from transformers import AutoModelForCausalLM
 
+import lora_accel
 from lora_accel import train
 from lora_accel.config.files import read_config
+from lora_accel.config.schema import ModelSection
+from lora_accel.errors import ArtifactError
+from lora_accel.model.tokenizer import load_tokenizer
+from lora_accel.setup.draft import SCHEMA_FILE
 from tests.conftest import ROOT, CommandResult, chat_rows, write_jsonl
 
 RECIPE = resources.files("lora_accel.config") / "my_rows.yaml"
@@ -86,7 +93,31 @@ def test_init_writes_the_recipe_and_overwrites_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling.yaml", "my_rows.yaml", "other.yaml"]
 
 
+@pytest.mark.parametrize("arguments", [("train", "my.yaml"), ("train", "-c", "my.yaml"), ("inspect", "my.yaml")])
+def test_a_config_without_its_option(command: Callable[..., CommandResult], arguments: tuple[str, ...]) -> None:
+    result = command(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"error: pass the run config with --config: lora-accel {arguments[0]} --config my.yaml\n"
+
+
+def test_other_files_are_not_taken_for_the_config(command: Callable[..., CommandResult]) -> None:
+    for arguments in (("train", "--launcher", "zero.yaml"), ("inspect", "data.eval=[{path: a.yaml}]")):
+        assert "Missing option '--config'" in command(*arguments).stderr
+    assert "absent.yaml: no such file" in command("inspect", "--config", "absent.yaml", "more.yaml").stderr
+
+
+def test_version(command: Callable[..., CommandResult]) -> None:
+    assert command("--version") == CommandResult(0, f"lora-accel {lora_accel.__version__}\n", "")
+
+
 # Missing models
+
+
+def test_fetching_the_model_names_a_command_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is not on an index: the extra must be that of the clone."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(fetch_model.FetchError, match=re.escape(f"gguf: pip install '{ROOT}[quickstart]'")):
+        fetch_model.check_requirements()
 
 
 @pytest.fixture
@@ -152,6 +183,19 @@ def test_a_missing_model_folder_is_reported_with_the_script_that_creates_it(
     assert requested_hosts == []
 
 
+def test_an_unreachable_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """huggingface_hub retries for half a minute for each file, and transformers would ask for two more."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: pytest.fail("asked again"))
+    with pytest.raises(ArtifactError, match="the tokenizer of 'some/model' cannot be loaded: no connection"):
+        load_tokenizer(ModelSection(name_or_path="some/model"))
+
+
 def test_an_unreachable_hub_id_is_reported_with_the_way_without_the_hub(
     command: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,20 +234,17 @@ def readme_block() -> str:
 
 @pytest.mark.timeout(3600)
 def test_readmes_commands_run_as_documented(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
-    """Run every line of the block except the installation, in an empty folder. Edits the rows, as README asks for, and
-    the model, which is a tiny one."""
+    """Run every line of the block except the installation, in a folder with rows, on a tiny model."""
     block = readme_block()
     installs = [line for line in block.splitlines() if line.startswith(("pip ", "python -m venv"))]
     assert len(installs) == 2, "only these two lines are skipped"
-    edit = [line for line in block.splitlines() if line.startswith("# ")]
-    assert len(edit) == 1, "one line to edit"
-    model, rows = tiny_model(), write_jsonl(tmp_path / "elsewhere.jsonl", chat_rows(30))
-    changes = f"s|HuggingFaceTB/SmolLM2-135M-Instruct|{model}|; s|path: my_rows.jsonl|path: {rows}|"
-    script = block.replace(edit[0], f"sed -i '{changes}' my_rows.yaml")
+    model, folder = tiny_model(), tmp_path / "empty"
+    folder.mkdir()
+    write_jsonl(folder / "my_rows.jsonl", chat_rows(30))
+    script = block.replace("--data my_rows.jsonl", f"--data my_rows.jsonl --model {model}")
+    assert script != block, "init names the rows"
     for line in installs:
         script = script.replace(line, "")
-    folder = tmp_path / "empty"
-    folder.mkdir()
     bin_folder = Path(sys.executable).parent
     result = subprocess.run(
         ["bash", "-euxo", "pipefail", "-c", script],
@@ -224,4 +265,5 @@ def test_readmes_commands_run_as_documented(tmp_path: Path, tiny_model: Callable
     assert re.search(r"base \+ adapter +│ .* of 3 ", result.stdout), "evaluate scores the held-out rows"
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
     assert (run / "merged" / "model.safetensors").is_file(), "merge"
-    assert {path.name for path in folder.iterdir()} == {"my_rows.yaml", config.output_dir.split("/")[0]}
+    files = {"my_rows.jsonl", "my_rows.yaml", SCHEMA_FILE}
+    assert {path.name for path in folder.iterdir()} == files | {config.output_dir.split("/")[0]}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
+from lora_accel import __version__
 from lora_accel.config.schema import MAX_NEW_TOKENS, Dtype
 from lora_accel.console import print_table, run_command, show_logs, silence_libraries
 from lora_accel.errors import ConfigError, LoraAccelError
@@ -20,7 +22,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Fine-tune causal language models with LoRA and QLoRA.",
 )
 
 Config = Annotated[Optional[Path], typer.Option("--config", metavar="FILE", help="Run config (YAML).")]  # noqa: UP045
@@ -54,6 +55,8 @@ READS_CONFIG = {"ignore_unknown_options": True}
 """Settings of commands that need a config: an unknown option becomes an override, so that `read_config` explains it."""
 # typer evaluates these annotations at run time, so they must be valid on Python 3.10.
 
+CONFIG_COMMANDS = ("train", "plan", "inspect", "evaluate", "verify-resume")
+"""Commands that read a run config."""
 WRITING_COMMANDS = ("train", "merge", "export", "push", "init", "report", "verify-resume")
 """Commands whose result is files: they continue if nobody reads what they print."""
 
@@ -62,7 +65,38 @@ def main() -> None:
     """Run the command line."""
     show_logs()
     should_continue = any(name in WRITING_COMMANDS for name in sys.argv[1:2])
-    sys.exit(run_command(lambda: app(standalone_mode=True), should_continue=should_continue))
+    sys.exit(run_command(_run_app, should_continue=should_continue))
+
+
+def _run_app() -> None:
+    _check_config_option(sys.argv[1:])
+    app(standalone_mode=True)
+
+
+def _check_config_option(arguments: list[str]) -> None:
+    """Check that a run config is not passed as `lora-accel train my.yaml` or `-c my.yaml`, as other tools expect it."""
+    command, rest = "".join(arguments[:1]), arguments[1:]
+    pairs = zip([command, *rest], rest, strict=False)  # after `--launcher`, a file is that option's value
+    names = (name for before, name in pairs if not before.startswith("--"))
+    file = next((name for name in names if re.fullmatch(r"[^-=][^=]*\.ya?ml", name)), None)
+    has_config = any(re.match("--config(=|$)", argument) for argument in rest)
+    if command in CONFIG_COMMANDS and file is not None and not has_config:
+        raise ConfigError(f"pass the run config with --config: lora-accel {command} --config {file}")
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"lora-accel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Fine-tune causal language models with LoRA and QLoRA."""
 
 
 @app.command(context_settings=READS_CONFIG)
@@ -137,6 +171,10 @@ def init(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="PATH", help="Rows to train on: a file, a folder, a URL, or a dataset id on the Hub."),
     ] = None,
+    columns: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="MAPPING", help="Names of your columns: '{instruction: question, output: answer}'."),
+    ] = None,
     evaluation: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--eval", metavar="PATH", help="Rows to evaluate on. Default: some of --data are held out."),
@@ -147,7 +185,7 @@ def init(
     ] = None,
     output: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="DIR", help="Run folder (output_dir). Default: runs/my_rows."),
+        typer.Option(metavar="DIR", help="Run folder (output_dir). Default: runs/ and the name of FILE."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing.")] = False,
 ) -> None:
@@ -156,22 +194,26 @@ def init(
     Looks at the rows and the model, and chooses values that fit them. Asks for what is missing if this is a terminal.
     Without options, and without a terminal or with --yes, writes a recipe to edit.
     """
-    from lora_accel.config.files import write_recipe
+    from lora_accel.config.files import check_recipe_path, write_recipe
     from lora_accel.setup.dialog import complete_request, is_terminal, write_draft
+    from lora_accel.setup.draft import schema_path
 
+    check_recipe_path(file)
     should_ask = is_terminal() and not yes
-    if should_ask or any(option is not None for option in (model, data, evaluation, four_bits, output)):
+    if should_ask or any(option is not None for option in (model, data, columns, evaluation, four_bits, output)):
         silence_libraries()
         request = complete_request(
             model=model,
             data=data,
+            columns=columns,
             evaluation=evaluation,
             four_bits=four_bits,
-            output_dir=output or "runs/my_rows",
+            output_dir=output or f"runs/{file.stem}",
             should_ask=should_ask,
         )
         print_table("rows and model", write_draft(file, request))
-        print(f"wrote {file}. Then:\n  lora-accel inspect --config {file}")
+        print(f"wrote {file}, and {schema_path(file)} for editors. Then:")
+        print(f"  lora-accel inspect --config {file}\n  lora-accel train --config {file}")
         return
     write_recipe(file)
     print(f"wrote {file}. Set data.train in it, then:\n  lora-accel inspect --config {file}")

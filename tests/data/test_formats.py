@@ -455,6 +455,9 @@ def test_a_loss_mask_has_one_flag_for_each_message(mask: list[Any], data_format:
         ),
         ({"instruction": "p", "input": "i", "response": "r"}, "columns: {output: response} with"),
         ({"input": "p", "output": "r"}, "columns: {instruction: input} with"),
+        ({"message": "m", "category": "c"}, "{instruction: message, output: category}, if 'category' is the answer"),
+        ({"category": "c", "question": "m"}, "{instruction: question, output: category}, if 'category' is"),
+        ({"answer": "c", "message": "m"}, "{instruction: message, output: answer}, if 'answer' is"),
         ({"conversation": [USER]}, "For this row: columns: {messages: conversation}$"),
         ({"dialog": [{"from": "human", "value": "q"}]}, "For this row: columns: {conversations: dialog}$"),
         ({"prompt": "p", "chosen": "c", "rejected": "r"}, "Preference data is not supported; .*{completion: chosen}"),
@@ -476,6 +479,13 @@ def test_a_row_without_an_obvious_meaning_gets_no_suggestion() -> None:
             detect_format(row)
     with pytest.raises(MalformedRow, match=r"name in the file}\. This row is of format: messages$"):
         parse_row(messages(*ASKED), "alpaca")
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_a_csv_file_with_another_separator(separator: str) -> None:
+    with pytest.raises(MalformedRow, match=r"save it with commas, or with tabs as \.tsv") as error:
+        detect_format({f"instruction{separator}output": f"q{separator}a"})
+    assert repr(separator) in str(error.value)
 
 
 def test_an_answer_that_is_only_in_chosen_is_an_error() -> None:

@@ -106,4 +106,8 @@ def test_advice_on_capacity() -> None:
     assert advise(config_of(), plan_of(), [], most) == []
     (advice,) = advise(config_of(), plan_of(), [], most + 1)
     assert "adapter.r" in advice
+    assert "checkpoint.keep_best" in advice
+    assert "data.eval_fraction" not in advice, "there are evaluation rows"
+    (advice,) = advise(config_of(), plan_of(num_eval_examples=0), [], most + 1)
+    assert "Hold out rows (data.eval_fraction)" in advice
     assert advise(config_of(), plan_of(), [], None) == []

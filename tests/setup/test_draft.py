@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from lora_accel.config.files import read_config
 from lora_accel.setup import dialog
 from lora_accel.setup.data import prepare_data
-from lora_accel.setup.draft import SAMPLE, SCHEMA_FILE, DraftRequest, InputSummary, Rows, choose
+from lora_accel.setup.draft import SAMPLE, SCHEMA_FILE, TEMPLATE_TOKENS, DraftRequest, InputSummary, Rows, choose
 from tests.conftest import CommandResult, chat_rows, write_jsonl
 
 Command = Callable[..., CommandResult]
@@ -96,7 +96,8 @@ def test_without_a_tokenizer_lengths_are_estimated(command: Command, here: Path)
     config = read_config("my.yaml")
     assert config.model.name_or_path == "some/model-7b"
     assert config.training.learning_rate == 2e-4, "perhaps a large model"
-    assert 64 <= config.data.max_length <= 256
+    longest = max(len(str(row)) for row in chat_rows(60)) // 3
+    assert longest + TEMPLATE_TOKENS < config.data.max_length <= 256, "room for the chat template"
 
 
 def test_a_tokenizer_without_template_gets_one(
@@ -136,6 +137,52 @@ def test_bad_requests_write_nothing(
     assert message in result.stderr
     assert result.stderr.count("error: ") == 1
     assert names(here) == before
+
+
+def test_columns_of_other_names(command: Command, here: Path, tiny_model: Callable[..., Path]) -> None:
+    """The error of a csv file names the mapping, which `--columns` takes, also for the evaluation rows."""
+    csv = "note: text,category\ngive me my money back,refund\nwhere is my parcel,shipping\n"
+    for name in ("rows.csv", "held.csv"):
+        (here / name).write_text(csv)
+    arguments = ("init", "tickets.yaml", "--model", tiny_model(), "--data", "rows.csv", "--eval", "held.csv")
+    result = command(*arguments)
+    assert result.returncode == 2
+    assert "columns: {instruction: note: text, output: category}, if 'category' is the answer" in result.stderr
+    assert "--columns '{instruction: NAME, output: NAME}'" in result.stderr
+    result = command(*arguments, "--columns", "{instruction: 'note: text', output: category}")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"wrote tickets.yaml, and {SCHEMA_FILE} for editors" in result.stdout
+    assert "lora-accel train --config tickets.yaml" in result.stdout
+    config = read_config("tickets.yaml")
+    expected = {"instruction": "note: text", "output": "category"}
+    assert [source.columns for source in (*config.data.train, *config.data.eval)] == [expected, expected]
+    assert config.output_dir == "runs/tickets"
+    (here / "held.csv").write_text("a;b\n1;2\n")
+    result = command("init", "more.yaml", *arguments[2:])
+    assert "held.csv, row 1: the only column is 'a;b': its names are separated by ';'" in result.stderr
+    assert "--columns" not in result.stderr
+
+
+@pytest.mark.parametrize("columns", ["instruction=question", "[question]", "{instruction: 5}", "{instruction"])
+def test_columns_that_are_no_mapping(command: Command, here: Path, columns: str) -> None:
+    result = command("init", "my.yaml", "--data", "rows.jsonl", "--columns", columns)
+    assert result.returncode == 2
+    assert "--columns: should be {known name: name in the file}" in result.stderr
+    assert names(here) == {"rows.jsonl"}
+
+
+def test_wrong_rows_are_reported_before_the_next_question(
+    command: Command, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dialog, "is_terminal", lambda: True)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("absent.jsonl\n"))
+    result = command("init")
+    assert result.returncode == 2
+    assert "absent.jsonl: no such file" in result.stderr
+    assert "Base model" not in result.stdout
+    (here / "my_rows.yaml").write_text("mine")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert "my_rows.yaml already exists" in command("init").stderr, "before the first question"
 
 
 def test_existing_files_stay(command: Command, here: Path, tiny_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -191,8 +191,8 @@ def _build(folder: Path, *, source: Input, section: SourceSection, recipe: Recip
     if first is not None and ledger.format is None:
         number, row = next(first.parsed())
         with _locate_errors(first.file, number):
-            ledger.format = detect_format(_rename_columns(row, section.columns))
-        rename = functools.partial(_rename_columns, columns=section.columns)
+            ledger.format = detect_format(rename_columns(row, section.columns))
+        rename = functools.partial(rename_columns, columns=section.columns)
         chunks = source.check_files(itertools.chain([first], chunks), ledger.format, rename)
     elif first is not None:
         chunks = itertools.chain([first], chunks)
@@ -314,7 +314,7 @@ def _encode_row(
     """Return a row's bucket, its examples, the number of tokens cut off, and whether no chat template is applied."""
     assert section.format is not None  # detected from the first row
     try:
-        record = parse_row(_rename_columns(row, section.columns), section.format)
+        record = parse_row(rename_columns(row, section.columns), section.format)
         is_raw = isinstance(record, (Completion, PlainText))
         examples = encode_record(record, template, options.loss_on)
         if not examples:
@@ -326,7 +326,7 @@ def _encode_row(
         return f"{DROPPED}{error}", [], 0, False
 
 
-def _rename_columns(row: Row, columns: dict[str, str]) -> Row:
+def rename_columns(row: Row, columns: dict[str, str]) -> Row:
     """Return a row with the key names of its format.
 
     Args:

@@ -43,6 +43,11 @@ def detect_format(row: Row) -> str:
         for name, (keys, _) in FORMATS.items():
             if given >= {*keys}:
                 return name
+    if len(row) == 1 and (separator := next((mark for mark in ";\t|" if mark in next(iter(row))), None)):
+        raise MalformedRow(
+            f"the only column is {next(iter(row))!r}: its names are separated by {separator!r}, but a csv file needs "
+            "commas; save it with commas, or with tabs as .tsv"
+        )
     known = "; ".join(f"{name}: {' + '.join(keys)}" for name, (keys, _) in FORMATS.items())
     raise MalformedRow(
         f"no known format has the keys {sorted(row)}; known are {known}. "
@@ -313,6 +318,11 @@ def _suggest_columns(row: Row) -> str:
         chat = _columns({"instruction": prompts[0], "output": answers[0]})
         raw = _columns({"prompt": prompts[0], "completion": answers[0]})
         columns = f"{chat} with the chat template, {raw} without"
+    elif len(row) == len(texts) == 2:
+        question, answer = sorted(
+            texts, key=lambda key: key in answers or -(key in prompts)
+        )  # else in the file's order
+        columns = f"{_columns({'instruction': question, 'output': answer})}, if {answer!r} is the answer"
     else:
         columns = ""
     if "chosen" in row and "rejected" in row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
@@ -135,9 +134,15 @@ def _tokenizer_file(section: ModelSection) -> Path | None:
     file = local_file(section, "tokenizer.json")
     if file is None and not Path(section.name_or_path).is_dir():
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
-        with contextlib.suppress(OSError, ValueError):  # loading the tokenizer reports them
+        try:
             file = Path(hf_hub_download(section.name_or_path, "tokenizer.json", revision=section.revision))
+        except LocalEntryNotFoundError as error:  # the Hub is out of reach
+            if not has_tokenizer(section):  # nothing in the cache: transformers would wait for each file in turn
+                raise ArtifactError(load_error_message(section, "tokenizer", error)) from None
+        except (OSError, ValueError):  # loading the tokenizer reports them
+            pass
     return file
 
 

@@ -104,7 +104,10 @@ def capacity_advice(plan: Plan, num_trained: int | None) -> str | None:
     if num_trained is None or num_trained <= MAX_WEIGHTS_PER_TOKEN * plan.num_supervised_tokens:
         return None
     ratio = num_trained / max(1, plan.num_supervised_tokens)
+    how = "Hold out rows (data.eval_fraction) to see it, or"
+    if plan.num_eval_examples:
+        how = "If the loss on the evaluation rows rises, keep the best checkpoint (checkpoint.keep_best), or"
     return (
         f"{num_trained:,} parameters are trained on {plan.num_supervised_tokens:,} supervised tokens, {ratio:,.0f} for "
-        "each: the adapter can memorize them. Hold out rows (data.eval_fraction) to see it, or lower adapter.r"
+        f"each: the adapter can memorize them. {how} lower adapter.r"
     )

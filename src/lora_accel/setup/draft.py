@@ -12,7 +12,7 @@ import numpy.typing as npt
 from lora_accel.config.files import yaml_scalar
 from lora_accel.config.schema import MAX_TOKENS, DataSection, ModelSection, RunConfig, SourceSection
 from lora_accel.console import Stage
-from lora_accel.data.dataset import load_dataset
+from lora_accel.data.dataset import load_dataset, rename_columns
 from lora_accel.data.formats import detect_format
 from lora_accel.data.records import MalformedRow
 from lora_accel.data.rows import find_input
@@ -29,8 +29,12 @@ LONGEST = 8192
 """Largest `data.max_length` of a draft: longer rows need memory that a first run should not."""
 CHARACTERS_PER_TOKEN = 3
 """Fewer than in English text (about 4), so that lengths that are estimated without a tokenizer are not too small."""
+TEMPLATE_TOKENS = 64
+"""Added to lengths that are estimated: a chat template adds a system message and marks of turns (SmolLM2's: 32 tokens),
+and a `data.max_length` that is too small truncates the answers."""
 LARGE_HIDDEN_SIZE = 2048
 """Hidden size of models of about a billion parameters, from which on a smaller learning rate is usual."""
+EXAMPLE_COLUMNS = "{instruction: NAME, output: NAME}"
 CHAT_FORMATS = ("messages", "sharegpt", "alpaca")
 
 
@@ -39,6 +43,8 @@ class DraftRequest(NamedTuple):
 
     model: str
     data: str
+    columns: dict[str, str] = {}  # noqa: RUF012 (never changed)
+    """Renamed columns of `data` and `evaluation`: {name that the format expects: name in the file}."""
     evaluation: str | None = None
     """Rows to evaluate on; None = hold out some of `data`."""
     four_bits: bool = False
@@ -103,8 +109,9 @@ def summarize_inputs(request: DraftRequest) -> InputSummary:
     model = ModelSection(name_or_path=request.model)
     check_model_folder(model)
     if request.evaluation is not None:
-        find_input(SourceSection(path=request.evaluation))
-    source = SourceSection(path=request.data, limit=SAMPLE)
+        check_first_row(request.evaluation, request.columns)
+    check_first_row(request.data, request.columns)
+    source = SourceSection(path=request.data, limit=SAMPLE, columns=request.columns)
     num_rows = sum(len(chunk.numbers) for chunk in find_input(source).chunks(None))
     try:
         rows, chat_template = _tokenize(model, source, num_rows), None
@@ -123,6 +130,24 @@ def summarize_inputs(request: DraftRequest) -> InputSummary:
     return InputSummary(rows, model_sizes(model).max_positions if config else None, is_large, chat_template)
 
 
+def check_first_row(path: str, columns: dict[str, str]) -> None:
+    """Check that rows exist and that the keys of the first one, after renaming, are those of a format.
+
+    Raises:
+        DataError: there is no such file, it has no rows, or no format has these keys.
+    """
+    first = next(find_input(SourceSection(path=path)).chunks(1), None)
+    number, row = next(first.parsed(), (0, None)) if first is not None else (0, None)
+    if first is None or row is None:
+        raise DataError(f"{path}: has no rows; use a file with rows")
+    try:
+        detect_format(rename_columns(row, columns))
+    except MalformedRow as error:
+        needs_columns = "columns: {" in str(error)
+        how = f". Pass them to lora-accel init as --columns '{EXAMPLE_COLUMNS}'" if needs_columns else ""
+        raise DataError(f"{first.file}, row {number}: {error}{how}") from None
+
+
 def _tokenize(model: ModelSection, source: SourceSection, num_rows: int) -> Rows:
     options = DataSection(train=[source], max_length=MAX_TOKENS)
     recipe = make_recipe(RunConfig(output_dir="none", model=model, data=options))
@@ -135,13 +160,8 @@ def _tokenize(model: ModelSection, source: SourceSection, num_rows: int) -> Rows
 
 def _count_characters(source: SourceSection, num_rows: int) -> Rows:
     rows = [row for chunk in find_input(source).chunks(source.limit) for _, row in chunk.parsed()]
-    if not rows:
-        raise DataError(f"{source.path}: has no rows; use a file with rows")
-    try:
-        data_format = detect_format(rows[0])
-    except MalformedRow as error:
-        raise DataError(f"{source.path}, row 1: {error}") from None
-    lengths = [math.ceil(len(str(row)) / CHARACTERS_PER_TOKEN) for row in rows]
+    data_format = detect_format(rename_columns(rows[0], source.columns))
+    lengths = [math.ceil(len(str(row)) / CHARACTERS_PER_TOKEN) + TEMPLATE_TOKENS for row in rows]
     return Rows(data_format, num_rows, np.asarray(lengths), is_estimate=True)
 
 
@@ -149,11 +169,8 @@ def _template_for(model: ModelSection, source: SourceSection) -> str | None:
     """Return a built-in template if the tokenizer has none and the rows are conversations."""
     from lora_accel.model.tokenizer import load_tokenizer
 
-    row = next((row for chunk in find_input(source).chunks(1) for _, row in chunk.parsed()), {})
-    try:
-        is_chat = detect_format(row) in CHAT_FORMATS
-    except MalformedRow:
-        return None
+    row = next(row for chunk in find_input(source).chunks(1) for _, row in chunk.parsed())
+    is_chat = detect_format(rename_columns(row, source.columns)) in CHAT_FORMATS
     return "chatml" if is_chat and not load_tokenizer(model).chat_template else None
 
 
@@ -199,7 +216,9 @@ def write(request: DraftRequest, inputs: InputSummary, values: Values) -> str:
     """Return the run config as commented YAML."""
     rows, scalar = inputs.rows, yaml_scalar
     longest = f"the longest row has {'about ' if rows.is_estimate else ''}{int(rows.lengths.max()):,}"
-    evaluation = f"eval: [{{path: {scalar(request.evaluation)}}}]"
+    pairs = ", ".join(f"{scalar(name)}: {scalar(column)}" for name, column in request.columns.items())
+    columns = f", columns: {{{pairs}}}" if pairs else ""
+    evaluation = f"eval: [{{path: {scalar(request.evaluation)}{columns}}}]"
     if request.evaluation is None:
         evaluation = f"eval_fraction: {values.eval_fraction}    # share of the rows held out for evaluation"
     template = "# chat_template: chatml  # for a base model whose tokenizer has no chat template"
@@ -218,7 +237,7 @@ def write(request: DraftRequest, inputs: InputSummary, values: Values) -> str:
 #   lora-accel train --config FILE       trains; run it again to resume
 
 data:
-  train: [{{path: {scalar(request.data)}}}]
+  train: [{{path: {scalar(request.data)}{columns}}}]
   {evaluation}
   max_length: {values.max_length}   # in tokens; {longest}; longer ones are truncated
 
