@@ -338,8 +338,18 @@ def test_loading_a_folder_without_an_adapter_raises(
     tiny_model: Callable[..., Path], saved_adapter: Path, file: str
 ) -> None:
     (saved_adapter / file).unlink()
-    with pytest.raises(ArtifactError, match=f"is not an adapter: {file} is missing"):
+    with pytest.raises(ArtifactError, match=rf"is not an adapter: {file} is missing$"):
         load_adapter(AutoModelForCausalLM.from_pretrained(tiny_model()), saved_adapter)
+
+
+def test_a_wrong_folder_is_named(saved_adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"absent: is not an adapter: there is no such folder$"):
+        read_adapter(tmp_path / "absent")
+    run = tmp_path / "run"
+    run.mkdir()
+    saved_adapter.rename(run / "adapter")
+    with pytest.raises(ArtifactError, match=rf"adapter_config\.json is missing; {re.escape(str(run))}/adapter is one$"):
+        read_adapter(run)
 
 
 def test_loading_a_truncated_file_raises(saved_adapter: Path) -> None:

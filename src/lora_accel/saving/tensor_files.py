@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -87,12 +88,16 @@ def tensor_file(folder: Path) -> Path:
     Raises:
         ArtifactError: the folder is not an adapter.
     """
+    if not os.path.isdir(folder):  # a typo, most often
+        raise ArtifactError(f"{folder}: is not an adapter: there is no such folder")
     path = folder / WEIGHTS
     if (folder / CONFIG).is_file() and not path.exists() and (folder / PICKLED).is_file():
         path = folder / PICKLED
     for name in (CONFIG, path.name):
         if not (folder / name).is_file():
-            raise ArtifactError(f"{folder}: is not an adapter: {name} is missing")
+            inner = folder / "adapter"
+            hint = f"; {inner} is one" if (inner / CONFIG).is_file() else ""  # the folder of a run
+            raise ArtifactError(f"{folder}: is not an adapter: {name} is missing{hint}")
     return path
 
 
