@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -68,7 +69,7 @@ def parse_columns(text: str | None) -> dict[str, str]:
     """
     try:
         check_yaml(text or "")
-        columns = {} if text is None else yaml.safe_load(text)
+        columns: Any = {} if text is None else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
         columns = None
     if not isinstance(columns, dict) or not all(isinstance(name, str) for pair in columns.items() for name in pair):

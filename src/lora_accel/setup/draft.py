@@ -137,9 +137,10 @@ def check_first_row(path: str, columns: dict[str, str]) -> None:
         DataError: there is no such file, it has no rows, or no format has these keys.
     """
     first = next(find_input(SourceSection(path=path)).chunks(1), None)
-    number, row = next(first.parsed(), (0, None)) if first is not None else (0, None)
-    if first is None or row is None:
+    rows = [] if first is None else list(first.parsed())
+    if first is None or not rows:
         raise DataError(f"{path}: has no rows; use a file with rows")
+    number, row = rows[0]
     try:
         detect_format(rename_columns(row, columns))
     except MalformedRow as error:
