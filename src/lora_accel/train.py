@@ -220,6 +220,7 @@ def train_and_export(
         try:
             if start.checkpoint is not None and start.checkpoint.parent.resolve() != checkpoints.resolve():
                 run.checkpointer.save(start.progress)  # of another run: save a copy in this one
+            run.checkpointer.report_unusable_best(start.progress, hashes=True)
             run.metrics.begin()
             store, end = connect_store(len(processes)), functools.partial(write_state, folder)
             with watch_ranks(store, run.position, processes, rank, on_abort=end):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from lora_accel.config.schema import RunConfig
-from lora_accel.config.selection import Selection
+from lora_accel.config.selection import MAX_RECORDED, Selection
+from lora_accel.saving.checkpoint import METADATA_BYTES
 
 
 def selection(**changes: Any) -> Selection:
@@ -88,10 +92,72 @@ def test_direction_of_a_metric(metrics: list[str], checkpoint: dict[str, Any], i
     assert Selection.from_config(config).is_larger_better is is_larger_better
 
 
-def test_evaluations_of_other_data_do_not_count() -> None:
-    """A resumed run may have other evaluation rows, whose loss cannot be compared."""
-    before, after = evaluations(1.0, 1.1, eval_tokens=50), evaluations(9.0, 8.0, eval_tokens=60)
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [
+        ({"eval_tokens": 50}, {"eval_tokens": 60}),
+        ({"eval_tokens": 50, "fingerprint": 1}, {"eval_tokens": 50, "fingerprint": 2}),
+        ({"eval_tokens": 50}, {"eval_tokens": 60, "fingerprint": 2}),  # recorded by an earlier version
+    ],
+)
+def test_evaluations_of_other_data_do_not_count(first: dict[str, float], last: dict[str, float]) -> None:
+    """A resumed run may have other evaluation rows or settings, whose values cannot be compared."""
+    before, after = evaluations(1.0, 1.1, **first), evaluations(9.0, 8.0, **last)
     best = selection().best(before + after)
     assert best is not None
     assert best["eval_loss"] == 8.0
     assert not selection().has_stalled(before + after)
+
+
+def test_evaluations_of_the_same_data_count() -> None:
+    for first in ({"fingerprint": 1.0}, {}):  # of an earlier version
+        both = [{"step": 2, "eval_loss": 1.0, "eval_tokens": 5, **first}]
+        both += [{"step": 4, "eval_loss": 2.0, "eval_tokens": 5, "fingerprint": 1}]
+        best = selection(patience=1).best(both)
+        assert best is not None
+        assert best["step"] == 2
+        assert selection(patience=1).has_stalled(both)
+
+
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=200)
+@hypothesis.given(
+    limit=st.sampled_from([1, 3]),
+    values=st.lists(st.sampled_from([None, math.nan, 1.0, 1.1, 1.2, 2.0, 3.0]), max_size=30),
+    changed_at=st.integers(1, 40),
+    is_larger_better=st.booleans(),
+    patience=st.sampled_from([None, 1, 2, 5]),
+    min_delta=st.sampled_from([0.0, 0.15, 0.5]),
+)
+def test_shortened_evaluations_select_the_same(
+    limit: int,
+    values: list[float | None],
+    changed_at: int,
+    is_larger_better: bool,
+    patience: int | None,
+    min_delta: float,
+) -> None:
+    """A run records few evaluations, and decides after each one as if it had all. None = the replies failed."""
+    select = selection(figure="eval_f", is_larger_better=is_larger_better, patience=patience, min_delta=min_delta)
+    complete: list[dict[str, float]] = []
+    short: list[dict[str, float]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_accel.config.selection.MAX_RECORDED", limit)
+        for step, value in enumerate(values, start=1):
+            entry = {"step": step, "eval_loss": 1.0, "fingerprint": int(step >= changed_at)}
+            entry |= {} if value is None else {"eval_f": value}
+            complete.append(entry)
+            short = select.shorten([*short, entry])
+            assert len(short) <= max(limit, patience or 0) + 3
+            assert select.best(short) == select.best(complete)
+            assert select.has_stalled(short) is select.has_stalled(complete)
+
+
+def test_many_evaluations_fit_into_the_state_of_a_checkpoint() -> None:
+    entries = evaluations(
+        *(1 / number for number in range(1, MAX_RECORDED + 100)), eval_tokens=10**9, fingerprint=2**48
+    )
+    short: list[dict[str, float]] = []
+    for entry in entries:
+        short = selection(min_delta=1e-3).shorten([*short, entry | {"eval_perplexity": math.exp(entry["eval_loss"])}])
+    assert len(short) <= MAX_RECORDED + 2
+    assert len(json.dumps(short, indent=2)) < METADATA_BYTES

@@ -16,6 +16,7 @@ from lora_accel import faults
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ConfigError, TrainingError
 from lora_accel.train import run_training
+from lora_accel.training import loop
 from tests.conftest import CommandResult, read_metrics, write_jsonl
 
 
@@ -161,6 +162,92 @@ def test_keep_best_of_a_value_that_no_function_returns(overfitting: Callable[...
 def half(prompts: list[str], replies: list[str], references: list[str]) -> float:
     """Return a metric of a user."""
     return 0.5
+
+
+def many(prompts: list[str], replies: list[str], references: list[str]) -> dict[str, float]:
+    """Return many metrics of a user."""
+    return {f"part_{number}": float(number) for number in range(50)}
+
+
+def test_of_many_values_a_checkpoint_records_those_that_may_select(
+    overfitting: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    evaluation = {"metrics": [f"{__name__}:many"], "max_new_tokens": 1, "patience": None}
+    checkpoint = {"keep_best": "eval_part_7", "best_is": "max"}
+    run_training(overfitting(evaluation=evaluation, checkpoint=checkpoint, training={"max_steps": 4, "batch_size": 3}))
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json").read_text())
+    (recorded,) = state["evaluations"]
+    names = {"step", "fingerprint", "eval_loss", "eval_perplexity", "eval_tokens", "eval_part_7"}
+    assert recorded.keys() == names
+    assert read_metrics(tmp_path / "run", "eval")[0]["fingerprint"] == recorded["fingerprint"]
+
+
+def test_evaluations_of_other_rows_are_not_compared(
+    overfitting: Callable[..., RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Callable[..., CommandResult],
+) -> None:
+    """The new rows have as many tokens. No step has a loss on them as good as step 4 had on the first rows."""
+    run, no_patience = tmp_path / "run", {"evaluation": {"patience": None}}
+    with monkeypatch.context() as patch:
+        crash = faults.Fault("step.begin", 7, "enospc", None)
+        patch.setattr(faults, "active_fault", lambda: crash)
+        with pytest.raises(OSError, match="injected"):
+            run_training(overfitting(**no_patience))
+    before = read_metrics(run, "eval")
+    others = {"alpha": "bravo", "bravo": "charlie", "charlie": "alpha"}
+    rows = [{"prompt": f"repeat {name}", "completion": f"{other} bravo"} for name, other in others.items()]
+    write_jsonl(tmp_path / "held_out.jsonl", rows)
+    run_training(overfitting(training={"max_steps": 10}, checkpoint={"allow_changes": ["training"]}, **no_patience))
+    after = [line for line in read_metrics(run, "eval") if line["step"] >= 6]
+    assert len({line["eval_tokens"] for line in before + after}) == 1
+    best = min(after, key=lambda line: line["eval_loss"])
+    assert best["eval_loss"] > min(line["eval_loss"] for line in before)
+    exported = json.loads((run / "adapter" / "provenance.json").read_text())["exported"]
+    assert (exported["step"], exported["value"]) == (best["step"], best["eval_loss"])
+    marks = {x["step"]: x["marks"] for x in json.loads(command("checkpoints", run, "--json").stdout)}
+    assert [step for step, own in marks.items() if "best" in own] == [best["step"]]
+
+
+BEST_IS_GONE = "step-00000004 has the best eval_loss so far, but cannot be used: manifest.json is missing"
+
+
+def test_deleted_best_checkpoint_is_reported_at_the_start(
+    overfitting: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Once, and the run continues, since a later step may be better."""
+    with monkeypatch.context() as patch:
+        crash = faults.Fault("step.begin", 7, "enospc", None)
+        patch.setattr(faults, "active_fault", lambda: crash)
+        with pytest.raises(OSError, match="injected"):
+            run_training(overfitting())
+    assert "so far" not in caplog.text
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    with pytest.raises(TrainingError, match="cannot be used"):
+        run_training(overfitting())
+    assert caplog.text.count(BEST_IS_GONE) == 1
+    assert "continue with checkpoint.export=last" in caplog.text
+    assert checkpoint_names(tmp_path / "run")[-1] == "step-00000008"
+
+
+def test_best_checkpoint_that_is_deleted_during_the_run_is_reported_at_the_next_save(
+    overfitting: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    best, train_step = tmp_path / "run" / "checkpoints" / "step-00000004", loop.train_step
+
+    def step_and_delete(run: Any, step: int) -> Any:
+        if step == 4:
+            shutil.rmtree(best)
+        if step == 6:
+            assert BEST_IS_GONE in caplog.text
+        return train_step(run, step)
+
+    monkeypatch.setattr(loop, "train_step", step_and_delete)
+    run_training(overfitting(checkpoint={"export": "last", "keep_best": "eval_loss"}))
+    assert caplog.text.count(BEST_IS_GONE) == 1
+    assert "export=last" not in caplog.text
+    assert (tmp_path / "run" / "adapter").is_dir()
 
 
 @pytest.mark.parametrize("damage", ["deleted", "changed"])

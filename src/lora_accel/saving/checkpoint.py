@@ -25,7 +25,7 @@ from lora_accel.saving.output_dir import check_exists
 from lora_accel.saving.provenance import Provenance, changes, changes_table, is_allowed, options_for_key
 from lora_accel.saving.tensor_files import State, read_tensors, write_tensors
 
-METADATA_BYTES = 100_000
+METADATA_BYTES = 200_000
 """Upper bound for everything in a checkpoint except its tensors."""
 
 

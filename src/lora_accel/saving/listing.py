@@ -64,8 +64,8 @@ def list_checkpoints(run: Path, *, hashes: bool) -> list[CheckpointInfo]:
             readable = path.is_dir() and has_access(path, os.R_OK | os.X_OK)
             size = sum(file.lstat().st_size for file in path.iterdir()) if readable else 0
             age = time.time() - path.lstat().st_mtime
-            metrics = {} if path in quarantined else evaluations.get(step, {})
-            infos.append(CheckpointInfo(path.name, step, age, size, reason, metrics))
+            own_metrics = {} if path in quarantined else eval_metrics(evaluations.get(step, {}))
+            infos.append(CheckpointInfo(path.name, step, age, size, reason, own_metrics))
     _mark(run, infos, evaluations)
     return infos
 
@@ -90,11 +90,12 @@ def as_table(run: Path, infos: Sequence[CheckpointInfo], *, hashes: bool) -> lis
 
 
 def read_evaluations(run: Path) -> dict[int, dict[str, float]]:
-    """Return the metrics of a run's evaluations by their step, from its metrics.jsonl."""
+    """Return the metrics and the fingerprint of a run's evaluations by their step, from its metrics.jsonl."""
     evaluations = {}
     for line in read_valid_lines(run / METRICS_FILE):
         if line["kind"] == "eval":
-            evaluations[line["step"]] = eval_metrics(line)
+            identity = {key: line[key] for key in ("fingerprint",) if isinstance(line.get(key), int)}
+            evaluations[line["step"]] = identity | eval_metrics(line)
     return evaluations
 
 

@@ -28,7 +28,7 @@ class StepState(BaseModel):
     overflowed: Count = 0
     loss_scale: dict[str, float | int] | None = None
     evaluations: list[dict[str, float | int]] = []
-    """The step and the metrics of each evaluation before this checkpoint was saved."""
+    """The step, the fingerprint and the metrics of the evaluations before this checkpoint was saved."""
     seed: int | None = Field(None, ge=0, lt=2**32)
     begun_from: str | None = Field(None, max_length=200)
     begun_at: str | None = Field(None, max_length=10_000)

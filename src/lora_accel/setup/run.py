@@ -15,6 +15,7 @@ from lora_accel.config.schema import RunConfig, chosen_options
 from lora_accel.saving.provenance import Provenance
 from lora_accel.saving.status import Note
 from lora_accel.setup.data import PreparedData
+from lora_accel.setup.fingerprint import evaluation_fingerprint
 from lora_accel.setup.model import PreparedModel
 from lora_accel.setup.resume import ResumePoint
 from lora_accel.setup.scored_prompts import count_bytes
@@ -117,4 +118,5 @@ def _evaluator(
         ),
         prompts=evaluation.prompts,
         prompt_ids=data.prompts,
+        fingerprint=evaluation_fingerprint(config, data),
     )

@@ -16,6 +16,7 @@ from lora_accel.config.selection import Selection
 from lora_accel.distributed.backend import backend_of
 from lora_accel.distributed.collectives import on_all_ranks
 from lora_accel.errors import TrainingError
+from lora_accel.logs import logger
 from lora_accel.saving.adapter import unwrap_peft_model
 from lora_accel.saving.atomic import why_invalid
 from lora_accel.saving.attach import restore_adapter
@@ -44,6 +45,8 @@ class Checkpointer:
     """Flushes metrics.jsonl to disk: the log is never behind a checkpoint."""
     note: Note
     """Writes status.json."""
+    reported: set[int] = dataclasses.field(default_factory=set)
+    """Steps whose checkpoint was reported as the best one, but unusable."""
 
     @property
     def folder(self) -> Path:
@@ -59,6 +62,28 @@ class Checkpointer:
         """Return the checkpoints that are not deleted: the one that the run began from, and the best."""
         best = self.selection.step_to_keep(progress.evaluations)
         return [Path(self.config.checkpoint.resume), *([] if best is None else [step_folder(self.folder, best)])]
+
+    def report_unusable_best(self, progress: Progress, *, hashes: bool) -> None:
+        """Warn once if the best checkpoint was deleted or damaged: at the end of the run it may be too late.
+
+        The run continues, since a later step may be better.
+
+        Args:
+            hashes: whether to read its files and compare their SHA-256, too.
+        """
+        step = self.selection.step_to_keep(progress.evaluations)
+        if not self.accelerator.is_main_process or step is None or step in {progress.step, *self.reported}:
+            return
+        folder = step_folder(self.folder, step)
+        if reason := why_invalid(folder, required=FILES, hashes=hashes):
+            self.reported.add(step)
+            way_out = "restore the folder from a copy"
+            if self.config.checkpoint.export == "best":
+                way_out += ", or stop the run and continue with checkpoint.export=last; else it ends without adapter/"
+            logger.warning(
+                f"note: {folder} has the best {self.selection.metric} so far, but cannot be used: {reason}. Unless a "
+                f"later evaluation is better: {way_out}"
+            )
 
     def restore_exported(self, progress: Progress) -> Exported:
         """Restore the weights that adapter/ gets: of the best checkpoint, or of the last step. Every rank calls this.
@@ -119,3 +144,4 @@ class Checkpointer:
             protected=self.protected(progress),
         )
         self.note(progress.step, saved)
+        self.report_unusable_best(progress, hashes=False)

@@ -40,12 +40,14 @@ class Evaluator:
     """`evaluation.prompts`."""
     prompt_ids: Sequence[list[int]]
     """Their token ids."""
+    fingerprint: int
+    """Identifies the data and the settings behind the metric that selects a checkpoint; see `setup.fingerprint`."""
 
     def evaluate(self, metrics: Metrics) -> dict[str, Any]:
         """Return the values to log.
 
-        They are the losses, the metrics, under `metric_failed` the reason why there are none, and under `replies`
-        (prompt, reply or error) pairs.
+        They are the losses, the metrics, `fingerprint`, under `metric_failed` the reason why there are none, and under
+        `replies` (prompt, reply or error) pairs.
         """
         values: dict[str, Any] = {}
         if self.sources:
@@ -58,6 +60,8 @@ class Evaluator:
             with metrics.activity(f"replying to {len(self.scored_prompts):,} evaluation rows"):
                 replies = self.reply_generator.generate([prompt.ids for prompt in self.scored_prompts])
                 self._add_scores(values, replies)
+        if values:
+            values["fingerprint"] = self.fingerprint
         if self.prompts:
             with metrics.activity("replying to evaluation.prompts"):
                 replies = self.reply_generator.generate(self.prompt_ids)

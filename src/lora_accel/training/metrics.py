@@ -394,7 +394,7 @@ class Metrics:
 
 def _format_evaluation(values: Mapping[str, Any]) -> str:
     """Return the values of an eval line as text: `eval loss 1.2345, exact_match 0.5000`."""
-    names = [key for key in values if key not in ("eval_tokens", "eval_perplexity", "sources")]
+    names = [key for key in values if key not in ("eval_tokens", "eval_perplexity", "sources", "fingerprint")]
     return "eval " + ", ".join(f"{_title(name)} {values[name]:.4f}" for name in names)
 
 
@@ -414,7 +414,7 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, float]:
     for key, value in values.items():
         if isinstance(value, Mapping):
             flat |= _flat(f"{prefix}/{key}", value)
-        elif key not in ("kind", "step"):
+        elif key not in ("kind", "step", "fingerprint"):
             flat[f"{prefix}/{key}"] = value
     return flat
 

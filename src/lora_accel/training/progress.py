@@ -18,7 +18,7 @@ class Progress:
     overflowed: int = 0
     """Of these, steps without an update because the loss scale was too large."""
     evaluations: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    """The step and the metrics of each evaluation since the first step."""
+    """The step, the fingerprint and the metrics of the evaluations since the first step; see `Selection.shorten`."""
 
 
 @dataclasses.dataclass(frozen=True)
