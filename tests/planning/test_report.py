@@ -15,6 +15,9 @@ from lora_accel.config.schema import RunConfig
 from lora_accel.planning import estimate, report
 from lora_accel.planning.measure import Measurement
 from lora_accel.planning.memory import Usage
+from lora_accel.planning.remedies import find_remedies
+from lora_accel.planning.tables import estimate_tables
+from lora_accel.setup.data import prepare_data
 from tests.conftest import CommandResult, write_jsonl
 
 Command = Callable[..., CommandResult]
@@ -91,6 +94,53 @@ def test_if_nothing_fits_the_smallest_option_names_what_it_lacks(
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("with ")]
     assert "quantization.bits=4" in line
     assert "lacks" in line
+
+
+@pytest.mark.usefixtures("_untraced")
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_spare_memory_of_a_remedy(make_config: Callable[..., RunConfig], kind: str) -> None:
+    """On a CPU the heap doubles the tensors, unless training returns freed memory."""
+    config = make_config()
+    data = prepare_data(config)
+    available = estimate.Available(kind, 1, bytes=10**9, host_bytes=10**9, framework=10**6)
+    current = dataclasses.replace(estimate.make_estimate(config, data, "no", 4), available=available)
+    smaller, recompute, four_bits = find_remedies(config, data, "no", current)
+    assert smaller.spare == 10**9 - 10**6 - (2 if kind == "cpu" else 1) * smaller.total
+    for remedy in (recompute, four_bits):
+        assert "training.activation_checkpointing=true" in remedy.overrides
+        assert remedy.spare == 10**9 - 10**6 - remedy.total
+    assert four_bits.total < recompute.total < smaller.total
+
+    first, ranks = current.options[0], next(x for x in current.options if x.layout.name == "DDP x 4")
+    tensors = [option.memory.total for option in (first, ranks) if option.memory is not None]
+    expected = {"cuda": [10**6 + x for x in tensors], "cpu": [10**6 + 2 * tensors[0], 4 * (10**6 + 2 * tensors[1])]}
+    assert [current.needed_bytes(option) for option in (first, ranks)] == expected[kind]
+
+
+@pytest.mark.usefixtures("_untraced")
+@pytest.mark.parametrize(
+    ("kind", "num_devices", "num_ranks", "note"),
+    [
+        ("cpu", 1, 1, None),
+        ("cpu", 1, 2, "note: fits assumes that all 2 ranks run on this machine and share its memory"),
+        ("cuda", 8, 8, "note: fits assumes one device for each of the 8 ranks"),
+        (
+            "cuda",
+            2,
+            8,
+            "note: fits assumes one device for each of the 8 ranks, but this machine has 2 (visible cuda devices): the "
+            "others must be on other machines. Ranks that share a device need the memory of each",
+        ),
+    ],
+)
+def test_the_devices_of_the_ranks_are_named(
+    make_config: Callable[..., RunConfig], kind: str, num_devices: int, num_ranks: int, note: str | None
+) -> None:
+    config = make_config()
+    current = estimate.make_estimate(config, prepare_data(config), "no", num_ranks, has_4_bits=False)
+    available = dataclasses.replace(current.available, kind=kind, num_devices=num_devices)
+    tables = estimate_tables(dataclasses.replace(current, available=available))
+    assert [text for text in tables if text.startswith("note:")] == ([] if note is None else [note])
 
 
 def test_the_throughput_of_the_run_folder_is_the_median_of_its_last_steps(tmp_path: Path) -> None:

@@ -292,3 +292,20 @@ def test_several_runs_are_compared(tmp_path: Path, command: Callable[..., Comman
 def test_not_a_run_folder(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="is not a folder; pass the output_dir of a run"):
         read_run(tmp_path / "missing")
+
+
+def test_checkpoints_have_the_metric_that_selects_the_best(
+    make_config: Callable[..., RunConfig], command: Callable[..., CommandResult]
+) -> None:
+    config = make_config(
+        data={"eval_fraction": 0.3},
+        evaluation={"every_steps": 2, "metrics": ["token_f1"], "max_new_tokens": 2},
+        checkpoint={"keep_best": "eval_token_f1"},
+        training={"max_steps": 4},
+    )
+    folder = run_training(config).parent
+    ((_, table),) = {s[0]: s[3] for s in run_page(read_run(folder))["sections"]}["checkpoints"]
+    values = {line["step"]: line["eval_token_f1"] for line in read_metrics(folder, "eval")}
+    column = list(table.headers).index("eval token f1")
+    assert table.headers[column - 1] == "eval loss"
+    assert [float(row[column]) for row in table.rows] == [pytest.approx(values[step], abs=1e-4) for step in (2, 4)]

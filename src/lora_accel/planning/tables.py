@@ -8,8 +8,8 @@ from lora_accel.planning.memory import PARTS
 
 
 def estimate_tables(estimate: Estimate) -> list[str]:
-    """Return the tables of an estimate, and a note if something in it is unknown."""
-    tables = [_parameters(estimate), _parts(estimate), _layouts(estimate)]
+    """Return the tables of an estimate, and notes on what it assumes and what in it is unknown."""
+    tables = [_parameters(estimate), _parts(estimate), _layouts(estimate), *_device_notes(estimate)]
     if estimate.untraced:
         tables.append(
             f"note: activations and temporaries are unknown: {estimate.untraced}. lora-accel plan --measure runs them"
@@ -60,6 +60,22 @@ def _layouts(estimate: Estimate) -> str:
     free = f"{format_bytes(estimate.available.bytes)} free on {estimate.available.kind}"
     headers = ("layout", *(f"{bits}, fits" for bits in variants), "CPU memory")
     return format_table(f"memory per device by layout ({free})", rows, headers=headers)
+
+
+def _device_notes(estimate: Estimate) -> list[str]:
+    """Return where the ranks are assumed to run; nothing for a single one."""
+    num_ranks, available = max(option.layout.num_ranks for option in estimate.options), estimate.available
+    if num_ranks == 1:
+        return []
+    if available.kind == "cpu":
+        return [f"note: fits assumes that all {num_ranks:,} ranks run on this machine and share its memory"]
+    note = f"note: fits assumes one device for each of the {num_ranks:,} ranks"
+    if num_ranks > available.num_devices:
+        note += (
+            f", but this machine has {available.num_devices:,} (visible {available.kind} devices): the others must be "
+            "on other machines. Ranks that share a device need the memory of each"
+        )
+    return [note]
 
 
 def _cell(estimate: Estimate, option: Option) -> str:

@@ -18,6 +18,7 @@ from lora_accel.report.charts import SKIP_EVENTS, charts_of
 from lora_accel.report.figures import COLORS, LINE_STYLES, draw_svg
 from lora_accel.report.metrics_log import TOTAL, Series, as_number
 from lora_accel.report.read import RunRecord, options_as_text
+from lora_accel.saving.listing import selection_of
 from lora_accel.summary import next_lines
 
 TEMPLATE = "page.html.jinja"
@@ -245,19 +246,25 @@ def evaluation_table(run: RunRecord) -> Table:
 
 
 def checkpoint_table(run: RunRecord) -> Table:
-    """Return the checkpoints, and which of them is the newest, the best and the exported one."""
+    """Return the checkpoints, and which of them is the newest, the best and the exported one.
+
+    Of the figures it has the loss, and the one that selects the best.
+    """
+    selection = selection_of(run.folder)
+    names = [*dict.fromkeys(["eval_loss", *([selection.figure] if selection else [])])]
     rows = [
         [
             info.name,
             f"{info.step:,}",
             f"{info.bytes / 1e6:,.1f} MB",
-            format_number(info.metrics.get("eval_loss")),
+            *(format_number(info.metrics.get(name)) for name in names),
             "valid" if info.reason is None else info.reason,
             ", ".join(info.marks),
         ]
         for info in run.checkpoints
     ]
-    return _table(["checkpoint", "step", "size", "eval loss", "state", ""], rows)
+    titles = [name.replace("_", " ") for name in names]
+    return _table(["checkpoint", "step", "size", *titles, "state", ""], rows)
 
 
 def merge_table(run: RunRecord) -> Table:

@@ -42,8 +42,8 @@ def _inputs(metric: str, config: RunConfig, data: PreparedData) -> Iterator[byte
         section = config.evaluation
         functions = [] if metric in METRICS else [name for name in section.metrics if name not in METRICS]
         yield json.dumps([functions, section.max_new_tokens, section.generation.model_dump()]).encode()
-        for question in data.questions:
-            yield from (_as_bytes(question.ids), question.reference.encode("utf-8", errors="surrogatepass"))
+        for prompt in data.scored_prompts:
+            yield from (_as_bytes(prompt.ids), prompt.reference.encode("utf-8", errors="surrogatepass"))
 
 
 def _as_bytes(tokens: Sequence[int]) -> bytes:
