@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from lora_accel import run_training
+from lora_accel import run_training, verify_resume
+from lora_accel.config.files import read_config
 from lora_accel.config.schema import RunConfig
-from lora_accel.saving.discovery import OPTIMIZER
+from lora_accel.saving.discovery import OPTIMIZER, WEIGHTS
 from lora_accel.verify_resume import compare
-from tests.conftest import ROOT, run_module
+from tests.conftest import ROOT, run_module, write_jsonl
 from tests.distributed.launching import PRESETS, free_port
 
 pytestmark = pytest.mark.distributed
@@ -90,6 +91,45 @@ def test_different_metrics_or_bytes_are_reported(make_config: Callable[..., RunC
         "train line of step 3",
         "checkpoints/step-00000006/optimizer.safetensors",
     ]
+
+
+def test_run_whose_only_evaluation_is_that_of_neutral_text(
+    make_config: Callable[..., RunConfig],
+    config_file: Callable[[RunConfig], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has eval lines without eval_loss."""
+    text = tmp_path / "neutral.txt"
+    text.write_text("the answer is one two three")
+    file = config_file(make_config(evaluation={"neutral": str(text), "every_steps": 1}))
+    logs = []
+
+    def run(name: str, command: list[str], fault: str = "") -> None:
+        if not fault:  # the killed run is replaced by a complete one
+            logs.append(run_training(read_config(file, command[command.index(str(file)) + 1 :])).parent)
+        else:
+            shutil.copytree(logs[0], logs[0].with_name("resumed"))
+
+    monkeypatch.setattr(verify_resume, "_run", run)
+    verdict = verify_resume.verify_resume(file, [], steps=2, launcher=None)
+    assert (verdict.steps, verdict.differences) == (2, [])
+
+    lines = [{"kind": "eval", "step": 2, "eval_neutral_loss": loss} for loss in (1.0, 1.5)]
+    for name, line in zip(("one", "other"), lines, strict=True):
+        folder = shutil.copytree(make_run(tmp_path), tmp_path / name)
+        write_jsonl(folder / "metrics.jsonl", [line])
+    (difference,) = compare(tmp_path / "one", tmp_path / "other")
+    assert difference.startswith("eval line of step 2: {'eval_neutral_loss': 1.0} -> ")
+
+
+def make_run(folder: Path) -> Path:
+    """Return a folder with the files that are compared."""
+    for name in (f"adapter/{WEIGHTS}", f"checkpoints/step-00000002/{OPTIMIZER}"):
+        file = folder / "files" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"tensors")
+    return folder / "files"
 
 
 def test_checkpoints_are_listed_with_their_defects(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:

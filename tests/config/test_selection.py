@@ -137,7 +137,7 @@ def test_shortened_evaluations_select_the_same(
     min_delta: float,
 ) -> None:
     """A run records few evaluations, and decides after each one as if it had all. None = the replies failed."""
-    select = selection(figure="eval_f", is_larger_better=is_larger_better, patience=patience, min_delta=min_delta)
+    select = selection(metric="eval_f", is_larger_better=is_larger_better, patience=patience, min_delta=min_delta)
     complete: list[dict[str, float]] = []
     short: list[dict[str, float]] = []
     with pytest.MonkeyPatch.context() as patch:

@@ -204,6 +204,17 @@ def _fail_second_reply() -> None:
     replies.generate_replies = generate_replies
 
 
+def _fail_replies_of_rank_1() -> None:
+    """Raise an error on rank 1 while rank 0 generates the same replies."""
+    if os.environ["RANK"] == "1":
+        from lora_accel.training import replies
+
+        def generate_replies(*_: Any, **__: Any) -> list[str]:
+            raise RuntimeError("out of luck")
+
+        replies.generate_replies = generate_replies
+
+
 def _be_impatient() -> None:
     """Report a stalled rank after two seconds."""
     from lora_accel.distributed import heartbeat
@@ -215,6 +226,7 @@ SABOTAGES = {
     "none": lambda: None,
     "impatient": _be_impatient,
     "second reply fails": _fail_second_reply,
+    "replies of rank 1 fail": _fail_replies_of_rank_1,
     "overflows": _overflow,
     "writes in place": _write_in_place,
     "skips moments": _skip_moments,

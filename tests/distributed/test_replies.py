@@ -133,3 +133,22 @@ def test_failed_reply_is_logged(
     assert not [line for line in events if line["event"] in ("reply_failed", "metric_failed")]
     (line,) = read_metrics(folder, "eval")
     assert line["eval_exact_match"] == 0.0
+
+
+def test_failed_reply_under_zero3_ends_all_ranks(
+    forks: Forks, make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Rank 0 waits for rank 1 in a forward until that one ends. The checkpoint before the evaluation is kept."""
+    config = make_config(
+        evaluation={"prompts": PROMPTS, "max_new_tokens": 3, "at_start": False}, training={"max_steps": 1}
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text(config_to_yaml(config), encoding="utf-8")
+    processes = forks.start("cpu_zero3", ["--config", str(file)], SABOTAGE="replies of rank 1 fail")
+    code, failed = forks.finish(processes)
+    assert failed == 3, forks.log()
+    assert code in (3, 143, -15), "the launcher may be faster"
+    assert "generating replies failed: RuntimeError: out of luck" in forks.log()
+    folder = Path(config.output_dir)
+    assert (folder / "checkpoints" / "step-00000001" / "state.json").is_file()
+    assert not (folder / "adapter").exists()

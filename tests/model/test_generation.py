@@ -46,3 +46,28 @@ def test_only_end_tokens_are_kept() -> None:
     given = GenerationConfig(eos_token_id=[2, 4], repetition_penalty=1.05, no_repeat_ngram_size=3, num_beams=5)
     kept = generation_config(given, GenerationSection())
     assert kept.to_diff_dict() == GenerationConfig(eos_token_id=[2, 4]).to_diff_dict()
+
+
+@pytest.mark.parametrize("lengths", [(250, 3), (3, 250, 255), (256, 3)])
+def test_prompts_near_the_last_position_get_the_replies_that_they_get_alone(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...]
+) -> None:
+    """GPT-2 has a table of 256 positions: a long prompt leaves room for few tokens, a short one beside it for all."""
+    section = ModelSection(name_or_path=str(tiny_model("gpt2")))
+    model, tokenizer = load_base_model(section, QuantizationSection()), load_tokenizer(section)
+    prompts = [[(7 * length + i) % 90 + 5 for i in range(length)] for length in lengths]
+    sampling, generate = GenerationSection(temperature=1.0), model.generate
+    sizes: list[int] = []
+
+    def generate_and_note(**options: Any) -> Any:
+        sizes.append(options["max_new_tokens"])
+        return generate(**options)
+
+    monkeypatch.setattr(model, "generate", generate_and_note)
+    together = generate_replies(model, tokenizer, prompts, sampling=sampling, max_new_tokens=12)
+    assert sizes == [max(1, min(12, 256 - length)) for length in lengths]
+    alone = [
+        generate_replies(model, tokenizer, [prompt], sampling=sampling, numbers=[number], max_new_tokens=12)
+        for number, prompt in enumerate(prompts)
+    ]
+    assert [[reply] for reply in together] == alone

@@ -22,7 +22,7 @@ def score(prompts: list[str], replies: list[str], references: list[str]) -> floa
 
 
 @pytest.mark.parametrize(
-    ("figure", "change", "is_same"),
+    ("metric", "change", "is_same"),
     [
         ("eval_loss", {"rows": chat_rows(7)}, False),
         ("eval_loss", {"max_new_tokens": 9, "num_replies": 2, "generation": {"temperature": 1.0}}, True),
@@ -39,11 +39,11 @@ def score(prompts: list[str], replies: list[str], references: list[str]) -> floa
         ("eval_score", {"max_new_tokens": 9}, False),
     ],
 )
-def test_a_change_of_the_inputs_of_the_figure_is_seen(
+def test_a_change_of_the_inputs_of_the_metric_is_seen(
     make_config: Callable[..., RunConfig],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    figure: str,
+    metric: str,
     change: dict[str, Any],
     is_same: bool,
 ) -> None:
@@ -52,13 +52,13 @@ def test_a_change_of_the_inputs_of_the_figure_is_seen(
     def fingerprint(rows: list[Any], neutral: str = "neutral", **evaluation: Any) -> int:
         text, held_out = tmp_path / f"{neutral}.txt", tmp_path / "eval.jsonl"
         text.write_text(f"the {neutral} text")
-        own = [f"{__name__}:score"] if figure == "eval_score" else []
-        metrics = ["bits_per_byte", "exact_match", *own] if figure != "eval_score" else own
+        own = [f"{__name__}:score"] if metric == "eval_score" else []
+        metrics = ["bits_per_byte", "exact_match", *own] if metric != "eval_score" else own
         values = {"metrics": metrics, "neutral": str(text), "every_steps": 1} | evaluation
         config = make_config(
             data={"eval": [{"path": str(write_jsonl(held_out, rows))}]},
             evaluation=values,
-            checkpoint={"keep_best": figure, "best_is": "max"},
+            checkpoint={"keep_best": metric, "best_is": "max"},
         )
         return evaluation_fingerprint(config, prepare_data(config))
 

@@ -26,6 +26,7 @@ from lora_accel.saving.names import adapter_parameters
 from lora_accel.setup.data import prepare_data
 from lora_accel.setup.initial import resolve_initial_adapter
 from lora_accel.setup.model import prepare_model
+from lora_accel.setup.recipe import complete_config
 from tests.conftest import CommandResult, chat_rows, read_metrics, write_jsonl
 
 IDS = torch.tensor([[5, 9, 31, 7, 60, 8, 41, 77, 12, 33]])
@@ -226,6 +227,32 @@ def test_tokens_that_the_adapter_adds_are_those_of_the_run(second: Make, tmp_pat
     run_training(config)
     model = load_adapter(base_of(config), tmp_path / "run" / "adapter")
     assert model.get_input_embeddings().weight.shape[0] == len(prepare_data(first).template.tokenizer)
+
+
+def record(adapter: Path, **changes: Any) -> None:
+    """Change the provenance of an adapter."""
+    write_json(adapter / "provenance.json", read_json(adapter / "provenance.json") | changes)
+
+
+def test_rope_scaling_without_a_factor_is_compared_with_the_factor_of_the_adapter(second: Make, tmp_path: Path) -> None:
+    """Commands that read the data of a run, such as `plan`, derive the factor first, as the run does."""
+    scaling, data = {"rope_type": "linear", "factor": 2.0}, {"max_length": 300}
+    adapter = tmp_path / "first" / "adapter"
+    recorded = read_json(adapter / "provenance.json")["config"]
+    record(adapter, config=recorded | {"model": recorded["model"] | {"rope_scaling": scaling}})
+    for given in ({}, {"rope_scaling": {"rope_type": "linear"}}, {"rope_scaling": scaling}):
+        assert complete_config(second(model=given, data=data)).model.rope_scaling == scaling
+    with pytest.raises(ConfigError, match=r"model\.rope_scaling"):
+        complete_config(second(model={"rope_scaling": {"rope_type": "linear"}}, data={"max_length": 600}))
+
+
+def test_run_that_begins_with_an_exported_best_checkpoint_names_its_step(second: Make, tmp_path: Path) -> None:
+    record(tmp_path / "first" / "adapter", exported={"step": 2, "selected": "best", "metric": "eval_loss", "value": 1})
+    run = run_training(second(training={"max_steps": 1})).parent
+    (ancestor,) = read_json(run / "adapter" / "provenance.json")["init_from"]
+    assert ancestor["steps"] == 2
+    card = " ".join((run / "adapter" / "README.md").read_text(encoding="utf-8").split())
+    assert "the adapter `first/adapter`, trained for 2 steps on `rows.jsonl`" in card
 
 
 def test_vocabulary_that_the_config_does_not_explain_is_an_error(second: Make, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lora_accel import RunConfig, run_training
 from lora_accel.config.schema import GenerationSection
-from lora_accel.errors import ConfigError
-from lora_accel.inference.evaluation import evaluate
+from lora_accel.errors import ConfigError, TrainingError
+from lora_accel.inference.evaluation import Score, evaluate, scores_as_table
 from lora_accel.setup.data import prepare_data
 from lora_accel.training import replies as module
 from lora_accel.training.replies import FailedReply, ReplyGenerator, group_prompts
-from tests.conftest import chat_rows, read_metrics, write_jsonl
+from tests.conftest import CommandResult, chat_rows, read_metrics, write_jsonl
 
 
 def test_batches_hold_similar_prompts_within_the_limit() -> None:
@@ -99,6 +101,21 @@ def test_ranks_divide_the_same_batches(
         parts[:] = [{number: str(expected[number]) for batch in batches[0::2] for number in batch}]
 
 
+def test_failed_reply_under_sharded_weights_ends_the_run(
+    tiny_model: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other ranks wait within the same forward: this one must not start another."""
+
+    class Rank(Accelerator):
+        process_index, num_processes = 1, 2
+
+    calls = Calls(monkeypatch, failing=[2])
+    replier = make_replier(tiny_model(), tokenizer, Rank(), is_sharded=True)
+    with pytest.raises(TrainingError, match=r"generating replies failed: RuntimeError: 4 prompt\(s\)\. The newest"):
+        replier.reply(PROMPTS)
+    assert calls.batches == [[3, 0, 2, 4]]
+
+
 def nothing(prompts: list[str], replies: list[str], references: list[str]) -> float:
     """Return a metric, but only for references."""
     return 1 / (replies == references)
@@ -154,6 +171,33 @@ def test_a_metric_that_fails_does_not_stop_the_run(make_config: Callable[..., Ru
     )
     with pytest.raises(ConfigError, match="raised ZeroDivisionError"):
         evaluate(config, max_new_tokens=2)
+
+
+def varying(prompts: list[str], replies: list[str], references: list[str]) -> dict[str, float]:
+    """Return values whose names depend on the replies."""
+    return {"always": 1.0, f"replies_{zlib.crc32(repr(replies).encode())}": 0.5}
+
+
+def test_a_function_whose_values_have_other_names_for_each_model(
+    make_config: Callable[..., RunConfig],
+    config_file: Callable[[RunConfig], Path],
+    tmp_path: Path,
+    command: Callable[..., CommandResult],
+) -> None:
+    """Of two sources, too. The table has a column for each name, and empty cells."""
+    sources = [{"path": str(write_jsonl(tmp_path / f"{n}.jsonl", chat_rows(n)))} for n in (2, 4)]
+    config = make_config(data={"eval": sources}, training={"max_steps": 2})
+    model = ("--config", config_file(config), "--adapter", run_training(config))
+    result = command("evaluate", *model, "--metric", f"{__name__}:varying", "--max-new-tokens", "3", "--json")
+    assert result.returncode == 0, result.stderr
+    scores = json.loads(result.stdout)
+    names = [[name for name in score["metrics"] if name.startswith("eval_replies_")] for score in scores]
+    assert [len(own) for own in names] == [1, 1]
+    assert names[0] != names[1]
+    assert all(values["eval_always"] == 1.0 for score in scores for values in score["sources"].values())
+    header, *rows = scores_as_table([Score(**score) for score in scores])
+    columns = [header.index(own.removeprefix("eval_").replace("_", " ")) for (own,) in names]
+    assert [[row[column] for column in columns] for row in rows] == [["0.5000", ""], ["", "0.5000"]]
 
 
 def broken(prompts: list[str], replies: list[str], references: list[str]) -> float:

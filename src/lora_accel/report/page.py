@@ -248,10 +248,10 @@ def evaluation_table(run: RunRecord) -> Table:
 def checkpoint_table(run: RunRecord) -> Table:
     """Return the checkpoints, and which of them is the newest, the best and the exported one.
 
-    Of the figures it has the loss, and the one that selects the best.
+    Of the metrics it has the loss, and the one that selects the best.
     """
     selection = selection_of(run.folder)
-    names = [*dict.fromkeys(["eval_loss", *([selection.figure] if selection else [])])]
+    names = [*dict.fromkeys(["eval_loss", *([selection.metric] if selection else [])])]
     rows = [
         [
             info.name,
