@@ -103,7 +103,7 @@ def test_run_whose_only_evaluation_is_that_of_neutral_text(
     text = tmp_path / "neutral.txt"
     text.write_text("the answer is one two three")
     file = config_file(make_config(evaluation={"neutral": str(text), "every_steps": 1}))
-    logs = []
+    logs: list[Path] = []
 
     def run(name: str, command: list[str], fault: str = "") -> None:
         if not fault:  # the killed run is replaced by a complete one

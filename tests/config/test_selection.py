@@ -110,9 +110,9 @@ def test_evaluations_of_other_data_do_not_count(first: dict[str, float], last: d
 
 
 def test_evaluations_of_the_same_data_count() -> None:
-    for first in ({"fingerprint": 1.0}, {}):  # of an earlier version
-        both = [{"step": 2, "eval_loss": 1.0, "eval_tokens": 5, **first}]
-        both += [{"step": 4, "eval_loss": 2.0, "eval_tokens": 5, "fingerprint": 1}]
+    first: dict[str, float] = {"step": 2, "eval_loss": 1.0, "eval_tokens": 5}
+    last: dict[str, float] = {"step": 4, "eval_loss": 2.0, "eval_tokens": 5, "fingerprint": 1}
+    for both in ([first | {"fingerprint": 1}, last], [first, last]):  # recorded by an earlier version
         best = selection(patience=1).best(both)
         assert best is not None
         assert best["step"] == 2
@@ -143,7 +143,7 @@ def test_shortened_evaluations_select_the_same(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lora_accel.config.selection.MAX_RECORDED", limit)
         for step, value in enumerate(values, start=1):
-            entry = {"step": step, "eval_loss": 1.0, "fingerprint": int(step >= changed_at)}
+            entry: dict[str, float] = {"step": step, "eval_loss": 1.0, "fingerprint": int(step >= changed_at)}
             entry |= {} if value is None else {"eval_f": value}
             complete.append(entry)
             short = select.shorten([*short, entry])

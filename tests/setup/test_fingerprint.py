@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -47,7 +47,9 @@ def test_a_change_of_the_inputs_of_the_metric_is_seen(
     change: dict[str, Any],
     is_same: bool,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "tests.setup.other_scores", SimpleNamespace(score=score))
+    module = ModuleType("tests.setup.other_scores")
+    monkeypatch.setattr(module, "score", score, raising=False)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
 
     def fingerprint(rows: list[Any], neutral: str = "neutral", **evaluation: Any) -> int:
         text, held_out = tmp_path / f"{neutral}.txt", tmp_path / "eval.jsonl"
@@ -64,4 +66,5 @@ def test_a_change_of_the_inputs_of_the_metric_is_seen(
 
     first = fingerprint(chat_rows(6))
     assert fingerprint(chat_rows(6)) == first < 2**48
-    assert (fingerprint(**({"rows": chat_rows(6)} | change)) == first) is is_same
+    changed: dict[str, Any] = {"rows": chat_rows(6)} | change
+    assert (fingerprint(**changed) == first) is is_same

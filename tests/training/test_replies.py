@@ -110,9 +110,9 @@ def test_failed_reply_under_sharded_weights_ends_the_run(
         process_index, num_processes = 1, 2
 
     calls = Calls(monkeypatch, failing=[2])
-    replier = make_replier(tiny_model(), tokenizer, Rank(), is_sharded=True)
+    generator = make_generator(tiny_model(), tokenizer, Rank(), is_sharded=True)
     with pytest.raises(TrainingError, match=r"generating replies failed: RuntimeError: 4 prompt\(s\)\. The newest"):
-        replier.reply(PROMPTS)
+        generator.generate(PROMPTS)
     assert calls.batches == [[3, 0, 2, 4]]
 
 

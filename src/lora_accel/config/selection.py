@@ -76,7 +76,7 @@ class Selection:
         counted = self._counted(evaluations)
         improvement, num_without = self._last_improvement(counted)
         newest = counted[len(counted) - min(num_without, limit) :]
-        decisive = [improvement, self.best(evaluations), *newest, evaluations[-1]]
+        decisive: list[Evaluation | None] = [improvement, self.best(evaluations), *newest, evaluations[-1]]
         steps = {entry["step"] for entry in decisive if entry is not None}
         return [entry for entry in evaluations if entry["step"] in steps]
 

@@ -68,7 +68,7 @@ def evaluate_if_due(run: Run, progress: Progress) -> bool:
     selection = run.checkpointer.selection
     kept = {"eval_tokens", selection.metric, *run.checkpointer.config.evaluation.metric_directions}
     metrics = {name: value for name, value in finite_metrics(values).items() if name in kept}
-    evaluation = {"step": done, "fingerprint": run.evaluator.fingerprint, **metrics}
+    evaluation: dict[str, float] = {"step": done, "fingerprint": run.evaluator.fingerprint, **metrics}
     progress.evaluations = selection.shorten([*progress.evaluations, evaluation])
     if done == run.plan.total_steps or not selection.has_stalled(progress.evaluations):
         return False
