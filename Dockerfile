@@ -1,5 +1,6 @@
-# lora-accel in a container. Not built here: no builder and no image registry could be reached when this was written;
-# tests/test_dockerfile.py compares its commands with pyproject.toml.
+# lora-accel in a container. Built and run on CPUs with buildah and a Debian 12 base of mmdebstrap, as no image registry
+# could be reached: with the base below, and for GPUs, it was not built. tests/test_dockerfile.py compares its commands
+# with pyproject.toml.
 #
 #   docker build -t lora-accel .
 #   docker run --rm -v "$PWD:/work" lora-accel train --config recipes/my_rows.yaml

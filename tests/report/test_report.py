@@ -18,9 +18,11 @@ from lora_accel import run_training
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ArtifactError
 from lora_accel.report import write
+from lora_accel.report.charts import charts_of
 from lora_accel.report.curves import curve_of, smooth, thin_out
+from lora_accel.report.figures import draw_svg
 from lora_accel.report.metrics_log import Series, read_metrics_log
-from lora_accel.report.page import MAX_REPLY_STEPS, run_page
+from lora_accel.report.page import MAX_REPLY_STEPS, comparison_page, run_names, run_page
 from lora_accel.report.read import read_run
 from lora_accel.report.write import write_report
 from tests.conftest import CommandResult, read_metrics
@@ -208,11 +210,20 @@ def test_thinned_curve_keeps_extremes() -> None:
     assert np.isnan(thinned[(steps >= 5000) & (steps < 8700)]).all(), "a gap stays a gap"
 
 
-def test_smoothing_is_the_corrected_average() -> None:
-    values = np.array([4.0, np.nan, 2.0, 2.0])
-    decay = math.exp(-1 / 5)
-    expected = [4.0, math.nan, (decay * 4 + 2) / (decay + 1), (decay**2 * 4 + decay * 2 + 2) / (decay**2 + decay + 1)]
-    np.testing.assert_allclose(smooth(values, 5), expected, rtol=1e-12)
+def test_smoothing_is_the_weighted_linear_fit_around_each_value() -> None:
+    values, distance = np.array([4.0, np.nan, 2.0, 2.5, 7.0]), 3
+    known = np.flatnonzero(np.isfinite(values))
+    expected = np.full(5, np.nan)
+    for index in known:
+        weights = np.exp(-np.abs(known - index) / distance)
+        expected[index] = np.polyfit(known - index, values[known], 1, w=np.sqrt(weights))[1]
+    np.testing.assert_allclose(smooth(values, distance), expected, rtol=1e-12)
+    np.testing.assert_allclose(smooth(np.array([np.nan, 4.0]), distance), [np.nan, 4.0], rtol=1e-12)
+
+
+def test_smoothing_does_not_lag() -> None:
+    line = 5 - 0.1 * np.arange(50.0)
+    np.testing.assert_allclose(smooth(line, 3), line, rtol=1e-9)
 
 
 def test_curve_is_sorted_by_step() -> None:
@@ -282,7 +293,7 @@ def test_several_runs_are_compared(tmp_path: Path, command: Callable[..., Comman
     assert (result.returncode, result.stdout.strip()) == (0, str(runs[0] / "comparison.html"))
     text = (runs[0] / "comparison.html").read_text(encoding="utf-8")
     assert "2 runs compared" in text
-    assert "<td>training.learning_rate</td><td>0.001</td><td>0.002</td>" in text
+    assert re.search(r"<td[^>]*>training.learning_rate</td><td[^>]*>0.001</td><td[^>]*>0.002</td>", text)
     assert "<td>seed</td>" not in text
     assert "from a" in text
     assert "from b" in text
@@ -309,3 +320,83 @@ def test_checkpoints_have_the_metric_that_selects_the_best(
     column = list(table.headers).index("eval token f1")
     assert table.headers[column - 1] == "eval loss"
     assert [float(row[column]) for row in table.rows] == [pytest.approx(values[step], abs=1e-4) for step in (2, 4)]
+
+
+def eval_line(step: int, loss: Any, **values: Any) -> dict[str, Any]:
+    return {"kind": "eval", "step": step, "eval_loss": loss, "eval_tokens": 9} | values
+
+
+@pytest.mark.parametrize(
+    ("losses", "notes"),
+    [
+        ([2.0], []),
+        ([2.0, 1.0], ["evaluation loss: the last of 2 evaluations is the lowest, so it was still falling"]),
+        (
+            [2.0, 1.0, "NaN", 1.5],
+            ["evaluation loss: lowest after step 10, and higher since: 1 after step 10, 1.5000 after step 30"],
+        ),
+        (
+            [2.0, 3.0],
+            ["evaluation loss: lowest before training, and higher since: 2 before training, 3 after step 10"],
+        ),
+    ],
+)
+def test_page_reports_where_the_evaluation_loss_is_lowest(tmp_path: Path, losses: list[Any], notes: list[str]) -> None:
+    lines = [train_line(1), *(eval_line(10 * number, loss) for number, loss in enumerate(losses))]
+    assert run_page(read_run(write_run(tmp_path / "run", lines)))["notes"] == notes
+
+
+def test_facts_show_the_change_by_training(tmp_path: Path) -> None:
+    """The last training loss is a mean: that of one step is noise."""
+    lines = [train_line(step, loss=loss) for step, loss in enumerate([4.0] * 18 + [1.0, 2.0], start=1)]
+    lines += [eval_line(0, 3.25, eval_json_equal=0.0), eval_line(20, 0.123456, eval_json_equal=0.75)]
+    facts = dict(run_page(read_run(write_run(tmp_path / "run", lines)))["facts"])
+    assert facts == {"eval loss": "3.25 → 0.123", "eval json equal": "0 → 0.75", "training loss": "4 → 1.5"}
+
+
+def run_of(folder: Path, loss: float, **training: Any) -> Path:
+    config = {"output_dir": folder.name, "logging": {"run_name": folder.name}, "training": training}
+    return write_run(folder, [train_line(1), eval_line(1, loss)], provenance={"config": config})
+
+
+def test_compared_runs_are_named_with_what_differs(tmp_path: Path) -> None:
+    """A value that most runs have is not named; a label that is too long is the name alone."""
+    options = {"a": {}, "b": {}, "c": {"batch_size": 16}, "d": {"scheduler": "x" * 50}}
+    defaults = {"batch_size": 8, "scheduler": "cosine"}
+    runs = [read_run(run_of(tmp_path / name, 1.0, **(defaults | each))) for name, each in options.items()]
+    assert run_names(runs) == ["a", "b", "c: batch_size 16", "d"]
+    assert run_names(runs[1:3]) == ["b: batch_size 8", "c: batch_size 16"]
+
+
+def test_comparison_begins_with_the_best_run(tmp_path: Path) -> None:
+    runs = [read_run(run_of(tmp_path / name, loss, learning_rate=loss)) for name, loss in (("a", 0.5), ("b", 0.25))]
+    page = comparison_page(runs, run_names(runs))
+    assert page["subtitle"] == "Lowest evaluation loss: 0.2500, b: learning_rate 0.25"
+    (_, _, _, [(_, figures)]), (_, _, _, [(_, differences)]) = page["first_sections"]
+    assert [row[5] for row in figures.rows] == ["0.5000", "0.2500 (best)"]
+    assert list(differences.rows) == [["training.learning_rate", "0.5", "0.25"]]
+
+
+def test_charts_show_the_same_steps(tmp_path: Path) -> None:
+    lines = [*(train_line(step) for step in range(1, 101)), eval_line(50, 1.0)]
+    charts = charts_of([read_run(write_run(tmp_path / "run", lines))], ["run"])
+    assert {chart.title: chart.last_step for chart in charts} == {
+        "Training loss": 100,
+        "Evaluation: loss": 100,
+        "Learning rate": 100,
+        "Gradient norm, before clipping": 100,
+    }
+    assert all(re.search(r"<text [^>]*>100</text>", draw_svg(chart)) for chart in charts)
+
+
+def test_small_rates_have_labels_without_a_power_above_the_axis(tmp_path: Path) -> None:
+    lines = [train_line(step, learning_rate=2e-4 * step) for step in range(1, 11)]
+    (chart,) = [c for c in charts_of([read_run(write_run(tmp_path / "run", lines))], ["run"]) if "rate" in c.title]
+    assert re.search(r"<text [^>]*>0.002</text>", draw_svg(chart))
+
+
+def test_axis_of_a_metric_that_stays_zero_begins_at_zero(tmp_path: Path) -> None:
+    lines = [train_line(1), *(eval_line(step, 1.0, eval_json_equal=0.0) for step in (0, 1))]
+    charts = charts_of([read_run(write_run(tmp_path / "run", lines))], ["run"])
+    (svg,) = [draw_svg(chart) for chart in charts if chart.title == "Evaluation: json equal"]
+    assert not re.search(r"<text [^>]*>[\u2212-]0", svg)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,7 +20,7 @@ from lora_accel import run_training
 from lora_accel.config.schema import RunConfig
 from lora_accel.distributed.launch import check_trackers
 from lora_accel.errors import ConfigError
-from lora_accel.training.trackers import log_replies, tracker_options
+from lora_accel.training.trackers import log_replies, start_trackers, tracker_options
 from tests.conftest import reset_accelerator
 
 CALLS: list[tuple[Any, ...]] = []
@@ -118,12 +121,68 @@ def test_each_library_gets_project_name_and_id(make_config: Callable[..., RunCon
     assert tracker_options("trackio", config, None, "abcdefgh")[1]["name"] == "run-abcdef"
     assert tracker_options("aim", config, "old", "id") == ("run", {"experiment": "lora_accel", "run_hash": "old"})
     assert "run_hash" not in tracker_options("aim", config, None, "id")[1]
-    assert tracker_options("dvclive", config, "id", "id")[1] == {"dir": f"{folder}/dvclive", "resume": True}
+    assert tracker_options("dvclive", config, "id", "id")[1] == {
+        "dir": f"{folder}/dvclive",
+        "dvcyaml": f"{folder}/dvclive/dvc.yaml",
+        "resume": True,
+    }
+
+
+def test_same_experiment_in_a_swanlab_that_can_resume(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(project: str, id: str | None = None, resume: str | None = None) -> None: ...
+
+    config = make_config()
+    assert "id" not in tracker_options("swanlab", config, None, "0123456789abcdef" * 2)[1]
+    monkeypatch.setitem(sys.modules, "swanlab", SimpleNamespace(init=init))
+    options = tracker_options("swanlab", config, None, "0123456789abcdef" * 2)[1]
+    assert (options["id"], options["resume"]) == ("0123456789abcdef01234", "allow")
+
+
+@pytest.mark.parametrize(("name", "num_configs"), [("wandb", 1), ("trackio", 2), ("clearml", 2)])
+def test_config_is_logged_at_each_start_where_a_start_replaces_it(
+    make_config: Callable[..., RunConfig], tmp_path: Path, name: str, num_configs: int
+) -> None:
+    class Tracker(FakeWandb):
+        pass
+
+    Tracker.name = name
+    CALLS.clear()
+    config = make_config()
+    (tmp_path / "run").mkdir()
+    for first_step in (0, 2):
+        accelerator = SimpleNamespace(log_with=[name], is_main_process=True, trackers=[Tracker("x")])
+        accelerator.init_trackers = lambda project, init_kwargs: None
+        start_trackers(cast(Accelerator, accelerator), config, first_step)
+    assert len([call for call in CALLS if call[0] == "config"]) == num_configs
+
+
+def test_replies_in_comet_aim_and_swanlab_are_text_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[tuple[Any, ...]] = []
+
+    class Comet(FakeWandb):
+        name = "comet_ml"
+        tracker = SimpleNamespace(log_text=lambda text, step: texts.append((text, step)))
+
+    class Aim(FakeWandb):
+        name = "aim"
+        tracker = SimpleNamespace(track=lambda text, name, step: texts.append((name, text, step)))
+
+    class Swanlab(FakeWandb):
+        name = "swanlab"
+
+    monkeypatch.setitem(sys.modules, "aim", SimpleNamespace(Text=lambda text: ("text", text)))
+    monkeypatch.setitem(sys.modules, "swanlab", SimpleNamespace(Text=lambda text: ("text", text)))
+    CALLS.clear()
+    log_replies([Comet("x"), Aim("x"), Swanlab("x")], 3, [("prompt", "reply")])
+    assert texts == [("prompt\n\nreply", 3), ("replies/0", ("text", "prompt\n\nreply"), 3)]
+    assert CALLS[-1] == ("log", 3, {"replies/0": ("text", "prompt\n\nreply")})
 
 
 def test_replies_are_left_out_where_there_is_no_text() -> None:
     class NoText(FakeWandb):
-        name = "swanlab"
+        name = "dvclive"
 
     CALLS.clear()
     log_replies([NoText("x")], 1, [("prompt", "reply")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from lora_accel.console import short_names
 from lora_accel.pages import make_readable
-from lora_accel.report.curves import curve_of, smooth, thin_out, time_constant
+from lora_accel.report.curves import curve_of, smooth, smoothing_distance, thin_out
 from lora_accel.report.figures import Chart, Line, Marks
 from lora_accel.report.metrics_log import TOTAL, Series
 from lora_accel.report.read import RunRecord
@@ -35,13 +36,13 @@ class Quantity(NamedTuple):
 QUANTITIES = (
     Quantity("learning_rate", "Learning rate", "learning rate"),
     Quantity("grad_norm", "Gradient norm, before clipping", "norm", may_be_log=True),
-    Quantity("tokens_per_second", "Throughput", "tokens/s"),
+    Quantity("tokens_per_second", "Throughput", "tokens/s", begins_at_zero=True),
     Quantity("peak_memory_bytes", "Peak memory of the main process", "GB", scale=1e-9, begins_at_zero=True),
 )
 
 
 def charts_of(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Chart]:
-    """Return the charts of one run, or of several with a line for each.
+    """Return the charts of one run, or of several with a line for each. All show the same range of steps.
 
     Args:
         names: one per run, for the legend of several.
@@ -49,7 +50,9 @@ def charts_of(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Chart]:
     names = [make_readable(name) for name in names]
     charts = [loss_chart(runs, names), *_eval_charts(runs, names)]
     charts += [_quantity_chart(quantity, runs, names) for quantity in QUANTITIES]
-    return [chart for chart in charts if any(len(line.curve[0]) for line in chart.lines)]
+    charts = [chart for chart in charts if any(len(line.curve[0]) for line in chart.lines)]
+    last_step = max((line.curve[0][-1] for chart in charts for line in chart.lines if len(line.curve[0])), default=0.0)
+    return [dataclasses.replace(chart, last_step=float(last_step)) for chart in charts]
 
 
 def loss_chart(runs: Sequence[RunRecord], names: Sequence[str]) -> Chart:
@@ -61,10 +64,10 @@ def loss_chart(runs: Sequence[RunRecord], names: Sequence[str]) -> Chart:
         if len(curve[0]) < MIN_SMOOTHED:
             lines.append(Line(raw, label if len(runs) > 1 else "", number))
             continue
-        constant = time_constant(len(curve[0]))
-        smoothed = thin_out((curve[0], smooth(curve[1], constant)))
+        distance = smoothing_distance(len(curve[0]))
+        smoothed = thin_out((curve[0], smooth(curve[1], distance)))
         lines.append(Line(raw, "" if len(runs) > 1 else label, number, is_faint=True))
-        lines.append(Line(smoothed, name if len(runs) > 1 else f"smoothed over {constant} points", number))
+        lines.append(Line(smoothed, name if len(runs) > 1 else f"smoothed, ± {distance} points", number))
     return Chart("Training loss", "loss per supervised token", lines, marks_of(runs))
 
 

@@ -11,10 +11,10 @@ from lora_accel.report.metrics_log import Series
 
 MAX_POINTS = 800
 """Points of a drawn curve: more than a chart is wide in pixels."""
-SMOOTHING_SHARE = 0.02
-"""Time constant of smoothing, as a share of the points."""
-MIN_SMOOTHING = 5
-"""Smallest time constant, in points."""
+SMOOTHING_SHARE = 0.01
+"""Distance at which a value counts 1/e in smoothing, as a share of the points."""
+MIN_SMOOTHING = 3
+"""Smallest such distance, in points."""
 
 Floats = npt.NDArray[np.float64]
 Curve = tuple[Floats, Floats]
@@ -28,26 +28,43 @@ def curve_of(series: Series) -> Curve:
     return steps[order], np.where(np.isfinite(values), values, np.nan)[order]
 
 
-def time_constant(num_points: int) -> int:
-    """Return the time constant of smoothing for a curve, in points."""
+def smoothing_distance(num_points: int) -> int:
+    """Return the distance at which a value counts 1/e in the smoothed curve, in points."""
     return max(MIN_SMOOTHING, round(num_points * SMOOTHING_SHARE))
 
 
-def smooth(values: Floats, constant: int) -> Floats:
-    """Return the exponential moving average of values, corrected for its start as Adam's moments are (Kingma and Ba).
+def smooth(values: Floats, distance: int) -> Floats:
+    """Return the local linear fit at each value, with weights exp(-d / distance) for the d-th value on either side.
+
+    Where a loss falls steeply, an average lags behind it: a moving one everywhere, a centered one at both ends.
 
     Args:
-        values: [N]; NaN does not change the average, and has none.
-        constant: points after which a value counts 1/e.
+        values: [N]; NaN has no weight, and no fit.
+        distance: in points.
     """
-    decay = float(np.exp(-1 / constant))
-    average, weight, result = 0.0, 0.0, np.full_like(values, np.nan)
-    for index, value in enumerate(values.tolist()):
-        if value == value:
-            average = decay * average + (1 - decay) * value
-            weight = decay * weight + (1 - decay)
-            result[index] = average / weight
-    return result
+    is_known = np.isfinite(values)
+    known, position = is_known.astype(np.float64), np.arange(len(values), dtype=np.float64)
+    decay = float(np.exp(-1 / distance))
+    total, first, second = (_both_sided(known * position**power, decay) for power in (0, 1, 2))
+    y = np.where(is_known, values, 0.0)
+    total_y, first_y = (_both_sided(y * position**power, decay) for power in (0, 1))
+    # Moments around each position.
+    second = second - 2 * position * first + position**2 * total
+    first, first_y = first - position * total, first_y - position * total_y
+    spread = total * second - first**2
+    is_line = spread > 1e-9 * total**2  # a single value has no slope
+    mean = total_y / np.where(is_known, total, 1.0)
+    fit = (second * total_y - first * first_y) / np.where(is_line, spread, 1.0)
+    return np.where(is_known, np.where(is_line, fit, mean), np.nan)
+
+
+def _both_sided(values: Floats, decay: float) -> Floats:
+    """Return the sum around each value [N], with weights decay^d."""
+
+    def up_to(each: Floats) -> Floats:
+        return np.array(list(itertools.accumulate(each.tolist(), lambda total, value: decay * total + value)))
+
+    return up_to(values) + up_to(values[::-1])[::-1] - values
 
 
 def thin_out(curve: Curve, most: int = MAX_POINTS) -> Curve:

@@ -26,6 +26,8 @@ LINE_STYLES = ("-", "--", "-.", ":")
 MARKERS = "osD^vPX"
 INK, FAINT = "#2a2f36", "#9aa1ab"
 """Colors of text and of grids; the page replaces them by its own."""
+PANEL = "#f6f7f9"
+"""Background of a legend where it covers a line; the page's panel."""
 WIDTH, HEIGHT = 6.4, 3.1
 """Size of a chart, in inches of 72 SVG units."""
 LOG_RATIO = 50
@@ -73,6 +75,8 @@ class Chart:
     may_be_log: bool = False
     begins_at_zero: bool = False
     """Whether the vertical axis begins at 0."""
+    last_step: float = 0.0
+    """End of the horizontal axis, which begins at 0. 0 = that of the lines."""
 
 
 def draw_svg(chart: Chart) -> str:
@@ -169,11 +173,15 @@ def _scale_axes(axes: Axes, chart: Chart) -> None:
     elif len(values) and values.max() >= 10_000:
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     elif len(values) and 0 < np.abs(values).max() < 0.01:
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=False)
+        axes.yaxis.set_major_formatter("{x:.4g}")  # the default puts a power of ten above the axis
     if chart.begins_at_zero and len(values) and values.max() > 0:
         axes.set_ylim(0, 1.1 * values.max())
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    axes.xaxis.set_major_formatter(EngFormatter(sep="") if _last_step(chart) >= 100_000 else "{x:,.0f}")
+    elif not is_spiky and len(values) and values.min() >= 0 > axes.get_ylim()[0]:
+        axes.set_ylim(bottom=0)  # the margin below a line at 0 would show values that do not exist
+    last_step = max(1.0, chart.last_step or _last_step(chart))
+    axes.set_xlim(-0.02 * last_step, 1.02 * last_step)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(EngFormatter(sep="") if last_step >= 100_000 else "{x:,.0f}")
 
 
 def _last_step(chart: Chart) -> float:
@@ -181,17 +189,24 @@ def _last_step(chart: Chart) -> float:
 
 
 def _label_axes(axes: Axes, chart: Chart) -> None:
-    axes.set_title(chart.title, loc="left", fontsize=11, color=INK, fontweight="bold")
-    axes.set_xlabel("step", color=INK, fontsize=9)
-    axes.set_ylabel(chart.y_label, color=INK, fontsize=9)
-    axes.tick_params(colors=INK, labelsize=8.5)
+    axes.set_title(chart.title, loc="left", fontsize=11.5, color=INK, fontweight="bold")
+    axes.set_xlabel("step", color=INK, fontsize=9.5)
+    axes.set_ylabel(chart.y_label, color=INK, fontsize=9.5)
+    axes.tick_params(colors=INK, labelsize=9)
     axes.grid(visible=True, color=FAINT, linewidth=0.5, alpha=0.35)
-    axes.margins(x=0.02)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(FAINT)
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=8.5, labelcolor=INK, frameon=False, handlelength=2.6)
+        axes.legend(
+            fontsize=9,
+            labelcolor=INK,
+            facecolor=PANEL,
+            edgecolor="none",
+            framealpha=0.85,
+            fancybox=False,
+            handlelength=2.6,
+        )
 
 
 def _for_page(svg: str, chart: Chart) -> str:
@@ -203,7 +218,7 @@ def _for_page(svg: str, chart: Chart) -> str:
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(f"{chart.title}: {names}")}" ', 1)
     for number, color in enumerate(COLORS):
         svg = svg.replace(color, f"var(--curve-{number})")
-    return svg.replace(INK, "currentColor").replace(FAINT, "var(--faint)")
+    return svg.replace(INK, "currentColor").replace(FAINT, "var(--faint)").replace(PANEL, "var(--panel)")
 
 
 def _legend_text(label: str) -> str | None:

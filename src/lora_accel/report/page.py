@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,8 @@ import numpy as np
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import format_seconds, short_names
 from lora_accel.pages import make_readable
-from lora_accel.report.charts import SKIP_EVENTS, charts_of
-from lora_accel.report.figures import COLORS, LINE_STYLES, draw_svg
+from lora_accel.report.charts import NOT_CHARTED, SKIP_EVENTS, charts_of
+from lora_accel.report.figures import draw_svg
 from lora_accel.report.metrics_log import TOTAL, Series, as_number
 from lora_accel.report.read import RunRecord, options_as_text
 from lora_accel.saving.listing import selection_of
@@ -30,6 +32,12 @@ MAX_TEXT = 2000
 """Characters of a reply or prompt."""
 MAX_DROPPED = 200
 """Characters of the rows that were dropped for one reason."""
+MAX_LABEL = 48
+"""Characters of the name of a run among several, with the options in which it differs."""
+NAMES = ("output_dir", "logging.project", "logging.run_name")
+"""Options that name a run, and do not change it."""
+NUMBER = re.compile(r"-?[\d,]+(\.\d+)?(e[-+]?\d+)?%?")
+"""A cell that is a number, and aligned as one."""
 STATES = {
     "done": "finished",
     "running": "in progress",
@@ -85,6 +93,7 @@ def render_page(runs: Sequence[RunRecord]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.tests["number"] = lambda text: NUMBER.fullmatch(text) is not None
     names = run_names(runs)
     values = run_page(runs[0]) if len(runs) == 1 else comparison_page(runs, names)
     charts = [Markup(draw_svg(chart)) for chart in charts_of(runs, names)]  # which escapes its labels
@@ -92,22 +101,42 @@ def render_page(runs: Sequence[RunRecord]) -> str:
 
 
 def run_names(runs: Sequence[RunRecord]) -> list[str]:
-    """Return a short name for each run, unique if its folder is."""
+    """Return a short name for each run, unique if its folder is, with the options in which it differs from most."""
     names = [run.folder.name or str(run.folder) for run in runs]
-    return names if len(set(names)) == len(names) else short_names([str(run.folder) for run in runs])
+    if len(set(names)) < len(names):
+        names = short_names([str(run.folder) for run in runs])
+    options = differing_options([options_as_text(run.config) for run in runs])
+    labels = []
+    for number, name in enumerate(names):
+        values = {
+            option: found[number] for option, found in options.items() if Counter(found)[found[number]] * 2 <= len(runs)
+        }
+        texts = [f"{option.rpartition('.')[2]} {value}" for option, value in values.items()]
+        labels.append(f"{name}: {', '.join(texts)}" if texts else name)
+    return [label if len(label) <= MAX_LABEL else name for label, name in zip(labels, names, strict=True)]
+
+
+def differing_options(configs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Return the options in which configs differ, each with its values, except those that name a run."""
+    options = dict.fromkeys(option for config in configs for option in config if option not in NAMES)
+    values = {option: [config.get(option, "(none)") for config in configs] for option in options}
+    return {option: found for option, found in values.items() if len(set(found)) > 1}
 
 
 def run_page(run: RunRecord) -> dict[str, Any]:
     """Return the values of the template for one run."""
+    model = str(run.option("model", "name_or_path") or "")
     return {
         "title": str(run.folder),
         "state": run.state,
         "subtitle": f"{STATES.get(run.state, run.state)}, step {run.step:,}"
-        + (f" of {run.total_steps:,}" if run.total_steps else ""),
+        + (f" of {run.total_steps:,}" if run.total_steps else "")
+        + (f"; model {model}" if model else ""),
         "facts": facts(run),
-        "notes": notes(run),
+        "notes": [*evaluation_notes(run), *notes(run)],
         "next": next_commands(run),
         "replies": replies_by_step(run),
+        "first_sections": [],
         "sections": [
             ("evaluation", "Evaluation", True, [("", evaluation_table(run))]),
             ("checkpoints", "Checkpoints", True, [("", checkpoint_table(run))]),
@@ -123,21 +152,21 @@ def run_page(run: RunRecord) -> dict[str, Any]:
 
 def comparison_page(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str, Any]:
     """Return the values of the template for several runs."""
-    legend = [
-        f"{name}: {_line_name(LINE_STYLES[(n + n // len(COLORS)) % len(LINE_STYLES)])}" for n, name in enumerate(names)
-    ]
+    lowest = [(value, name) for run, name in zip(runs, names, strict=True) if (value := lowest_loss(run)) is not None]
+    loss, best = min(lowest, default=(None, ""))
     return {
         "title": f"{len(runs)} runs compared",
         "state": "",
-        "subtitle": "lines: " + ", ".join(legend),
+        "subtitle": f"Lowest evaluation loss: {format_number(loss)}, {best}" if loss is not None else "",
         "facts": [],
         "notes": [f"{name}: {note}" for run, name in zip(runs, names, strict=True) for note in notes(run)],
         "next": [],
         "replies": replies_by_run(runs, names),
-        "sections": [
+        "first_sections": [
             ("metrics", "Final metrics", True, [("", final_metrics_table(runs, names))]),
             ("config", "Config differences", True, [("", differences_table(runs, names))]),
         ],
+        "sections": [],
     }
 
 
@@ -146,19 +175,53 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
     log, best = run.log, run.best_checkpoint()
     rates = np.array(log.train.get("tokens_per_second", Series()).values)
     memory = log.train.get("peak_memory_bytes", Series()).values
+    metrics = {name: sources.get(TOTAL, Series()) for name, sources in log.evaluations.items()}
     return [
         (name, value)
         for name, value in (
-            ("model", str(run.option("model", "name_or_path") or "")),
-            ("loss", format_number(log.train.get("loss", Series()).last)),
-            ("eval loss", format_number(log.eval_loss().last)),
-            ("best checkpoint", f"step {best[0].step:,}: {best[1]} {format_number(best[2])}" if best else ""),
+            ("eval loss", format_change(log.eval_loss())),
+            *(
+                (_metric_name(name), format_change(series))
+                for name, series in metrics.items()
+                if name not in NOT_CHARTED
+            ),
+            ("training loss", _training_change(log.train.get("loss", Series()))),
+            (
+                "best checkpoint",
+                f"step {best[0].step:,}: {_metric_name(best[1])} {format_number(best[2])}" if best else "",
+            ),
             ("training time", format_seconds(run.training_seconds) if run.training_seconds else ""),
             ("tokens/s, median", f"{np.median(rates):,.0f}" if len(rates) else ""),
             ("peak memory", f"{max(memory) / 1e9:.2f} GB" if len(memory) else ""),
         )
         if value
     ]
+
+
+def evaluation_notes(run: RunRecord) -> list[str]:
+    """Return in which evaluation the loss was lowest, and whether it rose afterwards."""
+    series = run.log.eval_loss()
+    values = {step: loss for step, loss in zip(series.steps, series.values, strict=True) if math.isfinite(loss)}
+    if len(values) < 2:
+        return []
+    lowest, last = min(values, key=lambda step: values[step]), max(values)
+    if lowest == last:
+        return [f"evaluation loss: the last of {len(values):,} evaluations is the lowest, so it was still falling"]
+    when = f"after step {lowest:,}" if lowest else "before training"
+    change = f"{format_number(values[lowest])} {when}, {format_number(values[last])} after step {last:,}"
+    return [f"evaluation loss: lowest {when}, and higher since: {change}"]
+
+
+def lowest_loss(run: RunRecord) -> float | None:
+    """Return the lowest evaluation loss of a run; None without evaluation."""
+    return min((value for value in run.log.eval_loss().values if math.isfinite(value)), default=None)
+
+
+def recent_mean(series: Series) -> float | None:
+    """Return the mean of the last tenth of a series, whose single values are noisy; None = it is empty."""
+    values = [value for value in series.values if math.isfinite(value)]
+    recent = values[-max(1, len(values) // 10) :]
+    return sum(recent) / len(recent) if recent else None
 
 
 def notes(run: RunRecord) -> list[str]:
@@ -236,7 +299,7 @@ def evaluation_table(run: RunRecord) -> Table:
     ]
     names = short_names([source for source, *_ in columns])
     headers = [
-        metric.removeprefix("eval_").replace("_", " ") + ("" if source == TOTAL else f" ({name})")
+        _metric_name(metric).removeprefix("eval ") + ("" if source == TOTAL else f" ({name})")
         for name, (source, metric, _) in zip(names, columns, strict=True)
     ]
     by_step = [dict(zip(series.steps, series.values, strict=True)) for *_, series in columns]
@@ -394,36 +457,42 @@ def provenance_table(run: RunRecord) -> Table:
 def final_metrics_table(runs: Sequence[RunRecord], names: Sequence[str]) -> Table:
     """Return the last metrics of each run."""
     rows = []
+    lowest = min((loss for run in runs if (loss := lowest_loss(run)) is not None), default=None)
     for run, name in zip(runs, names, strict=True):
         best, rates = run.best_checkpoint(), run.log.train.get("tokens_per_second", Series()).values
-        losses = [value for value in run.log.eval_loss().values if math.isfinite(value)]
+        loss = lowest_loss(run)
         rows.append(
             [
                 name,
                 STATES.get(run.state, run.state).split(";")[0],
                 f"{run.step:,}" + (f" of {run.total_steps:,}" if run.total_steps else ""),
-                format_number(run.log.train.get("loss", Series()).last),
+                format_number(recent_mean(run.log.train.get("loss", Series()))),
                 format_number(run.log.eval_loss().last),
-                format_number(min(losses, default=None)),
+                format_number(loss) + (" (best)" if loss is not None and loss == lowest else ""),
                 f"step {best[0].step:,}" if best else "",
                 format_seconds(run.training_seconds) if run.training_seconds else "",
                 f"{np.median(np.array(rates)):,.0f}" if len(rates) else "",
             ]
         )
-    headers = ["run", "state", "steps", "loss", "eval loss", "lowest eval loss", "best checkpoint", "training time"]
+    headers = [
+        "run",
+        "state",
+        "steps",
+        "training loss",
+        "eval loss",
+        "lowest eval loss",
+        "best checkpoint",
+        "training time",
+    ]
     return _table([*headers, "tokens/s, median"], rows)
 
 
 def differences_table(runs: Sequence[RunRecord], names: Sequence[str]) -> Table:
-    """Return the options in which the runs differ, except the run folder."""
-    configs = [options_as_text(run.config) for run in runs]
-    options = dict.fromkeys(option for config in configs for option in config if option != "output_dir")
-    rows = [
-        [option, *(_shorten(config.get(option, "(none)")) for config in configs)]
-        for option in options
-        if len({config.get(option) for config in configs}) > 1
-    ]
-    return _table(["option", *names], rows)
+    """Return the options in which the runs differ."""
+    options = differing_options([options_as_text(run.config) for run in runs])
+    return _table(
+        ["option", *names], [[option, *(_shorten(value) for value in values)] for option, values in options.items()]
+    )
 
 
 def format_number(value: float | None) -> str:
@@ -435,6 +504,27 @@ def format_number(value: float | None) -> str:
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:,.4f}" if abs(value) >= 0.01 else f"{value:.4g}"
+
+
+def format_change(series: Series) -> str:
+    """Return the first and the last finite value of a series, or its only one."""
+    values = [value for value in series.values if math.isfinite(value)]
+    return _arrow(values[:1] if len(values) < 2 else [values[0], values[-1]])
+
+
+def _training_change(loss: Series) -> str:
+    """Return the first training loss, and the mean of the last tenth of the steps."""
+    first = next((value for value in loss.values if math.isfinite(value)), None)
+    return _arrow([first] if len(loss.values) < 2 else [first, recent_mean(loss)])
+
+
+def _arrow(values: Sequence[float | None]) -> str:
+    """Return values with three significant digits, from the first to the last."""
+    return " → ".join(f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}" for value in values if value is not None)
+
+
+def _metric_name(metric: str) -> str:
+    return metric.replace("_", " ")
 
 
 def _defaults() -> dict[str, str]:
@@ -488,7 +578,3 @@ def _shorten(text: str) -> str:
 
 def _quote(path: Path) -> str:
     return shlex.quote(str(path))
-
-
-def _line_name(style: str) -> str:
-    return {"-": "solid", "--": "dashed", "-.": "dash-dotted", ":": "dotted"}[style]

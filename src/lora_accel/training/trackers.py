@@ -21,10 +21,13 @@ IDS = "trackers.json"
 """File in the run folder: the id of this run in each tracker, by the tracker's name."""
 PROJECT = "lora_accel"
 """Default of `logging.project`."""
+CONFIG_PER_START = ("trackio", "clearml")
+"""Trackers that get the config at each start: in Trackio, that of a start replaces the earlier one, even if it is
+empty; in ClearML, a start is a new task."""
 
 
 def start_trackers(accelerator: Accelerator, config: RunConfig, first_step: int) -> None:
-    """Start the trackers of `logging.trackers`, each with the run's project and name, and log the config once.
+    """Start the trackers of `logging.trackers`, each with the run's project and name, and log the config.
 
     A run that begins at step 0 is a new one in each tracker, even if one was started in this folder before.
 
@@ -43,8 +46,9 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, first_step: int)
             accelerator.log_with = [kind]
             accelerator.init_trackers(project, init_kwargs={name: options})
             trackers += accelerator.trackers
-            if accelerator.is_main_process and is_new:
+            if accelerator.is_main_process and (is_new or name in CONFIG_PER_START):
                 _log_config(accelerator.trackers[0], config)
+            if accelerator.is_main_process and is_new:
                 ids[name] = _id_of(accelerator.trackers[0]) or run_id
                 write_json(folder / IDS, ids)
         except Exception as error:  # each library raises its own
@@ -72,8 +76,14 @@ def tracker_options(name: str, config: RunConfig, stored_id: str | None, run_id:
         "comet_ml": {"experiment_key": run_id},
         "aim": {"experiment": project} | ({"run_hash": stored_id} if stored_id else {}),
         "clearml": {"project_name": project, "task_name": run_name},
-        "dvclive": {"dir": str(folder / "dvclive"), "resume": stored_id is not None},
-        "swanlab": {"experiment_name": run_name, "logdir": str(folder / "swanlab")},
+        # By default it writes dvc.yaml into the working directory.
+        "dvclive": {
+            "dir": str(folder / "dvclive"),
+            "dvcyaml": str(folder / "dvclive" / "dvc.yaml"),
+            "resume": stored_id is not None,
+        },
+        "swanlab": {"experiment_name": run_name, "logdir": str(folder / "swanlab")}
+        | _if_known("swanlab", "init", {"id": run_id[:21], "resume": "allow"}),  # its ids have 21 characters
     }
     # The first argument is TensorBoard's folder in the run folder, and the name of a run in Aim.
     first = {"tensorboard": "tensorboard", "aim": run_name}.get(name, project)
@@ -90,9 +100,21 @@ def log_replies(trackers: Sequence[Any], step: int, replies: Sequence[tuple[str,
     for tracker in trackers:
         if tracker.name in ("wandb", "clearml"):
             tracker.log_table("replies", columns=["prompt", "reply"], data=[list(pair) for pair in replies], step=step)
-        elif tracker.name in ("tensorboard", "comet_ml", "trackio"):
+        elif tracker.name == "comet_ml":
+            for prompt, reply in replies:  # its other values have no step: the last one replaces the earlier ones
+                tracker.tracker.log_text(f"{prompt}\n\n{reply}", step=step)
+        elif tracker.name in ("tensorboard", "trackio"):
             texts = {f"replies/{number}": f"{p}\n\n{r}" for number, (p, r) in enumerate(replies)}
             tracker.log(texts, step=step)
+        elif tracker.name == "aim":
+            import aim
+
+            for number, (prompt, reply) in enumerate(replies):
+                tracker.tracker.track(aim.Text(f"{prompt}\n\n{reply}"), name=f"replies/{number}", step=step)
+        elif tracker.name == "swanlab":
+            import swanlab
+
+            tracker.log({f"replies/{n}": swanlab.Text(f"{p}\n\n{r}") for n, (p, r) in enumerate(replies)}, step=step)
         elif tracker.name == "mlflow":
             import mlflow
 
