@@ -330,7 +330,7 @@ def eval_line(step: int, loss: Any, **values: Any) -> dict[str, Any]:
     ("losses", "notes"),
     [
         ([2.0], []),
-        ([2.0, 1.0], ["evaluation loss: the last of 2 evaluations is the lowest, so it was still falling"]),
+        ([2.0, 1.0], ["evaluation loss: the last of 2 evaluations is the lowest"]),
         (
             [2.0, 1.0, "NaN", 1.5],
             ["evaluation loss: lowest after step 10, and higher since: 1 after step 10, 1.5000 after step 30"],

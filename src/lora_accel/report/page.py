@@ -199,14 +199,14 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def evaluation_notes(run: RunRecord) -> list[str]:
-    """Return in which evaluation the loss was lowest, and whether it rose afterwards."""
+    """Return in which evaluation the loss was lowest."""
     series = run.log.eval_loss()
     values = {step: loss for step, loss in zip(series.steps, series.values, strict=True) if math.isfinite(loss)}
     if len(values) < 2:
         return []
     lowest, last = min(values, key=lambda step: values[step]), max(values)
     if lowest == last:
-        return [f"evaluation loss: the last of {len(values):,} evaluations is the lowest, so it was still falling"]
+        return [f"evaluation loss: the last of {len(values):,} evaluations is the lowest"]
     when = f"after step {lowest:,}" if lowest else "before training"
     change = f"{format_number(values[lowest])} {when}, {format_number(values[last])} after step {last:,}"
     return [f"evaluation loss: lowest {when}, and higher since: {change}"]
