@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from lora_accel.config.files import read_config
 from lora_accel.console import Stage
+from lora_accel.distributed.devices import LAUNCH_OPTIONS, unused_gpu
 from lora_accel.errors import Aborted, ConfigError, LoraAccelError, exit_code_of
 from lora_accel.saving.output_dir import check_output_folder
 from lora_accel.training.stopping import SIGNALS, StartupHandler, signal_handler
@@ -46,6 +47,10 @@ def launch_training(config: Path, overrides: Sequence[str], launcher: Path | Non
         with signal_handler(signals.forward):
             with Stage("importing PyTorch and Accelerate"):
                 options = config_file_options(launcher) or machine_options(detect_machine())
+                note = unused_gpu() if "--cpu" in options else None
+            if note:
+                print(f"note: training on the CPU: {note}", file=sys.stderr, flush=True)
+            os.environ[LAUNCH_OPTIONS] = shlex.join(options)
             print(shlex.join(["accelerate", "launch", *options, *training]), flush=True)
             code = _run_accelerate_launch([*options, *training])
             signals.startup.is_over = True

@@ -19,6 +19,8 @@ from lora_accel.model.compile import compile_layers
 from tests.conftest import run_code
 from tests.families import model_of
 
+CPU = torch.device("cpu")
+
 pytestmark = pytest.mark.launch  # the compiler starts processes
 
 
@@ -44,7 +46,7 @@ def test_layers_are_compiled_once_for_all_lengths() -> None:
     model, eager = model_of("llama").train(), model_of("llama").train()
     pack_attention(model)
     pack_attention(eager)
-    compile_layers(model)
+    compile_layers(model, CPU)
     num_graphs = []
     for lengths in ((9, 5, 3), (7, 4), (12,), (3, 3, 8, 2, 5), (21, 2)):
         logits, expected = forward(model, lengths), forward(eager, lengths)
@@ -63,7 +65,7 @@ def test_only_training_is_compiled() -> None:
     model = model_of("llama").eval()
     pack_attention(model)
     before = forward(model, (9,))
-    compile_layers(model)
+    compile_layers(model, CPU)
     counters.clear()
     assert torch.equal(forward(model, (9,)), before)
     assert not counters["stats"]["unique_graphs"]
@@ -71,17 +73,18 @@ def test_only_training_is_compiled() -> None:
 
 def test_model_without_known_layers_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"training\.compile: Linear has no decoder layers of transformers"):
-        compile_layers(nn.Linear(2, 2))
+        compile_layers(nn.Linear(2, 2), CPU)
 
 
 def test_missing_compiler_is_an_error(tmp_path: Path) -> None:
     """An empty PATH simulates a machine without a compiler."""
     code = (
+        "import torch\n"
         "from tests.families import model_of\n"
         "from lora_accel.errors import ConfigError\n"
         "from lora_accel.model.compile import compile_layers\n"
         "try:\n"
-        "    compile_layers(model_of('llama'))\n"
+        "    compile_layers(model_of('llama'), torch.device('cpu'))\n"
         "except ConfigError as error:\n"
         "    print('error:', error)\n"
     )

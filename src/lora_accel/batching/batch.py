@@ -20,6 +20,8 @@ class Segments:
     """
 
     lengths: tuple[int, ...]
+    cu_seqlens: torch.Tensor | None = dataclasses.field(default=None, compare=False)
+    """[N + 1] int32: where each example begins, and the end of the last one, on the device of the forward."""
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.lengths)
@@ -43,13 +45,16 @@ class MicroBatch:
     """[1, T], packed only: positions within each example."""
     segments: Segments | None = None
     """Packed only."""
+    cu_seqlens: torch.Tensor | None = None
+    """[N + 1] int32, packed only: see `Segments`. A field, so that it moves to the device with the other tensors."""
 
     @property
     def inputs(self) -> dict[str, Any]:
         """Return the keyword arguments of the model's forward."""
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         if self.segments is not None:
-            inputs |= {"position_ids": self.position_ids, "segments": self.segments}
+            segments = dataclasses.replace(self.segments, cu_seqlens=self.cu_seqlens)
+            inputs |= {"position_ids": self.position_ids, "segments": segments}
         return inputs
 
     @property

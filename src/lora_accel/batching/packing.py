@@ -34,7 +34,8 @@ def pack(examples: Sequence[Example]) -> MicroBatch:
     mask = np.full((1, 1, 1, 1), np.nan, np.float32)
     positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])[None])
     packed = _micro_batch(input_ids[None], mask, targets[None], keys[None])
-    return dataclasses.replace(packed, position_ids=positions, segments=Segments(lengths))
+    cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+    return dataclasses.replace(packed, position_ids=positions, segments=Segments(lengths), cu_seqlens=cu_seqlens)
 
 
 def pad(examples: Sequence[Example], pad_id: int) -> MicroBatch:

@@ -50,6 +50,8 @@ class Launch:
     """Origin of the settings, for messages: accelerate launch, or the path of the DeepSpeed JSON."""
     use_cpu: bool = False
     """Whether to run on the CPU even if there is a GPU."""
+    gpu_config: str | None = None
+    """The config file of accelerate launch, if it asks for a GPU."""
     launcher: str = LAUNCHER
     """What started the processes: accelerate launch, deepspeed, torchrun, MPI, or nothing."""
 
@@ -101,7 +103,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
         ConfigError: they contradict each other, or ask for a backend that is not supported.
     """
     for variable, backend in OTHER_BACKENDS.items():
-        if _is_true(environment.get(variable)):
+        if is_true(environment.get(variable)):
             raise ConfigError(
                 f"accelerate launch asks for {backend}, which is not supported: adapters are trained with one "
                 "process, DDP, or DeepSpeed ZeRO. To shard the base, use accelerate_configs/zero3.yaml"
@@ -117,7 +119,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
             "MASTER_ADDR is set, but WORLD_SIZE is not: several processes were requested and one was started, as "
             "`accelerate launch --cpu` does without MPI. Use accelerate_configs/cpu_ddp.yaml, or unset MASTER_ADDR"
         )
-    uses_deepspeed = _is_true(environment.get("ACCELERATE_USE_DEEPSPEED"))
+    uses_deepspeed = is_true(environment.get("ACCELERATE_USE_DEEPSPEED"))
     if uses_deepspeed or ((num_processes or 1) > 1 and environment.get("WORLD_SIZE")):
         missing = [name for name in RENDEZVOUS if not environment.get(name)]
         if missing:
@@ -136,8 +138,8 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
         else:
             deepspeed = _from_environment(environment)
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "").lower() or "no"
-    use_cpu = _is_true(environment.get("ACCELERATE_USE_CPU"))
-    return Launch(num_processes or 1, precision, deepspeed, source, use_cpu, launcher)
+    use_cpu = is_true(environment.get("ACCELERATE_USE_CPU"))
+    return Launch(num_processes or 1, precision, deepspeed, source, use_cpu, launcher=launcher)
 
 
 def _launcher(environment: Mapping[str, str]) -> str:
@@ -450,5 +452,6 @@ def _number(environment: Mapping[str, str], name: str, default: str = "", kind: 
         ) from None
 
 
-def _is_true(text: str | None) -> bool:
+def is_true(text: str | None) -> bool:
+    """Whether the value of an environment variable means true, as Accelerate reads it."""
     return (text or "").lower() in ("1", "true", "yes", "y", "on", "t")

@@ -13,6 +13,7 @@ from lora_accel.config.launch import LAUNCHER, RENDEZVOUS, Launch, Precision, Se
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import format_table
 from lora_accel.distributed.builds import exclusive_builds
+from lora_accel.distributed.devices import check_devices, device_row, with_requested_device
 from lora_accel.errors import ConfigError, did_you_mean, first_line
 from lora_accel.logs import logger
 from lora_accel.processes import end_with_parent, is_python
@@ -72,7 +73,7 @@ def resolve_launch(config: RunConfig, checkpoint_precision: str | None) -> tuple
     Raises:
         ConfigError: launcher and run config conflict.
     """
-    launch = read_launch(os.environ)
+    launch = with_requested_device(read_launch(os.environ), os.environ)
 
     def default() -> Precision:
         if checkpoint_precision is not None:
@@ -110,10 +111,11 @@ def exit_with_launcher() -> None:
 
 
 def make_accelerator(config: RunConfig, launch: Launch, settings: Settings) -> Accelerator:
-    """Build the Accelerator.
+    """Build the Accelerator, and log its settings.
 
     Raises:
-        ConfigError: a tracker is unknown, the ranks did not join one group, or offload lacks its DeepSpeed op.
+        ConfigError: a tracker is unknown, this machine lacks the devices of the launch, the ranks did not join one
+            group, or offload lacks its DeepSpeed op.
     """
     import torch
     from accelerate import Accelerator
@@ -126,7 +128,8 @@ def make_accelerator(config: RunConfig, launch: Launch, settings: Settings) -> A
     )
 
     check_trackers(config.logging.trackers)
-    on_cpu = not torch.accelerator.is_available()
+    check_devices(launch, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    on_cpu = launch.use_cpu or not torch.accelerator.is_available()
     if launch.zero_stage:
         load_extensions(launch.offload)
     joins_on_cpu = on_cpu and (launch.num_processes > 1 or launch.zero_stage > 0)
@@ -150,7 +153,8 @@ def make_accelerator(config: RunConfig, launch: Launch, settings: Settings) -> A
         emulate_fp16(accelerator)
     check_launch(accelerator, launch)
     if accelerator.is_main_process:
-        logger.info(format_table("launch settings", settings.rows, headers=("setting", "value", "decided by")))
+        rows = [device_row(accelerator.device, launch), *settings.rows]
+        logger.info(format_table("launch settings", rows, headers=("setting", "value", "decided by")))
         warn_if_emulated(accelerator)
     return accelerator
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
@@ -28,6 +28,9 @@ def add_adapter(
 ) -> PeftModel:
     """Add a new adapter to a frozen base.
 
+    A quantized base keeps its norms, embeddings and head in its dtype, like any other base. (PEFT's
+    `prepare_model_for_kbit_training` would cast them, and so all hidden states, to float32.)
+
     Args:
         seed: seed of the initial weights, which are the same on every rank.
         autocast: whether forwards run under autocast.
@@ -38,8 +41,6 @@ def add_adapter(
         ConfigError: no module matches target_modules, PEFT rejects a field, a layer does not support an option, or a
             bias would be trained in 16 bits.
     """
-    if getattr(base, "is_quantized", False):
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     torch.manual_seed(seed)
     try:
         with warnings.catch_warnings(record=True) as caught:

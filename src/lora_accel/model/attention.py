@@ -129,8 +129,9 @@ def _flash(
 ) -> torch.Tensor:
     varlen_attn = flash_kernel()
     assert varlen_attn is not None  # packed_attention checks
-    cu_seqlens = torch.tensor([0, *itertools.accumulate(segments)], dtype=torch.int32)
-    cu_seqlens = cu_seqlens.to(query.device, non_blocking=True)
+    cu_seqlens = getattr(segments, "cu_seqlens", None)  # of batching.Segments: copied once, not in each layer
+    if cu_seqlens is None:
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(segments)], dtype=torch.int32).to(query.device)
     window = (-1 if options.sliding_window is None else options.sliding_window - 1, 0)
     query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     output = varlen_attn(

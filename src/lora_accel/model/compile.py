@@ -16,10 +16,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lora_accel.errors import ConfigError, first_line
 
 
-def compile_layers(model: nn.Module) -> None:
+def compile_layers(model: nn.Module, device: torch.device) -> None:
     """Compile the forward of a model's decoder layers for training. Evaluation and generation are not compiled.
 
     Module names and classes do not change. Activation checkpointing still works, as it wraps a layer's forward.
+
+    Args:
+        device: the device that trains; the model may still be on the CPU.
 
     Raises:
         ConfigError: the model has no decoder layers of transformers, or torch.compile does not work on this machine.
@@ -30,7 +33,7 @@ def compile_layers(model: nn.Module) -> None:
             f"training.compile: {type(model).__name__} has no decoder layers of transformers; set it to false"
         )
     try:  # fail now, not in the first step
-        torch.compile(torch.sin)(next(model.parameters()).new_ones(8))
+        torch.compile(torch.sin)(torch.ones(8, device=device))
     except Exception as error:  # compilers raise many types
         reason = first_line(error)
         raise ConfigError(

@@ -115,14 +115,11 @@ def _quantized_bits(section: QuantizationSection, config: PretrainedConfig) -> i
 
 
 def _quantize(base: PreTrainedModel, weights: dict[str, torch.nn.Parameter]) -> None:
-    """Make the linear layers dequantize their weights, and keep all else in float32, as PEFT prepares such a base."""
+    """Make the linear layers dequantize their weights."""
     owners = {name.rpartition(".")[0] for name in weights}
     for name, module in base.named_modules():
         if name in owners:
             module.forward = _DequantizingLinear(module)
-    for name, parameter in base.named_parameters():
-        if name not in weights and parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()
 
 
 class _DequantizingLinear:

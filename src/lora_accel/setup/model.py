@@ -93,8 +93,10 @@ def prepare_model(
         pack_attention(base)
     elif config.data.packing:
         logger.info(f"note: padding rows: {base.config.model_type} does not support packing with this attention")
-    # torch.compile fuses the same operations itself.
-    (compile_layers if config.training.compile else patch_norms_and_gates)(base)
+    if config.training.compile:
+        compile_layers(base, accelerator.device)
+    else:  # torch.compile fuses the same operations itself
+        patch_norms_and_gates(base)
     check_modules_to_save(base, adapter)
     with fits_base(initial, base):
         model = _add_adapter(config, adapter, base, backend, is_mixed=accelerator.mixed_precision != "no")
