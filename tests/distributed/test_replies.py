@@ -135,6 +135,7 @@ def test_failed_reply_is_logged(
     assert line["eval_exact_match"] == 0.0
 
 
+@pytest.mark.slow
 def test_failed_reply_under_zero3_ends_all_ranks(
     forks: Forks, make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
