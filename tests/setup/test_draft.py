@@ -49,6 +49,7 @@ def test_the_draft_fits_the_rows_and_the_model(command: Command, here: Path, tin
     longest = prepare_data(config).dataset.ledgers[0].longest
     assert longest < config.data.max_length <= 256
     assert config.evaluation.every_steps == config.checkpoint.every_steps == 10
+    assert config.checkpoint.export == "best"
     assert (here / "my.yaml").read_text().startswith(f"# yaml-language-server: $schema={SCHEMA_FILE}\n")
     schema = json.loads((here / SCHEMA_FILE).read_text())
     assert "max_length" in schema["$defs"]["DataSection"]["properties"]

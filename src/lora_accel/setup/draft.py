@@ -228,7 +228,11 @@ def write(request: DraftRequest, inputs: InputSummary, values: Values) -> str:
     bits = "quantization: {bits: 4}   # QLoRA: less memory, slower steps"
     has_eval = request.evaluation is not None or values.eval_fraction > 0
     size = "over" if inputs.is_large else "under"
-    every = f"{{every_steps: {values.every_steps}}}"
+    every = f"every_steps: {values.every_steps}"
+    saving = f"checkpoint: {{{every}}}"
+    if has_eval:
+        saving = f"checkpoint: {{{every}, export: best}}   # adapter/ has the step with the lowest evaluation loss"
+        saving += f"\nevaluation: {{{every}}}"
     return f"""\
 # yaml-language-server: $schema={SCHEMA_FILE}
 # Drafted by `lora-accel init` for {rows.num_rows:,} rows of format {rows.format}.
@@ -261,7 +265,7 @@ training:
   learning_rate: {values.learning_rate}       # for models {size} a billion parameters
   activation_checkpointing: auto
 
-checkpoint: {every}{f"{chr(10)}evaluation: {every}" if has_eval else ""}
+{saving}
 output_dir: {scalar(request.output_dir)}
 """
 
