@@ -213,20 +213,21 @@ def test_evaluations_of_other_rows_are_not_compared(
 BEST_IS_GONE = "step-00000004 has the best eval_loss so far, but cannot be used: manifest.json is missing"
 
 
-def test_deleted_best_checkpoint_is_reported_at_the_start(
+def test_damaged_best_checkpoint_is_reported_at_the_start(
     overfitting: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    """Once, and the run continues, since a later step may be better."""
+    """Once, and the run continues, since a later step may be better. Saves compare no hashes, so they do not see it."""
     with monkeypatch.context() as patch:
         crash = faults.Fault("step.begin", 7, "enospc", None)
         patch.setattr(faults, "active_fault", lambda: crash)
         with pytest.raises(OSError, match="injected"):
             run_training(overfitting())
     assert "so far" not in caplog.text
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    file = tmp_path / "run" / "checkpoints" / "step-00000004" / "adapter_model.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(TrainingError, match="cannot be used"):
         run_training(overfitting())
-    assert caplog.text.count(BEST_IS_GONE) == 1
+    assert caplog.text.count("the best eval_loss so far, but cannot be used: adapter_model.safetensors is corrupt") == 1
     assert "continue with checkpoint.export=last" in caplog.text
     assert checkpoint_names(tmp_path / "run")[-1] == "step-00000008"
 
