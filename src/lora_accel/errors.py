@@ -98,6 +98,16 @@ def first_line(error: BaseException) -> str:
     return first.rstrip(".")
 
 
+ALLOCATION_ERRORS = ("can't allocate memory", "not enough memory", "out of memory")
+"""In the messages of errors that torch's allocators raise; that of the CPU raises RuntimeError."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or in the machine's memory."""
+    is_runtime = isinstance(error, RuntimeError) and any(text in str(error) for text in ALLOCATION_ERRORS)
+    return isinstance(error, MemoryError) or is_runtime
+
+
 def is_full_disk(error: BaseException) -> bool:
     """Whether an error means that a disk is full, over its quota or not writable."""
     if isinstance(error, OSError):

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from lora_accel.saving.provenance import Exported, Provenance
     from lora_accel.setup.data import PreparedData
+    from lora_accel.setup.initial import InitialAdapter
     from lora_accel.setup.model import PreparedModel
     from lora_accel.setup.resume import ResumePoint
     from lora_accel.training.metrics import Metrics
@@ -146,12 +147,32 @@ def run_in_folder(
     check_final_adapter(folder / "adapter")
 
     with Stage("importing PEFT", enabled=accelerator.is_local_main_process):
-        from lora_accel.saving.checkpoint import check_disk_space
-        from lora_accel.saving.run_folder import write_run_folder
-        from lora_accel.setup.model import enable_activation_checkpointing, prepare_model
-        from lora_accel.setup.provenance import make_provenance
-        from lora_accel.setup.resume import resume_run
-    checkpoint_dtype = kept.base_dtype if kept else None
+        from lora_accel.planning.out_of_memory import explained_out_of_memory
+    with explained_out_of_memory(config, data, accelerator.mixed_precision):
+        return load_and_train(config, accelerator, settings, data, kept, initial, create_folder)
+
+
+def load_and_train(
+    config: RunConfig,
+    accelerator: Accelerator,
+    settings: Settings,
+    data: PreparedData,
+    kept: KeptSettings | None,
+    initial: InitialAdapter | None,
+    create_folder: Callable[[], None],
+) -> Path:
+    """Load the model, start or resume, and train: what takes memory.
+
+    Args:
+        initial: the adapter of adapter.init_from; None = a new one.
+    """
+    from lora_accel.saving.checkpoint import check_disk_space
+    from lora_accel.saving.run_folder import write_run_folder
+    from lora_accel.setup.model import enable_activation_checkpointing, prepare_model
+    from lora_accel.setup.provenance import make_provenance
+    from lora_accel.setup.resume import resume_run
+
+    folder, is_main, checkpoint_dtype = Path(config.output_dir), accelerator.is_main_process, kept and kept.base_dtype
     prepared = prepare_model(config, accelerator, checkpoint_dtype=checkpoint_dtype, initial=initial)
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     enable_activation_checkpointing(config, data, accelerator, prepared, num_local_ranks)

@@ -215,6 +215,24 @@ def _fail_replies_of_rank_1() -> None:
         replies.generate_replies = generate_replies
 
 
+def _exhaust_memory_of_rank_1() -> None:
+    """Let an allocation of rank 1 fail in the third step, while rank 0 waits for its gradients."""
+    if os.environ["RANK"] == "1":
+        import torch
+
+        from lora_accel.training import loop
+        from lora_accel.training import step as step_module
+
+        original = step_module.train_step
+
+        def train_step(run: Any, step: int) -> Any:
+            if step == 2:
+                step_module.summed_token_loss = lambda *_: torch.empty(2**50)
+            return original(run, step)
+
+        loop.train_step = train_step
+
+
 def _be_impatient() -> None:
     """Report a stalled rank after two seconds."""
     from lora_accel.distributed import heartbeat
@@ -227,6 +245,7 @@ SABOTAGES = {
     "impatient": _be_impatient,
     "second reply fails": _fail_second_reply,
     "replies of rank 1 fail": _fail_replies_of_rank_1,
+    "rank 1 exhausts memory": _exhaust_memory_of_rank_1,
     "overflows": _overflow,
     "writes in place": _write_in_place,
     "skips moments": _skip_moments,

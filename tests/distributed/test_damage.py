@@ -63,6 +63,16 @@ def test_corrupt_newest_checkpoint_is_quarantined_and_the_previous_one_used(
     runs.check_resumed(expected, preset)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["cpu_ddp", "cpu_zero2", "cpu_zero3"])
+def test_rank_without_memory_ends_the_run(runs: Runs, preset: str) -> None:
+    codes = runs.train(preset, SABOTAGE="rank 1 exhausts memory")
+    assert codes[1] == 3, runs.forks.log()
+    assert codes[0] in (3, 143, -15), "the launcher may be faster"
+    assert "error on rank 1: out of memory: " in runs.forks.log()
+    assert "training.activation_checkpointing=true: " in runs.forks.log()
+
+
 @pytest.mark.parametrize("preset", [pytest.param("cpu_ddp", marks=pytest.mark.slow), "cpu_zero3"])
 def test_killed_rank_ends_the_run(runs: Runs, preset: str, tmp_path: Path) -> None:
     """The other rank is waiting for it in a collective."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lora_accel.config.files import read_config
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import Stage, run_command, silence_libraries
-from lora_accel.errors import LoraAccelError
+from lora_accel.errors import LoraAccelError, is_out_of_memory
 from lora_accel.processes import return_freed_memory
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 OUT_OF_MEMORY = 77
 """Exit code of the child process if an allocation fails."""
-ALLOCATION_ERRORS = ("can't allocate memory", "not enough memory", "out of memory")
-"""In the messages of errors that torch's allocators raise; that of the CPU raises RuntimeError."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,21 +83,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True)
     parser.add_argument("overrides", nargs="*")
     request = parser.parse_args(arguments)
-    is_out_of_memory = False
+    lacked_memory = False
 
     def command() -> None:
-        nonlocal is_out_of_memory
+        nonlocal lacked_memory
         try:
             measured = measure(read_config(request.config, request.overrides))
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and not any(text in str(error) for text in ALLOCATION_ERRORS):
+            if not is_out_of_memory(error):
                 raise
-            is_out_of_memory = True
+            lacked_memory = True
         else:
             print(json.dumps(dataclasses.asdict(measured)))
 
     code = run_command(command)
-    return OUT_OF_MEMORY if is_out_of_memory else code
+    return OUT_OF_MEMORY if lacked_memory else code
 
 
 def measure(config: RunConfig) -> Measurement:

@@ -29,7 +29,7 @@ class Remedy(NamedTuple):
 def find_remedies(config: RunConfig, data: PreparedData, mixed_precision: str, estimate: Estimate) -> list[Remedy]:
     """Return the options that would fit, from the mildest to the strongest; if none does, the one with least memory."""
     remedies = []
-    for overrides, changed in _changes(config, longest=max(x.longest for x in data.dataset.ledgers)):
+    for overrides, changed in _changes(config, longest=_longest(data)):
         if not is_supported(changed):
             continue
         changed_estimate = make_estimate(changed, data, mixed_precision, 1, has_4_bits=False)
@@ -39,6 +39,29 @@ def find_remedies(config: RunConfig, data: PreparedData, mixed_precision: str, e
             remedies.append(Remedy(overrides, option.memory.total, estimate.available.bytes - needed))
     fitting = [remedy for remedy in remedies if remedy.fits]
     return fitting or sorted(remedies, key=lambda remedy: remedy.total)[:1]
+
+
+def cheaper_options(config: RunConfig, data: PreparedData, mixed_precision: str) -> list[tuple[list[str], int]]:
+    """Return overrides that would take less memory, from the mildest to the strongest, each with the bytes less."""
+    totals = [
+        (overrides, total)
+        for overrides, changed in [([], config), *_changes(config, longest=_longest(data))]
+        if is_supported(changed) and (total := _total(changed, data, mixed_precision)) is not None
+    ]
+    if not totals or totals[0][0]:
+        return []  # that of the run itself is unknown
+    return [(overrides, totals[0][1] - total) for overrides, total in totals[1:] if total < totals[0][1]]
+
+
+def _total(config: RunConfig, data: PreparedData, mixed_precision: str) -> int | None:
+    """Return the bytes on one device; None = unknown."""
+    estimate = make_estimate(config, data, mixed_precision, 1, has_4_bits=False)
+    memory = estimate.options[0].memory
+    return None if memory is None or estimate.untraced else memory.total
+
+
+def _longest(data: PreparedData) -> int:
+    return max(ledger.longest for ledger in data.dataset.ledgers)
 
 
 def _changes(config: RunConfig, *, longest: int) -> Iterator[tuple[list[str], RunConfig]]:
