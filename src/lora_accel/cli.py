@@ -670,7 +670,8 @@ def verify_resume(
     if not equal:
         raise LoraAccelError(
             "the resumed run differs from the uninterrupted one (uninterrupted -> resumed); both are in "
-            f"{verdict.folder}\n" + "\n".join(f"  {line}" for line in verdict.differences)
+            f"{verdict.folder}. (On a GPU, equal bits need training.deterministic=true.)\n"
+            + "\n".join(f"  {line}" for line in verdict.differences)
         )
 
 

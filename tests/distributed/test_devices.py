@@ -25,6 +25,7 @@ from lora_accel.distributed.devices import (
     why_no_gpu,
     with_requested_device,
 )
+from lora_accel.distributed.launch import make_accelerator, resolve_launch
 from lora_accel.errors import ConfigError
 from tests.distributed.launching import PRESETS
 
@@ -175,3 +176,16 @@ def test_accelerate_launch_with_a_gpu_preset(
     assert "single_gpu.yaml asks for a GPU (use_cpu: false), but torch can use none" in result.stderr
     assert result.returncode != 0
     assert not Path(config.output_dir).exists()
+
+
+def test_deterministic_kernels(make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The option holds for its own run: the next one in this process chooses again."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    config = make_config(training={"deterministic": True})
+    launch, settings = resolve_launch(config, None)
+    make_accelerator(config, launch, settings)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    make_accelerator(make_config(), launch, settings)
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -417,6 +417,9 @@ class TrainingSection(Section):
     compile: bool = False
     """Whether to compile the decoder layers with torch.compile: up to a quarter faster, after about a minute of
     compilation."""
+    deterministic: bool = False
+    """Whether to use only deterministic kernels on a GPU, so that a resumed run equals an uninterrupted one bit for bit
+    there, too. Slower. On CPUs it always does."""
     max_hours: float | None = Field(None, gt=0, le=100_000)
     """Maximum training time, in hours. Then the run saves a checkpoint and exits with 143, as after a signal; run the
     same command to resume. null = no limit."""

@@ -131,6 +131,22 @@ def check_devices(launch: Launch, num_local_ranks: int) -> None:
         )
 
 
+def set_deterministic(enabled: bool) -> None:
+    """Choose whether torch uses only deterministic kernels. Call this before CUDA is initialized.
+
+    This covers the backward of FlashAttention, sums by index and cuBLAS, which needs a workspace of fixed size
+    (https://docs.nvidia.com/cuda/cublas, "Results reproducibility"). An operation that has none raises.
+    """
+    import torch
+    import torch.utils.deterministic
+
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # It would write into every new tensor, at the cost of a pass over it, to show reads of uninitialized memory.
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - not in its type
+    torch.use_deterministic_algorithms(enabled)
+
+
 def why_no_gpu() -> str:
     """Return why torch can use no GPU: its build, the driver, or no visible device."""
     import torch

@@ -13,7 +13,7 @@ from lora_accel.config.launch import LAUNCHER, RENDEZVOUS, Launch, Precision, Se
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import format_table
 from lora_accel.distributed.builds import exclusive_builds
-from lora_accel.distributed.devices import check_devices, device_row, with_requested_device
+from lora_accel.distributed.devices import check_devices, device_row, set_deterministic, with_requested_device
 from lora_accel.errors import ConfigError, did_you_mean, first_line
 from lora_accel.logs import logger
 from lora_accel.processes import end_with_parent, is_python
@@ -129,6 +129,7 @@ def make_accelerator(config: RunConfig, launch: Launch, settings: Settings) -> A
 
     check_trackers(config.logging.trackers)
     check_devices(launch, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    set_deterministic(config.training.deterministic)
     on_cpu = launch.use_cpu or not torch.accelerator.is_available()
     if launch.zero_stage:
         load_extensions(launch.offload)
