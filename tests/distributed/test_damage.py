@@ -65,7 +65,7 @@ def test_corrupt_newest_checkpoint_is_quarantined_and_the_previous_one_used(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["cpu_ddp", "cpu_zero2", "cpu_zero3"])
-def test_rank_without_memory_ends_the_run(runs: Runs, preset: str) -> None:
+def test_rank_that_is_out_of_memory_ends_the_run(runs: Runs, preset: str) -> None:
     codes = runs.train(preset, SABOTAGE="rank 1 exhausts memory")
     assert codes[1] == 3, runs.forks.log()
     assert codes[0] in (3, 143, -15), "the launcher may be faster"

@@ -30,11 +30,11 @@ def fail_in_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr("lora_accel.training.loop.train_step", train_step)
 
 
-def test_a_step_without_memory_ends_the_run_and_names_what_takes_less(
+def test_a_step_out_of_memory_ends_the_run_and_names_what_takes_less(
     make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(training={"max_steps": 4, "micro_batch_tokens": 800})
-    uninterrupted = run_training(config.model_copy(update={"output_dir": f"{config.output_dir}-whole"}))
+    uninterrupted = run_training(config.model_copy(update={"output_dir": f"{config.output_dir}-complete"}))
     reset_accelerator()
     with monkeypatch.context() as patched:
         fail_in_step(patched, 4)

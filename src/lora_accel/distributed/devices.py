@@ -142,7 +142,7 @@ def set_deterministic(enabled: bool) -> None:
 
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # It would write into every new tensor, at the cost of a pass over it, to show reads of uninitialized memory.
+        # It would write into every new tensor, which takes time, to show reads of uninitialized memory.
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - not in its type
     torch.use_deterministic_algorithms(enabled)
 
