@@ -19,8 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lora_accel.model import device, gpu_attention
 
 VIEWS = frozenset(
     {"_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "empty", "empty_like", "empty_strided"}
@@ -29,6 +32,7 @@ VIEWS = frozenset(
     | {"transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as"}
 )
 """Operations that start no kernel."""
+LIBRARY = torch.library.Library("aten", "IMPL")
 ATTRIBUTES = frozenset({"device", "sym_size", "_has_compatible_shallow_copy_type"})
 
 
@@ -43,16 +47,16 @@ class Properties:
     multi_processor_count: int = 100
 
 
-def install(library: str, capability: tuple[int, int]) -> FakeTensorMode:
+def install(library: str) -> FakeTensorMode:
     """Let torch believe that it has one GPU, and return the mode in which its tensors exist.
 
     Args:
         library: the compiled fake_cuda.cpp, which this process preloaded.
     """
     assert ctypes.CDLL(library).install()
+    LIBRARY.impl("_efficient_attention_backward", _shapes_of_efficient_backward, "Meta", allow_override=True)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     type(mode).avoid_device_init = property(lambda self: True)
-    properties = Properties(*capability)
     replacements: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -61,17 +65,27 @@ def install(library: str, capability: tuple[int, int]) -> FakeTensorMode:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
-        "get_device_capability": lambda device=None: capability,
-        "get_device_properties": lambda device=None: properties,
         "manual_seed_all": lambda seed: None,
         "max_memory_allocated": lambda device=None: 0,
-        "mem_get_info": lambda device=None: (properties.total_memory, properties.total_memory),
+        "mem_get_info": lambda device=None: (80_000_000_000, 80_000_000_000),
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: None,
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
     return mode
+
+
+def set_capability(capability: tuple[int, int]) -> None:
+    """Choose the compute capability that the GPU reports, and that Triton is installed."""
+    properties = Properties(*capability)
+    torch.cuda.get_device_capability = lambda device=None: capability
+    torch.cuda.get_device_properties = lambda device=None: properties  # type: ignore[assignment,return-value]
+    device.detect_device.cache_clear()
+    device.has_triton = lambda: True
+    # Compiling needs a real GPU. Its unfused operations have the same mask, softcap and devices.
+    gpu_attention._flex_kernel = lambda device_type: flex_attention.flex_attention
+    flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
 
 
 def move_model(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -149,6 +163,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name not in VIEWS | ATTRIBUTES:
             self.kernels[name] += 1
         return output
+
+
+def _shapes_of_efficient_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+    """Replaces torch 2.13's own, which lacks two arguments of the operator (`out`, `window_size`)."""
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), query.new_empty(0)
 
 
 def record_values(recorder: Recorder) -> None:

@@ -30,10 +30,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {"training": {"mixed_precision": "no"}},
     "fp16": {"training": {"mixed_precision": "fp16"}},
     "nf4": {"quantization": {"bits": 4}},
+    "T4": {"training": {"mixed_precision": "fp16"}},
 }
 CASES = [(family, "packed") for family in FAMILIES]
 CASES += [("llama", setting) for setting in SETTINGS if setting != "packed"]
-CASES += [("gemma2", "padded"), ("mixtral", "padded"), ("gemma3_text", "checkpointed"), ("gpt2", "nf4")]
+CASES += [
+    ("gemma2", "T4"),
+    ("gemma2", "padded"),
+    ("mixtral", "padded"),
+    ("gemma3_text", "checkpointed"),
+    ("gpt2", "nf4"),
+]
+CAPABILITIES = {"llama-T4": (7, 5), "gemma2-T4": (7, 5)}
+"""Compute capability of the fake GPU; 9.0 elsewhere."""
 CONTROLS = ("buffer_on_the_cpu", "value_on_the_host", "copy_per_layer")
 
 Result = Mapping[str, Any]
@@ -84,12 +93,12 @@ def results(library: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: 
         }
         for key, change in setting.items():
             config[key] = config.get(key, {}) | change
-        return {"id": name, "config": config, "control": control}
+        return {"id": name, "config": config, "control": control, "capability": CAPABILITIES.get(name, (9, 0))}
 
     cases = [case(f"{family}-{setting}", family, SETTINGS[setting]) for family, setting in CASES]
     cases += [case(control, "llama", {}, control) for control in CONTROLS]
     request, answer = root / "cases.json", root / "results.json"
-    request.write_text(json.dumps({"library": str(library), "capability": [9, 0], "cases": cases}), encoding="utf-8")
+    request.write_text(json.dumps({"library": str(library), "cases": cases}), encoding="utf-8")
     environment = os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.device.worker", str(request), str(answer)]
     result = subprocess.run(
@@ -118,8 +127,20 @@ def test_mistakes_are_found(results: dict[str, Result]) -> None:
     assert results["copy_per_layer"]["blocking"].count("controls.py:hook") >= 4
 
 
-def test_packed_attention_uses_the_varlen_kernel(results: dict[str, Result]) -> None:
-    """In 16 bits, without softcap: one kernel per layer and direction instead of a loop over blocks."""
-    attention = {name: count for name, count in results["llama-packed"]["kernels"].items() if "attn" in name}
-    layers, micro_batches = 2, results["llama-packed"]["micro_batches"]
-    assert attention == {"_varlen_attn": layers * micro_batches, "_varlen_attn_backward": layers * micro_batches}
+@pytest.mark.parametrize(
+    ("case", "kernel"),
+    [
+        ("llama-packed", "_varlen_attn"),
+        ("gemma3_text-packed", "_varlen_attn"),
+        ("llama-fp32", "_efficient_attention"),
+        ("llama-T4", "_efficient_attention"),
+    ],
+)
+def test_packed_attention_is_one_kernel_per_layer(results: dict[str, Result], case: str, kernel: str) -> None:
+    """Instead of a loop over blocks, which would start a dozen kernels for each."""
+    assert "error" not in results[case], (results[case]["error"], results[case]["frames"])
+    kernels = results[case]["kernels"]
+    assert "_softmax" not in kernels, "of the loop"
+    forward = {"_efficient_attention": "_efficient_attention_forward"}.get(kernel, kernel)
+    expected = 2 * results[case]["micro_batches"]  # of two layers
+    assert (kernels.get(forward), kernels.get(f"{kernel}_backward")) == (expected, expected)

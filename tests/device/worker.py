@@ -37,7 +37,7 @@ from tests.device import controls, fake_cuda
 def main(cases_file: str, results_file: str) -> None:
     """Run cases, and write what each did."""
     request = json.loads(Path(cases_file).read_text(encoding="utf-8"))
-    mode = fake_cuda.install(request["library"], tuple(request["capability"]))
+    mode = fake_cuda.install(request["library"])
     results = []
     for case in request["cases"]:
         try:
@@ -60,6 +60,7 @@ def main(cases_file: str, results_file: str) -> None:
 def run_case(case: dict[str, Any], mode: Any) -> dict[str, Any]:
     """Train one step and evaluate; return what both did."""
     config = RunConfig.model_validate(case["config"])
+    fake_cuda.set_capability(tuple(case["capability"]))
     accelerator = Accelerator(
         mixed_precision=config.training.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lora_accel.batching.batch import MicroBatch
 from lora_accel.batching.packing import pack
 from lora_accel.data.chat import Example
-from lora_accel.model import attention
+from lora_accel.model import attention, gpu_attention
 from lora_accel.model.attention import can_pack, pack_attention, packed_attention
 from tests.families import PACKING, SIZES, model_of
 
@@ -40,7 +40,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_flash_kernel_needs_torch_2_12() -> None:
-    assert (attention.flash_kernel() is not None) == (Version(torch.__version__) >= Version("2.12"))
+    assert (gpu_attention.flash_kernel() is not None) == (Version(torch.__version__) >= Version("2.12"))
 
 
 @pytest.mark.parametrize("family", PACKING)

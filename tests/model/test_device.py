@@ -30,9 +30,9 @@ def other(kind: str, *features: str) -> Device:
 
 DEVICES = [
     # device, name, precision, dtype of a bfloat16 base without mixed precision, kernel at head size 64
-    (cuda(6, 1), "GTX 1080", "fp16", FP32, "blockwise"),
-    (cuda(7, 0), "V100", "fp16", FP32, "blockwise"),
-    (cuda(7, 5), "T4, RTX 20", "fp16", FP32, "blockwise"),
+    (cuda(6, 1), "GTX 1080", "fp16", FP32, "efficient"),
+    (cuda(7, 0), "V100", "fp16", FP32, "efficient"),
+    (cuda(7, 5), "T4, RTX 20", "fp16", FP32, "efficient"),
     (cuda(8, 0), "A100", "bf16", BF16, "varlen"),
     (cuda(8, 6), "RTX 30", "bf16", BF16, "varlen"),
     (cuda(8, 9), "L4, RTX 40", "bf16", BF16, "varlen"),
@@ -76,33 +76,43 @@ def test_capabilities_determine_precision_and_kernels(
     print(f"| {device.kind} {capabilities} ({name}) | {value} | {str(base)[6:]} | {kernel} | {fused} | {reason} |")
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "sizes", "softcap", "kernel"),
-    [
-        ((8, 0), BF16, (128, 128), None, "varlen"),
-        ((8, 0), FP16, (128, 128), None, "varlen"),
-        ((8, 0), FP32, (128, 128), None, "blockwise"),
-        ((7, 5), FP16, (128, 128), None, "blockwise"),
-        ((8, 0), BF16, (4, 4), None, "blockwise"),
-        ((8, 0), BF16, (20, 20), None, "blockwise"),
-        ((8, 0), BF16, (96, 96), None, "varlen"),
-        ((8, 0), BF16, (256, 256), None, "varlen"),
-        ((8, 0), BF16, (264, 264), None, "blockwise"),
-        ((8, 0), BF16, (192, 128), None, "blockwise"),
-        ((8, 0), BF16, (128, 128), 50.0, "blockwise"),
-        ((8, 0), BF16, (200, 200), None, "varlen"),
-        ((9, 0), BF16, (224, 224), None, "varlen"),
-        ((8, 6), BF16, (200, 200), None, "blockwise"),
-        ((8, 9), BF16, (224, 224), None, "blockwise"),
-        ((12, 0), BF16, (200, 200), None, "blockwise"),
-        ((8, 6), BF16, (192, 192), None, "varlen"),
-        ((8, 9), BF16, (256, 256), None, "varlen"),
-    ],
-)
-def test_varlen_attention_is_used_only_where_supported(
-    capability: tuple[int, int], dtype: torch.dtype, sizes: tuple[int, int], softcap: float | None, kernel: str
+CAPABILITIES = ((7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0))
+HEAD_SIZES = (4, 20, 64, 96, 128, 200, 256, 264)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+def test_kernel_of_packed_attention(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert attention_kernel(Device("cuda", capability), dtype, *sizes, softcap=softcap) == kernel
+    """The loop over blocks runs on a GPU only where no kernel exists."""
+    monkeypatch.setattr("lora_accel.model.device.has_triton", lambda: True)
+    gpu = Device("cuda", capability)
+    for size in HEAD_SIZES:
+        kernels = [
+            attention_kernel(gpu, dtype, size, size, softcap=s, window=w) for s in (None, 50.0) for w in (None, 9)
+        ]
+        if dtype == BF16 and capability < (8, 0):  # emulated: nobody should train in it
+            expected = ["blockwise"] * 4
+        else:
+            flex = "flex" if size <= 256 else "blockwise"
+            is_varlen = dtype != FP32 and capability >= (8, 0) and size in (64, 96, 128, 200, 256)
+            if size == 200 and capability in ((8, 9), (12, 0)):
+                is_varlen = False  # no backward kernel
+            expected = ["varlen", "varlen", flex, flex] if is_varlen else ["efficient", flex, flex, flex]
+        assert kernels == expected, size
+
+
+def test_kernel_where_libraries_lack_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Device("cuda", (9, 0))
+    assert attention_kernel(gpu, BF16, 64, 64, has_varlen=False) == "efficient"
+    assert attention_kernel(gpu, BF16, 192, 128) == "efficient", "keys and values of different size"
+    monkeypatch.setattr("lora_accel.model.device.has_triton", lambda: False)
+    assert attention_kernel(gpu, BF16, 64, 64, softcap=50.0) == "blockwise"
+    assert attention_kernel(Device("cuda", (6, 1)), FP16, 64, 64) == "efficient"
+    assert attention_kernel(Device("cuda", (6, 1)), FP16, 64, 64, softcap=50.0) == "blockwise"
+    for kind in ("cpu", "rocm", "xpu", "npu", "mps"):
+        assert attention_kernel(Device(kind, features=frozenset({"bf16", "gfx942"})), BF16, 64, 64) == "blockwise"
 
 
 def test_cpu_features_match_cpuinfo() -> None:

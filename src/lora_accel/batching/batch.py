@@ -22,6 +22,8 @@ class Segments:
     lengths: tuple[int, ...]
     cu_seqlens: torch.Tensor | None = dataclasses.field(default=None, compare=False)
     """[N + 1] int32: where each example begins, and the end of the last one, on the device of the forward."""
+    block_masks: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    """Masks of FlexAttention, which the layers of a forward share; see model/gpu_attention.py."""
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.lengths)

@@ -1,18 +1,16 @@
 """Packed attention: one row holds several examples (segments), and each attends only to itself.
 
 It needs no mask, since keys of other segments are never read. The model's forward gets the segment lengths,
-transformers' attention interface passes them to each layer, and `packed_attention` dispatches to one of two kernels:
-torch's variable-length FlashAttention if the device supports it (`model/device.py: attention_kernel`), else blockwise
-matrix products.
+transformers' attention interface passes them to each layer, and `packed_attention` dispatches to a kernel
+(`model/device.py: attention_kernel`): on NVIDIA GPUs one of `model/gpu_attention.py`, elsewhere blockwise matrix
+products.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
-import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_accel.model.device import attention_kernel, detect_device
 from lora_accel.model.families import family_of
+from lora_accel.model.gpu_attention import efficient_attention, flash_kernel, flex_attention, varlen_attention
 
 BLOCK = 128
 """Queries per block. Smaller blocks compute fewer products that the causal mask discards; larger ones are faster."""
@@ -101,47 +100,27 @@ def packed_attention(
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = (x[0].to(dtype) for x in (query, key, value))
-    options = AttentionOptions(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
-    sizes = query.shape[-1], value.shape[-1]
-    if attention_kernel(detect_device(query.device), dtype, *sizes, softcap=softcap) == "varlen" and flash_kernel():
-        return _flash(query, key, value, segments, options)[None]
-    blocks = list(_blocks(segments, sliding_window))
-    output: torch.Tensor = _Blockwise.apply(query, key, value, blocks, options)  # type: ignore[no-untyped-call]
-    return output[None]
-
-
-@functools.cache
-def flash_kernel() -> Callable[..., Any] | None:
-    """Return torch's variable-length FlashAttention, or None if this torch lacks a feature that is needed here.
-
-    torch 2.9 has no kernel, 2.10 no sliding window, 2.11 no grouped-query attention. Remove this function when
-    torch >= 2.12 is required.
-    """
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn if "enable_gqa" in inspect.signature(varlen_attn).parameters else None
-
-
-def _flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Iterable[int], options: AttentionOptions
-) -> torch.Tensor:
-    varlen_attn = flash_kernel()
-    assert varlen_attn is not None  # packed_attention checks
-    cu_seqlens = getattr(segments, "cu_seqlens", None)  # of batching.Segments: copied once, not in each layer
-    if cu_seqlens is None:
-        cu_seqlens = torch.tensor([0, *itertools.accumulate(segments)], dtype=torch.int32).to(query.device)
-    window = (-1 if options.sliding_window is None else options.sliding_window - 1, 0)
-    query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # [T, H, D]
-    output = varlen_attn(
-        *(query, key, value, cu_seqlens, cu_seqlens, max(segments), max(segments)),
-        scale=options.scaling,
-        window_size=window,
-        enable_gqa=True,
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kernel = attention_kernel(
+        detect_device(query.device),
+        dtype,
+        query.shape[-1],
+        value.shape[-1],
+        softcap=softcap,
+        window=sliding_window,
+        has_varlen=flash_kernel() is not None,
     )
+    if kernel == "varlen":
+        return varlen_attention(query, key, value, segments, scaling=scaling, window=sliding_window)[None]
+    if kernel == "efficient":
+        return efficient_attention(query, key, value, segments, scaling=scaling)[None]
+    if kernel == "flex":
+        output = flex_attention(query, key, value, segments, scaling=scaling, window=sliding_window, softcap=softcap)
+        return output[None]
+    blocks, options = list(_blocks(segments, sliding_window)), AttentionOptions(scaling, sliding_window, softcap)
+    output = _Blockwise.apply(query, key, value, blocks, options)  # type: ignore[no-untyped-call]
     assert isinstance(output, torch.Tensor)
-    return output
+    return output[None]
 
 
 def _blocks(segments: Iterable[int], window: int | None) -> Iterator[Block]:

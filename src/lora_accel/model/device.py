@@ -6,6 +6,7 @@ Decisions follow from the device's capabilities only. `slowdown` measures time f
 from __future__ import annotations
 
 import functools
+import importlib.util
 import platform
 import time
 from typing import Any, NamedTuple
@@ -91,28 +92,54 @@ def native_dtype(device: Device, stored: torch.dtype) -> torch.dtype:
 
 
 def attention_kernel(
-    device: Device, dtype: torch.dtype, head_size: int, value_size: int, *, softcap: float | None = None
+    device: Device,
+    dtype: torch.dtype,
+    head_size: int,
+    value_size: int,
+    *,
+    softcap: float | None = None,
+    window: int | None = None,
+    has_varlen: bool = True,
 ) -> str:
-    """Return the kernel of packed attention: varlen or blockwise.
+    """Return the kernel of packed attention: varlen, efficient, flex (model/gpu_attention.py) or blockwise.
 
-    torch's `varlen_attn` is FlashAttention 2. It needs compute capability 8.0, 16 bits, a head size that is a multiple
-    of 8 (it does not pad) and at most 256, and no softcap. With head sizes of 193 to 224 there is no backward kernel on
-    8.6, 8.9 and 12.x (torch: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). Not tested on AMD.
+    - varlen is FlashAttention 2. It needs compute capability 8.0, 16 bits, a head size that is a multiple of 8 (it does
+      not pad) and at most 256, and no softcap. With head sizes of 193 to 224 there is no backward kernel on 8.6, 8.9
+      and 12.x (torch: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+    - efficient is the memory-efficient kernel, for compute capability 5.0 and all sizes, without softcap or window.
+    - flex is compiled by Triton, for compute capability 7.0 and head sizes of at most 256.
+    - blockwise is a loop in Python. On a GPU it would start thousands of kernels, so it is the last choice there.
+
+    Not tested on AMD, which has blockwise.
 
     Args:
         head_size, value_size: last dimension of query and key, and of value.
+        window: of keys that a query attends to.
+        has_varlen: whether torch has the kernel.
     """
-    if device.kind != "cuda" or device.capability is None or device.capability < (8, 0):
+    if device.kind != "cuda" or device.capability is None or dtype not in native_dtypes(device):
         return "blockwise"
-    supported = (
-        dtype in (torch.float16, torch.bfloat16)
+    supports_varlen = (
+        has_varlen
+        and device.capability >= (8, 0)
+        and dtype in (torch.float16, torch.bfloat16)
         and softcap is None
         and head_size == value_size
         and head_size % 8 == 0
         and head_size <= 256
         and not (192 < head_size <= 224 and (device.capability in ((8, 6), (8, 9)) or device.capability[0] == 12))
     )
-    return "varlen" if supported else "blockwise"
+    if supports_varlen:
+        return "varlen"
+    if softcap is None and window is None:
+        return "efficient"
+    supports_flex = has_triton() and device.capability >= (7, 0) and max(head_size, value_size) <= 256
+    return "flex" if supports_flex else "blockwise"
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed, as it is with a torch for GPUs."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def has_fused_adamw(device: Device) -> bool:

@@ -1,0 +1,57 @@
+"""GPU kernels of packed attention, as far as a CPU can run them, against the blockwise one.
+
+FlexAttention runs on a CPU without a backward pass. tests/device traces the forward and backward pass of all kernels.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_accel.batching.batch import Segments
+from lora_accel.model import gpu_attention
+from lora_accel.model.attention import packed_attention
+from lora_accel.model.gpu_attention import flex_attention
+
+LENGTHS = (5, 130, 1, 60)
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("window", [None, 1, 7, 64])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_flex_equals_blockwise(groups: int, window: int | None, softcap: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(heads, sum(LENGTHS), 16, generator=generator) for heads in (4, groups, groups))
+    segments = Segments(LENGTHS)
+    actual = flex_attention(query, key, value, segments, scaling=0.3, window=window, softcap=softcap)
+    options = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
+    expected = packed_attention(query[None], key[None], value[None], segments=LENGTHS, **options)[0]  # type: ignore[arg-type]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_share_masks_and_the_softcap() -> None:
+    """Else each layer would build a mask, and torch.compile would compile for each softcap function."""
+    segments, cpu = Segments(LENGTHS), torch.device("cpu")
+    assert gpu_attention._block_mask(segments, 7, cpu) is gpu_attention._block_mask(segments, 7, cpu)
+    assert gpu_attention._block_mask(segments, 7, cpu) is not gpu_attention._block_mask(segments, None, cpu)
+    assert gpu_attention._softcap(2.0) is gpu_attention._softcap(2.0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "padded"), [(torch.float16, 20, 24), (torch.float32, 20, 20), (torch.float32, 3, 4)]
+)
+def test_head_sizes_are_padded_for_the_efficient_kernel(dtype: torch.dtype, size: int, padded: int) -> None:
+    x = torch.ones(2, 3, size, dtype=dtype)
+    aligned = gpu_attention._aligned(x)
+    assert aligned.shape == (2, 3, padded)
+    assert aligned.sum() == x.sum()
+
+
+def test_schema_of_the_efficient_kernel() -> None:
+    """Its arguments are passed by position; another torch may change them."""
+    schema = torch.ops.aten._efficient_attention_forward.default._schema
+    names = [argument.name for argument in schema.arguments]
+    assert names[:4] == ["query", "key", "value", "bias"]
+    assert names[4:8] == ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
+    assert names[8:11] == ["dropout_p", "custom_mask_type", "compute_log_sumexp"]
+    assert "scale" in names
