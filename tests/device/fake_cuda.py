@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._higher_order_ops.flex_attention import flex_attention as flex_forward
+from torch._higher_order_ops.flex_attention import flex_attention_backward as flex_backward
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -163,6 +165,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name not in VIEWS | ATTRIBUTES:
             self.kernels[name] += 1
         return output
+
+
+def _register(operator: Any) -> None:
+    """Count a higher-order operator as one kernel. A mode gets those only by a rule for each."""
+
+    @operator.py_impl(Recorder)  # type: ignore[untyped-decorator]
+    def rule(recorder: Recorder, *args: Any, **kwargs: Any) -> Any:
+        recorder.kernels[operator.__name__] += 1
+        return operator(*args, **kwargs)
+
+
+_register(flex_forward)
+_register(flex_backward)
 
 
 def _shapes_of_efficient_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
