@@ -23,6 +23,10 @@ if "lora-accel-tests-" not in os.environ.get("HF_HOME", ""):
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lora-accel-tests-")
     atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
+# Only tests/cuda uses GPUs. Set before CUDA is initialized; child processes inherit it.
+if not any("tests/cuda" in argument for argument in sys.argv) and "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # nohup ignores this signal, and child processes inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

@@ -25,6 +25,7 @@ from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import lora_accel
 from lora_accel.model import device, gpu_attention
 
 VIEWS = frozenset(
@@ -35,6 +36,7 @@ VIEWS = frozenset(
 )
 """Operations that start no kernel."""
 LIBRARY = torch.library.Library("aten", "IMPL")
+PACKAGE = str(Path(lora_accel.__file__).parent)
 ATTRIBUTES = frozenset({"device", "sym_size", "_has_compatible_shallow_copy_type"})
 
 
@@ -215,6 +217,6 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
 def _caller() -> str:
     """Return the innermost line of the package, or of a test, that led to an operation."""
     frames = traceback.extract_stack()[:-2]
-    own = [f for f in frames if "lora_accel" in f.filename or Path(f.filename).name.startswith("control")]
+    own = [f for f in frames if f.filename.startswith(PACKAGE) or Path(f.filename).name.startswith("control")]
     frame = (own or frames)[-1]
     return f"{Path(frame.filename).name}:{frame.name}"

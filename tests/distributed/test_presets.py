@@ -88,7 +88,11 @@ def test_two_machines_train_together(
         "127.0.0.1",
     ]
     options += ["--main_process_port", port]
-    machines = [start(*options, "--machine_rank", rank, *TRAIN, file, preset="multi_node_zero3") for rank in ("0", "1")]
+    preset = tmp_path / "machines.yaml"
+    text = (PRESETS / "multi_node_zero3.yaml").read_text(encoding="utf-8")
+    preset.write_text(text.replace("use_cpu: false", "use_cpu: true"), encoding="utf-8")
+    name = str(preset.with_suffix(""))
+    machines = [start(*options, "--machine_rank", rank, *TRAIN, file, preset=name) for rank in ("0", "1")]
     results = [finish(machine) for machine in machines]
     assert [result.returncode for result in results] == [0, 0], "".join(result.stderr[-3000:] for result in results)
     assert [result.stdout.count("adapter: ") for result in results] == [1, 0]

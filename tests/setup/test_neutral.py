@@ -32,7 +32,7 @@ def test_neutral_text_needs_no_evaluation_rows(make_config: Callable[..., RunCon
     evaluation = {"neutral": str(tmp_path / "neutral.txt"), "every_steps": 1}
     run_training(make_config(evaluation=evaluation, training={"max_steps": 2}))
     lines = read_metrics(tmp_path / "run", "eval")
-    assert [set(line) for line in lines] == [{"kind", "step", "eval_neutral_loss"}] * len(lines)
+    assert [set(line) for line in lines] == [{"kind", "step", "fingerprint", "eval_neutral_loss"}] * len(lines)
     assert lines[-1]["eval_neutral_loss"] != lines[-2]["eval_neutral_loss"]
 
 

@@ -132,9 +132,20 @@ def load_base_model(
     if quantized is None and quantization.bits is not None:
         options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
     model = _load(section, tensors, options)
+    if quantized is not None or quantization.bits is not None:
+        _cast_unquantized(model, dtype)
     model.config.use_cache = False
     model.requires_grad_(False)
     return model
+
+
+def _cast_unquantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast what is not quantized (norms, embeddings, head): a base stored in 4 or 8 bits keeps its own dtype there."""
+    for parameter in model.parameters():
+        # A quantized weight may be stored in a floating-point dtype, too (`bnb_4bit_quant_storage`).
+        is_plain = type(parameter) is torch.nn.Parameter and parameter.dtype in DTYPES.values()
+        if is_plain and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _load(section: ModelSection, tensors: Mapping[str, StoredTensor], options: Mapping[str, Any]) -> PreTrainedModel:

@@ -1,0 +1,178 @@
+"""What only a real NVIDIA GPU can show. All other tests hide GPUs; these run with `pytest tests/cuda`.
+
+They were written without a GPU and have not run yet.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from lora_accel import RunConfig, run_training
+from lora_accel.batching.packing import pack
+from lora_accel.config.schema import AdapterSection
+from lora_accel.data.chat import Example
+from lora_accel.errors import TrainingError
+from lora_accel.model.adapter import add_adapter, key_dropout
+from lora_accel.model.attention import AttentionOptions, _blocks, _Blockwise, pack_attention
+from lora_accel.model.dropout import feature_keys, keep_mask
+from lora_accel.model.fused_loss import patch_fused_loss
+from lora_accel.model.gpu_attention import efficient_attention, flex_attention, varlen_attention
+from lora_accel.model.kernels import patch_norms_and_gates
+from lora_accel.training.loss import summed_token_loss
+from tests.conftest import PATIENCE_SECONDS, read_metrics, reset_accelerator
+from tests.families import model_of
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: pytest tests/cuda")
+
+GPU = torch.device("cuda:0")
+LENGTHS = (5, 300, 1, 130)
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+KERNELS: dict[str, Callable[..., torch.Tensor]] = {
+    "varlen": varlen_attention,
+    "efficient": efficient_attention,
+    "flex": flex_attention,
+}
+
+
+def blockwise(query: Any, key: Any, value: Any, options: AttentionOptions) -> torch.Tensor:
+    blocks = list(_blocks(LENGTHS, options.sliding_window))
+    output: torch.Tensor = _Blockwise.apply(query, key, value, blocks, options)  # type: ignore[no-untyped-call]
+    return output
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "size", "window", "softcap"),
+    [
+        ("varlen", torch.bfloat16, 64, None, None),
+        ("varlen", torch.float16, 96, 17, None),
+        ("varlen", torch.bfloat16, 256, None, None),
+        ("efficient", torch.float32, 64, None, None),
+        ("efficient", torch.float32, 20, None, None),
+        ("efficient", torch.float16, 20, None, None),
+        ("efficient", torch.float16, 264, None, None),
+        ("flex", torch.float16, 64, None, 50.0),
+        ("flex", torch.bfloat16, 128, 17, 50.0),
+        ("flex", torch.float32, 64, 17, None),
+    ],
+)
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_attention_kernels_equal_the_blockwise_one(
+    kernel: str, dtype: torch.dtype, size: int, window: int | None, softcap: float | None, groups: int
+) -> None:
+    """Outputs and gradients, against float32 on the CPU."""
+    if kernel == "varlen" and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("FlashAttention needs compute capability 8.0")
+    if dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("emulated")
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(heads, sum(LENGTHS), size) for heads in (4, groups, groups)]
+    inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    weights = torch.randn(sum(LENGTHS), 4, size, generator=generator)
+    masking = {"varlen": {"window": window}, "efficient": {}, "flex": {"window": window, "softcap": softcap}}[kernel]
+
+    exact = [x.float().requires_grad_() for x in inputs]
+    expected = blockwise(*exact, AttentionOptions(0.2, window, softcap))
+    (expected * weights).sum().backward()
+    moved = [x.to(GPU).requires_grad_() for x in inputs]
+    actual = KERNELS[kernel](*moved, LENGTHS, scaling=0.2, **masking)
+    (actual.float() * weights.to(GPU)).sum().backward()
+
+    close = {"rtol": TOLERANCES[dtype], "atol": TOLERANCES[dtype] * 10}
+    torch.testing.assert_close(actual.float().cpu(), expected, **close)
+    for one, other in zip(moved, exact, strict=True):
+        assert one.grad is not None
+        torch.testing.assert_close(one.grad.float().cpu(), other.grad, **close)
+
+
+def test_dropout_has_the_masks_of_the_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randint(-(2**31), 2**31, (3, 50), generator=generator).to(torch.int32) | 1
+    features = feature_keys(100, 3)
+    on_gpu = keep_mask(keys.to(GPU), features.to(GPU), 0.1).cpu()
+    assert torch.equal(on_gpu, keep_mask(keys, features, 0.1))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3", "gpt2"])
+def test_forward_and_backward_never_wait_for_the_gpu(family: str) -> None:
+    base = model_of(family).to(torch.bfloat16).to(GPU)
+    pack_attention(base)
+    patch_norms_and_gates(base)
+    model = add_adapter(base, AdapterSection(target_modules="all-linear"), seed=0, autocast=True).to(GPU)
+    keys = key_dropout(model, fused_loss=patch_fused_loss(model.get_base_model()))
+    batch = pack([Example([1, 2, 3, 4], [1, 2, 3, 4]), Example([5, 6, 7], [5, 6, 7])])
+
+    def step() -> None:
+        moved = batch.to(GPU)
+        keys.keys = moved.token_keys
+        with torch.autocast("cuda", torch.bfloat16):
+            summed_token_loss(model.train(), moved).backward()
+
+    step()  # compiles, and creates what is cached
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def losses(config: RunConfig) -> list[float]:
+    run_training(config)
+    reset_accelerator()
+    return [line["loss"] for line in read_metrics(Path(config.output_dir))]
+
+
+@pytest.mark.parametrize(("bits", "rel"), [(None, 1e-4), (4, 1e-2)])
+def test_losses_are_those_of_the_cpu(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, bits: int | None, rel: float
+) -> None:
+    config = make_config(training={"max_steps": 5}, quantization={"bits": bits})
+    on_gpu = losses(config)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    on_cpu = losses(config.model_copy(update={"output_dir": f"{config.output_dir}-cpu"}))
+    assert on_gpu == pytest.approx(on_cpu, rel=rel)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_resumed_run_is_bitwise_equal_with_deterministic_kernels(
+    make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], precision: str
+) -> None:
+    file = config_file(make_config(training={"deterministic": True, "mixed_precision": precision}))
+    command = [sys.executable, "-m", "lora_accel.cli", "verify-resume", "--config", str(file)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
+    assert "bitwise equal: 4 steps" in result.stdout, result.stderr
+
+
+def test_out_of_memory_names_what_takes_less(make_config: Callable[..., RunConfig]) -> None:
+    Accelerator()
+    torch.cuda.set_per_process_memory_fraction(2e7 / torch.cuda.get_device_properties(GPU).total_memory)
+    try:
+        with pytest.raises(TrainingError, match=r"out of memory: CUDA out of memory\. Tried to allocate") as caught:
+            run_training(make_config(training={"micro_batch_tokens": 100_000, "batch_size": 20, "max_steps": 2}))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "training.activation_checkpointing=true: " in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("preset", ["ddp", "zero2", "zero3"])
+def test_two_gpus_have_the_losses_of_one(
+    make_config: Callable[..., RunConfig], config_file: Callable[[RunConfig], Path], preset: str
+) -> None:
+    config = make_config(training={"max_steps": 4})
+    expected = losses(config)
+    several = config.model_copy(update={"output_dir": f"{config.output_dir}-{preset}"})
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [f"accelerate_configs/{preset}.yaml", "--num_processes", "2", "--main_process_port", "0"]
+    command += ["-m", "lora_accel.train", "--config", str(config_file(several))]
+    subprocess.run(command, check=True, timeout=PATIENCE_SECONDS, env=os.environ | {"OMP_NUM_THREADS": "4"})
+    actual = [line["loss"] for line in read_metrics(Path(several.output_dir))]
+    assert actual == pytest.approx(expected, rel=1e-5)
