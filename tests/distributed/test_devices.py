@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +82,17 @@ def test_a_config_file_that_cannot_be_read(
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=r"launch\.yaml: not a config file of accelerate launch"):
         launch_with(monkeypatch, "--config_file", file)
+
+
+@pytest.mark.parametrize("program", [["-m", "lora_accel.train"], ["own.py"]], ids=" ".join)
+@pytest.mark.parametrize("launcher", [["accelerate", "launch"], ["-m", "accelerate.commands.launch"]], ids=" ".join)
+def test_options_of_the_program_are_not_those_of_the_launcher(
+    launcher: list[str], program: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["python", *launcher, "--num_processes", "2", *program, "--cpu"]
+    monkeypatch.setattr("psutil.Process", lambda pid: SimpleNamespace(cmdline=lambda: command))
+    monkeypatch.delenv(LAUNCH_OPTIONS, raising=False)
+    assert devices._launcher_arguments() == ["--num_processes", "2"]
 
 
 # --- what this machine has

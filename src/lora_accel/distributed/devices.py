@@ -66,11 +66,11 @@ def _launcher_arguments() -> list[str]:
     except psutil.Error:
         return []
     names = [Path(word).name for word in command]
-    for position, name in enumerate(names):
-        if name in ("accelerate.commands.launch", "accelerate-launch") or names[position : position + 2] == COMMAND:
-            options = command[position + 1 :]
-            script = next((index for index, word in enumerate(options) if word in ("-m", "--module")), len(options))
-            return options[:script]
+    for end, name in enumerate(names, start=1):
+        if name in ("accelerate.commands.launch", "accelerate-launch") or names[end - 2 : end] == COMMAND:
+            options = command[end:]
+            is_program = [word in ("-m", "--module") or word.endswith(".py") for word in options]
+            return options[: [*is_program, True].index(True)]  # what follows are options of the program
     return []
 
 
