@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -120,3 +121,15 @@ def test_base_that_zero3_would_cast_to_float32_is_an_error(tiny_model: Callable[
     check_zero3_dtype(ModelSection(name_or_path=bf16_model), cpu, "float32")
     check_zero3_dtype(ModelSection(name_or_path=bf16_model, dtype="float32"), cpu, None)
     check_zero3_dtype(ModelSection(name_or_path=str(tiny_model("llama"))), cpu, None)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_base_keeps_its_dtype_where_it_is_not_quantized(
+    tiny_model: Callable[..., Path], bits: Literal[4, 8]
+) -> None:
+    """PEFT's preparation would cast norms, embeddings and head to float32, and so all hidden states."""
+    section = ModelSection(name_or_path=str(tiny_model()))
+    base = load_base_model(section, QuantizationSection(bits=bits), mixed_precision="bf16")
+    model = add_adapter(base, AdapterSection(), seed=0, autocast=True)
+    frozen = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
+    assert frozen == {torch.bfloat16, torch.uint8 if bits == 4 else torch.int8}
