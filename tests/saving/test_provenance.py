@@ -127,6 +127,7 @@ HARMLESS: list[Change] = [
     (("config", "training", "gradient_accumulation_steps"), 9),
     (("config", "training", "activation_checkpointing"), True),
     (("config", "training", "compile"), True),
+    (("config", "training", "deterministic"), True),
     (("config", "training", "mixed_precision"), "no"),
     (("config", "training", "warmup_ratio"), 0.5),
     (("config", "training", "max_hours"), 0.5),
