@@ -16,6 +16,7 @@ from lora_accel.errors import ArtifactError, ConfigError
 from lora_accel.model.adapter import add_adapter, count_parameters, trainable_parameters
 from lora_accel.model.base import check_zero3_dtype, load_base_model
 from lora_accel.model.tokenizer import load_tokenizer
+from tests.families import model_of
 
 
 def load_with_adapter(
@@ -133,3 +134,21 @@ def test_a_quantized_base_keeps_its_dtype_where_it_is_not_quantized(
     model = add_adapter(base, AdapterSection(), seed=0, autocast=True)
     frozen = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
     assert frozen == {torch.bfloat16, torch.uint8 if bits == 4 else torch.int8}
+
+
+def test_an_evaluation_does_not_change_the_gradients_of_a_4_bit_base(tmp_path: Path) -> None:
+    """On CPUs with bfloat16 instructions, bitsandbytes would repack its weights for products without a gradient."""
+    model_of("llama", hidden_size=64, intermediate_size=64, head_dim=16).save_pretrained(tmp_path)
+    section = ModelSection(name_or_path=str(tmp_path))
+    model = load_base_model(section, QuantizationSection(bits=4), mixed_precision="bf16").train()
+
+    def gradient() -> torch.Tensor:
+        x = torch.linspace(-1, 1, 5 * 64, dtype=torch.bfloat16).view(1, 5, 64).requires_grad_()
+        (result,) = torch.autograd.grad(model(inputs_embeds=x).logits.float().square().sum(), x)
+        return result
+
+    before = gradient()
+    with torch.no_grad():
+        model.eval()(input_ids=torch.ones(1, 5, dtype=torch.long))
+    model.train()
+    assert torch.equal(gradient(), before)

@@ -134,6 +134,7 @@ def load_base_model(
     model = _load(section, tensors, options)
     if quantized is not None or quantization.bits is not None:
         _cast_unquantized(model, dtype)
+        _keep_weights_as_loaded(model)
     model.config.use_cache = False
     model.requires_grad_(False)
     return model
@@ -146,6 +147,17 @@ def _cast_unquantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
         is_plain = type(parameter) is torch.nn.Parameter and parameter.dtype in DTYPES.values()
         if is_plain and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
+
+
+def _keep_weights_as_loaded(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first evaluation on a CPU with bfloat16 instructions.
+
+    It never unpacks them, and a product with repacked weights has no gradient: what is trained after an evaluation
+    would get wrong gradients. It also fails for small layers.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _load(section: ModelSection, tensors: Mapping[str, StoredTensor], options: Mapping[str, Any]) -> PreTrainedModel:
