@@ -26,7 +26,7 @@ from lora_accel.model.attention import AttentionOptions, _blocks, _Blockwise, pa
 from lora_accel.model.dropout import feature_keys, keep_mask
 from lora_accel.model.fused_loss import patch_fused_loss
 from lora_accel.model.gpu_attention import efficient_attention, flex_attention, varlen_attention
-from lora_accel.model.kernels import patch_norms_and_gates
+from lora_accel.model.kernels import patch_base
 from lora_accel.training.loss import summed_token_loss
 from tests.conftest import PATIENCE_SECONDS, read_metrics, reset_accelerator
 from tests.families import model_of
@@ -105,7 +105,7 @@ def test_dropout_has_the_masks_of_the_cpu() -> None:
 def test_forward_and_backward_never_wait_for_the_gpu(family: str) -> None:
     base = model_of(family).to(torch.bfloat16).to(GPU)
     pack_attention(base)
-    patch_norms_and_gates(base)
+    patch_base(base)
     model = add_adapter(base, AdapterSection(target_modules="all-linear"), seed=0, autocast=True).to(GPU)
     keys = key_dropout(model, fused_loss=patch_fused_loss(model.get_base_model()))
     batch = pack([Example([1, 2, 3, 4], [1, 2, 3, 4]), Example([5, 6, 7], [5, 6, 7])])

@@ -81,12 +81,12 @@ def install(library: str) -> FakeTensorMode:
 
 
 def set_capability(capability: tuple[int, int]) -> None:
-    """Choose the compute capability that the GPU reports, and that Triton is installed."""
+    """Choose the compute capability that the GPU reports, and that the packages of kernels are installed."""
     properties = Properties(*capability)
     torch.cuda.get_device_capability = lambda device=None: capability
     torch.cuda.get_device_properties = lambda device=None: properties  # type: ignore[assignment,return-value]
     device.detect_device.cache_clear()
-    device.has_triton = lambda: True
+    device.has_package = lambda name: True  # type: ignore[assignment]
     # Compiling needs a real GPU. Its unfused operations have the same mask, softcap and devices.
     gpu_attention._flex_kernel = lambda device_type: flex_attention.flex_attention
     flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True

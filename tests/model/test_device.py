@@ -86,7 +86,7 @@ def test_kernel_of_packed_attention(
     capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loop over blocks runs on a GPU only where no kernel exists."""
-    monkeypatch.setattr("lora_accel.model.device.has_triton", lambda: True)
+    monkeypatch.setattr("lora_accel.model.device.has_package", lambda name: True)
     gpu = Device("cuda", capability)
     for size in HEAD_SIZES:
         kernels = [
@@ -107,7 +107,7 @@ def test_kernel_where_libraries_lack_one(monkeypatch: pytest.MonkeyPatch) -> Non
     gpu = Device("cuda", (9, 0))
     assert attention_kernel(gpu, BF16, 64, 64, has_varlen=False) == "efficient"
     assert attention_kernel(gpu, BF16, 192, 128) == "efficient", "keys and values of different size"
-    monkeypatch.setattr("lora_accel.model.device.has_triton", lambda: False)
+    monkeypatch.setattr("lora_accel.model.device.has_package", lambda name: False)
     assert attention_kernel(gpu, BF16, 64, 64, softcap=50.0) == "blockwise"
     assert attention_kernel(Device("cuda", (6, 1)), FP16, 64, 64) == "efficient"
     assert attention_kernel(Device("cuda", (6, 1)), FP16, 64, 64, softcap=50.0) == "blockwise"

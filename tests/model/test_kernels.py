@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_accel.model import kernels
-from lora_accel.model.families import GATES, NORMS
-from lora_accel.model.kernels import patch_norms_and_gates
+from lora_accel.model.families import GATES, GEMMA_NORMS, NORMS
+from lora_accel.model.kernels import norms, patch_base
 from tests.families import PACKING, model_of
 
 IDS = torch.arange(1, 25).view(2, 12)
@@ -17,7 +16,7 @@ IDS = torch.arange(1, 25).view(2, 12)
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use few rows at once, so that there are several groups and the last is partial."""
-    monkeypatch.setattr(kernels, "ROWS", 7)
+    monkeypatch.setattr(norms, "ROWS", 7)
 
 
 def patched_classes(model: nn.Module) -> set[str]:
@@ -35,7 +34,7 @@ def test_results_are_bitwise_equal(family: str, dtype: torch.dtype, autocast: bo
                 parameter.copy_(torch.rand_like(parameter) + 0.5)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         before = model(IDS, use_cache=False).logits
-        patch_norms_and_gates(model)
+        patch_base(model)
         assert torch.equal(model(IDS, use_cache=False).logits, before)
 
 
@@ -43,9 +42,9 @@ def test_every_listed_class_is_tested() -> None:
     patched: set[str] = set()
     for family in PACKING:
         model = model_of(family).requires_grad_(False)
-        patch_norms_and_gates(model)
+        patch_base(model)
         patched |= patched_classes(model)
-    assert patched == NORMS | GATES
+    assert patched == NORMS | GEMMA_NORMS | GATES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -57,7 +56,7 @@ def test_gradients_are_equal_up_to_rounding(family: str, dtype: torch.dtype) -> 
     exact = torch.autograd.grad(model.double()(inputs_embeds=x.double(), use_cache=False).logits.square().sum(), x)[0]
     model = model_of(family).to(dtype).requires_grad_(False)
     original = torch.autograd.grad(model(inputs_embeds=x, use_cache=False).logits.square().sum(), x)[0]
-    patch_norms_and_gates(model)
+    patch_base(model)
     patched = torch.autograd.grad(model(inputs_embeds=x, use_cache=False).logits.square().sum(), x)[0]
     assert torch.equal(x, before), "the input is not modified"
     assert (patched - exact).norm() <= 1.2 * (original - exact).norm()
@@ -79,13 +78,13 @@ def test_less_memory_is_saved_for_backward() -> None:
 
     model = model_of("llama").to(torch.bfloat16).requires_grad_(False)
     before = saved_bytes(model)
-    patch_norms_and_gates(model)
+    patch_base(model)
     assert saved_bytes(model) < 0.75 * before
 
 
 def test_trained_norm_is_not_patched() -> None:
     model = model_of("llama").requires_grad_(False)
     model.model.norm.requires_grad_(True)
-    patch_norms_and_gates(model)
+    patch_base(model)
     assert "forward" not in vars(model.model.norm)
     assert "forward" in vars(model.model.layers[0].input_layernorm)

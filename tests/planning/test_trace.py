@@ -17,7 +17,8 @@ from lora_accel.model.adapter import add_adapter, count_parameters, key_dropout
 from lora_accel.model.attention import BLOCK, can_pack, pack_attention
 from lora_accel.model.base import load_base_model
 from lora_accel.model.fused_loss import patch_fused_loss
-from lora_accel.model.kernels import patch_norms_and_gates
+from lora_accel.model.kernels import patch_base
+from lora_accel.model.kernels.adapters import patch_adapters
 from lora_accel.planning.estimate import model_sizes, trace_usage
 from lora_accel.planning.parameters import count_by_kind
 from lora_accel.planning.skeleton import build_skeleton
@@ -60,10 +61,12 @@ def real_model(config: RunConfig) -> Any:
     base = load_base_model(config.model, config.quantization, device=CPU)
     if can_pack(base):
         pack_attention(base)
-    patch_norms_and_gates(base)
+    patch_base(base)
     model = add_adapter(base, config.adapter, seed=0, autocast=False)
     is_fused = patch_fused_loss(model.get_base_model())
-    return model.train(), key_dropout(model, fused_loss=is_fused)
+    keys = key_dropout(model, fused_loss=is_fused)
+    patch_adapters(model)
+    return model.train(), keys
 
 
 def check_activations(config: RunConfig, batch: MicroBatch) -> None:

@@ -11,7 +11,7 @@ from lora_accel.batching.packing import pack
 from lora_accel.data.chat import Example
 from lora_accel.model.attention import pack_attention
 from lora_accel.model.fused_loss import CHUNK_NUMEL, patch_fused_loss
-from lora_accel.model.kernels import patch_norms_and_gates
+from lora_accel.model.kernels import patch_base
 from lora_accel.training.memory import estimate_activation_bytes, free_bytes, saved_activation_bytes
 from tests.families import SIZES, model_of
 
@@ -25,7 +25,7 @@ def batch_of(tokens: int) -> MicroBatch:
 def model() -> nn.Module:
     model = model_of("llama", max_position_embeddings=512).requires_grad_(False)
     pack_attention(model)
-    patch_norms_and_gates(model)
+    patch_base(model)
     patch_fused_loss(model)
     return model
 

@@ -99,7 +99,7 @@ def packed_attention(
     """
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-    query, key, value = (x[0].to(dtype) for x in (query, key, value))
+    query, key, value = (x.squeeze(0).to(dtype) for x in (query, key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     kernel = attention_kernel(
         detect_device(query.device),

@@ -133,13 +133,14 @@ def attention_kernel(
         return "varlen"
     if softcap is None and window is None:
         return "efficient"
-    supports_flex = has_triton() and device.capability >= (7, 0) and max(head_size, value_size) <= 256
+    supports_flex = has_package("triton") and device.capability >= (7, 0) and max(head_size, value_size) <= 256
     return "flex" if supports_flex else "blockwise"
 
 
-def has_triton() -> bool:
-    """Whether Triton is installed, as it is with a torch for GPUs."""
-    return importlib.util.find_spec("triton") is not None
+@functools.cache
+def has_package(name: str) -> bool:
+    """Whether a package is installed. Triton is, with a torch for GPUs."""
+    return importlib.util.find_spec(name) is not None
 
 
 def has_fused_adamw(device: Device) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lora_accel.errors import ConfigError
+from lora_accel.model.kernels.table import has_kernel
 
 
 class DropoutKeys:
@@ -58,8 +59,22 @@ class KeyedDropout(nn.Module):
         Raises:
             ConfigError: x has a different number of tokens than the micro-batch.
         """
-        if not self.training or self.p == 0:
+        if not self.is_active:
             return x
+        dropped: torch.Tensor = _Drop.apply(x, self.keys_of(x), self.feature_keys, self.p)  # type: ignore[no-untyped-call]
+        return dropped
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a forward zeroes values now."""
+        return self.training and self.p > 0
+
+    def keys_of(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the keys of the tokens of x [..., F], with its leading dimensions.
+
+        Raises:
+            ConfigError: x has a different number of tokens than the micro-batch.
+        """
         keys = self.token_keys.keys
         assert keys is not None  # the loop sets them for each micro-batch
         if keys.numel() * x.shape[-1] != x.numel():
@@ -67,9 +82,7 @@ class KeyedDropout(nn.Module):
                 f"adapter.dropout: a layer gets {x.shape[:-1].numel()} tokens of a batch of {keys.numel()}, so their "
                 "keys are unknown; set it to 0, or remove such layers from adapter.target_modules"
             )
-        keys = keys.reshape(x.shape[:-1])  # OPT flattens a batch's tokens for its feed-forward layers
-        dropped: torch.Tensor = _Drop.apply(x, keys, self.feature_keys, self.p)  # type: ignore[no-untyped-call]
-        return dropped
+        return keys.reshape(x.shape[:-1])  # OPT flattens a batch's tokens for its feed-forward layers
 
     def extra_repr(self) -> str:
         """Return the options that `repr` shows."""
@@ -114,4 +127,7 @@ class _Drop(torch.autograd.Function):
 
 
 def _dropped(x: torch.Tensor, keys: torch.Tensor, features: torch.Tensor, p: float) -> torch.Tensor:
+    if has_kernel("drop", x):
+        dropped: torch.Tensor = torch.ops.lora_accel.drop(x, keys, features, p)
+        return dropped
     return (x * keep_mask(keys, features, p)).mul_(1 / (1 - p))

@@ -22,8 +22,10 @@ class Family:
     """Whether it supports the fused loss: logits are `head(hidden)`, scaled and capped as in the config."""
     norm: str | None = None
     """Its class that computes `weight * (x / rms(x))` and rounds the quotient first."""
+    gemma_norm: str | None = None
+    """Its class that computes `(x / rms(x)) * (1 + weight)` and rounds the product."""
     gate: str | None = None
-    """Its class that computes `down_proj(silu(gate_proj(x)) * up_proj(x))`."""
+    """Its class that computes `down_proj(act(gate_proj(x)) * up_proj(x))`."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -33,9 +35,9 @@ FAMILIES: dict[str, Family] = {
     "cohere2": Family(gate="Cohere2MLP"),
     "ernie4_5": Family(norm="Ernie4_5RMSNorm", gate="Ernie4_5MLP"),
     "exaone4": Family(norm="Exaone4RMSNorm", gate="Exaone4MLP"),
-    "gemma": Family(),
-    "gemma2": Family(),
-    "gemma3_text": Family(),
+    "gemma": Family(gemma_norm="GemmaRMSNorm", gate="GemmaMLP"),
+    "gemma2": Family(gemma_norm="Gemma2RMSNorm", gate="Gemma2MLP"),
+    "gemma3_text": Family(gemma_norm="Gemma3RMSNorm", gate="Gemma3MLP"),
     "glm": Family(norm="GlmRMSNorm"),
     # Before transformers 5.3, GPT-2 does not pass keyword arguments (here: `segments`) to its layers.
     "gpt2": Family(supports_packing=Version(transformers.__version__) >= Version("5.3")),
@@ -67,6 +69,7 @@ FAMILIES: dict[str, Family] = {
 
 UNKNOWN = Family(supports_packing=False, supports_fused_loss=False)
 NORMS = frozenset(family.norm for family in FAMILIES.values() if family.norm)
+GEMMA_NORMS = frozenset(family.gemma_norm for family in FAMILIES.values() if family.gemma_norm)
 GATES = frozenset(family.gate for family in FAMILIES.values() if family.gate)
 
 

@@ -18,9 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from lora_accel.labels import IGNORE_INDEX
 from lora_accel.model.dropout import dropout_keys_of
 from lora_accel.model.families import family_of
+from lora_accel.model.kernels.table import has_kernel
 
 CHUNK_NUMEL = 2**24
 """Logits computed at once: 32 MiB in 16 bits, whatever the vocabulary size."""
+
+GPU_ROWS = 512
+"""Rows of logits that a GPU computes at once, at least: fewer would not keep it busy. Of a 128k vocabulary, 131 MB."""
 
 SOFTMAX_NUMEL = 2**22
 """Logits that go through softmax at once on CPU, so that their float32 copy stays in the cache."""
@@ -72,7 +76,7 @@ def patch_fused_loss(base: Any) -> bool:
                 label_smoothing,
                 use_reentrant=False,
             )
-            for rows in _chunks(len(hidden), CHUNK_NUMEL // config.vocab_size)
+            for rows in _chunks(len(hidden), _chunk_size(hidden, config.vocab_size))
         ]
         return torch.stack(losses).sum()
 
@@ -146,15 +150,24 @@ class _FusedLoss(torch.autograd.Function):
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         loss = torch.zeros((), device=hidden.device)
         with torch.autocast(device, enabled=False):
-            for rows in _chunks(len(hidden), CHUNK_NUMEL // len(weight)):
+            for rows in _chunks(len(hidden), _chunk_size(hidden, len(weight))):
                 logits = F.linear(hidden[rows].to(dtype), weight, bias)  # [n, V]
-                for part in _chunks(len(logits), (SOFTMAX_NUMEL if device == "cpu" else CHUNK_NUMEL) // len(weight)):
-                    loss += _loss(
-                        logits[part], targets[rows][part], scale, softcap, smoothing, overwrite=grad is not None
-                    )
+                if has_kernel("cross_entropy", logits):
+                    loss += torch.ops.lora_accel.cross_entropy(
+                        logits, targets[rows], scale, softcap, smoothing, grad is not None
+                    ).sum()
+                    factor = None
+                else:
+                    for part in _chunks(
+                        len(logits), (SOFTMAX_NUMEL if device == "cpu" else CHUNK_NUMEL) // len(weight)
+                    ):
+                        loss += _loss(
+                            logits[part], targets[rows][part], scale, softcap, smoothing, overwrite=grad is not None
+                        )
+                    factor = (targets[rows, None] != IGNORE_INDEX) * scale
                 if grad is not None:
-                    supervised = targets[rows, None] != IGNORE_INDEX
-                    grad[rows] = (logits @ weight) * (supervised * scale)
+                    product = logits @ weight
+                    grad[rows] = product if factor is None else product * factor
         ctx.save_for_backward(grad)
         return loss
 
@@ -198,6 +211,11 @@ def _loss(
         gradient.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=gradient.dtype))
         logits.copy_(gradient if slope is None else gradient.mul_(slope))
     return loss
+
+
+def _chunk_size(hidden: torch.Tensor, vocab_size: int) -> int:
+    """Return the number of rows whose logits are computed at once."""
+    return max(CHUNK_NUMEL // vocab_size, GPU_ROWS if hidden.is_cuda else 1)
 
 
 def _chunks(rows: int, size: int) -> Iterator[slice]:

@@ -20,7 +20,8 @@ from lora_accel.model.base import AUTOCAST_DTYPES, build_on_meta_device, check_b
 from lora_accel.model.dropout import DropoutKeys
 from lora_accel.model.fused_loss import patch_fused_loss
 from lora_accel.model.headers import main_dtype
-from lora_accel.model.kernels import patch_norms_and_gates
+from lora_accel.model.kernels import patch_base
+from lora_accel.model.kernels.adapters import dense_weight, patch_adapters
 from lora_accel.model.new_tokens import extend_vocabulary, train_new_tokens
 from lora_accel.model.sizes import load_config
 from lora_accel.model.tokenizer import load_tokenizer
@@ -78,12 +79,15 @@ def build_skeleton(config: RunConfig, mixed_precision: str, device: torch.device
     packed = config.data.packing and can_pack(base)
     if packed:
         pack_attention(base)
-    patch_norms_and_gates(base)
+    patch_base(base)
     if bits is not None:
         _quantize(base, weights)
     model = add_adapter(base, adapter, seed=config.seed, autocast=mixed_precision != "no")
     is_fused = patch_fused_loss(model.get_base_model())
     keys = key_dropout(model, fused_loss=is_fused)
+    patch_adapters(
+        model, dense_weight if bits is None else lambda layer, dtype: torch.empty_like(layer.weight, dtype=dtype)
+    )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     quantized = {
         names[id(weight)]: quantized_bytes(

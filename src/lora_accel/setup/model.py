@@ -31,7 +31,8 @@ from lora_accel.model.compile import compile_layers
 from lora_accel.model.device import detect_device, has_fused_adamw
 from lora_accel.model.dropout import DropoutKeys
 from lora_accel.model.fused_loss import patch_fused_loss
-from lora_accel.model.kernels import patch_norms_and_gates
+from lora_accel.model.kernels import patch_base
+from lora_accel.model.kernels.adapters import patch_adapters
 from lora_accel.model.new_tokens import extend_vocabulary, train_new_tokens
 from lora_accel.model.noise import add_embedding_noise
 from lora_accel.model.prequantized import check_modules_to_save
@@ -96,7 +97,7 @@ def prepare_model(
     if config.training.compile:
         compile_layers(base, accelerator.device)
     else:  # torch.compile fuses the same operations itself
-        patch_norms_and_gates(base)
+        patch_base(base)
     check_modules_to_save(base, adapter)
     with fits_base(initial, base):
         model = _add_adapter(config, adapter, base, backend, is_mixed=accelerator.mixed_precision != "no")
@@ -109,6 +110,8 @@ def prepare_model(
         fused=has_fused_adamw(detect_device(accelerator.device)),
     )
     dropout_keys = key_dropout(model, fused_loss=is_fused)
+    if not config.training.compile:
+        patch_adapters(model)
     if config.training.neftune_alpha is not None:
         add_embedding_noise(model, config.training.neftune_alpha, dropout_keys)
     model, optimizer = accelerator.prepare(model, optimizer)
