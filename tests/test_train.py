@@ -22,6 +22,7 @@ from lora_accel import read_config, run_training
 from lora_accel.batching.batch import MicroBatch
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ArtifactError, ConfigError, Interrupted, TrainingError
+from lora_accel.model.recompute import decoder_layers
 from lora_accel.saving.atomic import why_invalid
 from lora_accel.saving.output_dir import check_output_folder
 from lora_accel.setup.data import prepare_data
@@ -240,21 +241,34 @@ def test_compile_gives_the_same_losses(make_config: Callable[..., RunConfig], tm
     assert first.keys() == second.keys()
 
 
-@pytest.mark.parametrize(("free", "recompute"), [(2**40, False), (2**20, True)])
-def test_auto_activation_checkpointing_depends_on_free_memory(
+@pytest.mark.parametrize(
+    ("free", "layers", "message"),
+    [
+        (1000, [False, False], "no activation checkpointing"),
+        (999, [True, False], "enabling activation checkpointing in 1 of 2 layers"),
+        (599, [True, True], "enabling activation checkpointing in 2 of 2 layers"),
+    ],
+)
+def test_by_default_the_layers_that_do_not_fit_recompute_their_activations(
     make_config: Callable[..., RunConfig],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
     free: int,
-    recompute: bool,
+    layers: list[bool],
+    message: str,
 ) -> None:
-    monkeypatch.setattr("lora_accel.setup.model.free_bytes", lambda device, processes: free)
-    layers = []
-    monkeypatch.setattr("lora_accel.training.loop.train", lambda run, *_: layers.extend(run.model.modules()))
-    run_training(make_config(output_dir=str(tmp_path / "auto"), training={"activation_checkpointing": "auto"}))
-    assert any(getattr(module, "gradient_checkpointing", False) for module in layers) == recompute
-    assert ("GB free: enabling activation checkpointing" in capsys.readouterr().out) == recompute
+    estimates = iter([1000, 200])  # bytes if no layer recomputes its activations, and if all do
+    monkeypatch.setattr("lora_accel.setup.model.estimate_activation_bytes", lambda *_: next(estimates))
+    monkeypatch.setattr("lora_accel.setup.model.free_bytes", lambda *_: free)
+    monkeypatch.setattr("lora_accel.setup.model.update_bytes", lambda *_: 0)
+    recompute: list[bool] = []
+    monkeypatch.setattr(
+        "lora_accel.training.loop.train",
+        lambda run, _: recompute.extend(layer.gradient_checkpointing for layer in decoder_layers(run.model)),
+    )
+    run_training(make_config())
+    assert recompute == layers
+    assert message in capsys.readouterr().out
 
 
 # Valid and invalid run folders

@@ -24,6 +24,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from lora_accel.config.schema import RunConfig
 from lora_accel.model import base
 from lora_accel.model.device import detect_device
+from lora_accel.model.recompute import recompute_layers
 from lora_accel.setup import model as setup_model
 from lora_accel.setup.data import prepare_data
 from lora_accel.setup.resume import ResumePoint
@@ -86,7 +87,7 @@ def run_case(case: dict[str, Any], mode: Any) -> dict[str, Any]:
     finally:
         setup_model.load_base_model = load
     if config.training.activation_checkpointing is True:
-        accelerator.unwrap_model(prepared.model).gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(accelerator.unwrap_model(prepared.model))
     scale = LossScale() if config.training.mixed_precision == "fp16" else None
     start = ResumePoint(Progress(), loss_scale=scale)
     stop = SimpleNamespace(cause=lambda: None)

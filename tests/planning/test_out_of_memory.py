@@ -40,7 +40,7 @@ def test_a_step_out_of_memory_ends_the_run_and_names_what_takes_less(
         fail_in_step(patched, 4)
         with pytest.raises(TrainingError) as caught:
             run_training(config)
-    first, second, *options, last = str(caught.value).splitlines()
+    first, second, *options, already, last = str(caught.value).splitlines()
     assert re.match(r"out of memory: .*DefaultCPUAllocator: can't allocate memory: you tried to allocate 4503", first)
     assert first.endswith("The newest checkpoint is kept.")
     assert second == "These options take less on each device, by the estimate of `lora-accel plan`:"
@@ -50,6 +50,7 @@ def test_a_step_out_of_memory_ends_the_run_and_names_what_takes_less(
     saved = [float(re.search(r": (\d+) MB less$", option)[1]) for option in options]  # type: ignore[index]
     assert saved == sorted(saved)
     assert saved[0] > 0
+    assert already.startswith("What activation_checkpointing=auto has saved already")
     assert last.startswith("The same command with them resumes")
 
     reset_accelerator()

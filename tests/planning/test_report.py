@@ -59,7 +59,7 @@ def _untraced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the trace, which takes seconds, by a rule."""
 
     def usage(_: Any, batch: MicroBatch, config: RunConfig) -> Usage:
-        per_token = 10 if config.training.activation_checkpointing else 100
+        per_token = 10 if config.training.activation_checkpointing is True else 100
         return Usage(per_token * batch.input_ids.numel(), 0, 0)
 
     monkeypatch.setattr(estimate, "trace_usage", usage)
@@ -94,6 +94,26 @@ def test_if_nothing_fits_the_smallest_option_names_what_it_lacks(
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("with ")]
     assert "quantization.bits=4" in line
     assert "lacks" in line
+
+
+@pytest.mark.usefixtures("_untraced")
+@pytest.mark.parametrize(("option", "recomputes"), [("auto", True), ("false", False)])
+def test_auto_is_planned_with_recomputed_activations_if_they_do_not_fit(
+    command: Command,
+    make_config: Callable[..., RunConfig],
+    config_file: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    recomputes: bool,
+) -> None:
+    small = dataclasses.replace(estimate.find_available(), bytes=1000, framework=0)
+    monkeypatch.setattr(estimate, "find_available", lambda: small)
+    override = f"training.activation_checkpointing={option}"
+    result = command("plan", "--config", config_file(make_config()), "--json", override)
+    memory = json.loads(result.stdout)["memory"]
+    assert memory["recomputes_activations"] is recomputes
+    tokens = memory["micro_batch"]["rows"] * memory["micro_batch"]["tokens"]
+    assert memory["options"][0]["parts"]["activations"] == (10 if recomputes else 100) * tokens
 
 
 @pytest.mark.usefixtures("_untraced")

@@ -9,10 +9,18 @@ from torch import nn
 from lora_accel.batching.batch import MicroBatch
 from lora_accel.batching.packing import pack
 from lora_accel.data.chat import Example
+from lora_accel.errors import ConfigError
 from lora_accel.model.attention import pack_attention
 from lora_accel.model.fused_loss import CHUNK_NUMEL, patch_fused_loss
 from lora_accel.model.kernels import patch_base
-from lora_accel.training.memory import estimate_activation_bytes, free_bytes, saved_activation_bytes
+from lora_accel.model.recompute import recompute_layers
+from lora_accel.training.memory import (
+    estimate_activation_bytes,
+    free_bytes,
+    num_layers_to_recompute,
+    saved_activation_bytes,
+    update_bytes,
+)
 from tests.families import SIZES, model_of
 
 
@@ -49,6 +57,35 @@ def test_estimate_scales_from_a_small_batch(model: nn.Module) -> None:
     model.model.embed_tokens.requires_grad_(True)
     activations = estimate_activation_bytes(model, batch_of(64), 256) - 3 * 4 * CHUNK_NUMEL
     assert 1.0 <= activations / saved_activation_bytes(model, batch_of(256)) <= 1.5
+
+
+def test_layers_recompute_until_the_rest_fits() -> None:
+    kept, recomputed, layers = 1200, 200, 10  # a layer saves 100 more if it does not recompute
+    counts = [num_layers_to_recompute(kept, recomputed, free, layers) for free in (1199, 1100, 1050, 201, 200, 0)]
+    assert counts == [1, 1, 2, 10, 10, 10]
+    assert num_layers_to_recompute(kept, recomputed, 1000, 0) == 0, "layers are not known"
+
+
+def test_the_last_layers_keep_their_activations(model: nn.Module) -> None:
+    model.model.embed_tokens.requires_grad_(True)
+    model.train()
+    none = saved_activation_bytes(model, batch_of(64))
+    assert recompute_layers(model) == SIZES["num_hidden_layers"] == 2
+    every = saved_activation_bytes(model, batch_of(64))
+    assert recompute_layers(model, 1) == 1
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False]
+    assert saved_activation_bytes(model, batch_of(64)) == pytest.approx((none + every) / 2, rel=0.05)
+
+
+def test_a_model_that_cannot_recompute_names_the_option(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(ConfigError, match=r"training\.activation_checkpointing: this model does not support it"):
+        recompute_layers(model)
+
+
+def test_gradients_and_moments_are_allocated_in_the_first_step() -> None:
+    parameters = [nn.Parameter(torch.empty(8, 4)), nn.Parameter(torch.empty(4, dtype=torch.bfloat16))]
+    assert update_bytes(parameters, "adamw") == (32 * 4 + 4 * 2) + 2 * 4 * (32 + 4)
 
 
 def test_free_memory_is_divided_among_local_ranks() -> None:

@@ -411,9 +411,9 @@ class TrainingSection(Section):
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto = bf16 or fp16 if accelerate launch sets it; else bf16 if the device computes it natively; else fp16 on GPUs
     with native float16; else no (float32). A resumed run keeps the mixed precision of its checkpoint."""
-    activation_checkpointing: bool | Literal["auto"] = False
-    """Whether to recompute activations in the backward pass: less memory, a third more time. auto = if they do not
-    fit into memory."""
+    activation_checkpointing: bool | Literal["auto"] = "auto"
+    """Whether to recompute activations in the backward pass: less memory, up to a third more time. true = those of all
+    layers. auto = measured: those of as many layers as do not fit into memory; none with aLoRA."""
     compile: bool = False
     """Whether to compile the decoder layers with torch.compile: up to a quarter faster, after about a minute of
     compilation."""
@@ -696,10 +696,10 @@ class RunConfig(Section):
                 "several examples; set data.packing=false"
             )
         evaluates = has_eval or bool(self.evaluation.prompts or self.evaluation.neutral)
-        if self.adapter.alora_invocation_tokens and self.training.activation_checkpointing and evaluates:
+        if self.adapter.alora_invocation_tokens and self.training.activation_checkpointing is True and evaluates:
             problems.append(
-                "adapter.alora_invocation_tokens with training.activation_checkpointing does not support evaluation: "
-                "PEFT expects a backward pass after each forward; set training.activation_checkpointing=false"
+                "adapter.alora_invocation_tokens with training.activation_checkpointing=true does not support "
+                "evaluation: PEFT expects a backward pass after each forward; set it to auto"
             )
         if self.model.add_tokens is not None and self.adapter.trainable_token_indices is not None:
             problems.append("model.add_tokens and adapter.trainable_token_indices: set one of them")

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_accel.errors import ConfigError, first_line
+from lora_accel.model.recompute import decoder_layers
 
 
 def compile_layers(model: nn.Module, device: torch.device) -> None:
@@ -27,7 +27,7 @@ def compile_layers(model: nn.Module, device: torch.device) -> None:
     Raises:
         ConfigError: the model has no decoder layers of transformers, or torch.compile does not work on this machine.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = decoder_layers(model)
     if not layers:
         raise ConfigError(
             f"training.compile: {type(model).__name__} has no decoder layers of transformers; set it to false"

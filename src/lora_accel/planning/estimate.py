@@ -14,6 +14,7 @@ from lora_accel.config.optimizers import OPTIMIZERS
 from lora_accel.config.schema import RunConfig
 from lora_accel.model.device import detect_device
 from lora_accel.model.prequantized import stored_quantization
+from lora_accel.model.recompute import recompute_layers
 from lora_accel.planning.memory import Layout, Memory, Sizes, Usage, device_memory, layouts
 from lora_accel.planning.micro_batches import choose_micro_batches
 from lora_accel.planning.parameters import ParameterCount, count_by_kind
@@ -64,8 +65,8 @@ class Estimate:
     available: Available
     micro_batch: tuple[int, int]
     """Rows and tokens per row of the largest micro-batch."""
-    returns_memory: bool
-    """Whether training returns freed memory to the kernel; see `HEAP_FACTOR`."""
+    recomputes: bool
+    """Whether all layers recompute their activations. Then training returns freed memory, see `HEAP_FACTOR`."""
     untraced: str | None
     """Why activations and temporaries are unknown, and 0 in `options`; None = they are known."""
 
@@ -83,7 +84,7 @@ class Estimate:
         memory, framework = option.memory, self.available.framework
         if self.available.kind != "cpu":
             return memory.total + framework
-        factor = 1 if self.returns_memory else HEAP_FACTOR
+        factor = 1 if self.recomputes else HEAP_FACTOR
         return (factor * (memory.total + memory.host) + framework) * option.layout.num_ranks
 
 
@@ -101,7 +102,7 @@ def find_available() -> Available:
 def make_estimate(
     config: RunConfig, data: PreparedData, mixed_precision: str, num_ranks: int, *, has_4_bits: bool = True
 ) -> Estimate:
-    """Estimate a run.
+    """Estimate a run. With `activation_checkpointing: auto` no layer recomputes its activations here.
 
     Args:
         mixed_precision: no, bf16 or fp16.
@@ -133,8 +134,8 @@ def make_estimate(
             memory = device_memory(sizes, layout, on_cpu=available.kind == "cpu") if is_supported else None
             options.append(Option(layout, bits if variant.quantized else None, memory))
     rows, width = batch.input_ids.shape
-    returns_memory = config.training.activation_checkpointing is True
-    return Estimate(parameters, options, available, (rows, width), returns_memory, untraced)
+    recomputes = config.training.activation_checkpointing is True
+    return Estimate(parameters, options, available, (rows, width), recomputes, untraced)
 
 
 def with_4_bits(config: RunConfig) -> RunConfig | None:
@@ -177,7 +178,7 @@ def trace_usage(skeleton: Skeleton, batch: Any, config: RunConfig) -> Usage:
         UntraceableError: the model's code needs the values of its tensors.
     """
     if config.training.activation_checkpointing is True:
-        skeleton.model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(skeleton.model)
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # the error is reported here
     return Tracer(skeleton).usage(batch)
 
@@ -194,6 +195,7 @@ def as_dict(estimate: Estimate) -> dict[str, Any]:
         "memory": {
             "available": dataclasses.asdict(estimate.available),
             "micro_batch": {"rows": estimate.micro_batch[0], "tokens": estimate.micro_batch[1]},
+            "recomputes_activations": estimate.recomputes,
             "untraced": estimate.untraced,
             "options": [
                 {

@@ -45,6 +45,10 @@ def _message(reason: str, config: RunConfig, data: PreparedData, mixed_precision
         return f"{lines[0]} What takes less: {FALLBACK}. The same command with one of them resumes"
     lines.append("These options take less on each device, by the estimate of `lora-accel plan`:")
     lines += [f"  {' '.join(overrides)}: {_size(less)} less" for overrides, less in options]
+    if config.training.activation_checkpointing == "auto":
+        lines.append(
+            "What activation_checkpointing=auto has saved already (see activation memory above) counts as less"
+        )
     lines.append("The same command with them resumes; quantization.bits=4 trains another base, in another output_dir")
     return "\n".join(lines)
 

@@ -79,6 +79,10 @@ def make_forecast(
     precision = resolve_launch(config, None)[1].mixed_precision
     with Stage("estimating memory"):
         estimate = make_estimate(config, data, precision, num_ranks)
+        if config.training.activation_checkpointing == "auto" and estimate.fits(estimate.options[0]) is False:
+            training = config.training.model_copy(update={"activation_checkpointing": True})
+            config = config.model_copy(update={"training": training})
+            estimate = make_estimate(config, data, precision, num_ranks)
     measurement = measure_in_child(*measured_with) if measured_with else None
     has_failed = measured_with is not None and measurement is None
     remedies = []

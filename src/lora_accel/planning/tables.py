@@ -44,6 +44,7 @@ def _parts(estimate: Estimate) -> str:
     rows.append(("libraries", *(framework for _ in options)))
     num_rows, width = estimate.micro_batch
     title = f"memory per device ({last.name}), for a micro-batch of {num_rows} x {width:,} tokens"
+    title += ", activations recomputed" if estimate.recomputes else ""
     return format_table(title, rows, headers=("part", *(_bits(option) for option in options)))
 
 

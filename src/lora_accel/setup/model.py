@@ -36,6 +36,7 @@ from lora_accel.model.kernels.adapters import patch_adapters
 from lora_accel.model.new_tokens import extend_vocabulary, train_new_tokens
 from lora_accel.model.noise import add_embedding_noise
 from lora_accel.model.prequantized import check_modules_to_save
+from lora_accel.model.recompute import can_recompute, recompute_layers
 from lora_accel.model.tokenizer import load_tokenizer
 from lora_accel.processes import return_freed_memory
 from lora_accel.saving.adapter import saved_config, unwrap_peft_model
@@ -44,7 +45,12 @@ from lora_accel.saving.names import check_all_trained_is_saved, saved_shapes
 from lora_accel.saving.serving import serving_note
 from lora_accel.setup.data import PreparedData
 from lora_accel.setup.initial import InitialAdapter, check_vocabulary, fits_base
-from lora_accel.training.memory import estimate_activation_bytes, free_bytes
+from lora_accel.training.memory import (
+    estimate_activation_bytes,
+    free_bytes,
+    num_layers_to_recompute,
+    update_bytes,
+)
 from lora_accel.training.optimizer import learning_rate_factors, make_optimizer
 
 PROBE_TOKENS = 256
@@ -172,22 +178,28 @@ def _add_adapter(
 def enable_activation_checkpointing(
     config: RunConfig, data: PreparedData, accelerator: Accelerator, prepared: PreparedModel, num_local_ranks: int
 ) -> None:
-    """Recompute activations in the backward pass if the config asks for it; with `auto`, if any rank lacks the memory.
+    """Recompute activations in the backward pass if the config asks for it; with `auto`, those that do not fit.
 
     Args:
         num_local_ranks: processes that share this machine's memory.
     """
-    option = config.training.activation_checkpointing
-    if option == "auto":
-        option = _should_checkpoint_activations(config, data, accelerator, prepared, num_local_ranks)
-    if option:
-        accelerator.unwrap_model(prepared.model).gradient_checkpointing_enable({"use_reentrant": False})
+    option, model = config.training.activation_checkpointing, accelerator.unwrap_model(prepared.model)
+    if option == "auto" and not config.adapter.alora_invocation_tokens:  # see RunConfig's checks
+        option = _recompute_what_does_not_fit(config, data, accelerator, prepared, num_local_ranks)
+    elif option is True:
+        recompute_layers(model)
+    if option is True:
         return_freed_memory()  # else glibc's heap would keep what is saved here
 
 
-def _should_checkpoint_activations(
+def _recompute_what_does_not_fit(
     config: RunConfig, data: PreparedData, accelerator: Accelerator, prepared: PreparedModel, num_local_ranks: int
 ) -> bool:
+    """Measure the memory of activations, and recompute those of as many layers as lack it, the same on every rank.
+
+    Returns:
+        Whether any layer recomputes its activations.
+    """
     first = data.dataset.example(0)
     probe = Example(first.input_ids[:PROBE_TOKENS], first.labels[:PROBE_TOKENS])
     options = BatchOptions.from_config(config.training, pad_id=data.pad_id, packed=prepared.packed)
@@ -197,11 +209,24 @@ def _should_checkpoint_activations(
     longest = max(int(source.examples.lengths.max()) for source in data.dataset.sources)
     per_forward = config.training.micro_batch_size
     tokens = per_forward * longest if per_forward else max(longest, config.training.micro_batch_tokens)
+    model = accelerator.unwrap_model(prepared.model)
+    free = free_bytes(accelerator.device, num_local_ranks) - update_bytes(prepared.trainable, config.training.optimizer)
     with Stage("measuring activation memory", enabled=accelerator.is_local_main_process):
-        needed = estimate_activation_bytes(prepared.model, probe_batch, tokens)
-    free = free_bytes(accelerator.device, num_local_ranks)
-    lacks_memory = torch.tensor(float(needed > free), device=accelerator.device)
-    enabled = bool(accelerator.reduce(lacks_memory) > 0)
-    decision = "enabling activation checkpointing" if enabled else "no activation checkpointing"
-    logger.info(f"activation memory: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free: {decision}")
-    return enabled
+        kept = recomputed = estimate_activation_bytes(prepared.model, probe_batch, tokens)
+        lacks_memory = torch.tensor(float(kept > free and can_recompute(model)), device=accelerator.device)
+        total = recompute_layers(model) if accelerator.reduce(lacks_memory) > 0 else None  # None = all fit
+        if total is not None:
+            recomputed = estimate_activation_bytes(prepared.model, probe_batch, tokens)
+    needed = f"activation memory: {_gb(kept)} needed, {_gb(free)} free"
+    if total is None:
+        logger.info(f"{needed}: no activation checkpointing")
+        return False
+    count = num_layers_to_recompute(kept, recomputed, free, total)
+    count = int(accelerator.gather(torch.tensor([count], device=accelerator.device)).max())
+    recompute_layers(model, count)
+    logger.info(f"{needed}: enabling activation checkpointing in {count} of {total} layers")
+    return True
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{max(0, num_bytes) / 1e9:.1f} GB"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import torch
 
 from lora_accel.batching.batch import MicroBatch
+from lora_accel.config.optimizers import OPTIMIZERS
 from lora_accel.model.fused_loss import CHUNK_NUMEL
 from lora_accel.training.loss import summed_token_loss
 
@@ -20,6 +23,8 @@ def saved_activation_bytes(model: torch.nn.Module, batch: MicroBatch) -> int:
     saved: dict[int, torch.UntypedStorage] = {}  # keeps them alive, so that no address is used twice
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
+            return tensor  # under ZeRO-3 it is gathered for its layer only
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
@@ -35,6 +40,35 @@ def estimate_activation_bytes(model: torch.nn.Module, probe_batch: MicroBatch, n
     logits = 3 * 4 * CHUNK_NUMEL  # float32, with their gradient and temporaries
     per_batch = saved_activation_bytes(model, probe_batch)
     return int(HEADROOM * per_batch * num_tokens / probe_batch.input_ids.numel()) + logits
+
+
+def num_layers_to_recompute(kept: int, recomputed: int, free: int, num_layers: int) -> int:
+    """Return how many layers have to recompute their activations, so that the others' fit into memory.
+
+    Layers are taken to save equally much.
+
+    Args:
+        kept: bytes of activations if no layer recomputes them.
+        recomputed: bytes if all layers do.
+        free: bytes that may be used.
+        num_layers: 0 = unknown: all or none.
+    """
+    if not num_layers or kept <= recomputed:
+        return num_layers
+    per_layer = (kept - recomputed) / num_layers
+    return min(num_layers, math.ceil((kept - free) / per_layer))
+
+
+def update_bytes(trainable: Sequence[torch.nn.Parameter], optimizer: str) -> int:
+    """Return the bytes of gradients and moments, which the first step allocates.
+
+    Under ZeRO they are there before it or are sharded; then this is a bound.
+    """
+    moments = OPTIMIZERS[optimizer]
+    gradients = sum(parameter.numel() * parameter.element_size() for parameter in trainable)
+    return gradients + sum(
+        moment.num_bytes for parameter in trainable for moment in moments.moments_of(tuple(parameter.shape)).values()
+    )
 
 
 def free_bytes(device: torch.device, num_local_ranks: int) -> int:
