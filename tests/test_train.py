@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_accel import read_config, run_training
-from lora_accel.batching.batch import MicroBatch
+from lora_accel.batching.batch import MicroBatch, StepBatch
+from lora_accel.batching.batches import Batches
 from lora_accel.config.schema import RunConfig
 from lora_accel.errors import ArtifactError, ConfigError, Interrupted, TrainingError
 from lora_accel.model.recompute import decoder_layers
@@ -269,6 +270,25 @@ def test_by_default_the_layers_that_do_not_fit_recompute_their_activations(
     run_training(make_config())
     assert recompute == layers
     assert message in capsys.readouterr().out
+
+
+def test_a_batch_that_cannot_be_built_ahead_loses_no_finished_step(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = Batches._build
+
+    def fail(batches: Batches, step: int) -> StepBatch:
+        if step == 2:
+            raise RuntimeError("the third step's rows cannot be read")
+        return build(batches, step)
+
+    monkeypatch.setattr(Batches, "_build", fail)
+    config = make_config()
+    with pytest.raises(RuntimeError, match="the third step's rows"):
+        run_training(config)
+    folder = Path(config.output_dir)
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2]
+    assert why_invalid(folder / "checkpoints" / "step-00000002") is None
 
 
 # Valid and invalid run folders

@@ -161,6 +161,36 @@ def test_step_does_not_depend_on_earlier_steps() -> None:
         assert example_numbers(batches_of()[0].step(step)) == all_steps[step] == example_numbers(batches.step(step))
 
 
+def test_a_prepared_batch_is_the_batch_of_its_step() -> None:
+    expected = [example_numbers(batches_of()[0].step(step)) for step in range(18)]
+    batches = batches_of()[0]
+    batches.prepare(0)
+    for step in range(18):
+        batch = batches.step(step)
+        batches.prepare(step + 1)  # of the next epoch after steps 5 and 11; after the last step there is none
+        assert example_numbers(batch) == expected[step]
+    batches.prepare(3)
+    assert example_numbers(batches.step(9)) == expected[9], "another step than the prepared one"
+
+
+def test_a_prepared_batch_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = batches_of()[0]
+    batches.prepare(1)
+    monkeypatch.setattr(batches, "_build", lambda step: pytest.fail(f"built for step {step}"))
+    assert batches.step(1).num_examples == 4
+    batches.prepare(18)  # the run has 18 steps, from 0
+
+
+def test_an_error_in_preparing_is_raised_by_the_step_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = batches_of()[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(Dataset, "example", lambda *_: 1 // 0)
+        batches.prepare(1)
+        with pytest.raises(ZeroDivisionError):
+            batches.step(1)
+    assert batches.step(1).num_examples == 4
+
+
 @pytest.mark.parametrize("training", [{}, {"micro_batch_tokens": 8}, {"micro_batch_tokens": 10_000}])
 @pytest.mark.parametrize("num_ranks", [2, 3, 5])
 def test_ranks_divide_the_examples_of_a_step(num_ranks: int, training: dict[str, Any]) -> None:

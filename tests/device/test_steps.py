@@ -115,6 +115,7 @@ def test_a_step_waits_once_and_copies_only_its_batch(results: dict[str, Result],
     assert result["packed"] is (setting != "padded")
     assert result["micro_batches"] > 1
     assert result["syncs"] == ["step.py:train_step"], "one wait per step, none per micro-batch"
+    assert result["prepared_after"] == [[1, 0]], "the next step's batch is built before the wait"
     assert result["to_device"] == ["batch.py:<dictcomp>"] * result["fields"] * result["micro_batches"]
     assert result["blocking"] == []
     assert result["evaluation_syncs"] == ["evaluator.py:evaluate"], "one wait per evaluation source"

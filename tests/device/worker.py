@@ -96,6 +96,13 @@ def run_case(case: dict[str, Any], mode: Any) -> dict[str, Any]:
     run.model.train()
     recorder = fake_cuda.Recorder()
     fake_cuda.record_values(recorder)
+    prepare_batch, prepared_after = run.batches.prepare, []
+
+    def prepare_and_record(step: int) -> None:
+        prepared_after.append((step, len(recorder.syncs)))
+        prepare_batch(step)
+
+    run.batches.prepare = prepare_and_record  # type: ignore[method-assign]
     torch.Tensor.pin_memory = lambda self, *a: self  # type: ignore[method-assign]
     with mode:
         with recorder:
@@ -113,6 +120,7 @@ def run_case(case: dict[str, Any], mode: Any) -> dict[str, Any]:
         "kernels": recorder.kernels,
         "syncs": recorder.syncs,
         "to_device": recorder.to_device,
+        "prepared_after": prepared_after,
         "blocking": recorder.blocking + evaluation.blocking,
         "evaluation_syncs": evaluation.syncs,
     }

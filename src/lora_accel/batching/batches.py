@@ -7,6 +7,7 @@ changes the order or the mathematics.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 
@@ -54,9 +55,25 @@ class Batches:
         self._sizes = [len(source.examples) for source in dataset.sources]
         self._weights = [source.weight for source in dataset.sources]
         self._epoch, self._order = 0, epoch_order(self._sizes, self._weights, seed, 0)
+        self._prepared: dict[int, StepBatch] = {}
+        """The batch of at most one step."""
 
     def step(self, step: int) -> StepBatch:
         """Return this rank's micro-batches of the 0-based step."""
+        batch = self._prepared.pop(step, None)
+        return self._build(step) if batch is None else batch
+
+    def prepare(self, step: int) -> None:
+        """Build the batch of a step that may follow, so that `step` returns it at once.
+
+        After the last step there is none. If it cannot be built, `step` tries again and raises the error.
+        """
+        self._prepared.clear()
+        if step < self._plan.total_steps:
+            with contextlib.suppress(Exception):
+                self._prepared[step] = self._build(step)
+
+    def _build(self, step: int) -> StepBatch:
         epoch, step_in_epoch = self._plan.position(step)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, epoch_order(self._sizes, self._weights, self._seed, epoch)

@@ -95,7 +95,9 @@ def train_step(run: Run, step: int) -> StepResult:
     stop_requested = torch.full_like(loss_sum, run.stop.cause() is not None)
     sums = accelerator.reduce(torch.stack([loss_sum, stop_requested]))
     norm = torch.as_tensor(norm, dtype=sums.dtype, device=sums.device)
-    loss, stops, norm = torch.cat([sums, norm[None]]).tolist()
+    outcome = torch.cat([sums, norm[None]])
+    run.batches.prepare(step + 1)  # while the device still computes this step
+    loss, stops, norm = outcome.tolist()
 
     overflowed = scale is not None and scale.overflowed(loss, norm)
     result = StepResult(loss / batch.num_supervised_tokens, norm, rate, stops > 0, batch, overflowed)
