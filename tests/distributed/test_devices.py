@@ -46,6 +46,48 @@ def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
 
 
+# --- the allocator
+
+
+@pytest.mark.parametrize(
+    ("has_driver", "is_jetson", "options", "set_by_user", "expected"),
+    [
+        (True, False, (), {}, "expandable_segments:True"),
+        (True, False, (), {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        (True, False, (), {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, None),
+        (True, False, ("--cpu",), {}, None),
+        (True, True, (), {}, None),
+        (False, False, (), {}, None),
+    ],
+)
+def test_segments_expand_on_nvidia_gpus_unless_the_user_configures_the_allocator(
+    make_config: Callable[..., RunConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    has_driver: bool,
+    is_jetson: bool,
+    options: tuple[str, ...],
+    set_by_user: dict[str, str],
+    expected: str | None,
+) -> None:
+    """The environment of a rank, before it imports torch."""
+    files = {"NVIDIA_DRIVER": has_driver, "JETSON": is_jetson}
+    for name, exists in files.items():
+        monkeypatch.setattr(devices, name, tmp_path / name)
+        if exists:
+            (tmp_path / name).touch()
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv(LAUNCH_OPTIONS, shlex.join(options or ("--num_processes", "1")))
+    for name in (*HIDDEN, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # restored after the test
+        if name not in HIDDEN:
+            monkeypatch.delenv(name)
+    for name, value in set_by_user.items():
+        monkeypatch.setenv(name, value)
+    resolve_launch(make_config(), None)
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == expected
+
+
 # --- what the launcher asks for
 
 

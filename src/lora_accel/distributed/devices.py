@@ -30,7 +30,12 @@ LAUNCH_OPTIONS = "LORA_ACCEL_LAUNCH_OPTIONS"
 """Variable with the options of `accelerate launch` that `lora-accel train` runs within its own process."""
 COMMAND = ["accelerate", "launch"]
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-"""Exists if the driver of an NVIDIA GPU is loaded. (Linux)"""
+"""Exists if the driver of an NVIDIA GPU is loaded. (Linux, without WSL)"""
+JETSON = Path("/etc/nv_tegra_release")
+"""Exists on NVIDIA's Jetson, whose GPU has no memory of its own."""
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+"""Variable with the options of torch's allocator. Its newer name, PYTORCH_ALLOC_CONF, has no effect on CUDA in torch
+2.9 (https://github.com/pytorch/pytorch/issues/183387); up to 2.11 torch warns that this one is deprecated."""
 
 
 def with_requested_device(launch: Launch, environment: MutableMapping[str, str]) -> Launch:
@@ -129,6 +134,18 @@ def check_devices(launch: Launch, num_local_ranks: int) -> None:
             f"{'s' * (count != 1)}, and two processes on one would take twice its memory; start with --num_processes "
             f"{count}, or check CUDA_VISIBLE_DEVICES"
         )
+
+
+def use_expandable_segments(launch: Launch, environment: MutableMapping[str, str]) -> None:
+    """Let torch's allocator grow its segments on NVIDIA GPUs, unless the user has configured the allocator.
+
+    Micro-batches have different sizes, and what one frees is too small for the next. Call this before CUDA is
+    initialized, which reads the variable. WSL, where allocations can fail with it
+    (https://github.com/pytorch/pytorch/issues/192330), and Jetson are left out.
+    """
+    is_configured = ALLOCATOR in environment or "PYTORCH_ALLOC_CONF" in environment
+    if not launch.use_cpu and not is_configured and NVIDIA_DRIVER.exists() and not JETSON.exists():
+        environment[ALLOCATOR] = "expandable_segments:True"
 
 
 def set_deterministic(enabled: bool) -> None:

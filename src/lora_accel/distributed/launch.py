@@ -13,7 +13,13 @@ from lora_accel.config.launch import LAUNCHER, RENDEZVOUS, Launch, Precision, Se
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import format_table
 from lora_accel.distributed.builds import exclusive_builds
-from lora_accel.distributed.devices import check_devices, device_row, set_deterministic, with_requested_device
+from lora_accel.distributed.devices import (
+    check_devices,
+    device_row,
+    set_deterministic,
+    use_expandable_segments,
+    with_requested_device,
+)
 from lora_accel.errors import ConfigError, did_you_mean, first_line
 from lora_accel.logs import logger
 from lora_accel.processes import end_with_parent, is_python
@@ -74,6 +80,7 @@ def resolve_launch(config: RunConfig, checkpoint_precision: str | None) -> tuple
         ConfigError: launcher and run config conflict.
     """
     launch = with_requested_device(read_launch(os.environ), os.environ)
+    use_expandable_segments(launch, os.environ)
 
     def default() -> Precision:
         if checkpoint_precision is not None:
