@@ -117,7 +117,8 @@ class ModelSection(Section):
     """dtype of the base weights. auto = the dtype of mixed precision; without mixed precision as stored, or float32 if
     the device only emulates the stored dtype."""
     attention: str = "auto"
-    """Attention implementation of transformers: sdpa, eager, flash_attention_2, … auto = transformers' choice."""
+    """Attention implementation of transformers: sdpa, eager, flash_attention_2, flash_attention_3, a FlashAttention
+    kernel of the Hub, … Others than these train with padded rows. auto = transformers' choice."""
     chat_template: PathText | None = None
     """null = the tokenizer's own | a built-in template (alpaca, chatml, gemma, llama-2, llama-3, vicuna_v1.1, zephyr) |
     a .jinja file."""

@@ -3,7 +3,7 @@
 It needs no mask, since keys of other segments are never read. The model's forward gets the segment lengths,
 transformers' attention interface passes them to each layer, and `packed_attention` dispatches to a kernel
 (`model/device.py: attention_kernel`): on NVIDIA GPUs one of `model/gpu_attention.py`, elsewhere blockwise matrix
-products.
+products. A FlashAttention package that `model.attention` names gets them as offsets (`cu_seq_lens_q`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lora_accel.errors import ConfigError
 from lora_accel.model.device import attention_kernel, detect_device
 from lora_accel.model.families import family_of
-from lora_accel.model.gpu_attention import efficient_attention, flash_kernel, flex_attention, varlen_attention
+from lora_accel.model.gpu_attention import (
+    efficient_attention,
+    flash_kernel,
+    flex_attention,
+    segment_offsets,
+    varlen_attention,
+)
 
 BLOCK = 128
 """Queries per block. Smaller blocks compute fewer products that the causal mask discards; larger ones are faster."""
@@ -44,24 +51,54 @@ class AttentionOptions(NamedTuple):
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether a model supports packing: its family does, and its attention is sdpa or eager, without dropout."""
+    """Whether a model supports packing: its family does, and its attention does and is without dropout."""
     config = model.config
+    implementation = config._attn_implementation
     has_dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
     return (
         family_of(config.model_type).supports_packing
-        and config._attn_implementation in ("sdpa", "eager")
+        and (implementation in ("sdpa", "eager") or is_flash_package(implementation))
         and not has_dropout
     )
+
+
+def is_flash_package(implementation: str) -> bool:
+    """Whether an implementation is a FlashAttention package, by transformers' rule.
+
+    Such as flash_attention_2, flash_attention_3, or a kernel of the Hub: kernels-community/flash-attn2.
+    """
+    return "flash" in implementation
+
+
+def check_flash_dtype(model: PreTrainedModel, mixed_precision: str) -> None:
+    """Check that a FlashAttention package gets 16 bits, the only ones it computes in.
+
+    Args:
+        mixed_precision: no, bf16 or fp16.
+
+    Raises:
+        ConfigError: the model computes in float32.
+    """
+    implementation = model.config._attn_implementation
+    if is_flash_package(implementation) and mixed_precision == "no" and model.dtype == torch.float32:
+        raise ConfigError(
+            f"model.attention: {implementation!r} needs bfloat16 or float16, and this run computes in float32; set "
+            "training.mixed_precision=bf16 or fp16, or model.attention=auto"
+        )
 
 
 def pack_attention(model: PreTrainedModel) -> None:
     """Make a model use packed attention if its forward gets `segments`, the lengths of a row's examples."""
     implementation = model.config._attn_implementation
     original = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    if getattr(original, "is_packed", False):  # of another model
+        return
 
     def attention(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
     ) -> tuple[torch.Tensor, Any]:
+        if options.get("segments") is not None and is_flash_package(implementation):
+            return packed_flash_attention(original, module, query, key, value, **options), None
         if options.get("segments") is not None:
             return packed_attention(query, key, value, **options), None
         # Eager attention is not registered; each model's module defines its own.
@@ -69,10 +106,41 @@ def pack_attention(model: PreTrainedModel) -> None:
         output: tuple[torch.Tensor, Any] = attend(module, query, key, value, mask, **options)
         return output
 
+    if is_flash_package(implementation):  # transformers loads the package by this name
+        attention.is_packed = True  # type: ignore[attr-defined]
+        AttentionInterface.register(implementation, attention)
+        return
     name = f"packed_{implementation}"
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
     model.set_attn_implementation(name)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def packed_flash_attention(
+    attend: Any,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    segments: Iterable[int],
+    **options: Any,
+) -> torch.Tensor:
+    """Return causal attention within each segment by a FlashAttention package, [1, T, H, D].
+
+    Args:
+        attend: transformers' attention function, which calls the package.
+        query, key, value, segments: see `packed_attention`.
+    """
+    offsets, longest = segment_offsets(segments, query.device), max(segments)
+    options |= {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
+    # Otherwise transformers would look for segments in them, which waits for the device.
+    options["position_ids"] = None
+    if torch.are_deterministic_algorithms_enabled():
+        options["deterministic"] = True
+    output: torch.Tensor = attend(module, query, key, value, None, **options)[0]
+    return output
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

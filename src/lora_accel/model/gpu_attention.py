@@ -58,7 +58,7 @@ def varlen_attention(
     """
     varlen_attn = flash_kernel()
     assert varlen_attn is not None  # attention_kernel checks
-    offsets, longest = _offsets(segments, query.device), max(segments)
+    offsets, longest = segment_offsets(segments, query.device), max(segments)
     query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # [T, H, D]
     output = varlen_attn(
         *(query, key, value, offsets, offsets, longest, longest),
@@ -81,7 +81,7 @@ def efficient_attention(
     heads, width = len(query), value.shape[-1]
     key, value = (x.repeat_interleave(heads // len(x), dim=0) for x in (key, value))
     query, key, value = (_aligned(x).transpose(0, 1)[None] for x in (query, key, value))  # [1, T, H, D]
-    offsets, longest = _offsets(segments, query.device), max(segments)
+    offsets, longest = segment_offsets(segments, query.device), max(segments)
     output: torch.Tensor = torch.ops.aten._efficient_attention_forward(
         *(query, key, value, None, offsets, offsets, longest, longest),
         0.0,  # dropout
@@ -139,7 +139,7 @@ def _block_mask(segments: Iterable[int], window: int | None, device: torch.devic
 
     masks: dict[Any, Any] = getattr(segments, "block_masks", {})
     if (window, device) not in masks:
-        offsets = _offsets(segments, device)
+        offsets = segment_offsets(segments, device)
         num_tokens = sum(segments)
         numbers = torch.bucketize(torch.arange(num_tokens, device=device), offsets, right=True)  # of each segment
 
@@ -151,7 +151,7 @@ def _block_mask(segments: Iterable[int], window: int | None, device: torch.devic
     return masks[window, device]
 
 
-def _offsets(segments: Iterable[int], device: torch.device) -> torch.Tensor:
+def segment_offsets(segments: Iterable[int], device: torch.device) -> torch.Tensor:
     """Return where each segment begins, and the end of the last one, [N + 1] int32."""
     offsets: torch.Tensor | None = getattr(segments, "cu_seqlens", None)  # of batching.Segments: copied once
     if offsets is None:

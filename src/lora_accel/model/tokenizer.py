@@ -191,7 +191,10 @@ def load_error_message(section: ModelSection, what: str, error: Exception) -> st
     """
     name = section.name_or_path
     reason = first_line(error)
-    if section.attention != "auto" and section.attention in str(error):
+    names_attention = section.attention in str(error) or (
+        "flash" in section.attention and re.search("flash|`kernels`", str(error), re.IGNORECASE)
+    )
+    if section.attention != "auto" and names_attention:
         return f"model.attention: {section.attention!r} is not available: {reason} (auto = transformers' choice)"
     if "trust_remote_code" in str(error) and not section.trust_remote_code:
         return (

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_accel.config.adapter_options import subtracts_initial_adapter
 from lora_accel.config.schema import QuantizationSection, RunConfig
 from lora_accel.model.adapter import add_adapter, key_dropout
-from lora_accel.model.attention import can_pack, pack_attention
+from lora_accel.model.attention import can_pack, is_flash_package, pack_attention
 from lora_accel.model.base import AUTOCAST_DTYPES, build_on_meta_device, check_base, choose_dtype, quantized_names
 from lora_accel.model.dropout import DropoutKeys
 from lora_accel.model.fused_loss import patch_fused_loss
@@ -64,8 +64,11 @@ def build_skeleton(config: RunConfig, mixed_precision: str, device: torch.device
     plain = copy.deepcopy(base_config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
+    attention = config.model.attention
+    if is_flash_package(attention):  # saves what packed attention saves, and need not be installed for a plan
+        attention = "auto"
     base = build_on_meta_device(
-        plain, dtype=dtype, attention=config.model.attention, trust_remote_code=config.model.trust_remote_code
+        plain, dtype=dtype, attention=attention, trust_remote_code=config.model.trust_remote_code
     )
     base.config.use_cache = False
     base.requires_grad_(False)

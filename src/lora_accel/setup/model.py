@@ -25,7 +25,7 @@ from lora_accel.model.adapter import (
     skipped_experts,
     trainable_parameters,
 )
-from lora_accel.model.attention import can_pack, pack_attention
+from lora_accel.model.attention import can_pack, check_flash_dtype, pack_attention
 from lora_accel.model.base import check_zero3_dtype, load_base_model
 from lora_accel.model.compile import compile_layers
 from lora_accel.model.device import detect_device, has_fused_adamw
@@ -95,6 +95,7 @@ def prepare_model(
         extend_vocabulary(base, config.model)
         adapter = train_new_tokens(adapter, base, config.model.add_tokens, load_tokenizer(config.model))
     check_vocabulary(base, initial, backend)
+    check_flash_dtype(base, accelerator.mixed_precision)
     packed = config.data.packing and can_pack(base)
     if packed:
         pack_attention(base)
