@@ -453,3 +453,26 @@ def test_packing_concatenates_examples() -> None:
     assert batch.targets.tolist() == [[6, 7, 9]]
     assert batch.token_keys[0, :3].tolist() == pad([first], PAD).token_keys[0].tolist()
     assert batch.token_keys[0, 3:].tolist() == pad([second], PAD).token_keys[0].tolist()
+
+
+@pytest.mark.parametrize(("kind", "waits"), [("mps", True), ("xpu", True), ("cuda", False)])
+def test_only_pinned_memory_is_copied_while_the_host_continues(
+    monkeypatch: pytest.MonkeyPatch, kind: str, waits: bool
+) -> None:
+    copies: list[tuple[bool, bool]] = []
+    pinned: set[int] = set()
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.clone()
+        pinned.add(id(copy))
+        return copy
+
+    def to(tensor: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        copies.append((id(tensor) in pinned, non_blocking))
+        return tensor
+
+    batch = pack(examples_of([3, 4]))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    batch.to(torch.device(kind))
+    assert copies == [(not waits, not waits)] * 7

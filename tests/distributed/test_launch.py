@@ -12,16 +12,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from lora_accel import console
 from lora_accel.config.launch import Launch
 from lora_accel.console import run_command
-from lora_accel.distributed.launch import check_launch, exit_process, load_extensions
+from lora_accel.distributed.launch import LAUNCH_TYPES, check_launch, exit_process, load_extensions
 from lora_accel.errors import Aborted, ConfigError, Interrupted, LoraAccelError, TrainingError
 from lora_accel.train import main
 from tests.conftest import PATIENCE_SECONDS, run_code
@@ -52,6 +53,47 @@ def test_launch_with_deepspeed_without_deepspeed_raises(stage: int) -> None:
     with pytest.raises(ConfigError, match="accelerate_configs/") as caught:
         check_launch(accelerator, launch_of(1, stage))
     assert "processes" not in str(caught.value), "the number of processes is right"
+
+
+def accelerator_of(kind: str, device: str) -> Any:
+    """Return what `check_launch` reads of an Accelerator on a device that this machine does not have."""
+    return SimpleNamespace(
+        num_processes=1, distributed_type=DistributedType(kind), device=SimpleNamespace(type=device, index=0)
+    )
+
+
+def test_each_launch_type_of_accelerate_is_known() -> None:
+    assert set(LAUNCH_TYPES) >= {kind.value for kind in DistributedType}
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in DistributedType])
+def test_each_launch_type_is_accepted_or_rejected_by_name(kind: str) -> None:
+    devices = {"MULTI_XPU": "xpu", "MULTI_NPU": "npu", "MULTI_HPU": "hpu", "MULTI_CPU": "cpu"}
+    accelerator = accelerator_of(kind, devices.get(kind, "cuda"))
+    launch = launch_of(stage=2 if kind == "DEEPSPEED" else None)
+    accepted = {"NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_HPU", "DEEPSPEED"}
+    if kind in accepted:
+        check_launch(accelerator, launch)
+        return
+    name = kind.removeprefix("MULTI_").split("_")[0]
+    with pytest.raises(ConfigError, match=rf"(?i)uses .*{name}.*, which is not supported: .*accelerate_configs/"):
+        check_launch(accelerator, launch)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu", "npu", "hpu", "mps"])
+def test_one_process_on_each_supported_device(device: str) -> None:
+    check_launch(accelerator_of("NO", device), launch_of())
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("NO", None), ("DEEPSPEED", 2)])
+def test_another_device_is_rejected_by_name(kind: str, stage: int | None) -> None:
+    with pytest.raises(ConfigError, match="uses MLU, which is not supported"):
+        check_launch(accelerator_of(kind, "mlu"), launch_of(stage=stage))
+
+
+def test_deepspeed_that_the_launch_did_not_ask_for_raises() -> None:
+    with pytest.raises(ConfigError, match="uses DEEPSPEED for this launch instead of one process or DDP"):
+        check_launch(accelerator_of("DEEPSPEED", "cuda"), launch_of())
 
 
 # --- load_extensions

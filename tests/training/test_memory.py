@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -21,6 +23,7 @@ from lora_accel.training.memory import (
     saved_activation_bytes,
     update_bytes,
 )
+from lora_accel.training.metrics import peak_memory_bytes
 from tests.families import SIZES, model_of
 
 
@@ -86,6 +89,30 @@ def test_a_model_that_cannot_recompute_names_the_option(model: nn.Module, monkey
 def test_gradients_and_moments_are_allocated_in_the_first_step() -> None:
     parameters = [nn.Parameter(torch.empty(8, 4)), nn.Parameter(torch.empty(4, dtype=torch.bfloat16))]
     assert update_bytes(parameters, "adamw") == (32 * 4 + 4 * 2) + 2 * 4 * (32 + 4)
+
+
+class _Module(SimpleNamespace):
+    """What torch.xpu, torch.npu and torch.hpu have, with 100 bytes free of 500, 30 reserved and 20 allocated."""
+
+    def __init__(self) -> None:
+        values = {"memory_reserved": 30, "memory_allocated": 20, "max_memory_allocated": 25}
+        super().__init__(**{name: lambda device, value=value: value for name, value in values.items()})
+        self.mem_get_info = lambda device: (100, 500)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "hpu"])
+def test_memory_of_other_accelerators(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No device that a launch accepts may lack it: the default of activation_checkpointing reads it."""
+    monkeypatch.setattr(torch, "get_device_module", lambda device: _Module())
+    assert free_bytes(torch.device(kind), 4) == 100 + 30 - 20
+    assert peak_memory_bytes(torch.device(kind)) == 25
+
+
+def test_memory_of_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 500)
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 20)
+    assert free_bytes(torch.device("mps"), 1) == 480
+    assert peak_memory_bytes(torch.device("mps")) == peak_memory_bytes(torch.device("cpu"))
 
 
 def test_free_memory_is_divided_among_local_ranks() -> None:

@@ -68,11 +68,16 @@ class MicroBatch:
         return self.attention_mask.sum(dim=1, keepdim=True).expand_as(self.input_ids).float()
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Return a copy on a device. Copies to a GPU go through pinned memory, so the host does not wait for them."""
+        """Return a copy on a device. Copies to a GPU go through pinned memory, so the host does not wait for them.
+
+        To other devices it waits: MPS would read memory that may be freed by then
+        (https://github.com/pytorch/pytorch/issues/189690).
+        """
         tensors = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        if device.type == "cuda":
+        is_gpu = device.type == "cuda"
+        if is_gpu:
             tensors = {name: x.pin_memory() for name, x in tensors.items()}
-        moved: dict[str, Any] = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
+        moved: dict[str, Any] = {name: x.to(device, non_blocking=is_gpu) for name, x in tensors.items()}
         return dataclasses.replace(self, **moved)
 
 

@@ -28,6 +28,26 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin
 
+LAUNCH_TYPES: dict[str, str | None] = {
+    "NO": None,
+    "MULTI_CPU": None,
+    "MULTI_GPU": None,  # NVIDIA and AMD
+    "MULTI_XPU": None,
+    "MULTI_NPU": None,
+    "MULTI_HPU": None,
+    "DEEPSPEED": None,
+    "MULTI_MLU": "Cambricon MLU",
+    "MULTI_MUSA": "Moore Threads MUSA",
+    "MULTI_NEURON": "AWS Neuron",
+    "MULTI_SDAA": "Tecorigin SDAA",
+    "XLA": "XLA (TPU)",
+    "FSDP": "FSDP",
+    "MEGATRON_LM": "Megatron-LM",
+}
+"""Accelerate's `DistributedType` -> what is not supported in it; None = it is supported."""
+DEVICES = ("cpu", "cuda", "xpu", "npu", "hpu", "mps")
+"""torch's types of devices that are supported; ROCm is cuda."""
+
 
 def is_local_rank_0() -> bool:
     """Whether this process is local rank 0, which reports progress and errors."""
@@ -217,19 +237,25 @@ def check_launch(accelerator: Accelerator, launch: Launch) -> None:
     """Check that the Accelerator has the number of processes and the backend that the launcher set.
 
     Raises:
-        ConfigError: they differ; training would give wrong results.
+        ConfigError: they differ, and training would give wrong results; or the backend or the device is not supported.
     """
+    kind, device = accelerator.distributed_type.value, accelerator.device.type
+    unsupported = LAUNCH_TYPES.get(kind, kind) or (None if device in DEVICES else device.upper())
+    if unsupported is not None:
+        raise ConfigError(
+            f"accelerate launch uses {unsupported}, which is not supported: runs train on {', '.join(DEVICES[:-1])} or "
+            f"{DEVICES[-1]}, with one process, DDP or DeepSpeed ZeRO. Use a config from accelerate_configs/; to train "
+            "on the CPU, cpu.yaml"
+        )
     if launch.num_processes != accelerator.num_processes:
         raise ConfigError(
             f"the launcher started {launch.num_processes} processes, but this one sees {accelerator.num_processes}; "
             "each would train alone and write to the same folder. Use a config from accelerate_configs/"
         )
-    kind = accelerator.distributed_type.value
-    expected = ("DEEPSPEED",) if launch.zero_stage else ("NO", "MULTI_CPU", "MULTI_GPU")
-    if kind not in expected:
+    if (kind == "DEEPSPEED") != bool(launch.zero_stage):
+        expected = "DEEPSPEED" if launch.zero_stage else "one process or DDP"
         raise ConfigError(
-            f"Accelerate uses {kind} for this launch instead of {' or '.join(expected)}; use a config from "
-            "accelerate_configs/"
+            f"Accelerate uses {kind} for this launch instead of {expected}; use a config from accelerate_configs/"
         )
 
 

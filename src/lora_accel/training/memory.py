@@ -77,12 +77,13 @@ def free_bytes(device: torch.device, num_local_ranks: int) -> int:
     Args:
         num_local_ranks: processes that share the machine's memory, if the device is the CPU.
     """
+    if device.type == "mps":  # shares the machine's memory
+        return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
     if device.type != "cpu":
-        # torch.accelerator.get_memory_info exists from torch 2.10 on.
-        memory = getattr(torch.accelerator, "get_memory_info", None) or torch.get_device_module(device).mem_get_info
-        free, _ = memory(device)
-        cached = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
-        return int(free + cached)
+        module = torch.get_device_module(device)  # torch.accelerator would have it from torch 2.10 on
+        free, _ = module.mem_get_info(device)
+        reserved = getattr(module, "memory_reserved", module.memory_allocated)
+        return int(free + reserved(device) - module.memory_allocated(device))
     free = psutil.virtual_memory().available
     limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))  # limits of a container
     if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":

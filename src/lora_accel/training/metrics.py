@@ -443,8 +443,8 @@ def truncate_log(path: Path, step: int, *, drop_evaluation: bool = False) -> Non
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory so far, in bytes: allocated on a GPU, or of the process on other devices."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+    """Return the peak memory so far, in bytes: allocated on the device, or of the process on the CPU and MPS."""
+    if device.type not in ("cpu", "mps"):
+        return int(torch.get_device_module(device).max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
