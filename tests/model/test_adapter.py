@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,27 @@ def test_bias_is_not_trained_in_16_bits(tiny_model: Callable[..., Path]) -> None
         load_with_adapter(folder, bias="lora_only")
     model = load_with_adapter(folder, bias="lora_only", autocast=True)
     assert {parameter.dtype for parameter in trainable_parameters(model).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("option", ["bias", "modules_to_save"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "phi"])
+def test_layer_norms_compute_under_autocast_on_a_cpu(family: str, option: str) -> None:
+    """A trained bias and the activations of trained embeddings are float32. On a CPU, autocast does not cast them."""
+    reference = model_of(family, tie_word_embeddings=False).requires_grad_(False)
+    embeddings = next(n for n, x in reference.named_modules() if x is reference.get_input_embeddings())
+    values = {"bias": "all"} if option == "bias" else {"modules_to_save": [embeddings]}
+    section = AdapterSection.model_validate({"target_modules": "all-linear", "dropout": 0.0} | values)
+    model = add_adapter(copy.deepcopy(reference).bfloat16(), section, seed=0, autocast=True)
+    ids = torch.arange(5, 25).view(2, 10)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids).index_fill(1, torch.tensor([0, 1]), 0)}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch, labels=ids).loss
+        assert model.generate(**batch, max_new_tokens=2, min_new_tokens=2).shape == (2, 12)
+    assert loss.item() == pytest.approx(reference(**batch, labels=ids).loss.item(), rel=1e-2)
+    loss.backward()
+    trained = trainable_parameters(model)
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+    assert all(parameter.grad.abs().max() > 0 for name, parameter in trained.items() if "lora_A" not in name)
 
 
 def test_unknown_target_modules_error_lists_the_known_ones(tiny_model: Callable[..., Path]) -> None:
