@@ -93,8 +93,8 @@ def run(variant: Variant, config: Path, folder: Path, precision: str, launch: La
     """
     from safetensors.torch import load_file
 
-    args = ["--mixed_precision", precision, *variant.launcher]
-    args += ["-m", "lora_accel.train", "--config", str(config), f"output_dir={folder}", *variant.overrides]
+    args = [*variant.launcher, "-m", "lora_accel.train", "--config", str(config), f"output_dir={folder}"]
+    args += [f"training.mixed_precision={precision}", *variant.overrides]
     process = launch(variant.preset, *args)
     if process.returncode:
         raise SystemExit(f"{variant.name}: exit code {process.returncode}\n{process.stderr[-4000:]}")
