@@ -119,7 +119,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., 
             "eval": [{"path": str(write_jsonl(folder / "eval.jsonl", chat_rows(5)))}],
             "max_length": 200,
         },
-        "training": {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-2},
+        "training": {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-2, "mixed_precision": "no"},
         "logging": {"trackers": [], "report": False},
     }
     config = RunConfig.model_validate(values)

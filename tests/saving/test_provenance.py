@@ -37,7 +37,7 @@ def provenance(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..
         "output_dir": str(folder / "run"),
         "model": {"name_or_path": str(tiny_model())},
         "data": {"train": [{"path": str(write_jsonl(folder / "rows.jsonl", chat_rows(8)))}]},
-        "training": {"max_steps": 1},
+        "training": {"max_steps": 1, "mixed_precision": "no"},
         "logging": {"trackers": [], "report": False},
     }
     run_training(RunConfig.model_validate(values))

@@ -40,7 +40,7 @@ def test_loss_and_gradient_do_not_depend_on_micro_batches(
     losses, norms, adapters, shapes = {}, {}, {}, {}
     for name, options in BATCH_OPTIONS.items():
         values = json.loads(make_config().model_dump_json())
-        training = {"learning_rate": 1e-3, "warmup_steps": 1, "max_steps": 6} | options
+        training = {"learning_rate": 1e-3, "warmup_steps": 1, "max_steps": 6, "mixed_precision": "no"} | options
         config = RunConfig.model_validate(
             values
             | {
