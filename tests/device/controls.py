@@ -35,6 +35,13 @@ def copy_per_layer(model: nn.Module) -> None:
             module.register_forward_hook(hook)
 
 
+def kernel_per_layer(model: nn.Module) -> None:
+    """An operation in each layer, which has one kernel in forward and one in backward."""
+    for module in model.modules():
+        if type(module).__name__ == "LlamaMLP":
+            module.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
 def _first_mlp(model: nn.Module) -> nn.Module:
     return next(module for module in model.modules() if type(module).__name__ == "LlamaMLP")
 
@@ -44,4 +51,5 @@ CONTROLS: dict[str, Callable[[nn.Module], None]] = {
     "buffer_on_the_cpu": buffer_on_the_cpu,
     "value_on_the_host": value_on_the_host,
     "copy_per_layer": copy_per_layer,
+    "kernel_per_layer": kernel_per_layer,
 }

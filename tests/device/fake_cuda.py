@@ -59,6 +59,7 @@ def install(library: str) -> FakeTensorMode:
     """
     assert ctypes.CDLL(library).install()
     LIBRARY.impl("_efficient_attention_backward", _shapes_of_efficient_backward, "Meta", allow_override=True)
+    LIBRARY.impl("silu_backward", _not_run, "CUDA")  # a torch without CUDA would decompose it
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     type(mode).avoid_device_init = property(lambda self: True)
     replacements: dict[str, Any] = {
@@ -78,6 +79,10 @@ def install(library: str) -> FakeTensorMode:
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
     return mode
+
+
+def _not_run(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError  # fake tensors use the operator's shapes only
 
 
 def set_capability(capability: tuple[int, int]) -> None:
@@ -100,6 +105,8 @@ def move_model(model: nn.Module, mode: FakeTensorMode) -> None:
         if isinstance(tensor, FakeTensor):
             return tensor
         with mode:
+            if tensor.is_meta:
+                return torch.empty_like(tensor, device="cuda:0", requires_grad=False)
             return mode.from_tensor(tensor.detach()).to("cuda:0")
 
     for module in model.modules():

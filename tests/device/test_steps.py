@@ -14,14 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from filelock import FileLock
-from scripts.extensions_dir import extensions_dir
 
 from tests.conftest import PATIENCE_SECONDS, ROOT, chat_rows, write_jsonl
 from tests.families import model_of
 
-SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mixtral", "gpt2", "opt")
 SETTINGS: dict[str, dict[str, Any]] = {
     "packed": {},
@@ -48,25 +44,6 @@ CONTROLS = ("buffer_on_the_cpu", "value_on_the_host", "copy_per_layer")
 Result = Mapping[str, Any]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="preloads a library")
-
-
-@pytest.fixture(scope="module")
-def library() -> Path:
-    """Compile fake_cuda.cpp, once for each torch."""
-    import torch.utils.cpp_extension as cpp
-
-    folder = extensions_dir() / "fake_cuda"
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"fake_cuda-{torch.__version__}-{SOURCE.stat().st_mtime_ns}.so"
-    with FileLock(folder / "lock"):
-        if not target.exists():
-            libraries = Path(torch.__file__).parent / "lib"
-            includes = [f"-I{path}" for path in cpp.include_paths()]
-            command = ["g++", "-shared", "-fPIC", "-std=c++20", str(SOURCE), "-o", f"{target}.part", *includes]
-            command += [f"-L{libraries}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{libraries}"]
-            subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE_SECONDS)
-            Path(f"{target}.part").rename(target)
-    return target
 
 
 @pytest.fixture(scope="module")
