@@ -67,7 +67,7 @@ def start() -> Any:
     """Let torch believe that it has a GPU of capability 9.0; return the mode in which tensors exist on it."""
     library = str(build_library())
     if os.environ.get("LD_PRELOAD") != library:
-        os.execve(sys.executable, [*sys.orig_argv], os.environ | {"LD_PRELOAD": library})
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"LD_PRELOAD": library})
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     mode = fake_cuda.install(library)

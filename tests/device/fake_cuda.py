@@ -159,11 +159,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         output = func(*args, **kwargs)
-        inputs = list(_tensors((args, kwargs)))
-        if not any(tensor.device.type == "cuda" for tensor in (*inputs, *_tensors(output))):
+        inputs = list(tensors_in((args, kwargs)))
+        if not any(tensor.device.type == "cuda" for tensor in (*inputs, *tensors_in(output))):
             return output
         if name in ("_to_copy", "copy_"):
-            source, target = inputs[-1].device.type, next(iter(_tensors(output))).device.type
+            source, target = inputs[-1].device.type, next(iter(tensors_in(output))).device.type
             non_blocking = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
             if (source, target) == ("cpu", "cuda"):
                 self.to_device.append(_caller())
@@ -217,7 +217,8 @@ def record_values(recorder: Recorder) -> None:
     torch.Tensor.item = item  # type: ignore[method-assign]
 
 
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
+def tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in nested arguments or outputs of an operation."""
     return (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
 
 

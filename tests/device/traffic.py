@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tests.device.fake_cuda import ATTRIBUTES, VIEWS, Recorder, _tensors
+from tests.device.fake_cuda import ATTRIBUTES, VIEWS, Recorder, tensors_in
 
 WRITTEN_ONLY = frozenset({"copy_", "fill_", "zero_"})
 """Operators that do not read the argument that they change."""
@@ -74,7 +74,7 @@ class TrafficRecorder(Recorder):
         if name in VIEWS or func.is_view:
             self._track(output)
             return output
-        if any(tensor.device.type == "cuda" for tensor in _tensors((args, kwargs, output))):
+        if any(tensor.device.type == "cuda" for tensor in tensors_in((args, kwargs, output))):
             full_name = name if func.namespace == "aten" else f"{func.namespace}::{name}"
             flop = FLOP[full_name](args, output) if full_name in FLOP else 0
             nbytes = count_bytes(func, args, kwargs, output)
@@ -87,7 +87,7 @@ class TrafficRecorder(Recorder):
         return sum(size for storage, size in self._storages.values() if not storage.expired())
 
     def _track(self, output: Any) -> None:
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             storage = tensor.untyped_storage()
             known = self._storages.get(storage._cdata)
             if tensor.device.type == "cuda" and (known is None or known[0].expired()):
@@ -127,18 +127,18 @@ def _changed_arguments(func: Any) -> tuple[tuple[int, str, bool], ...]:
 def count_bytes(func: Any, args: Any, kwargs: Any, output: Any) -> int:
     """Return the bytes that an operator reads and writes."""
     name = func.overloadpacket.__name__
-    read = sum(map(_nbytes, _tensors((args, kwargs))))
+    read = sum(map(_nbytes, tensors_in((args, kwargs))))
     if name in LOOK_UPS:
-        read += sum(map(_nbytes, _tensors(output))) - _nbytes(args[0])
+        read += sum(map(_nbytes, tensors_in(output))) - _nbytes(args[0])
     elif name in HARDLY_READ:
         read -= _nbytes(args[HARDLY_READ[name]])
     changed = [
         (is_only_written, tensor)
         for position, argument, is_only_written in _changed_arguments(func)
-        for tensor in _tensors(args[position] if position < len(args) else kwargs.get(argument))
+        for tensor in tensors_in(args[position] if position < len(args) else kwargs.get(argument))
     ]
     read -= sum(_nbytes(tensor) for is_only_written, tensor in changed if is_only_written)
-    written = {id(tensor): tensor for tensor in (*(tensor for _, tensor in changed), *_tensors(output))}
+    written = {id(tensor): tensor for tensor in (*(tensor for _, tensor in changed), *tensors_in(output))}
     return read + sum(map(_nbytes, written.values()))
 
 
