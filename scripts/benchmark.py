@@ -13,37 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmark_case import matmul_rate, step_flops
-
-SCRIPTS = Path(__file__).resolve().parent
-PRESETS = SCRIPTS.parent / "accelerate_configs"
-
-
-class Case(NamedTuple):
-    """One training to measure."""
-
-    name: str
-    trainer: str
-    config: dict[str, Any]
-    """A run config without `output_dir`."""
-    options: dict[str, Any] | None = None
-    """Additional arguments of another trainer."""
-    preset: str | None = None
-    """A file of accelerate_configs/; None = one process without a launcher."""
-    threads: int = os.cpu_count() or 1
-    """Threads of each process."""
-    profile: bool = False
+from benchmark_run import Case, CaseError, run_case, spread, token_rows, write_between_markers
 
 
 class Result(NamedTuple):
@@ -191,16 +170,6 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], Table]] = {
 }
 
 
-def token_rows(folder: Path, length: int, count: int) -> Path:
-    """Write rows of random tokens, all supervised, and return the file."""
-    file, rng = folder / f"rows-{length}.jsonl", random.Random(length)
-    with file.open("w", encoding="utf-8") as lines:
-        for _ in range(count):
-            ids = rng.choices(range(1000, 8000), k=length)
-            lines.write(json.dumps({"input_ids": ids, "labels": ids}) + "\n")
-    return file
-
-
 def llama(folder: Path, like: str, **shape: Any) -> str:
     """Save a model with random bfloat16 weights and return its folder.
 
@@ -225,22 +194,10 @@ def llama(folder: Path, like: str, **shape: Any) -> str:
 
 def measure(case: Case) -> Result:
     """Run one training and return its measurements."""
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        request = case._asdict() | {"options": case.options or {}, "folder": folder}
-        command = [sys.executable, str(SCRIPTS / "benchmark_case.py"), json.dumps(request)]
-        if case.preset:
-            accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-            command = [*accelerate, "--config_file", str(PRESETS / f"{case.preset}.yaml"), *command[1:]]
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(case.threads),
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        process = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if process.returncode:
-            raise SystemExit(f"{case.name} failed:\n{process.stdout[-1500:]}\n{process.stderr[-3000:]}")
-        operators = (Path(folder) / "profile.txt").read_text() if case.profile else ""
-        ranks = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("rank-*.json"))]
+    try:
+        ranks, operators = run_case(case)
+    except CaseError as error:
+        raise SystemExit(f"{case.name} failed:\n{error}") from None
     share = supervised_share(case.config)
     seconds = max(sum(rank["seconds"][1:]) for rank in ranks)
     rate = sum(sum(rank["tokens"][1:]) for rank in ranks) / seconds
@@ -291,22 +248,6 @@ def curve_lines(results: dict[str, list[Result]]) -> list[str]:
     ):
         lines.append(f"| {step} | {mine:.4f} | {other:.4f} | {mine - other:+.4f} |")
     return lines
-
-
-def spread(values: Iterable[float], spec: str) -> str:
-    """Return `median (min-max)`."""
-    values = list(values)
-    return f"{statistics.median(values):{spec}} ({min(values):{spec}}-{max(values):{spec}})"
-
-
-def write_between_markers(file: Path, part: str, lines: list[str]) -> None:
-    """Write lines between `<!-- part -->` and `<!-- /part -->`."""
-    text = file.read_text(encoding="utf-8")
-    start, end = f"<!-- {part} -->", f"<!-- /{part} -->"
-    new, count = re.subn(f"{start}.*?{end}", "\n".join([start, *lines, end]), text, flags=re.DOTALL)
-    if count != 1:
-        raise SystemExit(f"{file}: has no {start} … {end}")
-    file.write_text(new, encoding="utf-8")
 
 
 def main() -> None:

@@ -1,17 +1,22 @@
 """Run one training of `scripts/benchmark.py` in this process and write its measurements to rank-RANK.json.
 
 Every trainer gets the same tokenized rows in the same order and makes the same steps: 16 examples, AdamW, one adapter.
-Tokens are counted at the model's input, and time from one optimizer step to the next. Memory is measured from when the
-model is loaded and every weight has been read once.
+Tokens are counted at the model's input, and time from one optimizer step to the next; a GPU is synchronized there.
+Memory is measured from when the model is loaded and every weight has been read once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import sys
+import tempfile
 import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +33,41 @@ from lora_accel.training.step import Run
 
 
 class Monitor:
-    """Records seconds, real tokens and loss of each step, and the peak memory above the loaded model."""
+    """Records seconds, real tokens and loss of each step, and the peak memory.
 
-    def __init__(self) -> None:
+    Args:
+        device: cpu or cuda.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
         self.seconds: list[float] = []
         self.tokens: list[int] = []
         self.losses: list[float] = []
+        self.probed: dict[str, Any] = {}
+        """What one step of each kind showed; see `Case.probe`."""
+        self._on_gpu = device == "cuda"
         self._step_tokens = 0
         self._step_start = 0.0
         self._model_bytes = 0
 
     def begin(self, model: torch.nn.Module) -> None:
         """Start to measure. The model is loaded."""
-        for parameter in model.parameters():
-            parameter.data.view(torch.uint8).sum()  # reads a weight file that is only mapped
-        ctypes.CDLL(None).malloc_trim(0)  # return what loading freed
-        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-        self._model_bytes = _status("VmRSS")
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self._model_bytes = torch.cuda.memory_allocated()
+        else:
+            for parameter in model.parameters():
+                parameter.data.view(torch.uint8).sum()  # reads a weight file that is only mapped
+            ctypes.CDLL(None).malloc_trim(0)  # return what loading freed
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+            self._model_bytes = _status("VmRSS")
         model.register_forward_pre_hook(self._count, with_kwargs=True)
         self._step_start = time.perf_counter()
 
     def step(self) -> None:
         """Record the end of a step."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds.append(now - self._step_start)
         self.tokens.append(self._step_tokens)
@@ -62,9 +80,16 @@ class Monitor:
         self._step_tokens += ids.numel() if mask is None or mask.shape != ids.shape else int(mask.sum())
 
     def measurements(self) -> dict[str, Any]:
-        """Return the measurements of this rank."""
-        peak = _status("VmHWM") - self._model_bytes
-        return {"seconds": self.seconds, "tokens": self.tokens, "losses": self.losses, "peak_above_model": peak}
+        """Return the measurements of this rank; memory in bytes."""
+        peak = torch.cuda.max_memory_allocated() if self._on_gpu else _status("VmHWM")
+        return {
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "losses": self.losses,
+            "peak": peak,
+            "peak_above_model": peak - self._model_bytes,
+            **self.probed,
+        }
 
 
 def _status(name: str) -> int:
@@ -74,11 +99,12 @@ def _status(name: str) -> int:
     raise RuntimeError(name)
 
 
-def train_with_lora_accel(config: RunConfig, monitor: Monitor, profile: Path | None) -> None:
+def train_with_lora_accel(config: RunConfig, monitor: Monitor, profile: Path | None, *, probe: bool = False) -> None:
     """Train as `python -m lora_accel.train` does.
 
     Args:
         profile: file for the operators of the second step and their time; None = no profile.
+        probe: whether to count the kernels of the second step and the synchronizations of the third.
     """
     from lora_accel.training import loop
     from lora_accel.training.step import train_step
@@ -94,6 +120,13 @@ def train_with_lora_accel(config: RunConfig, monitor: Monitor, profile: Path | N
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
                 result = train_step(run, step)
             profile.write_text(operators(profiler))
+        elif probe and step == 1:
+            with counted_kernels(monitor.probed):
+                result = train_step(run, step)
+            monitor.probed["micro_batches"] = len(result.batch.micro_batches)
+        elif probe and step == 2 and torch.cuda.is_available():
+            with listed_syncs(monitor.probed):
+                result = train_step(run, step)
         else:
             result = train_step(run, step)
         monitor.step()
@@ -103,6 +136,50 @@ def train_with_lora_accel(config: RunConfig, monitor: Monitor, profile: Path | N
     loop.train = monitored_train
     vars(loop)["train_step"] = monitored_step
     run_training(config)
+
+
+@contextlib.contextmanager
+def counted_kernels(probed: dict[str, Any]) -> Iterator[None]:
+    """Count the kernels that run in the block, by name, as `kernels`; on the CPU, torch's operators."""
+    kinds = torch.profiler.ProfilerActivity
+    on_gpu = torch.cuda.is_available()
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if on_gpu else [kinds.CPU]) as profiler:
+        yield
+        if on_gpu:
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:  # in the trace, kernels, copies and annotations differ
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        events = json.loads(file.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
+    kind = "kernel" if on_gpu else "cpu_op"
+    probed["kernels"] = dict(Counter(event["name"] for event in events if event.get("cat") == kind))
+
+
+@contextlib.contextmanager
+def listed_syncs(probed: dict[str, Any]) -> Iterator[None]:
+    """List where the host waits for the GPU in the block, as `syncs`: file and line, with repeats."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found = [warning for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
+    probed["syncs"] = [f"{Path(warning.filename).name}:{warning.lineno}" for warning in found]
+
+
+def estimated_bytes(config: RunConfig) -> int:
+    """Return the memory of a run on one device, as `lora-accel plan` estimates it."""
+    from lora_accel.distributed.launch import resolve_launch
+    from lora_accel.planning.estimate import make_estimate
+
+    precision = resolve_launch(config, None)[1].mixed_precision
+    estimate = make_estimate(config, prepare_data(config), precision, 1, has_4_bits=False)
+    if estimate.untraced is not None:
+        raise RuntimeError(estimate.untraced)
+    assert estimate.options[0].memory is not None  # one device is always supported
+    return estimate.options[0].memory.total
 
 
 def operators(profiler: Any, most: int = 15) -> str:
@@ -131,18 +208,22 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
             self._monitor.losses.append(logs["loss"])
 
 
-def train_with_other(kind: str, config: RunConfig, monitor: Monitor, options: dict[str, Any]) -> None:
+def train_with_other(
+    kind: str, config: RunConfig, monitor: Monitor, options: dict[str, Any], device: str = "cpu"
+) -> None:
     """Train with another trainer.
 
     Args:
         kind: `fastchat` (float32 base, padded to `data.max_length`), `trainer` (16-bit base, padded to the longest
             example of the batch) or `trl`.
         options: additional arguments of the trainer.
+        device: cpu or cuda.
     """
     import datasets
     from peft import get_peft_model
 
     from lora_accel.model.adapter import lora_config
+    from lora_accel.model.base import DTYPES, _bitsandbytes_config
 
     datasets.disable_progress_bars()
     data = prepare_data(config, num_ranks=1)
@@ -162,8 +243,8 @@ def train_with_other(kind: str, config: RunConfig, monitor: Monitor, options: di
         "max_grad_norm": training.max_grad_norm,
         "train_sampling_strategy": "sequential",
         "bf16": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
+        "use_cpu": device == "cpu",
+        "dataloader_pin_memory": device != "cpu",
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -174,6 +255,9 @@ def train_with_other(kind: str, config: RunConfig, monitor: Monitor, options: di
     if kind == "trl":
         from trl import SFTConfig, SFTTrainer
 
+        if config.quantization.bits == 4:
+            loading = arguments["model_init_kwargs"]
+            loading["quantization_config"] = _bitsandbytes_config(config.quantization, DTYPES[loading["dtype"]])
         trainer = SFTTrainer(
             name,
             args=SFTConfig(max_length=config.data.max_length, **arguments),
@@ -238,15 +322,19 @@ def main() -> None:
     """Run the training that the JSON argument describes."""
     case: dict[str, Any] = json.loads(sys.argv[1])
     silence_libraries()
-    monitor = Monitor()
+    device, probe = case["device"], case["probe"]
+    monitor = Monitor(device)
     folder = Path(case["folder"])
     config = RunConfig.model_validate(case["config"] | {"output_dir": str(folder / "run")})
     if case["trainer"] == "lora_accel":
-        train_with_lora_accel(config, monitor, folder / "profile.txt" if case.get("profile") else None)
+        train_with_lora_accel(config, monitor, folder / "profile.txt" if case["profile"] else None, probe=probe)
     else:
-        train_with_other(case["trainer"], config, monitor, case.get("options", {}))
+        train_with_other(case["trainer"], config, monitor, case["options"], device)
+    measurements = monitor.measurements()
+    if probe:
+        measurements["estimate"] = estimated_bytes(config)
     rank = os.environ.get("RANK", "0")
-    (folder / f"rank-{rank}.json").write_text(json.dumps(monitor.measurements()))
+    (folder / f"rank-{rank}.json").write_text(json.dumps(measurements))
 
 
 if __name__ == "__main__":
