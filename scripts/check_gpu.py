@@ -48,7 +48,7 @@ from benchmark_run import (
 from lora_accel.config.launch import read_launch
 from lora_accel.distributed.devices import NVIDIA_DRIVER, device_row, why_no_gpu
 from lora_accel.errors import ConfigError
-from lora_accel.model.device import PRECISIONS, detect_device, has_triton, native_precision
+from lora_accel.model.device import PRECISIONS, detect_device, has_package, native_precision
 from random_llama import TINY, Shape, choose_shape, make_llama
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -336,7 +336,7 @@ def why_not_installed(trainer: str, check: Check) -> str | None:
         return "Liger is not installed (pip install liger-kernel)"
     if "Liger" in trainer and check.is_dry_run:
         return "Liger's kernels need a GPU"
-    if "compiled" in trainer and not check.is_dry_run and not has_triton():
+    if "compiled" in trainer and not check.is_dry_run and not has_package("triton"):
         return "Triton is not installed"
     return None
 
