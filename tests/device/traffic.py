@@ -29,6 +29,7 @@ FLOP: dict[str, Callable[[Any, Any], int]] = {
     "mm": lambda args, output: 2 * output.numel() * args[0].shape[-1],
     "bmm": lambda args, output: 2 * output.numel() * args[0].shape[-1],
     "addmm": lambda args, output: 2 * output.numel() * args[1].shape[-1],
+    "addmm_": lambda args, output: 2 * output.numel() * args[1].shape[-1],
     "baddbmm": lambda args, output: 2 * output.numel() * args[1].shape[-1],
     # Two products of 2 · T · L · H · D for segments of L tokens, of which the causal mask leaves half. Backward has
     # five (Dao, FlashAttention-2, arXiv 2307.08691).
