@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -135,6 +136,8 @@ def load_base_model(
     if quantized is not None or quantization.bits is not None:
         _cast_unquantized(model, dtype)
         _keep_weights_as_loaded(model)
+        if mixed_precision in AUTOCAST_DTYPES:
+            _cast_inputs_of_quantized(model, AUTOCAST_DTYPES[mixed_precision])
     model.config.use_cache = False
     model.requires_grad_(False)
     return model
@@ -158,6 +161,23 @@ def _keep_weights_as_loaded(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _cast_inputs_of_quantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast what quantized layers get, as autocast does for plain ones: it does not know bitsandbytes' products.
+
+    A LayerNorm returns float32 under autocast. From there on all hidden states, and the products of 8-bit layers in
+    backward, would be in float32.
+    """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    for module in model.modules():
+        if isinstance(module, (Linear4bit, Linear8bitLt)):
+            module.register_forward_pre_hook(functools.partial(_cast_input, dtype))
+
+
+def _cast_input(dtype: torch.dtype, module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (inputs[0].to(dtype),)
 
 
 def _load(section: ModelSection, tensors: Mapping[str, StoredTensor], options: Mapping[str, Any]) -> PreTrainedModel:
