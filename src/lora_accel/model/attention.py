@@ -112,8 +112,51 @@ def pack_attention(model: PreTrainedModel) -> None:
         return
     name = f"packed_{implementation}"
     AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    _register_mask(name, implementation)
     model.set_attn_implementation(name)
+
+
+def pad_attention(model: PreTrainedModel) -> None:
+    """Make a model compute the masks of padded rows without waiting for the device."""
+    implementation = model.config._attn_implementation
+    if implementation == "sdpa":
+        name = "padded_sdpa"
+        AttentionInterface.register(name, ALL_ATTENTION_FUNCTIONS[implementation])
+        _register_mask(name, implementation)
+        model.set_attn_implementation(name)
+
+
+def _register_mask(name: str, implementation: str) -> None:
+    """Register the mask of an attention implementation under another name."""
+    mask = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+    AttentionMaskInterface.register(name, functools.partial(_unread_mask, mask) if implementation == "sdpa" else mask)
+
+
+def _unread_mask(
+    mask: Any,
+    *args: Any,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **options: Any,
+) -> torch.Tensor | None:
+    """Return transformers' 4-D mask of rows, without reading on the host whether any row has padding.
+
+    transformers reads it in each forward, to replace the mask by a causal kernel if none has: on a GPU the host waits.
+    Here a single row has none, and several are taken to have some. On the CPU nothing waits.
+
+    Args:
+        mask: transformers' function.
+        attention_mask: [B, T].
+    """
+    if attention_mask is not None and attention_mask.device.type != "cpu":
+        if len(attention_mask) == 1:
+            attention_mask = None
+        else:
+            allow_is_causal_skip = False
+    masks: torch.Tensor | None = mask(
+        *args, attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, **options
+    )
+    return masks
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

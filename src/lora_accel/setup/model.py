@@ -25,7 +25,7 @@ from lora_accel.model.adapter import (
     skipped_experts,
     trainable_parameters,
 )
-from lora_accel.model.attention import can_pack, check_flash_dtype, pack_attention
+from lora_accel.model.attention import can_pack, check_flash_dtype, pack_attention, pad_attention
 from lora_accel.model.base import check_zero3_dtype, load_base_model
 from lora_accel.model.compile import compile_layers
 from lora_accel.model.device import detect_device, has_fused_adamw
@@ -99,6 +99,8 @@ def prepare_model(
     packed = config.data.packing and can_pack(base)
     if packed:
         pack_attention(base)
+    elif can_pack(base):
+        pad_attention(base)
     elif config.data.packing:
         logger.info(f"note: padding rows: {base.config.model_type} does not support packing with this attention")
     if config.training.compile:
