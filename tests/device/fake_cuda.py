@@ -1,8 +1,8 @@
-"""CUDA without a GPU: fake tensors on cuda:0 have shapes, dtypes and a device, and no data.
+"""CUDA without a GPU: fake tensors on cuda:0 have shapes, dtypes and a device, and no data. Those on the CPU are real.
 
-Operations on them check devices as real ones do, so a tensor that was left on the CPU raises; and what needs a value on
-the host (`.item()`, `bool(tensor)`) raises, since there is none. What is not checked: what happens within kernels,
-values, and memory that is really allocated.
+Operations on fake tensors check devices as real ones do, so a tensor that was left on the CPU raises. A value that the
+host reads (`.item()`, `bool(tensor)`, `.cpu()`) is zero, and the `Recorder` records that the host waited for it. What
+is not checked: what happens within kernels, values, and memory that is really allocated.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 import copy
 import ctypes
 import dataclasses
-import traceback
+import importlib
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
+from unittest.mock import MagicMock, patch
 
+import bitsandbytes
 import torch
 from torch import nn
 from torch._higher_order_ops.flex_attention import flex_attention as flex_forward
@@ -23,7 +27,7 @@ from torch._higher_order_ops.flex_attention import flex_attention_backward as fl
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from transformers.utils import import_utils
 
 import lora_accel
 from lora_accel.model import device, gpu_attention
@@ -35,8 +39,13 @@ VIEWS = frozenset(
     | {"transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as"}
 )
 """Operations that start no kernel."""
+PRODUCTS = frozenset({"_grouped_mm", "addbmm", "addmm", "baddbmm", "bmm", "mm"})
+VALUES = frozenset({"_local_scalar_dense", "is_nonzero"})
+"""Operations that return a value to the host."""
 LIBRARY = torch.library.Library("aten", "IMPL")
-PACKAGE = str(Path(lora_accel.__file__).parent)
+BITSANDBYTES = Path(bitsandbytes.__file__).parent
+CALLERS = (str(Path(lora_accel.__file__).parent), str(BITSANDBYTES), str(Path(__file__).with_name("controls.py")))
+"""Files of those to whom an operation is attributed."""
 ATTRIBUTES = frozenset({"device", "sym_size", "_has_compatible_shallow_copy_type"})
 
 
@@ -60,6 +69,7 @@ def install(library: str) -> FakeTensorMode:
     assert ctypes.CDLL(library).install()
     LIBRARY.impl("_efficient_attention_backward", _shapes_of_efficient_backward, "Meta", allow_override=True)
     LIBRARY.impl("silu_backward", _not_run, "CUDA")  # a torch without CUDA would decompose it
+    LIBRARY.impl("_grouped_mm", _shape_of_grouped_mm, "Meta", allow_override=True)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     type(mode).avoid_device_init = property(lambda self: True)
     replacements: dict[str, Any] = {
@@ -78,11 +88,28 @@ def install(library: str) -> FakeTensorMode:
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda:0"): first on the CPU, then copied
+    FakeTensor.tolist = lambda tensor: tensor.cpu().tolist()  # type: ignore[method-assign]
+    torch.Tensor.pin_memory = lambda tensor, *args: tensor  # type: ignore[method-assign]
+    import_utils.is_fake_tensor = lambda value: False  # transformers skips for them what would wait for a value
+    _install_bitsandbytes()
+    Recorder.mode = mode
     return mode
 
 
 def _not_run(*_: Any, **__: Any) -> Any:
     raise NotImplementedError  # fake tensors use the operator's shapes only
+
+
+def _install_bitsandbytes() -> None:
+    """Import bitsandbytes' operators for CUDA, with a library in which every kernel does nothing."""
+    library = MagicMock()
+    library.cigemmlt_32.return_value = 0  # no error
+    torch._C._cuda_getCurrentRawStream = lambda index: 0
+    with patch.object(bitsandbytes.cextension, "lib", library):
+        operators = importlib.import_module("bitsandbytes.backends.cuda.ops")
+    operators.CUBLAS_Context = MagicMock()
+    FakeTensor.data_ptr = lambda tensor: 0  # type: ignore[method-assign]
 
 
 def set_capability(capability: tuple[int, int]) -> None:
@@ -125,8 +152,9 @@ def move_model(model: nn.Module, mode: FakeTensorMode) -> None:
 def _move_quantized(original: Any, moved: Any, fake: Any) -> None:
     """Move what bitsandbytes keeps beside a weight."""
     for attribute in ("CB", "SCB"):
-        if getattr(original, attribute, None) is not None:
-            setattr(moved, attribute, fake(getattr(original, attribute)))
+        if hasattr(original, attribute):
+            value = getattr(original, attribute)
+            setattr(moved, attribute, None if value is None else fake(value))
     state = getattr(original, "quant_state", None)
     if state is None:
         return
@@ -142,11 +170,19 @@ def _move_quantized(original: Any, moved: Any, fake: Any) -> None:
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records what a GPU would have to do: kernels, copies from and to the host, and waits of the host."""
+    """Runs operations that have a tensor on the GPU on fake tensors, and the others as they are.
+
+    Records what a GPU would have to do: kernels, copies from and to the host, and waits of the host.
+    """
+
+    mode: FakeTensorMode
+    """The mode in which tensors on the GPU exist; set by `install`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kernels: Counter[str] = Counter()
+        self.products: Counter[str] = Counter()
+        """Matrix products: `operator, dtype of its operands`."""
         self.to_device: list[str] = []
         """Copies from the host: where they come from."""
         self.blocking: list[str] = []
@@ -158,22 +194,48 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run an operation, and record it if it has a tensor on the GPU."""
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        output = func(*args, **kwargs)
         inputs = list(tensors_in((args, kwargs)))
-        if not any(tensor.device.type == "cuda" for tensor in (*inputs, *tensors_in(output))):
-            return output
-        if name in ("_to_copy", "copy_"):
-            source, target = inputs[-1].device.type, next(iter(tensors_in(output))).device.type
+        is_on_gpu = any(tensor.device.type == "cuda" for tensor in inputs)
+        if not is_on_gpu and torch.device(kwargs.get("device") or "cpu").type != "cuda":
+            return func(*args, **kwargs)
+        if is_on_gpu and _reads(name, inputs, kwargs):
+            self.syncs.append(_caller())
+            return _zeros(name, inputs, kwargs)
+        if func.namespace == "bitsandbytes":
+            # Its operators are Python code, which starts kernels and may wait for values.
+            is_own = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CUDA")
+            key = "CUDA" if is_own else "CompositeExplicitAutograd"
+            with self:
+                return func._op_dk(getattr(torch._C.DispatchKey, key), *args, **kwargs)
+        if name in ("_to_copy", "copy_") and inputs[-1].device.type == "cpu":
+            self.to_device.append(_caller())
             non_blocking = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
-            if (source, target) == ("cpu", "cuda"):
-                self.to_device.append(_caller())
-                if not non_blocking and inputs[-1].numel() > 0:
-                    self.blocking.append(_caller())
-            elif (source, target) == ("cuda", "cpu"):
-                self.syncs.append(_caller())
+            if not non_blocking and inputs[-1].numel() > 0:
+                self.blocking.append(_caller())
+        if name in PRODUCTS:
+            left = inputs[1 if "add" in name else 0]
+            if left.shape[-1] > 1:  # else an outer product, such as the angles of rotary embeddings
+                self.products[f"{name}, {left.dtype}"] += 1
         if name not in VIEWS | ATTRIBUTES:
             self.kernels[name] += 1
-        return output
+        with self.mode:
+            return func(*args, **kwargs)
+
+
+def _reads(name: str, inputs: list[torch.Tensor], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation on a tensor of the GPU returns values to the host."""
+    if name == "copy_":
+        return inputs[0].device.type == "cpu"
+    return name in VALUES or (name == "_to_copy" and kwargs.get("device") == torch.device("cpu"))
+
+
+def _zeros(name: str, inputs: list[torch.Tensor], kwargs: Mapping[str, Any]) -> Any:
+    """Return what the host reads."""
+    if name == "copy_":
+        return inputs[0].zero_()
+    if name in VALUES:
+        return torch.zeros((), dtype=inputs[0].dtype).item()
+    return torch.zeros(inputs[0].shape, dtype=kwargs.get("dtype") or inputs[0].dtype)
 
 
 def _register(operator: Any) -> None:
@@ -194,37 +256,33 @@ def _shapes_of_efficient_backward(grad: Any, query: Any, key: Any, value: Any, *
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), query.new_empty(0)
 
 
-def record_values(recorder: Recorder) -> None:
-    """Let `.tolist()` and `.item()` return ones, and record them as waits. (`bool(tensor)` still raises.)"""
+def _shape_of_grouped_mm(left: Any, right: Any, offsets: Any, *_: Any) -> Any:
+    """Replaces torch 2.13's own, which accepts bfloat16 only; its kernels accept all dtypes.
 
-    original = torch.Tensor.tolist
-
-    def tolist(tensor: torch.Tensor) -> Any:
-        if not isinstance(tensor, FakeTensor):
-            return original(tensor)
-        recorder.syncs.append(_caller())
-        return [1.0] * tensor.numel()
-
-    value = torch.Tensor.item
-
-    def item(tensor: torch.Tensor) -> Any:
-        if not isinstance(tensor, FakeTensor):
-            return value(tensor)
-        recorder.syncs.append(_caller())
-        return 1.0
-
-    torch.Tensor.tolist = FakeTensor.tolist = tolist  # type: ignore[method-assign]
-    torch.Tensor.item = item  # type: ignore[method-assign]
+    Args:
+        left, right: [rows, in] and [groups, in, out]; for the gradient of the weights [in, rows] and [rows, out].
+    """
+    shape = (len(left), right.shape[-1])
+    return left.new_empty(shape if right.ndim == 3 else (len(offsets), *shape))
 
 
 def tensors_in(values: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors in nested arguments or outputs of an operation."""
-    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from tensors_in(value)
+    elif isinstance(values, dict):
+        yield from tensors_in(tuple(values.values()))
 
 
 def _caller() -> str:
-    """Return the innermost line of the package, or of a test, that led to an operation."""
-    frames = traceback.extract_stack()[:-2]
-    own = [f for f in frames if f.filename.startswith(PACKAGE) or Path(f.filename).name.startswith("control")]
-    frame = (own or frames)[-1]
-    return f"{Path(frame.filename).name}:{frame.name}"
+    """Return the innermost function of the package, of bitsandbytes or of a test that led to an operation."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and not frame.f_code.co_filename.startswith(CALLERS):
+        frame = frame.f_back
+    if frame is None:
+        return ""
+    path = Path(frame.f_code.co_filename)
+    return "bitsandbytes" if path.is_relative_to(BITSANDBYTES) else f"{path.name}:{frame.f_code.co_name}"

@@ -5,6 +5,7 @@ LD_PRELOAD=fake_cuda.so python -m tests.device.worker CASES.json RESULTS.json
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -13,6 +14,7 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 os.environ["ACCELERATE_TORCH_DEVICE"] = "cuda:0"
 
@@ -20,19 +22,24 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import GradientAccumulationPlugin
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.generation.utils import StopCheck
 
 from lora_accel.config.schema import RunConfig
 from lora_accel.model import base
-from lora_accel.model.device import detect_device
-from lora_accel.model.recompute import recompute_layers
 from lora_accel.setup import model as setup_model
-from lora_accel.setup.data import prepare_data
-from lora_accel.setup.resume import ResumePoint
+from lora_accel.setup.data import PreparedData, prepare_data
+from lora_accel.setup.model import PreparedModel, enable_activation_checkpointing
+from lora_accel.setup.provenance import make_provenance
+from lora_accel.setup.resume import ResumePoint, resume_run
 from lora_accel.setup.run import make_run
 from lora_accel.training.loss_scale import LossScale
 from lora_accel.training.progress import Progress
-from lora_accel.training.step import train_step
+from lora_accel.training.step import Run, train_step
 from tests.device import controls, fake_cuda
+
+STOP_CHECK = StopCheck.__call__
 
 
 def main(cases_file: str, results_file: str) -> None:
@@ -40,26 +47,21 @@ def main(cases_file: str, results_file: str) -> None:
     request = json.loads(Path(cases_file).read_text(encoding="utf-8"))
     mode = fake_cuda.install(request["library"])
     results = []
+    gc.freeze()  # what was imported need not be searched again after each case
     for case in request["cases"]:
         try:
-            results.append({"id": case["id"], **run_case(case, mode)})
+            results.append(run_case(case, mode))
         except Exception as error:  # every kind is a result
             frames = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
-            results.append(
-                {
-                    "id": case["id"],
-                    "error": f"{type(error).__name__}: {error}"[:800],
-                    "frames": frames[:14] + frames[-6:],
-                }
-            )
+            results.append({"error": f"{type(error).__name__}: {error}"[:800], "frames": frames[:14] + frames[-6:]})
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         gc.collect()
     Path(results_file).write_text(json.dumps(results), encoding="utf-8")
 
 
-def run_case(case: dict[str, Any], mode: Any) -> dict[str, Any]:
-    """Train one step and evaluate; return what both did."""
+def run_case(case: dict[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
+    """Train a step, evaluate, save, resume, and train another step; return what each did."""
     config = RunConfig.model_validate(case["config"])
     fake_cuda.set_capability(tuple(case["capability"]))
     accelerator = Accelerator(
@@ -68,62 +70,128 @@ def run_case(case: dict[str, Any], mode: Any) -> dict[str, Any]:
     )
     assert accelerator.device.type == "cuda"
     data = prepare_data(config)
-    prepare = accelerator.prepare
-
-    def prepare_on_fake_gpu(model: Any, optimizer: Any) -> Any:
-        by_id = {id(parameter): name for name, parameter in model.named_parameters()}
-        fake_cuda.move_model(model, mode)
-        controls.CONTROLS[case.get("control", "none")](model)
-        parameters = dict(model.named_parameters())
-        for group in optimizer.param_groups:
-            group["params"] = [parameters[by_id[id(parameter)]] for parameter in group["params"]]
-        return prepare(model, optimizer, device_placement=[False, False])
-
-    accelerator.prepare = prepare_on_fake_gpu  # type: ignore[method-assign]
-    load = base.load_base_model
-    setup_model.load_base_model = lambda *a, **k: load(*a, **{**k, "device": torch.device("cpu")})
-    try:
-        prepared = setup_model.prepare_model(config, accelerator)
-    finally:
-        setup_model.load_base_model = load
-    if config.training.activation_checkpointing is True:
-        recompute_layers(accelerator.unwrap_model(prepared.model))
-    scale = LossScale() if config.training.mixed_precision == "fp16" else None
-    start = ResumePoint(Progress(), loss_scale=scale)
+    prepared = prepare_on_gpu(config, accelerator, mode, case["control"])
+    enable_activation_checkpointing(config, data, accelerator, prepared, num_local_ranks=1)
+    start = ResumePoint(Progress(), loss_scale=LossScale() if config.training.mixed_precision == "fp16" else None)
     stop = SimpleNamespace(cause=lambda: None)
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    run = make_run(config, data, accelerator, prepared, {}, start, stop, lambda *a, **k: None)  # type: ignore[arg-type]
+    Path(config.output_dir).mkdir(parents=True)
+    provenance = make_provenance(config, data, accelerator, prepared)
+    run = make_run(config, data, accelerator, prepared, provenance, start, stop, lambda *args: None)  # type: ignore[arg-type]
     run.model.train()
-    recorder = fake_cuda.Recorder()
-    fake_cuda.record_values(recorder)
-    prepare_batch, prepared_after = run.batches.prepare, []
 
-    def prepare_and_record(step: int) -> None:
-        prepared_after.append((step, len(recorder.syncs)))
-        prepare_batch(step)
+    hidden_dtypes: set[str] = set()
+    for layer in decoder_layers(prepared.model):
+        layer.register_forward_hook(lambda module, inputs, output: hidden_dtypes.add(str(first_tensor(output).dtype)))
+    prepare_batch, batches = run.batches.prepare, []
+
+    def prepare_and_record(number: int) -> None:
+        batches.append((number, "step.py:train_step" in step.syncs))
+        prepare_batch(number)
 
     run.batches.prepare = prepare_and_record  # type: ignore[method-assign]
-    torch.Tensor.pin_memory = lambda self, *a: self  # type: ignore[method-assign]
-    with mode:
-        with recorder:
-            result = train_step(run, 0)
-        evaluation = fake_cuda.Recorder()
-        fake_cuda.record_values(evaluation)
-        with evaluation:
-            run.evaluator.evaluate(run.metrics)
-    micro_batches = len(result.batch.micro_batches)
-    return {
-        "device": detect_device(accelerator.device).kind,
-        "packed": prepared.packed,
-        "micro_batches": micro_batches,
+    with fake_cuda.Recorder() as step:
+        result = train_step(run, 0)
+    if case["control"] != "none":
+        return {"step": recorded(step)}
+    with fake_cuda.Recorder() as evaluation:
+        dataclasses.replace(run.evaluator, prompts=[], scorers={}).evaluate(run.metrics)
+    with fake_cuda.Recorder() as replies, patch.object(StopCheck, "__call__", stop_after_two_tokens):
+        replied = dataclasses.replace(run.evaluator, sources={}).evaluate(run.metrics)
+    counts = {
+        "int8_layers": sum(isinstance(module, Linear8bitLt) for module in prepared.model.modules()),
+        "nf4_layers": sum(isinstance(module, Linear4bit) for module in prepared.model.modules()),
+        "num_trained": len(prepared.trainable),
         "fields": sum(isinstance(x, torch.Tensor) for x in vars(result.batch.micro_batches[0]).values()),
-        "kernels": recorder.kernels,
-        "syncs": recorder.syncs,
-        "to_device": recorder.to_device,
-        "prepared_after": prepared_after,
-        "blocking": recorder.blocking + evaluation.blocking,
-        "evaluation_syncs": evaluation.syncs,
     }
+    outcome: dict[str, Any] = {
+        **counts,
+        "packed": prepared.packed,
+        "batches": batches,
+        "hidden_dtypes": sorted(hidden_dtypes),
+        "step": recorded(step) | {"micro_batches": len(result.batch.micro_batches)},
+        "evaluation": recorded(evaluation),
+        "replies": recorded(replies),
+        "replied": replied,
+    }
+    if not prepared.packed:
+        return outcome
+    return outcome | resume_after_save(config, accelerator, data, prepared, run, mode)
+
+
+def resume_after_save(
+    config: RunConfig,
+    accelerator: Accelerator,
+    data: PreparedData,
+    prepared: PreparedModel,
+    run: Run,
+    mode: FakeTensorMode,
+) -> dict[str, Any]:
+    """Save a checkpoint, restore it as a new process would, and train a step; return what this did."""
+    trained = layout(prepared)
+    with fake_cuda.Recorder() as save:
+        run.checkpointer.save(Progress(step=1))
+    prepared.optimizer.state.clear()
+    with fake_cuda.Recorder():
+        start = resume_run(config, accelerator, prepared, run.checkpointer.provenance, data.plan)
+    restored = layout(prepared)
+    run.model.train()
+    with fake_cuda.Recorder() as step:
+        result = train_step(run, start.progress.step)
+    return {
+        "trained": trained,
+        "restored": restored,
+        "resumed_step": start.progress.step,
+        "save": recorded(save),
+        "next_step": recorded(step) | {"micro_batches": len(result.batch.micro_batches)},
+    }
+
+
+def recorded(recorder: fake_cuda.Recorder) -> dict[str, Any]:
+    """Return what a recorder recorded, for JSON."""
+    return {name: getattr(recorder, name) for name in ("kernels", "products", "to_device", "blocking", "syncs")}
+
+
+def prepare_on_gpu(config: RunConfig, accelerator: Accelerator, mode: FakeTensorMode, control: str) -> PreparedModel:
+    """Prepare the model by the package's own code, which loads it on the CPU, and move it to the fake GPU."""
+    prepare, load = accelerator.prepare, base.load_base_model
+
+    def prepare_and_move(model: Any, optimizer: Any) -> Any:
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        fake_cuda.move_model(model, mode)
+        controls.CONTROLS[control](model)
+        parameters = dict(model.named_parameters())
+        for group in optimizer.param_groups:
+            group["params"] = [parameters[names[id(parameter)]] for parameter in group["params"]]
+        return prepare(model, optimizer, device_placement=[False, False])
+
+    accelerator.prepare = prepare_and_move  # type: ignore[method-assign]
+    with patch.object(setup_model, "load_base_model", lambda *a, **k: load(*a, **{**k, "device": torch.device("cpu")})):
+        return setup_model.prepare_model(config, accelerator)
+
+
+def stop_after_two_tokens(check: StopCheck, unfinished: torch.Tensor, tokens: torch.Tensor, length: int) -> bool:
+    """Wait for the value with which `generate` decides whether to stop; there is none here, so count tokens."""
+    vars(check)["num_tokens"] = vars(check).get("num_tokens", 0) + 1
+    return STOP_CHECK(check, unfinished, tokens, length) or vars(check)["num_tokens"] == 2
+
+
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the modules between which the hidden states pass."""
+    return [module for module in model.modules() if type(module).__name__.endswith(("DecoderLayer", "GPT2Block"))]
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """Return the hidden states that a layer returns."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def layout(prepared: PreparedModel) -> dict[str, str]:
+    """Return the device, dtype and shape of what is trained and of the optimizer's state, by name."""
+    names = {parameter: name for name, parameter in prepared.model.named_parameters()}
+    tensors = {names[parameter]: parameter.detach() for parameter in prepared.trainable}
+    for parameter, state in prepared.optimizer.state.items():
+        tensors |= {f"{key}.{names[parameter]}": value for key, value in state.items()}
+    return {name: f"{value.device}, {value.dtype}, {tuple(value.shape)}" for name, value in sorted(tensors.items())}
 
 
 if __name__ == "__main__":
