@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 # The data cache of the tests is deleted after them. Set before huggingface_hub reads it; child processes inherit it.
 if "lora-accel-tests-" not in os.environ.get("HF_HOME", ""):
@@ -46,6 +47,11 @@ from lora_accel.config.schema import RunConfig
 from lora_accel.console import show_logs
 from tests import forked
 from tests.tiers import ProcessGuard, outside_samples, select_fast_tests
+
+if TYPE_CHECKING:
+    from tests.distributed.forked import Forks
+
+forked.skip_fsync()
 
 PATIENCE_SECONDS = 1200
 """Timeout of a process that hangs: many times the duration of any test on a slow, busy machine."""
@@ -80,8 +86,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Reduce hypothesis's examples in the fast tier; let Ctrl-C reach the processes of tests in the background too."""
-    hypothesis.settings.register_profile("tier", max_examples=20 if config.getoption("--fast") else 300)
+    """Set hypothesis's examples for the tier; let Ctrl-C reach the processes of tests in the background too."""
+    max_examples = 20 if config.getoption("--fast") else 300 if config.getoption("--faults") else 100
+    hypothesis.settings.register_profile("tier", max_examples=max_examples)
     hypothesis.settings.load_profile("tier")
     show_logs()  # as the commands do
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started with `&`, which child processes inherit
@@ -209,23 +216,25 @@ def rows_file(tmp_path: Path) -> Path:
 def make_config(tmp_path: Path, tiny_model: Callable[..., Path], rows_file: Path) -> Callable[..., RunConfig]:
     """Return a function that makes a run config on the tiny model: `make_config(training={...})` changes a section."""
 
-    def make(**changes: Any) -> RunConfig:
-        values: dict[str, Any] = {
-            "output_dir": str(tmp_path / "run"),
-            "model": {"name_or_path": str(tiny_model())},
-            "adapter": {"r": 4, "alpha": 8, "dropout": 0.1, "target_modules": "all-linear"},
-            "data": {"train": [{"path": str(rows_file)}], "max_length": 200},
-            # float32 on every machine; tests/model/test_device.py covers `auto`.
-            "training": {"epochs": 1, "batch_size": 4, "micro_batch_tokens": 256, "learning_rate": 3e-2}
-            | {"mixed_precision": "no"},
-            "checkpoint": {"every_steps": 2},
-            "logging": {"trackers": [], "report": False},
-        }
-        for key, change in changes.items():
-            values[key] = values.get(key, {}) | change if isinstance(change, dict) else change
-        return RunConfig.model_validate(values)
+    return functools.partial(run_config, tmp_path / "run", tiny_model(), rows_file)
 
-    return make
+
+def run_config(folder: Path, model: Path, rows: Path, /, **changes: Any) -> RunConfig:
+    """Return the config of a run in `folder`. A dict of `changes` changes a section, another value replaces it."""
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "model": {"name_or_path": str(model)},
+        "adapter": {"r": 4, "alpha": 8, "dropout": 0.1, "target_modules": "all-linear"},
+        "data": {"train": [{"path": str(rows)}], "max_length": 200},
+        # float32 on every machine; tests/model/test_device.py covers `auto`.
+        "training": {"epochs": 1, "batch_size": 4, "micro_batch_tokens": 256, "learning_rate": 3e-2}
+        | {"mixed_precision": "no"},
+        "checkpoint": {"every_steps": 2},
+        "logging": {"trackers": [], "report": False},
+    }
+    for key, change in changes.items():
+        values[key] = values.get(key, {}) | change if isinstance(change, dict) else change
+    return RunConfig.model_validate(values)
 
 
 @pytest.fixture
@@ -255,25 +264,26 @@ def run_code(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def run_module(
-    *args: str | Path, env: dict[str, str] | None = None, fresh: bool = False
+    *args: str | Path, env: dict[str, str] | None = None, fresh: bool = False, folder: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """Run `python -m …` in a separate process and wait for it.
 
     Args:
         env: changes to the environment.
         fresh: whether to start a new interpreter instead of a fork of one that has imported everything.
+        folder: the working directory.
     """
     command = ["-m", *map(str, args)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
     if not fresh:
-        return forked.run(command, environment, PATIENCE_SECONDS)
+        return forked.run(command, environment, PATIENCE_SECONDS, folder)
     return subprocess.run(
         [sys.executable, *command],
         capture_output=True,
         text=True,
         timeout=PATIENCE_SECONDS,
         env=environment,
-        cwd=ROOT,
+        cwd=folder,
         check=False,
     )
 
@@ -298,6 +308,15 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return CommandResult(int(exit_info.value.code or 0), *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Forks:
+    """Return a launcher of training processes that start fast."""
+    from tests.distributed.forked import Forks
+
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return Forks(tmp_path_factory.mktemp("forks"))
 
 
 def read_metrics(folder: Path, kind: str = "train") -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 
@@ -11,13 +10,6 @@ import pytest
 from lora_accel.config.schema import RunConfig
 from tests.distributed.disturbed import Runs
 from tests.distributed.forked import Forks
-
-
-@pytest.fixture(scope="session")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Forks:
-    """Return a launcher of training processes that start fast."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return Forks(tmp_path_factory.mktemp("forks"))
 
 
 @pytest.fixture(scope="session")

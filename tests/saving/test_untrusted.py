@@ -32,6 +32,7 @@ from lora_accel.saving.atomic import MANIFEST, why_invalid, write_manifest
 from lora_accel.saving.attach import load_adapter
 from lora_accel.saving.discovery import CONFIG, WEIGHTS
 from lora_accel.saving.tensor_files import PICKLED, read_adapter
+from tests.conftest import chat_rows, run_config, write_jsonl
 
 
 class Canary:
@@ -54,12 +55,20 @@ def torch_pickle(canary: Path) -> bytes:
     return data.getvalue()
 
 
-@pytest.fixture
-def finished(make_config: Callable[..., RunConfig]) -> RunConfig:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]) -> RunConfig:
     """Train to the end and return the config."""
-    config = make_config()
+    folder = tmp_path_factory.mktemp("trained")
+    config = run_config(folder / "run", tiny_model(), write_jsonl(folder / "rows.jsonl", chat_rows(21)))
     run_training(config)
     return config
+
+
+@pytest.fixture
+def finished(trained: RunConfig, tmp_path: Path) -> RunConfig:
+    """Return the config of a copy of the finished run."""
+    folder = shutil.copytree(trained.output_dir, tmp_path / "run")
+    return trained.model_copy(update={"output_dir": str(folder)})
 
 
 def files_of(run: Path) -> list[Path]:
@@ -112,7 +121,7 @@ def test_run_with_all_files_replaced_by_pickles_fails(
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("make_pickle", [plain_pickle, torch_pickle])
+@pytest.mark.parametrize("make_pickle", [pytest.param(plain_pickle, marks=pytest.mark.slow), torch_pickle])
 def test_run_with_one_file_replaced_by_a_pickle_fails_or_ignores_it(
     finished: RunConfig, config_file: Callable[[RunConfig], Path], tmp_path: Path, make_pickle: Callable[[Path], bytes]
 ) -> None:
