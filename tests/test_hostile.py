@@ -11,9 +11,6 @@ import gzip
 import json
 import os
 import shutil
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,21 +84,6 @@ class Cost(NamedTuple):
 
 
 def measure(arguments: list[str], folder: Path) -> Cost:
-    """Run Python in a folder. Children that it waited for count, too."""
-    output, errors = folder.parent / "stdout", folder.parent / "stderr"
-    with output.open("w") as out, errors.open("w") as err:
-        process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=ENVIRONMENT
-        )
-        timer = threading.Timer(PATIENCE_SECONDS / 10, process.kill)
-        timer.start()
-        _, status, usage = os.wait4(process.pid, 0)
-        timer.cancel()
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return Cost(process.returncode, *forked.used(usage), *map(read, (output, errors)))
-
-
-def measure_fork(arguments: list[str], folder: Path) -> Cost:
     """Run `lora-accel …` in a folder, in a fork of a process that has imported everything; without arguments nothing.
 
     It takes a tenth of the time of a new interpreter, which most inputs would only spend in imports.
@@ -245,7 +227,7 @@ def occupied_out(folder: Path, kind: str) -> Out:
 
 ATTACKS = dict([*adapter_attacks(), *base_attacks(), *config_attacks(), *path_attacks()])
 EVERYDAY = ("adapter config: target_modules", "safetensors: 8 TB of holes")
-"""Run in new interpreters. Of commands that import about the same, which is measured once."""
+"""Run without `--faults` too."""
 
 
 @pytest.fixture(scope="module")
@@ -273,11 +255,21 @@ def report(request: pytest.FixtureRequest) -> Iterator[list[str]]:
                 terminal.write_line(line)
 
 
-Measure = Callable[[list[str], Path], Cost]
+@pytest.fixture(scope="module")
+def nothing(tmp_path_factory: pytest.TempPathFactory) -> Cost:
+    """Return what a fork takes that does nothing."""
+    folder = tmp_path_factory.mktemp("nothing") / "inner"
+    folder.mkdir()
+    return measure([], folder)
 
 
-def check(name: str, inputs: Path, folder: Path, report: list[str], measure: Measure, imports: Cost) -> None:
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in EVERYDAY else pytest.mark.slow) for name in ATTACKS]
+)
+def test_untrusted_input(name: str, inputs: Path, tmp_path: Path, report: list[str], nothing: Cost) -> None:
     """Run an attack in a copy of the inputs, and check how it ended and what it took beyond the imports."""
+    folder = tmp_path / "inner"
     attack = ATTACKS[name]
     shutil.copytree(inputs, folder)
     prepared, command = attack.prepare(folder), COMMANDS[attack.command]
@@ -286,7 +278,7 @@ def check(name: str, inputs: Path, folder: Path, report: list[str], measure: Mea
     elif isinstance(prepared, Out):
         command = [str(prepared.path) if part == "out" else part for part in command]
     cost = measure(command, folder)
-    seconds, megabytes = cost.seconds - imports.seconds, cost.megabytes - imports.megabytes
+    seconds, megabytes = cost.seconds - nothing.seconds, cost.megabytes - nothing.megabytes
     report.append(f"{name[:60]:60} {attack.command:9} {cost.code:4} {seconds:6.1f} {megabytes:5.0f}")
     assert cost.code == attack.code, cost.errors[-3000:]
     assert cost.errors.count("error: ") == (attack.code == 2), cost.errors[-3000:]
@@ -295,34 +287,3 @@ def check(name: str, inputs: Path, folder: Path, report: list[str], measure: Mea
     assert megabytes < MEGABYTES
     assert not (folder / "canary").exists()
     assert not (folder / "run").exists()
-
-
-@pytest.fixture(scope="module")
-def imports(tmp_path_factory: pytest.TempPathFactory) -> Cost:
-    """Return what the imports of `merge` take."""
-    folder = tmp_path_factory.mktemp("imports") / "inner"
-    folder.mkdir()
-    return measure(["-c", "import lora_accel.cli, lora_accel.merging.merge"], folder)
-
-
-@pytest.mark.launch
-@pytest.mark.parametrize("name", EVERYDAY)
-def test_untrusted_input(name: str, inputs: Path, tmp_path: Path, report: list[str], imports: Cost) -> None:
-    def run(command: list[str], folder: Path) -> Cost:
-        return measure(["-m", "lora_accel.cli", *command], folder)
-
-    check(name, inputs, tmp_path / "inner", report, run, imports)
-
-
-@pytest.fixture(scope="module")
-def nothing(tmp_path_factory: pytest.TempPathFactory) -> Cost:
-    """Return what a fork takes that does nothing."""
-    folder = tmp_path_factory.mktemp("nothing") / "inner"
-    folder.mkdir()
-    return measure_fork([], folder)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in ATTACKS if name not in EVERYDAY])
-def test_other_untrusted_input(name: str, inputs: Path, tmp_path: Path, report: list[str], nothing: Cost) -> None:
-    check(name, inputs, tmp_path / "inner", report, measure_fork, nothing)

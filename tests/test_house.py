@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from lora_accel.export.export import export_adapter
 from lora_accel.export.formats import ExportFormat
 from lora_accel.saving.discovery import WEIGHTS
 from lora_accel.saving.tensor_files import State
+from tests import forked
 from tests.conftest import PATIENCE_SECONDS, ROOT, read_metrics, reset_accelerator, write_jsonl
 
 PACKAGE = ROOT / "src" / "lora_accel"
@@ -169,14 +169,7 @@ def test_the_code_of_the_python_page_runs(tiny_model: Callable[..., Path], tmp_p
     ]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     (tmp_path / "script.py").write_text("\n".join([messages, script, loop]), encoding="utf-8")
-    result = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-        check=False,
-    )
+    result = forked.run(["script.py"], dict(os.environ), PATIENCE_SECONDS, tmp_path)
     assert result.returncode == 0, result.stderr
     assert "base + adapter: loss" in result.stdout
     assert "INFO:lora_accel:trainable: " in result.stderr

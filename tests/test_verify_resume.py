@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -16,7 +17,8 @@ from lora_accel.config.files import read_config
 from lora_accel.config.schema import RunConfig
 from lora_accel.saving.discovery import OPTIMIZER, WEIGHTS
 from lora_accel.verify_resume import compare
-from tests.conftest import ROOT, run_module, write_jsonl
+from tests import forked
+from tests.conftest import PATIENCE_SECONDS, ROOT, CommandResult, run_module, write_jsonl
 from tests.distributed.launching import PRESETS, free_port
 
 pytestmark = pytest.mark.distributed
@@ -52,11 +54,21 @@ def test_a_resumed_run_is_equal_and_its_folder_is_deleted(file: Path, tmp_path: 
     assert not [*tmp_path.glob("run*"), *tmp_path.glob("my*")]
 
 
-def test_a_run_without_its_optimizer_state_differs(file: Path, tmp_path: Path) -> None:
+def test_a_run_without_its_optimizer_state_differs(
+    file: Path, tmp_path: Path, command: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runs are forks instead of new interpreters, as they are in the test above."""
+
+    def run(name: str, arguments: list[str], fault: str = "") -> None:
+        environment = os.environ | {"LORA_ACCEL_FAULT": fault, "OMP_NUM_THREADS": "1"}
+        result = forked.run(arguments[1:], environment, PATIENCE_SECONDS)
+        assert (result.returncode != 0) == bool(fault), result.stderr
+
+    monkeypatch.setattr(verify_resume, "_run", run)
     (tmp_path / "forgetful.py").write_text(FORGETFUL)
     launch_command = shlex.join([sys.executable, str(tmp_path / "forgetful.py")])
     args = ("--launcher", launch_command, "--json", "--steps", "5")
-    result = run_module("lora_accel.cli", "verify-resume", "--config", file, *args)
+    result = command("verify-resume", "--config", file, *args)
     assert result.returncode == 1
     verdict = json.loads(result.stdout)
     assert (verdict["equal"], verdict["steps"], verdict["killed_after"]) == (False, 5, 2)
@@ -66,7 +78,7 @@ def test_a_run_without_its_optimizer_state_differs(file: Path, tmp_path: Path) -
     ]
     assert (tmp_path / "run-verify-resume" / "resumed" / "adapter").is_dir()
     assert "error: the resumed run differs from the uninterrupted one" in result.stderr
-    repeated = run_module("lora_accel.cli", "verify-resume", "--config", file)
+    repeated = command("verify-resume", "--config", file)
     assert repeated.returncode == 2
     assert "exists from an earlier verification; delete it" in repeated.stderr
 

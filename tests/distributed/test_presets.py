@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from lora_accel.config.schema import RunConfig
 from tests.conftest import read_metrics
 from tests.distributed.forked import Forks
-from tests.distributed.launching import PRESETS, TRAIN, finish, free_port, launch, start
+from tests.distributed.launching import PRESETS, TRAIN, finish, free_port, start
 
 pytestmark = pytest.mark.distributed
 
@@ -36,34 +36,34 @@ def last_loss(config: RunConfig) -> float:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in TESTED_ELSEWHERE])
-def test_preset_trains(config: RunConfig, config_file: Callable[[RunConfig], Path], name: str) -> None:
+def test_preset_trains(forks: Forks, config: RunConfig, config_file: Callable[[RunConfig], Path], name: str) -> None:
     processes = "1" if name == "single_gpu" else "2"
-    result = launch("--num_processes", processes, *TRAIN, config_file(config), preset=name)
+    result = forks.launch("--num_processes", processes, *TRAIN, config_file(config), preset=name)
     assert result.returncode == 0, result.stderr[-3000:]
     assert 5 < last_loss(config) < 6
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_deepspeed_config_file_follows_the_run_config(
-    config: RunConfig, config_file: Callable[[RunConfig], Path], name: str
+    forks: Forks, config: RunConfig, config_file: Callable[[RunConfig], Path], name: str
 ) -> None:
     """With `accelerate launch --use_deepspeed` instead of a YAML file."""
     file = PRESETS / "deepspeed" / f"{name}.json"
     options = ("--use_deepspeed", "--num_processes", "2", "--deepspeed_config_file", file, "--mixed_precision", "bf16")
-    result = launch(*options, *TRAIN, config_file(config), "training.max_grad_norm=0.5", preset="cpu")
+    result = forks.launch(*options, *TRAIN, config_file(config), "training.max_grad_norm=0.5", preset="cpu")
     assert result.returncode == 0, result.stderr[-3000:]
     assert 5 < last_loss(config) < 6
 
 
 def test_conflicting_deepspeed_config_file_raises(
-    config: RunConfig, config_file: Callable[[RunConfig], Path], tmp_path: Path
+    forks: Forks, config: RunConfig, config_file: Callable[[RunConfig], Path], tmp_path: Path
 ) -> None:
     text = (PRESETS / "deepspeed" / "zero2.json").read_text(encoding="utf-8")
     text = text.replace('"gradient_clipping": "auto"', '"gradient_clipping": 0.3')
     file = tmp_path / "mine.json"
     file.write_text(text.replace('"gradient_accumulation_steps": "auto"', '"gradient_accumulation_steps": 8'))
     options = ("--use_deepspeed", "--num_processes", "2", "--deepspeed_config_file", file)
-    result = launch(*options, *TRAIN, config_file(config), preset="cpu")
+    result = forks.launch(*options, *TRAIN, config_file(config), preset="cpu")
     assert result.returncode != 0
     assert f"error: {file}: gradient_accumulation_steps is 8" in result.stderr
     assert f"{file}: gradient_clipping is 0.3, but training.max_grad_norm is 1.0" in result.stderr

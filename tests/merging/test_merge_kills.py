@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lora_accel.saving.atomic import LEFTOVER, why_invalid
-from tests.conftest import ROOT
+from tests import forked
+
+pytestmark = pytest.mark.launch
 
 MERGE = """
 import sys
 from lora_accel.merging.merge import merge_adapter
-print("started", flush=True)
 merge_adapter(sys.argv[1], sys.argv[2], verify=False, overwrite=True, max_shard_bytes=4_000_000)
 """
 
@@ -50,22 +50,22 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToken
     return folder / "adapter"
 
 
-def start_merge(adapter: Path, out: Path, **environment: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", MERGE, str(adapter), str(out)],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "started\n"
-    return process
+def start_merge(adapter: Path, out: Path, **environment: str) -> BaseProcess:
+    script, log = adapter.with_name("merge.py"), adapter.with_name("log")
+    script.write_text(MERGE, encoding="utf-8")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return forked.start([str(script), str(adapter), str(out)], environment, log, log)
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def exit_code(process: BaseProcess) -> int | None:
+    """Wait for the end of a process; return its exit code."""
+    process.join()
+    return process.exitcode
+
+
+def wait_for(path: Path, process: BaseProcess) -> None:
     """Wait until a path exists or the process has ended."""
-    while not path.exists() and process.poll() is None:
+    while not path.exists() and process.is_alive():
         time.sleep(0.001)
 
 
@@ -73,35 +73,33 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 def test_killed_at_random_times(adapter: Path, tmp_path: Path, times: int) -> None:
     """Half of the kills are at any time, half while files are written. The first one waits for a fault point."""
     rng, reference, out = random.Random(times), tmp_path / "reference", tmp_path / "merged"
-    with start_merge(adapter, reference) as process:
-        start = time.monotonic()
-        wait_for(tmp_path / ".reference.lora-accel-writing", process)
-        start_writing = time.monotonic()
-        wait_for(reference, process)
-        end = time.monotonic()
-        assert process.wait() == 0
+    process, start = start_merge(adapter, reference), time.monotonic()
+    wait_for(tmp_path / ".reference.lora-accel-writing", process)
+    start_writing = time.monotonic()
+    wait_for(reference, process)
+    end = time.monotonic()
+    assert exit_code(process) == 0
     expected = {file.name: load_file(file) for file in reference.glob("*.safetensors")}
     assert len(expected) > 5
 
     num_interrupted, mark = 0, tmp_path.with_name(f"{tmp_path.name}-mark")
     pauses = {"LORA_ACCEL_FAULT": "merge.mid@3=pause", "LORA_ACCEL_FAULT_MARK": str(mark)}
     for number in range(times):
-        with start_merge(adapter, out, **(pauses if number == 0 else {})) as process:
-            if number == 0:
-                wait_for(mark.with_name(f"{mark.name}-0"), process)
-            elif number % 2:
-                time.sleep(rng.uniform(0, end - start))
-            else:
-                wait_for(tmp_path / ".merged.lora-accel-writing", process)
-                time.sleep(rng.uniform(0, end - start_writing))
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+        process = start_merge(adapter, out, **(pauses if number == 0 else {}))
+        if number == 0:
+            wait_for(mark.with_name(f"{mark.name}-0"), process)
+        elif number % 2:
+            time.sleep(rng.uniform(0, end - start))
+        else:
+            wait_for(tmp_path / ".merged.lora-accel-writing", process)
+            time.sleep(rng.uniform(0, end - start_writing))
+        process.kill()
+        process.join()
         num_interrupted += any(LEFTOVER.fullmatch(path.name) for path in tmp_path.iterdir())
         if out.exists():  # the merge completed before the kill
             assert why_invalid(out) is None
     assert num_interrupted, "at least one kill must interrupt a write"
-    with start_merge(adapter, out) as process:
-        assert process.wait() == 0
+    assert exit_code(start_merge(adapter, out)) == 0
     assert why_invalid(out) is None
     assert {path.name for path in tmp_path.iterdir()} == {"reference", "merged"}
     for name, tensors in expected.items():
@@ -121,10 +119,8 @@ def test_killed_at_random_times(adapter: Path, tmp_path: Path, times: int) -> No
 def test_killed_at_fault_points(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     out: Path = tmp_path / "merged"
     monkeypatch.setenv("LORA_ACCEL_FAULT", f"{fault}=kill")
-    with start_merge(adapter, out) as process:
-        assert process.wait() == -signal.SIGKILL
+    assert exit_code(start_merge(adapter, out)) == -signal.SIGKILL
     assert not out.exists()
     monkeypatch.delenv("LORA_ACCEL_FAULT")
-    with start_merge(adapter, out) as process:
-        assert process.wait() == 0
+    assert exit_code(start_merge(adapter, out)) == 0
     assert why_invalid(out) is None

@@ -291,25 +291,24 @@ def test_padding_does_not_change_the_loss(
 
 @pytest.mark.distributed
 def test_two_ranks_with_one_row_pad_with_a_token_of_the_model(
+    forks: Any,
     pad_beyond: Path,
     word_beyond: Path,
     make_config: Callable[..., RunConfig],
     config_file: Callable[[RunConfig], Path],
     tmp_path: Path,
 ) -> None:
-    from tests.distributed.launching import launch
-
     one_row = write_jsonl(tmp_path / "one.jsonl", chat_rows(1))
     config = make_config(
         model={"name_or_path": str(pad_beyond)}, data={"train": [{"path": str(one_row)}]}, training={"max_steps": 1}
     )
-    done = launch("-m", "lora_accel.train", "--config", config_file(config))
+    done = forks.launch("-m", "lora_accel.train", "--config", config_file(config))
     assert done.returncode == 0, done.stderr
     path = obs_rows(tmp_path / "obs.jsonl")
     config = make_config(
         model={"name_or_path": str(word_beyond)}, data={"train": [{"path": str(path)}]}, output_dir=str(tmp_path / "b")
     )
-    done = launch("-m", "lora_accel.train", "--config", config_file(config))
+    done = forks.launch("-m", "lora_accel.train", "--config", config_file(config))
     assert done.returncode != 0
     messages = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(messages) == 1, "one message, not one per rank"
