@@ -33,11 +33,7 @@ CELLS = [
     for target in targets
     for moment in MOMENTS
 ]
-SAMPLE = {
-    ("cpu", "launcher", "mid-step"),
-    ("cpu_ddp", "launcher", "mid-save"),
-    ("cpu_ddp", "rank 1", "mid-evaluation"),
-}
+SAMPLE = {("cpu_ddp", "launcher", "mid-save"), ("cpu_ddp", "rank 1", "mid-evaluation")}
 
 
 def cells() -> list[Any]:
@@ -78,7 +74,8 @@ def test_sigterm_saves_and_leaves_no_orphan(runs: Runs, tmp_path: Path, preset: 
         LORA_ACCEL_FAULT_MARK=str(tmp_path / "mark"),
     )
     try:
-        wait_for(lambda: mark.exists() or launcher.poll() is not None, f"did not reach {moment}")
+        has_status = (runs.output / "status.json").exists  # rank 1 may be faster than rank 0, which writes it
+        wait_for(lambda: (mark.exists() and has_status()) or launcher.poll() is not None, f"did not reach {moment}")
         pids = status(runs.output)["pids"]
         assert len(pids) == (1 if preset == "cpu" else 2)
         assert all(map(is_running, pids))
@@ -123,8 +120,8 @@ def send_signal(process: BaseProcess, number: signal.Signals) -> None:
 @pytest.mark.parametrize(
     ("number", "code"),
     [
-        *((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143), (signal.SIGHUP, 143)),
-        (signal.SIGQUIT, 131),
+        *((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGQUIT, 131)),
+        *(pytest.param(number, 143, marks=pytest.mark.slow) for number in (signal.SIGUSR1, signal.SIGHUP)),
     ],
 )
 def test_exit_codes(runs: Runs, tmp_path: Path, number: signal.Signals, code: int) -> None:
