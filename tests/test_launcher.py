@@ -229,7 +229,7 @@ def test_one_process_trains_and_its_error_is_printed_once(
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("preset", "number", "code"),
-    [("cpu", signal.SIGINT, 130), ("cpu_ddp", signal.SIGQUIT, 131)],
+    [("cpu_ddp", signal.SIGINT, 130), pytest.param("cpu", signal.SIGQUIT, 131, marks=pytest.mark.slow)],
 )
 def test_a_signal_saves_a_checkpoint_and_sets_the_exit_code(
     train_command: Callable[..., subprocess.Popen[str]],

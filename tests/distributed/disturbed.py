@@ -66,14 +66,22 @@ class Runs:
     def kill_and_resume(self, preset: str, point: str, occurrence: int, sabotage: str = "none") -> None:
         """Kill a run at a fault point, resume it, and compare with the uninterrupted run."""
         expected = self.uninterrupted(preset)
-        codes = self.train(preset, LORA_ACCEL_FAULT=f"{point}@{occurrence}=kill", SABOTAGE=sabotage)
-        assert -signal.SIGKILL in codes, f"{codes}: was not killed\n{self.forks.log()}"
+        self.kill(preset, point, occurrence, sabotage)
         self.check_resumed(expected, preset, sabotage)
+
+    def kill(self, preset: str, point: str, occurrence: int, sabotage: str = "none") -> None:
+        """Start or resume a run, kill it at a fault point, and check that its checkpoints are complete."""
+        codes = self.train(preset, LORA_ACCEL_FAULT=f"{point}@{occurrence}=kill", SABOTAGE=sabotage)
+        assert -signal.SIGKILL in codes, f"{point}: {codes}: was not killed\n{self.forks.log()}"
+        self._check_complete()
+
+    def _check_complete(self) -> None:
+        invalid = [path for path in step_folders(self.output / "checkpoints") if why_invalid(path, required=FILES)]
+        assert not invalid, "a partial checkpoint is left"
 
     def check_resumed(self, expected: Result, preset: str, sabotage: str = "none") -> None:
         """Run the same command again, and compare the result with that of the uninterrupted run."""
-        invalid = [path for path in step_folders(self.output / "checkpoints") if why_invalid(path, required=FILES)]
-        assert not invalid, "a partial checkpoint is left"
+        self._check_complete()
         codes = self.train(preset, SABOTAGE=sabotage)
         assert set(codes) == {0}, f"{codes}\n{self.forks.log()}"
         resumed = result_of(self.output)

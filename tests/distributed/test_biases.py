@@ -46,7 +46,10 @@ def expected_tensors(base: torch.nn.Module, mode: str) -> set[str]:
 SLOW = pytest.mark.slow
 
 
-@pytest.fixture(params=["one process", "cpu_ddp", pytest.param("cpu_zero2", marks=SLOW), "cpu_zero3"], scope="module")
+@pytest.fixture(
+    params=["one process", pytest.param("cpu_ddp", marks=SLOW), pytest.param("cpu_zero2", marks=SLOW), "cpu_zero3"],
+    scope="module",
+)
 def runs(
     request: pytest.FixtureRequest,
     forks: Forks,
@@ -80,7 +83,6 @@ def runs(
     return lambda family, mode: root / f"{family}-{mode}"
 
 
-@pytest.mark.sample(20)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_expected_tensors_are_saved_in_full(

@@ -13,10 +13,11 @@ import pytest
 from lora_accel.saving.atomic import MANIFEST, why_invalid
 from lora_accel.saving.discovery import FILES, OPTIMIZER, WEIGHTS
 from tests.distributed.disturbed import Runs
-from tests.distributed.launching import finish, free_port, start
 from tests.distributed.test_signals import is_running, wait_for
 
 pytestmark = pytest.mark.distributed
+
+PRESETS = ("cpu", "cpu_ddp")
 
 
 def truncated(folder: Path) -> None:
@@ -46,9 +47,13 @@ def swapped_for_a_link(folder: Path) -> None:
     file.symlink_to(elsewhere)
 
 
-@pytest.mark.sample(5)
-@pytest.mark.parametrize("preset", ["cpu", "cpu_ddp"])
-@pytest.mark.parametrize("damage", [truncated, flipped, emptied, without_manifest, swapped_for_a_link])
+CASES = [(damage, p) for damage in (truncated, flipped, emptied, without_manifest, swapped_for_a_link) for p in PRESETS]
+SAMPLE = [(flipped, "cpu"), (without_manifest, "cpu_ddp"), (swapped_for_a_link, "cpu")]
+
+
+@pytest.mark.parametrize(
+    ("damage", "preset"), [pytest.param(*case, marks=() if case in SAMPLE else pytest.mark.slow) for case in CASES]
+)
 def test_corrupt_newest_checkpoint_is_quarantined_and_the_previous_one_used(
     runs: Runs, damage: Callable[[Path], None], preset: str
 ) -> None:
@@ -77,16 +82,12 @@ def test_rank_that_is_out_of_memory_ends_the_run(runs: Runs, preset: str) -> Non
 def test_killed_rank_ends_the_run(runs: Runs, preset: str, tmp_path: Path) -> None:
     """The other rank is waiting for it in a collective."""
     expected = runs.uninterrupted(preset)
-    launcher = start(
-        *("--main_process_port", free_port(), "-m", "lora_accel.train", *runs.args),
-        preset=preset,
-        LORA_ACCEL_FAULT="step.after_backward@4=pause:rank=1",
-        LORA_ACCEL_FAULT_MARK=str(tmp_path / "mark"),
-    )
-    wait_for(lambda: (tmp_path / "mark-1").exists() or launcher.poll() is not None, "no step 4")
+    fault = {"LORA_ACCEL_FAULT": "step.after_backward@4=pause:rank=1", "LORA_ACCEL_FAULT_MARK": str(tmp_path / "mark")}
+    processes = runs.forks.start(preset, runs.args, **fault)
+    wait_for(lambda: (tmp_path / "mark-1").exists() or not processes[0].is_alive(), "no step 4")
     pids = json.loads((runs.output / "status.json").read_text())["pids"]
     os.kill(pids[1], signal.SIGKILL)
-    assert finish(launcher).returncode != 0
+    assert 0 not in runs.forks.finish(processes)
     wait_for(lambda: not any(map(is_running, pids)), "a rank is still running")
     newest = max((runs.output / "checkpoints").glob("step-*"))
     assert (newest.name, why_invalid(newest, required=FILES)) == ("step-00000003", None)

@@ -68,7 +68,6 @@ def test_run_resumes_on_any_backend(
 ) -> None:
     """Killed in step 5 on one backend, resumed on another, compared with an uninterrupted run on one process."""
     runs = make_runs()
-    runs.uninterrupted("cpu")
     assert runs.train("cpu") == [0]
     metrics, adapter = read_metrics(runs.output), load_file(runs.output / "adapter" / "adapter_model.safetensors")
     differences: dict[tuple[str, str], float] = {}
@@ -99,7 +98,8 @@ def test_run_resumes_on_any_backend(
 
 
 CASES = list(itertools.product(BACKENDS, ("no", "bf16"), (False, True)))
-SAMPLE = [("cpu", "bf16", True), ("cpu_ddp", "no", False), ("cpu_zero2", "bf16", False), ("cpu_zero3", "bf16", True)]
+SAMPLE = [("cpu", "bf16", True), ("cpu_zero3", "bf16", True)]
+"""test_kills.py and test_deepspeed.py resume on DDP and ZeRO-2 too."""
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def checkpoints(folder: Path) -> dict[str, str | None]:
     return {path.name: why_invalid(path) for path in paths if path.name.startswith("step-")}
 
 
-@pytest.mark.parametrize("preset", ["cpu_ddp", "cpu_zero3"])
+@pytest.mark.parametrize("preset", [pytest.param("cpu_ddp", marks=pytest.mark.slow), "cpu_zero3"])
 def test_exception_on_one_rank_ends_the_run_with_its_traceback(
     train_with_fault: TrainWithFault, preset: str, tmp_path: Path
 ) -> None:
@@ -82,6 +82,7 @@ def test_ranks_with_different_configs_do_not_train(train_with_fault: TrainWithFa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("preset", ["cpu_ddp", "zero1", "cpu_zero2", "cpu_zero3"])
 def test_non_finite_gradient_updates_no_weights(train_with_fault: TrainWithFault, preset: str, tmp_path: Path) -> None:
     result = train_with_fault("nan", preset)

@@ -34,7 +34,7 @@ def check_newest(runs: Runs, step: int) -> None:
     assert not list((runs.output / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("preset", ["cpu", "cpu_ddp", "cpu_zero3"])
+@pytest.mark.parametrize("preset", ["cpu", pytest.param("cpu_ddp", marks=pytest.mark.slow), "cpu_zero3"])
 def test_file_size_limit_ends_the_run_and_loses_nothing(runs: Runs, preset: str) -> None:
     """RLIMIT_FSIZE on the rank that writes: 3/4 of the size of the moments' file."""
     expected = interrupt_after_three_steps(runs, preset)
@@ -54,8 +54,15 @@ def test_file_size_limit_on_another_rank_has_no_effect(runs: Runs) -> None:
     runs.check_resumed(expected, "cpu_ddp")
 
 
-@pytest.mark.parametrize("preset", ["cpu_ddp", "cpu_zero3"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("preset", "rank"),
+    [
+        ("cpu_ddp", 1),
+        ("cpu_zero3", 0),
+        pytest.param("cpu_ddp", 0, marks=pytest.mark.slow),
+        pytest.param("cpu_zero3", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_full_disk_on_one_rank_ends_all_ranks(runs: Runs, preset: str, rank: int) -> None:
     expected = interrupt_after_three_steps(runs, preset)
     codes = runs.train(preset, LORA_ACCEL_FAULT=f"save.begin@1=enospc:rank={rank}")

@@ -20,7 +20,7 @@ from tests.distributed.test_signals import wait_for
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(24000)]
 
 
-@pytest.mark.parametrize("times", [5, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [3, pytest.param(200, marks=pytest.mark.slow)])
 def test_repeatedly_killed_run_finishes_bit_for_bit(
     forks: Forks, make_config: Callable[..., RunConfig], tmp_path: Path, times: int
 ) -> None:

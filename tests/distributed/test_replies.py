@@ -24,7 +24,7 @@ CASES = [(backend, precision) for precision in ("no", "bf16", "fp16") for backen
 PROMPTS = ["repeat alpha", "repeat bravo and more than that"]
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("backend", "precision"), CASES)
 def test_replies_during_training(
     forks: Forks,

@@ -100,8 +100,14 @@ def save_resized(folder: Path, *, is_tied: bool = False, **options: Any) -> Peft
     return save_adapter_on(resized, folder, **options)
 
 
-@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("case", RESIZED)
+@pytest.mark.parametrize(
+    ("case", "is_tied"),
+    [
+        pytest.param(case, is_tied, marks=pytest.mark.slow if (number + is_tied) % 2 else ())
+        for number, case in enumerate(RESIZED)
+        for is_tied in (False, True)
+    ],
+)
 def test_resized_vocabulary_gives_the_logits_of_peft(folder: Path, case: str, is_tied: bool) -> None:
     """Other tools resize the embeddings, and PEFT saves them under names that depend on what is trained."""
     trained = logits(save_resized(folder, is_tied=is_tied, **RESIZED[case]))
