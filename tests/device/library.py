@@ -29,3 +29,7 @@ def build_library() -> Path:
             subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_SECONDS)
             Path(f"{target}.part").rename(target)
     return target
+
+
+if __name__ == "__main__":
+    print(build_library())
