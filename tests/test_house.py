@@ -43,13 +43,15 @@ def code_blocks(file: str, language: str) -> list[str]:
 
 def test_architecture_lists_every_module() -> None:
     (tree,) = [block for block in code_blocks("ARCHITECTURE.md", "") if "train.py" in block]
-    listed, folder = set(), ""
+    listed: set[str] = set()
+    folders: list[str] = []
     for line in tree.splitlines():
-        name = line.split()[0]
+        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
+        path = "".join(folders[:depth]) + name
         if name.endswith("/"):
-            folder = name
+            folders[depth:] = [name]
         else:
-            listed.add(f"{folder if line.startswith(' ') else ''}{name}")
+            listed.add(path)
     modules = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
     assert listed == modules
 
