@@ -90,6 +90,7 @@ def figures(cost: Costs) -> dict[str, float]:
         "backward kernels": cost.kernels(is_backward=True),
         "copies": cost.copies,
         "element-wise MB": round(cost.elementwise_bytes / 1e6, 1),
+        "MB of all kernels": round(cost.total_bytes / 1e6, 1),
         "saved MB": round(cost.saved_bytes / 1e6, 1),
         "TFLOP": round(cost.flop / 1e12, 3),
     }

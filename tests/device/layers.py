@@ -5,7 +5,6 @@ A model of two layers less one of one layer leaves exactly one layer. Modeled, n
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 from collections import Counter
@@ -95,6 +94,11 @@ class Costs:
         return sum(count * kernel.nbytes for kernel, count in self.layer.items() if not kernel.flop)
 
     @property
+    def total_bytes(self) -> int:
+        """Return the traffic of all kernels of a layer."""
+        return sum(count * kernel.nbytes for kernel, count in self.layer.items())
+
+    @property
     def flop(self) -> int:
         """Return the operations of a layer's matrix products and attention."""
         return sum(count * kernel.flop for kernel, count in self.layer.items())
@@ -138,7 +142,7 @@ def _run(case: Case, num_layers: int, mode: Any) -> tuple[Counter[Kernel], int]:
     model, keys = _ours(case, num_layers, accelerator) if case.way == "ours" else _peer(case, num_layers)
     move_model(model, mode)
     CONTROLS[case.control](model)
-    with mode, peers.liger_rope() if case.way == "TRL + Liger" else contextlib.nullcontext():
+    with mode, peers.rotary_embedding(case.way):
         model = accelerator.prepare_model(model, device_placement=False).train()
         micro_batch = micro_batch.to(accelerator.device)
         if keys is not None:

@@ -20,6 +20,7 @@ from transformers.models.llama import modeling_llama
 
 from lora_accel.model.attention import pack_attention
 
+ROTARY = modeling_llama.apply_rotary_pos_emb
 LIGER = torch.library.Library("liger", "DEF")
 LIGER.define("rms_norm(Tensor x, Tensor weight) -> (Tensor, Tensor)")
 LIGER.define("rms_norm_backward(Tensor(a!) grad, Tensor x, Tensor weight, Tensor scale) -> ()")
@@ -67,14 +68,14 @@ def trl_with_liger(base: PreTrainedModel, *, dropout: float, is_quantized: bool)
 
 
 @contextlib.contextmanager
-def liger_rope() -> Iterator[None]:
-    """Replace RoPE in the block, for all models: transformers calls a function of its module."""
-    original = modeling_llama.apply_rotary_pos_emb
-    modeling_llama.apply_rotary_pos_emb = lambda q, k, cos, sin, **_: _Rope.apply(q, k, cos, sin)
+def rotary_embedding(way: str) -> Iterator[None]:
+    """Give a peer its own RoPE in the block: transformers calls a function of its module, which others replace."""
+    current = modeling_llama.apply_rotary_pos_emb
+    modeling_llama.apply_rotary_pos_emb = {"PEFT": ROTARY, "TRL + Liger": _liger_rotary}.get(way, current)
     try:
         yield
     finally:
-        modeling_llama.apply_rotary_pos_emb = original
+        modeling_llama.apply_rotary_pos_emb = current
 
 
 def _lora(dropout: float) -> LoraConfig:
@@ -93,6 +94,10 @@ def _forward_with_fused_loss(base: Any, *, labels: torch.Tensor, **inputs: Any) 
     hidden = base.model(**inputs)[0]
     shifted = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].reshape(-1)
     return {"loss": _FusedLinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), base.lm_head.weight, shifted)}
+
+
+def _liger_rotary(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **_: Any) -> Any:
+    return _Rope.apply(query, key, cos, sin)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -31,6 +31,9 @@ FLOP: dict[str, Callable[[Any, Any], int]] = {
     "addmm": lambda args, output: 2 * output.numel() * args[1].shape[-1],
     "addmm_": lambda args, output: 2 * output.numel() * args[1].shape[-1],
     "baddbmm": lambda args, output: 2 * output.numel() * args[1].shape[-1],
+    "lora_accel::project_down": lambda args, output: 2 * args[0].numel() * args[1].shape[0],
+    "lora_accel::add_gradient": lambda args, output: 2 * args[0].numel() * args[1].shape[1],
+    "lora_accel::matrix_gradient": lambda args, output: 2 * args[1].numel() * args[0].shape[1],
     # Two products of 2 · T · L · H · D for segments of L tokens, of which the causal mask leaves half. Backward has
     # five (Dao, FlashAttention-2, arXiv 2307.08691).
     ATTENTION: lambda args, output: 2 * args[0].numel() * args[5],
