@@ -20,9 +20,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
-import importlib.util
 import os
 import re
+import runpy
 import shutil
 import signal
 import statistics
@@ -184,7 +184,7 @@ def error_line(output: str) -> str:
 
 def cuda_test_rows(check: Check) -> None:
     """Run tests/cuda, and add a row for each test."""
-    missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("pytest", "hypothesis") if not has_package(name)]
     if missing:
         check.table.put("tests", "tests/cuda", NOT_RUN, f"{', '.join(missing)} not installed (pip install '.[test]')")
         return
@@ -268,23 +268,28 @@ def step_rows(check: Check) -> None:
         finished = train(check, "step", Case(base, "lora_accel", config, device=check.device, probe=True))
         if finished is not None:
             (rank,) = finished.ranks
-            check.table.put("step", f"{base}, kernels", *kernels_text(check, rank))
+            check.table.put("step", f"{base}, kernels", *kernels_text(check, rank, is_quantized=bits is not None))
             check.table.put("step", f"{base}, waits of the host", *syncs_text(rank.get("syncs")))
             error = rank["peak"] / rank["estimate"] - 1
             text = f"peak {rank['peak'] / 1e9:.2f} GB, estimate {rank['estimate'] / 1e9:.2f} GB ({error:+.0%})"
             check.table.put("step", f"{base}, memory", MEASURED, text)
 
 
-def kernels_text(check: Check, rank: dict[str, Any]) -> tuple[str, str]:
-    """Return status and text of the number of kernels in a step."""
-    total, micro_batches, layers = sum(rank["kernels"].values()), rank["micro_batches"], check.shape.config
+def kernels_text(check: Check, rank: dict[str, Any], *, is_quantized: bool) -> tuple[str, str]:
+    """Return status and text of the number of kernels in a step, beside the budget of the model's layers."""
+    total, micro_batches = sum(rank["kernels"].values()), rank["micro_batches"]
     if not total:
         return NOT_RUN, "the profiler recorded no kernel; it may lack the permission (CUPTI)"
-    per_layer = total / micro_batches / layers["num_hidden_layers"]
+    budgets = runpy.run_path(str(ROOT / "tests" / "device" / "budgets.py"))["BUDGETS"]
+    budget = budgets.get((check.shape.name, is_quantized))
+    layers = check.shape.config["num_hidden_layers"]
     most = sorted(rank["kernels"].items(), key=lambda item: -item[1])[:3]
-    names = ", ".join(f"{name[:40]} {count}" for name, count in most)
+    names = ", ".join(f"`{name[:40]}` {count}" for name, count in most)
     what = "operators" if check.is_dry_run else "kernels"
-    return MEASURED, f"{total} {what} in {micro_batches} micro-batches, {per_layer:.0f} a layer; most: {names}"
+    text = f"{total / micro_batches:,.0f} {what} in a micro-batch"
+    if budget is not None:
+        text += f", head and optimizer included; the budget of its {layers} layers is {layers * sum(budget[:2]):,}"
+    return MEASURED, f"{text}; most in the step: {names}"
 
 
 def syncs_text(syncs: list[str] | None) -> tuple[str, str]:
@@ -330,9 +335,9 @@ def _train_again(check: Check, case: Case) -> Finished | None:
 
 def why_not_installed(trainer: str, check: Check) -> str | None:
     """Return why a trainer cannot run here; None if it can."""
-    if trainer.startswith("TRL") and importlib.util.find_spec("trl") is None:
+    if trainer.startswith("TRL") and not has_package("trl"):
         return "TRL is not installed (pip install '.[bench]')"
-    if "Liger" in trainer and importlib.util.find_spec("liger_kernel") is None:
+    if "Liger" in trainer and not has_package("liger_kernel"):
         return "Liger is not installed (pip install liger-kernel)"
     if "Liger" in trainer and check.is_dry_run:
         return "Liger's kernels need a GPU"
@@ -369,7 +374,7 @@ def speed_case(check: Check, trainer: str, name: str, *, bits: int | None, dropo
 def peer_attention() -> str:
     """Return the attention that transformers has here: FlashAttention if its package is installed."""
     packages = {"flash_attn_interface": "flash_attention_3", "flash_attn": "flash_attention_2"}
-    return next((name for package, name in packages.items() if importlib.util.find_spec(package)), "sdpa")
+    return next((name for package, name in packages.items() if has_package(package)), "sdpa")
 
 
 def timed_rates(finished: Finished) -> list[float]:
@@ -413,6 +418,7 @@ def run_config(
             "learning_rate": 1e-3,
             "warmup_steps": 0,
             "mixed_precision": precision,
+            "activation_checkpointing": False,
         },
         "logging": {"trackers": [], "report": False},
     }

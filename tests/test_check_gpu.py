@@ -13,6 +13,7 @@ import pytest
 
 from tests import forked
 from tests.conftest import PATIENCE_SECONDS, ROOT
+from tests.device.budgets import BUDGETS
 
 PYTEST_OUTPUT = """\
 tests/cuda/test_cuda.py::test_a[4-varlen] PASSED                         [ 20%]
@@ -133,6 +134,17 @@ def test_the_table_keeps_the_rest_of_a_page(scripts: dict[str, ModuleType], tmp_
     before, _, after = file.read_text().partition("| speed | TRL | measured | 3 \\| 4 \\d |")
     assert before.startswith("# Page\n\n<!-- check_gpu -->\nheading\n")
     assert after == "\n<!-- /check_gpu -->\n\nrest\n"
+
+
+def test_kernels_are_compared_with_the_budget_of_the_layers(scripts: dict[str, ModuleType]) -> None:
+    check_gpu = scripts["check_gpu"]
+    check = check_gpu.Check(None, "cuda", "bf16", check_gpu.choose_shape(85, 10, 100), 10, 0.0, ROOT)
+    rank = {"kernels": {"gemm": 8000, "add": 400}, "micro_batches": 2}
+    status, text = check_gpu.kernels_text(check, rank, is_quantized=True)
+    assert text.startswith("4,200 kernels in a micro-batch, ")
+    assert f"the budget of its 16 layers is {16 * sum(BUDGETS['1B', True][:2]):,};" in text
+    assert status == "measured"
+    assert check_gpu.kernels_text(check, {"kernels": {}, "micro_batches": 2}, is_quantized=True)[0] == "not run"
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ from lora_accel.model.dropout import feature_keys, keep_mask
 from lora_accel.model.fused_loss import patch_fused_loss
 from lora_accel.model.gpu_attention import efficient_attention, flash_kernel, flex_attention, varlen_attention
 from lora_accel.model.kernels import patch_base
+from lora_accel.model.kernels.adapters import patch_adapters
+from lora_accel.model.kernels.table import MIN_CAPABILITY
 from lora_accel.training.loss import summed_token_loss
 from tests.conftest import PATIENCE_SECONDS, ROOT, read_metrics, reset_accelerator, write_jsonl
 from tests.families import model_of
@@ -149,6 +151,30 @@ def test_dropout_has_the_masks_of_the_cpu() -> None:
     assert torch.equal(on_gpu, keep_mask(keys, features, 0.1))
 
 
+@pytest.mark.skipif(not has_package("triton"), reason="needs Triton")
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("check", ["rms_norm", "gate", "rotate", "low_rank", "cross_entropy"])
+def test_triton_kernels_equal_their_references(check: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks of tests/model/test_triton.py, compiled for this GPU."""
+    if torch.cuda.get_device_capability() < MIN_CAPABILITY:
+        pytest.skip("the kernels need compute capability 8.0")
+    from tests.model import interpreter
+
+    def on_gpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def made(*args: int, **options: int) -> torch.Tensor:
+            with torch.device("cpu"):  # the generators are those of the CPU
+                values = make(*args, **options)
+            return values.to(GPU)
+
+        return made
+
+    for name in ("_random", "_keys"):
+        monkeypatch.setattr(interpreter, name, on_gpu(getattr(interpreter, name)))
+    with GPU:
+        errors = interpreter.CHECKS[check](dtype)
+    assert max(errors.values()) < max(2 * torch.finfo(dtype).eps, 2e-6), errors
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3", "gpt2"])
 def test_forward_and_backward_never_wait_for_the_gpu(family: str) -> None:
     base = model_of(family).to(torch.bfloat16).to(GPU)
@@ -156,6 +182,7 @@ def test_forward_and_backward_never_wait_for_the_gpu(family: str) -> None:
     patch_base(base)
     model = add_adapter(base, AdapterSection(target_modules="all-linear"), seed=0, autocast=True).to(GPU)
     keys = key_dropout(model, fused_loss=patch_fused_loss(model.get_base_model()))
+    patch_adapters(model)
     batch = pack([Example([1, 2, 3, 4], [1, 2, 3, 4]), Example([5, 6, 7], [5, 6, 7])])
 
     def step() -> None:
@@ -234,7 +261,7 @@ def test_out_of_memory_names_what_takes_less(make_config: Callable[..., RunConfi
     config = make_config(training=training, data={"train": [{"path": str(rows)}]})
     gc.collect()
     torch.cuda.empty_cache()
-    # The model fits into what is reserved and 4 MB; 8,000 tokens take about 80 MB.
+    # The model fits into what is reserved and 4 MB; 8,000 tokens take about 50 MB.
     limit = torch.cuda.memory_reserved(GPU) + 4e6
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(GPU).total_memory)
     try:

@@ -1,8 +1,8 @@
 """Budgets of a training step on a GPU, per decoder layer: kernels, copies, traffic, memory saved for backward.
 
 Modeled, not measured: kernels are counted on fake tensors of real sizes (tests/device/layers.py). If a change exceeds
-a budget on purpose, or stays well below it, change the number here; `python -m tests.device.budget --top 20` shows
-which kernels there are.
+a budget on purpose, or stays well below it, change the number in budgets.py; `python -m tests.device.budget --top 20`
+shows which kernels there are.
 """
 
 from __future__ import annotations
@@ -17,20 +17,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import PATIENCE_SECONDS, ROOT
+from tests.device.budgets import BUDGETS, COLUMNS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="preloads a library")
 
-COLUMNS = ("forward kernels", "backward kernels", "copies", "element-wise MB", "saved MB")
-BUDGETS: dict[tuple[str, bool], tuple[float, ...]] = {
-    # size, nf4
-    ("8B", False): (35, 54, 14, 4_154, 1_010),
-    ("1B", False): (35, 54, 14, 2_215, 435),
-    ("135M", False): (35, 54, 14, 530, 78),
-    ("8B", True): (56, 75, 14, 5_361, 683),
-    ("1B", True): (56, 75, 14, 2_551, 344),
-    ("135M", True): (56, 75, 14, 549, 73),
-}
-"""4,096 tokens in 8 examples, LoRA of rank 16 with dropout 0.05 on all linear layers, no activation checkpointing."""
 CONTROL = "kernel_per_layer"
 
 Figures = Mapping[str, float]
