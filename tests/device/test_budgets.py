@@ -67,8 +67,7 @@ def test_matrix_products_are_those_of_the_model(measured: dict[tuple[str, bool, 
     shapes = [(hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)]  # q, k, v, o
     shapes += [(hidden, intermediate), (hidden, intermediate), (intermediate, hidden)]
     base = sum(2 * tokens * a * b for a, b in shapes) * 2  # forward, and the gradient of the input
-    # Products with B; those with A are part of kernels, which count as element-wise.
-    lora = sum(2 * tokens * rank * b for _, b in shapes) * 3  # and those of the gradients of B and of its input
+    lora = sum(2 * tokens * rank * (a + b) for a, b in shapes) * 3  # and that of the weights
     attention = 2 * tokens * length * hidden * 3.5
     expected = (base + lora + attention) / 1e12
     for is_quantized in (False, True):
