@@ -128,7 +128,7 @@ HARMLESS: list[Change] = [
     (("config", "training", "activation_checkpointing"), True),
     (("config", "training", "compile"), True),
     (("config", "training", "deterministic"), True),
-    (("config", "training", "mixed_precision"), "no"),
+    (("config", "training", "mixed_precision"), "bf16"),  # detected by the precision in effect
     (("config", "training", "warmup_ratio"), 0.5),
     (("config", "training", "max_hours"), 0.5),
     (("config", "training", "skip_nonfinite"), 9),
