@@ -10,7 +10,7 @@ from typing import Literal
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from lora_accel.config.schema import AdapterSection, ModelSection, QuantizationSection
 from lora_accel.errors import ArtifactError, ConfigError
@@ -64,15 +64,11 @@ def test_bias_is_not_trained_in_16_bits(tiny_model: Callable[..., Path]) -> None
     assert {parameter.dtype for parameter in trainable_parameters(model).values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("option", ["bias", "modules_to_save"])
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "phi"])
-def test_layer_norms_compute_under_autocast_on_a_cpu(family: str, option: str) -> None:
-    """A trained bias and the activations of trained embeddings are float32. On a CPU, autocast does not cast them."""
-    reference = model_of(family, tie_word_embeddings=False).requires_grad_(False)
-    embeddings = next(n for n, x in reference.named_modules() if x is reference.get_input_embeddings())
-    values = {"bias": "all"} if option == "bias" else {"modules_to_save": [embeddings]}
-    section = AdapterSection.model_validate({"target_modules": "all-linear", "dropout": 0.0} | values)
-    model = add_adapter(copy.deepcopy(reference).bfloat16(), section, seed=0, autocast=True)
+def check_trains_in_bf16(reference: PreTrainedModel, **adapter: object) -> None:
+    """Train a bfloat16 copy of a model under autocast, and compare its loss with that of the model in float32."""
+    section = AdapterSection.model_validate({"target_modules": "all-linear", "dropout": 0.0} | adapter)
+    base = copy.deepcopy(reference).bfloat16().requires_grad_(False)
+    model = add_adapter(base, section, seed=0, autocast=True)
     ids = torch.arange(5, 25).view(2, 10)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids).index_fill(1, torch.tensor([0, 1]), 0)}
     with torch.autocast("cpu", torch.bfloat16):
@@ -83,6 +79,23 @@ def test_layer_norms_compute_under_autocast_on_a_cpu(family: str, option: str) -
     trained = trainable_parameters(model)
     assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
     assert all(parameter.grad.abs().max() > 0 for name, parameter in trained.items() if "lora_A" not in name)
+
+
+@pytest.mark.parametrize("option", ["bias", "modules_to_save"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "phi"])
+def test_layer_norms_compute_under_autocast_on_a_cpu(family: str, option: str) -> None:
+    """A trained bias and the activations of trained embeddings are float32. On a CPU, autocast does not cast them."""
+    model = model_of(family, tie_word_embeddings=False)
+    embeddings = next(name for name, x in model.named_modules() if x is model.get_input_embeddings())
+    check_trains_in_bf16(model, **({"bias": "all"} if option == "bias" else {"modules_to_save": [embeddings]}))
+
+
+def test_layer_norms_compute_after_a_bias_in_float32() -> None:
+    """Falcon adds the biases of its linear layers after the matrix products, so autocast does not cast them."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+    config = AutoConfig.for_model("falcon", bias=True, parallel_attn=False, **sizes)
+    torch.manual_seed(0)
+    check_trains_in_bf16(AutoModelForCausalLM.from_config(config).eval(), bias="lora_only")
 
 
 def test_unknown_target_modules_error_lists_the_known_ones(tiny_model: Callable[..., Path]) -> None:

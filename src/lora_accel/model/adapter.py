@@ -195,34 +195,29 @@ def _train_in_fp32(model: PeftModel, autocast: bool) -> None:
     """Cast the trainable parameters to float32, whatever the base's dtype: 16 bits would round small updates to zero.
 
     PEFT has cast the LoRA matrices. A bias is an operand of the base's own matrix product, which needs one dtype unless
-    autocast casts it. On a CPU, autocast does not cast the operands of layer norms.
+    autocast casts it.
     """
-    for name, parameter in trainable_parameters(model).items():
-        if parameter.dtype == torch.float32:
-            continue
+    of_base = {n: p for n, p in trainable_parameters(model).items() if p.dtype != torch.float32}
+    for name, parameter in of_base.items():
         if not autocast:
             raise ConfigError(
                 f"adapter: {name} would be trained in {str(parameter.dtype).removeprefix('torch.')}; set "
                 "training.mixed_precision=bf16 or model.dtype=float32"
             )
         parameter.data = parameter.data.float()
-    if autocast:
+    if of_base:
         _cast_layer_norms(model)
 
 
 def _cast_layer_norms(model: PeftModel) -> None:
-    """Cast the layer norms to float32 that have a trained bias, or the float32 activations of trained embeddings.
+    """Cast all layer norms to float32, for trained biases of theirs and for float32 activations.
 
     `layer_norm` needs its weight and its bias in one dtype: float32, or that of its input. On a CPU, autocast does not
     cast them; elsewhere it computes all of `layer_norm` in float32, so this changes no value.
     """
-    modules = [*model.modules()]
-    trains_embeddings = any(isinstance(x, torch.nn.Embedding) and x.weight.requires_grad for x in modules)
-    for norm in modules:
-        if isinstance(norm, torch.nn.LayerNorm) and (
-            trains_embeddings or any(parameter.requires_grad for parameter in norm.parameters())
-        ):
-            norm.float()
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.float()
 
 
 def _hint(base: PreTrainedModel, error: Exception) -> str:
