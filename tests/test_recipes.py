@@ -79,7 +79,14 @@ def test_recipe_is_consistent(recipe: Path) -> None:
     assert config.data.eval_fraction > 0
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        # One recipe of each family: lora and qlora alternate.
+        pytest.param(path, id=path.stem, marks=pytest.mark.slow if (number // 2 + number) % 2 else ())
+        for number, path in enumerate(RECIPES)
+    ],
+)
 def test_recipe_trains_a_tiny_model_of_its_family(
     recipe: Path, family_model: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -699,6 +699,7 @@ def test_full_disk_while_saving_keeps_earlier_checkpoints(
     assert (folder / "adapter" / WEIGHTS).read_bytes() == expected
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     "changes",
     [
