@@ -89,7 +89,8 @@ def run_kernel(name: str, *args: Any) -> Any:
     """Run a kernel on tensors of a GPU."""
     from lora_accel.model.kernels import triton_kernels  # imports Triton
 
-    return getattr(triton_kernels, name)(*args)
+    with torch.cuda.device_of(args[0]):  # type: ignore[no-untyped-call]  # Triton starts kernels on the current device
+        return getattr(triton_kernels, name)(*args)
 
 
 def _define_operators() -> torch.library.Library:

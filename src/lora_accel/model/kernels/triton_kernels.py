@@ -1,6 +1,7 @@
 """The Triton kernels of kernels/table.py: norms, gates, rotary embeddings, LoRA with keyed dropout, and the loss.
 
 Sums are in float32 and in a fixed order: results repeat bit for bit. Products of float32 do not use TF32 ("ieee").
+Counts that change with each micro-batch are not specialized, else Triton would compile a kernel for several of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ MAX_SPLITS = 8
 """Parts of the tokens whose gradients of a matrix are summed separately, so that all of a GPU is busy."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm(
     x, weight, normed, scales, num_rows, width, eps, IS_GEMMA: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -46,7 +47,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, is_gemma: bool) 
     return normed, scales
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_backward(
     grad, x, weight, scales, grad_x, num_rows, width,
     IS_GEMMA: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -102,7 +103,7 @@ def _activation(x, IS_GELU: tl.constexpr):
         return x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])
 def _gate(gate, up, output, numel, IS_GELU: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value, _ = _activation(tl.load(gate + at, mask=at < numel, other=0.0).to(tl.float32), IS_GELU)
@@ -118,7 +119,7 @@ def gate(gate: torch.Tensor, up: torch.Tensor, is_gelu: bool) -> torch.Tensor:
     return output
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])
 def _gate_backward(grad, gate, up, grad_gate, grad_up, numel, IS_GELU: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value, slope = _activation(tl.load(gate + at, mask=at < numel, other=0.0).to(tl.float32), IS_GELU)
@@ -161,7 +162,7 @@ def _rotate_heads(
     tl.store(target + half, second.to(output.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _rotate(
     query, key, new_query, new_key, cos, sin, num_tokens,
     query_b, query_h, query_t, key_b, key_h, key_t, angle_b, angle_t, query_heads, key_heads, half,
@@ -208,7 +209,7 @@ def _kept(token_keys, feature_keys, least):
     return token_keys[:, None] * feature_keys[None, :] >= least
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _project_down(
     x, a, token_keys, feature_keys, down, num_tokens, num_features, rank, stride_x, stride_a, least, scale,
     TOKENS: tl.constexpr, FEATURES: tl.constexpr, RANKS: tl.constexpr,
@@ -247,7 +248,7 @@ def project_down(
     return down
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _add_gradient(
     output, down, a, token_keys, feature_keys, num_tokens, num_features, rank, stride_o, stride_a, least, scale,
     TOKENS: tl.constexpr, FEATURES: tl.constexpr, RANKS: tl.constexpr,
@@ -287,7 +288,7 @@ def add_gradient(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _matrix_gradient(
     down, x, token_keys, feature_keys, parts, num_tokens, num_features, rank, stride_x, span, least, scale,
     TOKENS: tl.constexpr, FEATURES: tl.constexpr, RANKS: tl.constexpr,
