@@ -1,8 +1,8 @@
 """Budgets of a training step on a GPU, per decoder layer: kernels, copies, traffic, memory saved for backward.
 
 Modeled, not measured: kernels are counted on fake tensors of real sizes (tests/device/layers.py). If a change exceeds a
-budget on purpose, or stays well below it, change the number here; `python -m tests.device.budget --top 20` shows which
-kernels there are.
+budget on purpose, or stays well below it, change the number in budgets.py; `python -m tests.device.budget --top 20`
+shows which kernels there are.
 """
 
 from __future__ import annotations
