@@ -20,7 +20,10 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from lora_accel.model.kernels import triton_kernels  # noqa: E402
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is there for Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is there for Linux"),
+    pytest.mark.launch,  # NVIDIA's assembler is a process
+]
 
 TYPES = {
     torch.float32: "fp32",
