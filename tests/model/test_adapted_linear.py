@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_accel.config.schema import AdapterSection, ModelSection, QuantizationSection
@@ -171,6 +172,12 @@ def hook_lora_a(model: PeftModel) -> None:
             module.register_forward_pre_hook(lambda module, inputs: None)
 
 
+def hook_base_layers(model: PeftModel) -> None:
+    for name, module in model.named_modules():
+        if name.endswith("base_layer"):
+            module.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
 def add_second_adapter(model: PeftModel) -> None:
     model.add_adapter("second", model.peft_config["default"])
     model.base_model.set_adapter(["default", "second"])
@@ -184,6 +191,8 @@ KEPT: dict[str, tuple[str, dict[str, Any], Callable[[PeftModel], Any]]] = {
     "Conv1D": ("gpt2", {"target_modules": ["c_attn", "c_fc"]}, lambda model: None),
     "hooks": ("llama", {}, hook_lora_a),
     "disabled": ("llama", {}, lambda model: model.base_model.disable_adapter_layers()),
+    "no adapter": ("llama", {}, lambda model: [m.set_adapter([]) for m in model.modules() if isinstance(m, LoraLayer)]),
+    "base hooks": ("llama", {}, lambda model: hook_base_layers(model)),
     "merged": ("llama", {}, lambda model: model.merge_adapter()),
     "two adapters": ("llama", {"dropout": 0.0}, add_second_adapter),
 }

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from lora_accel.config.schema import AdapterSection
+from lora_accel.model.adapter import add_adapter, trainable_parameters
 from lora_accel.model.families import GATES, GEMMA_NORMS, NORMS
 from lora_accel.model.kernels import norms, patch_base
+from lora_accel.model.kernels.adapters import patch_adapters
 from tests.families import PACKING, model_of
 
 IDS = torch.arange(1, 25).view(2, 12)
@@ -80,6 +83,35 @@ def test_less_memory_is_saved_for_backward() -> None:
     before = saved_bytes(model)
     patch_base(model)
     assert saved_bytes(model) < 0.75 * before
+
+
+@pytest.mark.parametrize("name", ["input_layernorm", "q_norm", "norm"])
+def test_norms_that_peft_trains_get_gradients(name: str) -> None:
+    """It trains copies of modules that are patched already."""
+    base = model_of("qwen3").requires_grad_(False)
+    patch_base(base)
+    section = AdapterSection(target_modules=["q_proj"], modules_to_save=[name])
+    model = add_adapter(base, section, seed=0, autocast=False)
+    model(input_ids=IDS, use_cache=False).logits.sum().backward()
+    norms = {key: p.grad for key, p in trainable_parameters(model).items() if f"{name}.modules_to_save" in key}
+    assert norms
+    assert all(grad is not None and grad.abs().max() > 0 for grad in norms.values())
+
+
+@pytest.mark.parametrize("family", ["olmo", "olmoe"])
+def test_outputs_may_be_clipped_in_place(family: str) -> None:
+    results = []
+    for patch in (False, True):
+        base = model_of(family, clip_qkv=0.01).requires_grad_(False)
+        if patch:
+            patch_base(base)
+        model = add_adapter(base, AdapterSection(target_modules=["q_proj", "v_proj"]), seed=0, autocast=False)
+        if patch:
+            patch_adapters(model)
+        embeddings = base.get_input_embeddings()(IDS).detach().requires_grad_()
+        model(inputs_embeds=embeddings, use_cache=False).logits.square().sum().backward()
+        results.append(embeddings.grad)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
 def test_trained_norm_is_not_patched() -> None:

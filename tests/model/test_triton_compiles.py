@@ -48,10 +48,14 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     return made
 
 
-def launch_all(dtype: torch.dtype) -> set[str]:
+def launch_all(dtype: torch.dtype, rank: int) -> set[str]:
     """Call all functions of the module at the sizes of an 8B model, and return their names."""
-    x, weight, a = torch.zeros(64, 4096, dtype=dtype), torch.zeros(4096, dtype=dtype), torch.zeros(16, 4096)
-    down, scales, keys = torch.zeros(64, 16, dtype=dtype), torch.zeros(64), (feature_keys(64, 0), feature_keys(4096, 1))
+    x, weight, a = torch.zeros(64, 4096, dtype=dtype), torch.zeros(4096, dtype=dtype), torch.zeros(rank, 4096)
+    down, scales, keys = (
+        torch.zeros(64, rank, dtype=dtype),
+        torch.zeros(64),
+        (feature_keys(64, 0), feature_keys(4096, 1)),
+    )
     heads, targets = torch.zeros(1, 8, 64, 128, dtype=dtype), torch.zeros(64, dtype=torch.int64)
     calls: list[tuple[str, tuple[Any, ...]]] = []
     for flag in (False, True):
@@ -75,17 +79,36 @@ def signature_of(value: Any) -> str:
     return "fp32" if isinstance(value, float) else "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
+def is_aligned(value: Any) -> bool:
+    """Whether Triton takes a tensor's address, or a number, for a multiple of 16: it then prefetches aligned rows."""
+    return isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)
+
+
 @pytest.mark.sample(2)
 @pytest.mark.parametrize(
-    ("capability", "dtype"),
-    [(80, torch.bfloat16), (90, torch.bfloat16), (100, torch.bfloat16), (89, torch.float16), (80, torch.float32)],
+    ("capability", "dtype", "rank"),
+    [
+        (80, torch.float32, 128),
+        (90, torch.bfloat16, 16),
+        (80, torch.bfloat16, 128),
+        (80, torch.float32, 64),
+        (80, torch.bfloat16, 64),
+        (80, torch.float32, 16),
+        (89, torch.float16, 16),
+        (100, torch.bfloat16, 16),
+    ],
     ids=str,
 )
 def test_kernels_compile(
-    launches: list[Launch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: int, dtype: torch.dtype
+    launches: list[Launch],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: int,
+    dtype: torch.dtype,
+    rank: int,
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    assert launch_all(dtype) == KERNELS.keys()
+    assert launch_all(dtype, rank) == KERNELS.keys()
     for kernel, args in launches:
         options = {"num_warps": args.pop("num_warps")} if "num_warps" in args else {}
         constants = {p.name: args[p.name] for p in kernel.params if p.is_constexpr}
@@ -93,6 +116,11 @@ def test_kernels_compile(
             fn=kernel,
             signature={n: "constexpr" if n in constants else signature_of(args[n]) for n in kernel.arg_names},
             constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+            attrs={
+                (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+                for name, value in args.items()
+                if name not in constants and is_aligned(value)
+            },
         )
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert compiled.asm["cubin"]

@@ -60,7 +60,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(norm="Qwen2MoeRMSNorm", gate="Qwen2MoeMLP"),
     "qwen3": Family(norm="Qwen3RMSNorm", gate="Qwen3MLP"),
     "qwen3_moe": Family(norm="Qwen3MoeRMSNorm"),
-    "seed_oss": Family(norm="SeedOssRMSNorm", gate="SeedOssMLP"),
+    "seed_oss": Family(norm="SeedOssRMSNorm"),
     "smollm3": Family(norm="SmolLM3RMSNorm", gate="SmolLM3MLP"),
     "stablelm": Family(supports_packing=False),
     "starcoder2": Family(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 from lora_accel.config.schema import RunConfig
 from lora_accel.console import Stage
@@ -13,6 +14,8 @@ from lora_accel.setup.data import PreparedData
 
 FALLBACK = "training.micro_batch_tokens, training.activation_checkpointing=true, quantization.bits=4, ZeRO-3"
 """Named if the estimate fails, too."""
+MIN_BYTES = 10**6
+"""Options that save less are not named."""
 
 
 @contextlib.contextmanager
@@ -35,20 +38,20 @@ def explained_out_of_memory(config: RunConfig, data: PreparedData, mixed_precisi
 
 
 def _message(reason: str, config: RunConfig, data: PreparedData, mixed_precision: str) -> str:
-    lines = [f"out of memory: {reason}. The newest checkpoint is kept."]
+    has_checkpoint = any(Path(config.output_dir).glob("checkpoints/step-*"))
+    lines = [f"out of memory: {reason}.{' The newest checkpoint is kept.' * has_checkpoint}"]
     try:
         with Stage("estimating what would take less memory"):
             options = cheaper_options(config, data, mixed_precision)
     except Exception:  # memory is short, and the estimate is only a help
         options = []
+    options = [(overrides, less) for overrides, less in options if less >= MIN_BYTES]
     if not options:
         return f"{lines[0]} What takes less: {FALLBACK}. The same command with one of them resumes"
     lines.append("These options take less on each device, by the estimate of `lora-accel plan`:")
     lines += [f"  {' '.join(overrides)}: {_size(less)} less" for overrides, less in options]
     if config.training.activation_checkpointing == "auto":
-        lines.append(
-            "What activation_checkpointing=auto has saved already (see activation memory above) counts as less"
-        )
+        lines.append("What activation_checkpointing=auto has saved already counts as less")
     lines.append("The same command with them resumes; quantization.bits=4 trains another base, in another output_dir")
     return "\n".join(lines)
 

@@ -82,15 +82,17 @@ def build_skeleton(config: RunConfig, mixed_precision: str, device: torch.device
     packed = config.data.packing and can_pack(base)
     if packed:
         pack_attention(base)
-    patch_base(base)
+    if not config.training.compile:
+        patch_base(base)
     if bits is not None:
         _quantize(base, weights)
     model = add_adapter(base, adapter, seed=config.seed, autocast=mixed_precision != "no")
     is_fused = patch_fused_loss(model.get_base_model())
     keys = key_dropout(model, fused_loss=is_fused)
-    patch_adapters(
-        model, dense_weight if bits is None else lambda layer, dtype: torch.empty_like(layer.weight, dtype=dtype)
-    )
+    if bits != 8 and not config.training.compile:  # as kernels/adapters.py and setup/model.py
+        patch_adapters(
+            model, dense_weight if bits is None else lambda layer, dtype: torch.empty_like(layer.weight, dtype=dtype)
+        )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     quantized = {
         names[id(weight)]: quantized_bytes(

@@ -203,33 +203,45 @@ def _recompute_what_does_not_fit(
     Returns:
         Whether any layer recomputes its activations.
     """
-    first = data.dataset.example(0)
-    probe = Example(first.input_ids[:PROBE_TOKENS], first.labels[:PROBE_TOKENS])
-    options = BatchOptions.from_config(config.training, pad_id=data.pad_id, packed=prepared.packed)
-    probe_batch = step_batch([probe], options).micro_batches[0].to(accelerator.device)
-    prepared.dropout_keys.keys, prepared.dropout_keys.lengths = probe_batch.token_keys, probe_batch.example_lengths
-    prepared.model.train()
     longest = max(int(source.examples.lengths.max()) for source in data.dataset.sources)
+    options = BatchOptions.from_config(config.training, pad_id=data.pad_id, packed=prepared.packed)
+    probe = step_batch([_probe(data.dataset.example(0), longest)], options).micro_batches[0].to(accelerator.device)
+    prepared.dropout_keys.keys, prepared.dropout_keys.lengths = probe.token_keys, probe.example_lengths
+    prepared.model.train()
     per_forward = config.training.micro_batch_size
     tokens = per_forward * longest if per_forward else max(longest, config.training.micro_batch_tokens)
     model = accelerator.unwrap_model(prepared.model)
     free = free_bytes(accelerator.device, num_local_ranks) - update_bytes(prepared.trainable, config.training.optimizer)
     with Stage("measuring activation memory", enabled=accelerator.is_local_main_process):
-        kept = recomputed = estimate_activation_bytes(prepared.model, probe_batch, tokens)
-        lacks_memory = torch.tensor(float(kept > free and can_recompute(model)), device=accelerator.device)
-        total = recompute_layers(model) if accelerator.reduce(lacks_memory) > 0 else None  # None = all fit
-        if total is not None:
-            recomputed = estimate_activation_bytes(prepared.model, probe_batch, tokens)
-    needed = f"activation memory: {_gb(kept)} needed, {_gb(free)} free"
-    if total is None:
+        kept = estimate_activation_bytes(prepared.model, probe, tokens)
+        ranks = accelerator.gather(torch.tensor([[float(kept), float(free)]], device=accelerator.device)).tolist()
+        rank, (most, least) = max(enumerate(ranks), key=lambda entry: entry[1][0] - entry[1][1])
+        lacks_memory = most > least and can_recompute(model)
+        total = recompute_layers(model) if lacks_memory else 0
+        recomputed = estimate_activation_bytes(prepared.model, probe, tokens) if lacks_memory else kept
+    where = f" on rank {rank}" if rank else ""
+    needed = f"activation memory: {_gb(most)} needed, {_gb(least)} free{where}"
+    if not lacks_memory:
         logger.info(f"{needed}: no activation checkpointing")
         return False
     count = num_layers_to_recompute(kept, recomputed, free, total)
     count = int(accelerator.gather(torch.tensor([count], device=accelerator.device)).max())
     recompute_layers(model, count)
-    logger.info(f"{needed}: enabling activation checkpointing in {count} of {total} layers")
+    layers = f"{count} of {total} layers" if total else "all layers"
+    logger.info(f"{needed}: enabling activation checkpointing in {layers}")
     return True
 
 
-def _gb(num_bytes: int) -> str:
+def _probe(example: Example, longest: int) -> Example:
+    """Repeat the tokens of an example: in a short one, what does not grow with its length would count for each token.
+
+    Args:
+        longest: tokens of the longest example, which the model supports.
+    """
+    size = min(PROBE_TOKENS, longest)
+    times = -(-size // len(example.input_ids))
+    return Example((example.input_ids * times)[:size], (example.labels * times)[:size])
+
+
+def _gb(num_bytes: float) -> str:
     return f"{max(0, num_bytes) / 1e9:.1f} GB"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora import Linear
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from lora_accel.model.dropout import KeyedDropout
 from lora_accel.model.kernels.low_rank import Dropout, add_gradient, matrix_gradient, project_down, scaled_product
@@ -73,9 +74,9 @@ class _Layer(NamedTuple):
 
 
 def _adapted(layer: Any, original: Callable[..., Any], weight_of: DenseWeight, x: torch.Tensor, **kwargs: Any) -> Any:
-    base, name = layer.get_base_layer(), layer.active_adapters[0]
-    if kwargs or not _is_plain(layer, name) or not x.numel():
+    if kwargs or not x.numel() or not _is_plain(layer):
         return original(x, **kwargs)
+    base, name = layer.get_base_layer(), layer.active_adapters[0]
     a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -86,15 +87,19 @@ def _adapted(layer: Any, original: Callable[..., Any], weight_of: DenseWeight, x
     if isinstance(dropout, KeyedDropout) and dropout.is_active:
         keyed = Dropout(dropout.keys_of(x).flatten(), dropout.feature_keys, dropout.p)
     call = _Layer(base, weight_of, layer.scaling[name], keyed, dtype)
-    return _AdaptedLinear.apply(x, a.weight, b.weight, call)  # type: ignore[no-untyped-call]
+    output = _AdaptedLinear.apply(x.reshape(-1, x.shape[-1]), a.weight, b.weight, call)  # type: ignore[no-untyped-call]
+    return output.view(*x.shape[:-1], -1)  # outside of the Function: OLMo clips it in place
 
 
-def _is_plain(layer: Any, name: str) -> bool:
+def _is_plain(layer: Any) -> bool:
     """Whether an adapted layer now computes W x + s B A drop(x), with weights that are there."""
-    if layer.disable_adapters or layer.merged or layer.active_adapters != [name] or name in layer.lora_variant:
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
-    if name not in layer.lora_A or layer.lora_B[name].bias is not None:
+    name, base = layer.active_adapters[0], layer.get_base_layer()
+    if name in layer.lora_variant or name not in layer.lora_A or layer.lora_B[name].bias is not None:
         return False
+    if base._forward_hooks or base._backward_hooks or base._backward_pre_hooks or base.weight.requires_grad:
+        return False  # what they compute needs gradients
     dropout = layer.lora_dropout[name]
     parts = (layer.lora_A[name], layer.lora_B[name])
     # Hooks may gather a sharded weight.
@@ -113,7 +118,7 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layer: _Layer) -> torch.Tensor:
         ctx.dtypes = a.dtype, b.dtype
-        flat = x.reshape(-1, x.shape[-1]).to(layer.dtype)  # [T, F]
+        flat = x.to(layer.dtype)  # [T, F]
         output: torch.Tensor = layer.base(flat)  # [T, N]
         if layer.dropout is None:
             a = a.to(layer.dtype)
@@ -122,14 +127,14 @@ class _AdaptedLinear(torch.autograd.Function):
         output.addmm_(down, b.t(), alpha=layer.scale)
         ctx.save_for_backward(x, a, b, down)
         ctx.layer = layer
-        return output.view(*x.shape[:-1], output.shape[-1])
+        return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, None]:
         x, a, b, down = ctx.saved_tensors
         layer = ctx.layer
-        grad = grad.reshape(-1, grad.shape[-1]).to(layer.dtype)  # [T, N]
-        flat = x.reshape(-1, x.shape[-1]).to(layer.dtype)
+        grad, flat = grad.to(layer.dtype), x.to(layer.dtype)  # [T, N], [T, F]
         dropout = None if layer.dropout is None else layer.dropout.with_mask(flat, len(a))
         grad_down = scaled_product(grad, b, layer.scale)
         grad_b = scaled_product(grad.t(), down, layer.scale)
@@ -138,5 +143,5 @@ class _AdaptedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad @ layer.weight_of(layer.base, layer.dtype)
             add_gradient(grad_x, grad_down, a, dropout)
-            grad_x = grad_x.view(x.shape).to(x.dtype)
+            grad_x = grad_x.to(x.dtype)
         return grad_x, grad_a.to(ctx.dtypes[0]), grad_b.to(ctx.dtypes[1]), None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.activations import GELUTanh, SiLUActivation
 
@@ -42,6 +43,7 @@ class _Gate(torch.autograd.Function):
         return _activation(gate, is_gelu) * up
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         gate, up = ctx.saved_tensors
         if has_kernel("gate_backward", gate):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from lora_accel.model.families import GEMMA_NORMS, NORMS
 from lora_accel.model.kernels.table import has_kernel
@@ -31,9 +32,13 @@ def patch_norms(model: nn.Module) -> None:
 
 
 def _rms_norm(module: Any, is_gemma: bool, hidden_states: torch.Tensor) -> torch.Tensor:
+    if module.weight.requires_grad:  # PEFT trains copies of patched norms (modules_to_save)
+        trained: torch.Tensor = type(module).forward(module, hidden_states)
+        return trained
     eps = module.eps if is_gemma else module.variance_epsilon
-    normed: torch.Tensor = _RMSNorm.apply(hidden_states, module.weight, eps, is_gemma)  # type: ignore[no-untyped-call]
-    return normed
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    normed: torch.Tensor = _RMSNorm.apply(flat, module.weight, eps, is_gemma)  # type: ignore[no-untyped-call]
+    return normed.view(hidden_states.shape)  # outside of the Function: OLMoE clips it in place
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -44,20 +49,19 @@ class _RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, is_gemma: bool) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # [N, H]
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, is_gemma: bool) -> torch.Tensor:  # [N, H]
         is_fused = x.dtype == weight.dtype and has_kernel("rms_norm", x)
-        normed, scale = (torch.ops.lora_accel.rms_norm if is_fused else _normed)(flat, weight, eps, is_gemma)
+        normed, scale = (torch.ops.lora_accel.rms_norm if is_fused else _normed)(x, weight, eps, is_gemma)
         ctx.save_for_backward(x, weight, scale)
         ctx.is_fused, ctx.is_gemma = is_fused, is_gemma
-        return normed.view(x.shape)
+        return normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         x, weight, scale = ctx.saved_tensors
-        flat, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
         backward = torch.ops.lora_accel.rms_norm_backward if ctx.is_fused else _gradient
-        return backward(grad, flat, weight, scale, ctx.is_gemma).view(x.shape), None, None, None
+        return backward(grad, x, weight, scale, ctx.is_gemma), None, None, None
 
 
 def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float, is_gemma: bool) -> tuple[torch.Tensor, torch.Tensor]:

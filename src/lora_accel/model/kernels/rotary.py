@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from transformers.models.llama import modeling_llama
 
 from lora_accel.model.kernels.table import has_kernel
@@ -71,6 +72,7 @@ class _Rotate(torch.autograd.Function):
         return rotated
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_query: torch.Tensor, grad_key: torch.Tensor) -> tuple[Any, ...]:
         return *torch.ops.lora_accel.rotate(grad_query, grad_key, *ctx.saved_tensors, True), None, None
 

@@ -147,8 +147,12 @@ def _rotate_heads(
 ):
     heads, columns = tl.arange(0, HEADS), tl.arange(0, HALF)
     inside = (heads < num_heads)[:, None] & (columns < half)[None, :]
-    first = tl.load(x + heads[:, None] * stride_h + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(x + heads[:, None] * stride_h + half + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    first = tl.load(x + heads.to(tl.int64)[:, None] * stride_h + columns[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
+    second = tl.load(x + heads.to(tl.int64)[:, None] * stride_h + half + columns[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
     cos_1 = tl.load(cos + columns, mask=columns < half, other=0.0).to(tl.float32)[None, :]
     cos_2 = tl.load(cos + half + columns, mask=columns < half, other=0.0).to(tl.float32)[None, :]
     sin_1 = tl.load(sin + columns, mask=columns < half, other=0.0).to(tl.float32)[None, :]
@@ -237,10 +241,10 @@ def project_down(
     x: torch.Tensor, a: torch.Tensor, token_keys: torch.Tensor, feature_keys: torch.Tensor, p: float
 ) -> torch.Tensor:
     """Return drop(x) @ a.T, [T, R]."""
-    x, a = x.contiguous(), a.contiguous()
+    x, a, token_keys = x.contiguous(), a.contiguous(), token_keys.contiguous()
     num_tokens, rank = len(x), len(a)
     down = x.new_empty(num_tokens, rank)
-    tokens, features = 32, 128
+    tokens, features = 32, 128 if _tile(rank) <= 32 else 32  # what fits into the shared memory of 8.6 and 8.9
     _project_down[(triton.cdiv(num_tokens, tokens),)](
         x, a, token_keys, feature_keys, down, num_tokens, x.shape[1], rank, x.stride(0), a.stride(0), _least(p),
         1 / (1 - p), TOKENS=tokens, FEATURES=features, RANKS=_tile(rank),
@@ -279,7 +283,7 @@ def add_gradient(
     p: float,
 ) -> None:
     """Add drop(down @ a) to output [T, F], whose rows are contiguous, in place."""
-    down, a = down.contiguous(), a.contiguous()
+    down, a, token_keys = down.contiguous(), a.contiguous(), token_keys.contiguous()
     (num_tokens, num_features), rank = output.shape, len(a)
     tokens, features = 32, 128
     _add_gradient[(triton.cdiv(num_tokens, tokens), triton.cdiv(num_features, features))](
@@ -320,7 +324,7 @@ def matrix_gradient(
     down: torch.Tensor, x: torch.Tensor, token_keys: torch.Tensor, feature_keys: torch.Tensor, p: float
 ) -> torch.Tensor:
     """Return down.T @ drop(x), [R, F] float32."""
-    down, x = down.contiguous(), x.contiguous()
+    down, x, token_keys = down.contiguous(), x.contiguous(), token_keys.contiguous()
     (num_tokens, num_features), rank = x.shape, down.shape[1]
     tokens, features = 32, 128
     span = triton.cdiv(triton.cdiv(num_tokens, MAX_SPLITS), tokens) * tokens  # a multiple of the tile
@@ -374,6 +378,9 @@ def _cross_entropy(
     index = tl.program_id(0)
     row, target = logits + index.to(tl.int64) * stride, tl.load(targets + index)
     is_supervised = target != ignored
+    # Loaded before all else: gradients overwrite it, in another warp maybe before this one would read it.
+    column = tl.where(is_supervised, target, 0) + tl.zeros((1,), dtype=tl.int64)
+    chosen, _slope = _logit(row, column, num_classes, scale, softcap, HAS_SOFTCAP)
     largest, total, mean = -float("inf"), 0.0, 0.0
     for start in range(0, num_classes, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
@@ -385,8 +392,6 @@ def _cross_entropy(
         total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(values - new_largest), axis=0)
         largest = new_largest
     log_sum = largest + tl.log(total)
-    column = tl.where(is_supervised, target, 0) + tl.zeros((1,), dtype=tl.int64)
-    chosen, _ = _logit(row, column, num_classes, scale, softcap, HAS_SOFTCAP)
     expected = (1.0 - smoothing) * tl.sum(chosen, axis=0) + smoothing * mean
     tl.store(losses + index, tl.where(is_supervised, log_sum - expected, 0.0))
     if OVERWRITE:
