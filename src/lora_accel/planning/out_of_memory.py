@@ -14,8 +14,8 @@ from lora_accel.setup.data import PreparedData
 
 FALLBACK = "training.micro_batch_tokens, training.activation_checkpointing=true, quantization.bits=4, ZeRO-3"
 """Named if the estimate fails, too."""
-MIN_BYTES = 10**6
-"""Options that save less are not named."""
+MIN_BYTES = 500_000
+"""Options that save less are not named: 0 MB."""
 
 
 @contextlib.contextmanager
