@@ -502,7 +502,7 @@ def make_check(options: argparse.Namespace, folder: Path) -> Check:
 
     end, now = time.monotonic() + 60 * options.minutes, time.strftime("%Y-%m-%d")
     if options.dry_run:
-        print(DRY_RUN, flush=True)  # before the first figure
+        print(DRY_RUN, file=sys.stderr, flush=True)  # before the first figure
         table = Table(options.output, [DRY_RUN])
         return Check(table, "cpu", "no", TINY, options.minutes, end, folder)
     table = Table(options.output, [f"`scripts/check_gpu.py`, {now}, within {options.minutes:g} minutes."])
