@@ -149,25 +149,20 @@ class _FusedLoss(torch.autograd.Function):
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         loss = torch.zeros((), device=hidden.device)
+        is_fused, overwrite = has_kernel("cross_entropy", hidden), grad is not None
+        softmax_rows = (SOFTMAX_NUMEL if device == "cpu" else CHUNK_NUMEL) // len(weight)
         with torch.autocast(device, enabled=False):
             for rows in _chunks(len(hidden), _chunk_size(hidden, len(weight))):
-                logits = F.linear(hidden[rows].to(dtype), weight, bias)  # [n, V]
-                if has_kernel("cross_entropy", logits):
-                    loss += torch.ops.lora_accel.cross_entropy(
-                        logits, targets[rows], scale, softcap, smoothing, grad is not None
-                    ).sum()
-                    factor = None
+                logits, labels = F.linear(hidden[rows].to(dtype), weight, bias), targets[rows]  # [n, V], [n]
+                if is_fused:
+                    losses = torch.ops.lora_accel.cross_entropy(logits, labels, scale, softcap, smoothing, overwrite)
+                    loss += losses.sum()
                 else:
-                    for part in _chunks(
-                        len(logits), (SOFTMAX_NUMEL if device == "cpu" else CHUNK_NUMEL) // len(weight)
-                    ):
-                        loss += _loss(
-                            logits[part], targets[rows][part], scale, softcap, smoothing, overwrite=grad is not None
-                        )
-                    factor = (targets[rows, None] != IGNORE_INDEX) * scale
+                    for part in _chunks(len(logits), softmax_rows):
+                        loss += _loss(logits[part], labels[part], scale, softcap, smoothing, overwrite=overwrite)
                 if grad is not None:
                     product = logits @ weight
-                    grad[rows] = product if factor is None else product * factor
+                    grad[rows] = product if is_fused else product * ((labels[:, None] != IGNORE_INDEX) * scale)
         ctx.save_for_backward(grad)
         return loss
 

@@ -2,7 +2,7 @@
 
 A kernel is an operator of torch (`torch.ops.lora_accel.NAME`), so that torch knows its shapes without running it. The
 reference beside each caller is the same mathematics in torch's own operations. It runs on all other devices, and
-without Triton. A kernel that is removed from the table is not used.
+without Triton. To do without an operation, remove its rows: those of its forward and of its backward.
 
 Liger-Kernel 0.8 has norms, gates and rotary embeddings, too. These exist for three reasons: its kernels do not run in
 Triton's interpreter, so without a GPU nothing can be proven of them; its backward fills the gradient of a norm with
