@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,8 @@ from tests.forked import become, context
 DUMP = "import json, os; print('ENV' + json.dumps(dict(os.environ)))"
 OPTIONS = {"zero1": ("--num_processes", "2", "--mixed_precision", "no")}
 """Options for presets whose values do not suit the tests."""
+ENDED = (-signal.SIGTERM, 128 + signal.SIGTERM)
+"""Exit codes of a rank that was ended because another one had failed, before and after it handles signals."""
 
 
 class Forks:
@@ -70,7 +73,7 @@ class Forks:
             environment.pop("TORCHELASTIC_ERROR_FILE", None)
             environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # without torchrun's agent, rank 0 hosts the store
             log = self._folder / f"log-{preset}-{rank}"
-            log.unlink(missing_ok=True)
+            log.write_text("", encoding="utf-8")  # a rank may be ended before it opens it
             processes.append(context().Process(target=_rank, args=(args, dict(environment), str(log)), name=str(log)))
         for process in processes:
             process.start()
@@ -90,7 +93,8 @@ class Forks:
         processes = self.start(preset, program_args, tuple(command[:program]), **environment)
         codes = self.finish(processes)
         output = "".join(Path(process.name).read_text(encoding="utf-8") for process in processes)
-        return subprocess.CompletedProcess(command, next((code for code in codes if code), 0), output, output)
+        code = next((code for code in sorted(codes, key=ENDED.__contains__) if code), 0)
+        return subprocess.CompletedProcess(command, code, output, output)
 
     def finish(self, processes: list[BaseProcess], timeout: float = PATIENCE_SECONDS) -> list[int]:
         """Wait for all ranks and return their exit codes. When one fails, the others are ended, as a launcher does."""

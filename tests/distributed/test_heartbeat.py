@@ -173,6 +173,25 @@ def test_second_ctrl_c_ends_a_main_thread_that_waits(codes: list[int], capfd: py
     assert "error: ended by SIGINT; run the same command" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("presses", [1, 2])
+def test_second_ctrl_c_explains_a_failed_collective(
+    codes: list[int], monkeypatch: pytest.MonkeyPatch, presses: int
+) -> None:
+    """The other rank has exited at it; Python has handled both as one."""
+    monkeypatch.setattr(heartbeat, "ABORT_SECONDS", 60)
+
+    def fail() -> None:
+        with watched(0, (1, (1, 2))):
+            for _ in range(presses):
+                send(signal.SIGINT)
+                time.sleep(0.3)
+            raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(KeyboardInterrupt if presses == 2 else RuntimeError):
+        fail()
+    assert codes == []
+
+
 def test_limits_by_position() -> None:
     ranks = [heartbeat._Rank(0.0) for _ in range(4)]
     for rank, text in zip(ranks, ("[9, 3, 2]", "[9, 3, 1]", "[9, 3, 2]", "[9, 2, 4]"), strict=True):
@@ -234,6 +253,7 @@ def test_second_ctrl_c_ends_ranks_that_wait_in_a_collective(runs: Runs, tmp_path
     pids = [process.pid for process in processes if process.pid]
     try:
         wait_for(lambda: (tmp_path / "mark-1").exists() or not all(map(is_running, pids)), "no step 3")
+        time.sleep(1.0)  # rank 0 waits from now on
         for _ in range(2):
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):

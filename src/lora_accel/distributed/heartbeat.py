@@ -133,6 +133,7 @@ class _Signals:
         self._receiver.setblocking(False)
         self._sender.setblocking(False)
         self._before: int | None = None
+        self._lock = threading.Lock()
         self.number, self.first, self.second = 0, 0.0, 0.0
         """The first signal, and the times of it and of a second Ctrl-C; 0 = none."""
 
@@ -155,7 +156,7 @@ class _Signals:
     def wait(self, seconds: float) -> None:
         """Wait for a signal, and record it."""
         select.select([self._receiver], [], [], seconds)
-        with contextlib.suppress(BlockingIOError):
+        with self._lock, contextlib.suppress(BlockingIOError):
             for number in self._receiver.recv(4096):
                 now = time.monotonic()
                 if number and not self.first:
@@ -205,6 +206,11 @@ class RankMonitor:
         self._threads[1].join()
         self._threads[0].join(timeout=1)
         self._signals.close()
+
+    def is_interrupted(self) -> bool:
+        """Whether this process has received a second Ctrl-C. Python may have handled two as one, after a collective."""
+        self._signals.wait(0)
+        return bool(self._signals.second)
 
     def _exchange(self) -> None:
         """Write this rank's position, and read those of all ranks: on rank 0, and on rank 1 in case it is rank 0.
@@ -319,6 +325,9 @@ def watch_ranks(
 
     Args:
         store: a store that all ranks share; None = one process, nothing to watch.
+
+    Raises:
+        KeyboardInterrupt: a collective failed after a second Ctrl-C, at which another rank has exited.
     """
     if store is None:
         yield
@@ -327,5 +336,9 @@ def watch_ranks(
     monitor.start()
     try:
         yield
+    except Exception as error:
+        if monitor.is_interrupted():
+            raise KeyboardInterrupt from error
+        raise
     finally:
         monitor.stop()
