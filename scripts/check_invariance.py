@@ -63,6 +63,7 @@ def variants(batch_size: int, long_tokens: int, short_tokens: int) -> list[Varia
     return [
         Variant("1 process, micro-batches by tokens", "cpu", (f"training.micro_batch_tokens={long_tokens}",)),
         Variant("1 process, shorter micro-batches", "cpu", by_tokens),
+        Variant("1 process, no shared prefixes", "cpu", (*by_tokens, "training.share_prefixes=false")),
         *(Variant(f"1 process, micro-batches of {size}", "cpu", per_device(size)) for size in (1, 2, 4)),
         Variant("2 processes, DDP", "cpu_ddp", by_tokens),
         Variant("2 processes, ZeRO-1", "zero1", by_tokens, zero1),

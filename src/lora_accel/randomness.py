@@ -5,6 +5,8 @@ A resumed run gets the same numbers as an uninterrupted one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -34,14 +36,26 @@ def permutation(count: int, *key: int) -> Order:
     return np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(count), kind="stable")
 
 
-def token_keys(example_key: int, length: int) -> npt.NDArray[np.int32]:
-    """Return an odd int32 key for each position of an example, [length]: the upper half of SplitMix64.
+def token_keys(key: int, input_ids: Sequence[int]) -> npt.NDArray[np.int32]:
+    """Return an odd int32 key for each token, a hash of `key` and of the tokens up to and including it, [T].
 
-    The keys of dropout (model/dropout.py).
+    The keys of dropout (model/dropout.py). Equal beginnings have equal keys, wherever they are computed. The sum of
+    hashed tokens times powers of an odd number is a polynomial hash; SplitMix64 mixes it.
     """
-    z = np.uint64(example_key) + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    keys: npt.NDArray[np.int32] = (z >> np.uint64(32)).astype(np.uint32).view(np.int32)
+    tokens = _mix(np.asarray(input_ids, dtype=np.uint64) + np.uint64(1))
+    powers = np.cumprod(np.full(len(tokens), _ODD, dtype=np.uint64))
+    hashes = _mix(np.cumsum(tokens * powers, dtype=np.uint64) + np.uint64(key))
+    keys: npt.NDArray[np.int32] = (hashes >> np.uint64(32)).astype(np.uint32).view(np.int32)
     keys |= 1
     return keys
+
+
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finalizer of SplitMix64."""
+    z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    mixed: npt.NDArray[np.uint64] = z ^ z >> np.uint64(31)
+    return mixed

@@ -10,23 +10,30 @@ from pathlib import Path
 import pytest
 from scripts.check_invariance import main
 
+from tests.conftest import chat_rows, write_jsonl
 from tests.distributed.forked import Forks
 
 pytestmark = pytest.mark.distributed
 
 
 def test_results_are_invariant(
-    forks: Forks, tiny_model: Callable[..., Path], rows_file: Path, capsys: pytest.CaptureFixture[str]
+    forks: Forks, tiny_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In float32 with adapter dropout 0.1, different lengths, and a short last step."""
+    """In float32 with adapter dropout 0.1, different lengths, shared prefixes of two levels, and a short last step."""
 
     def launch(preset: str, *args: str) -> subprocess.CompletedProcess[str]:
         return forks.launch(*args, preset=preset)
 
-    args = ["--model", str(tiny_model()), "--data", str(rows_file), "--learning-rate", "0.03"]
+    rows = []
+    for row in chat_rows(24):
+        number = len(rows)
+        system = {"role": "system", "content": f"Answer in one word. The document is number {number % 3} of those."}
+        rows.append({"messages": [system, *row["messages"]] if number % 4 else row["messages"]})
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    args = ["--model", str(tiny_model()), "--data", str(data), "--learning-rate", "0.03"]
     code = main([*args, "--loss-limit", "1e-5", "--adapter-limit", "1e-4"], launch)
     stdout = capsys.readouterr().out
     assert code == 0, stdout
-    assert ", no, 6 steps; losses 5." in stdout
-    rows = re.findall(r"^\| (?:1|2) process.*\|$", stdout, flags=re.MULTILINE)
-    assert len(rows) == 10, stdout
+    assert ", no, " in stdout
+    lines = re.findall(r"^\| (?:1|2) process.*\|$", stdout, flags=re.MULTILINE)
+    assert len(lines) == 11, stdout

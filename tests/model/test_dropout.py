@@ -21,7 +21,7 @@ TOKENS, FEATURES = 4096, 576
 
 def dropped(p: float, *, seed: int = 0, step: int = 0, example: int = 0, layer: int = 0) -> torch.Tensor:
     """Return [T, F]: 1 where a value is zeroed."""
-    keys = torch.from_numpy(token_keys(derive_seed(seed, step, example), TOKENS))
+    keys = torch.from_numpy(token_keys(derive_seed(seed, step, example), range(TOKENS)))
     features = KeyedDropout(p, layer, FEATURES, DropoutKeys()).feature_keys
     return 1.0 - keep_mask(keys, features, p).float()
 
@@ -56,7 +56,7 @@ def test_seed_step_example_and_layer_give_independent_masks(other: dict[str, int
 
 def test_values_are_scaled_and_gradients_follow_the_mask() -> None:
     tokens = DropoutKeys()
-    tokens.keys = torch.from_numpy(token_keys(7, 32)).reshape(2, 16)
+    tokens.keys = torch.from_numpy(token_keys(7, range(32))).reshape(2, 16)
     dropout = KeyedDropout(0.25, 0, 8, tokens)
     x = torch.full((2, 16, 8), 3.0, requires_grad=True)
     y = dropout(x)
@@ -70,7 +70,7 @@ def test_values_are_scaled_and_gradients_follow_the_mask() -> None:
 def test_mask_of_a_token_does_not_depend_on_the_batch() -> None:
     tokens, x = DropoutKeys(), torch.randn(3, 20, 8)
     dropout = KeyedDropout(0.3, 2, 8, tokens)
-    keys = torch.from_numpy(token_keys(7, 60)).reshape(3, 20)
+    keys = torch.from_numpy(token_keys(7, range(60))).reshape(3, 20)
     tokens.keys = keys
     full = dropout(x)
     for row in range(3):
@@ -80,7 +80,7 @@ def test_mask_of_a_token_does_not_depend_on_the_batch() -> None:
 
 def test_layer_with_other_tokens_than_the_batch_is_an_error() -> None:
     tokens = DropoutKeys()
-    tokens.keys = torch.from_numpy(token_keys(7, 32)).reshape(2, 16)
+    tokens.keys = torch.from_numpy(token_keys(7, range(32))).reshape(2, 16)
     dropout = KeyedDropout(0.3, 2, 8, tokens)
     assert torch.equal(dropout(torch.ones(32, 8)), dropout(torch.ones(2, 16, 8)).reshape(32, 8))
     with pytest.raises(ConfigError, match=r"adapter\.dropout.*10 tokens of a batch of 32"):
@@ -101,7 +101,7 @@ def test_every_lora_layer_gets_its_own_keyed_dropout(tiny_model: Callable[..., P
 def test_keyed_dropout_is_at_least_as_fast_as_torchs_dropout() -> None:
     x = torch.randn(1, 2048, FEATURES).bfloat16()
     tokens = DropoutKeys()
-    tokens.keys = torch.from_numpy(token_keys(7, 2048))[None]
+    tokens.keys = torch.from_numpy(token_keys(7, range(2048)))[None]
     keyed, reference = KeyedDropout(0.05, 0, FEATURES, tokens), torch.nn.Dropout(0.05)
 
     def seconds(dropout: torch.nn.Module) -> float:

@@ -35,7 +35,7 @@ def test_gradients_are_those_of_dropout_on_all_tokens(chunk: int, monkeypatch: p
     original = base.forward
     assert patch_fused_loss(base)
     keys = key_dropout(model)
-    keys.keys = torch.from_numpy(token_keys(7, IDS.numel())).reshape(IDS.shape)
+    keys.keys = torch.from_numpy(token_keys(7, range(IDS.numel()))).reshape(IDS.shape)
     targets = IDS[:, POSITIONS + 1]
 
     logits = original(input_ids=IDS).logits[:, POSITIONS]  # the head gets all tokens

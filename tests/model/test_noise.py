@@ -25,7 +25,7 @@ EXAMPLES = [
 
 
 def noise_of(*key: int, length: int = 500, size: int = 200) -> torch.Tensor:
-    keys = torch.from_numpy(token_keys(derive_seed(*key), length))
+    keys = torch.from_numpy(token_keys(derive_seed(*key), range(length)))
     return uniform_noise(keys, feature_keys(size, FEATURE_SEED))
 
 

@@ -24,7 +24,7 @@ from tests.conftest import write_jsonl
 
 def test_measuring_runs_the_largest_micro_batch_and_writes_nothing(make_config: Callable[..., RunConfig]) -> None:
     config = make_config(training={"neftune_alpha": 5.0, "label_smoothing": 0.1})
-    largest, typical = choose_micro_batches(config, prepare_data(config), packed=True)
+    largest, typical = choose_micro_batches(config, prepare_data(config), packed=True, min_saving=None)
     measured = measure(config)
     assert measured.tokens == [largest.input_ids.numel(), typical.input_ids.numel()]
     assert measured.tokens_per_second == measured.tokens[1] / measured.seconds[1] > 0
@@ -43,7 +43,7 @@ def test_the_longest_example_is_in_the_largest_micro_batch(
     config = make_config(data={"train": [{"path": str(path)}]}, training={"micro_batch_tokens": 8})
     data = prepare_data(config)
     longest = max(ledger.longest for ledger in data.dataset.ledgers)
-    assert choose_micro_batches(config, data, packed=True).largest.input_ids.numel() == longest
+    assert choose_micro_batches(config, data, packed=True, min_saving=None).largest.input_ids.numel() == longest
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from lora_accel import RunConfig, run_training
+from lora_accel.batching import batches, packing
 from lora_accel.errors import ArtifactError
+from lora_accel.randomness import derive_seed
 from tests.conftest import read_metrics
 
 STORED = Path(__file__).parent / "checkpoint_0_1.json"
@@ -40,9 +44,29 @@ def config_of(make_config: Callable[..., RunConfig], **training: Any) -> RunConf
     )
 
 
+@pytest.fixture
+def old_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Key dropout by (seed, step, position in the step, position in the example), as version 0.1.0 did."""
+    num_examples: dict[int, int] = {}
+
+    def example_key(seed: int, step: int) -> int:
+        num_examples[step] = num_examples.get(step, -1) + 1
+        return derive_seed(seed, step, num_examples[step])
+
+    def token_keys(key: int, input_ids: Sequence[int]) -> npt.NDArray[np.int32]:
+        z = np.uint64(key) + np.arange(1, len(input_ids) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        return (z >> np.uint64(32)).astype(np.uint32).view(np.int32) | np.int32(1)
+
+    monkeypatch.setattr(batches, "derive_seed", example_key)
+    monkeypatch.setattr(packing, "token_keys", token_keys)
+
+
+@pytest.mark.usefixtures("old_dropout")
 def test_an_old_checkpoint_resumes(make_config: Callable[..., RunConfig]) -> None:
     """With the schedule of its version, which had no `training.warmup_from_zero`."""
-    config = config_of(make_config)
+    config = config_of(make_config, share_prefixes=False)
     expected = restore(config)
     run_training(config)
     folder = Path(config.output_dir)

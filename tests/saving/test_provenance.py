@@ -127,6 +127,7 @@ HARMLESS: list[Change] = [
     (("config", "training", "gradient_accumulation_steps"), 9),
     (("config", "training", "activation_checkpointing"), True),
     (("config", "training", "compile"), True),
+    (("config", "training", "share_prefixes"), False),
     (("config", "training", "deterministic"), True),
     (("config", "training", "mixed_precision"), "bf16"),  # detected by the precision in effect
     (("config", "training", "warmup_ratio"), 0.5),

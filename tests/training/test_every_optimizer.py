@@ -169,7 +169,8 @@ def test_invalid_8bit_moments_are_an_error(train: Train, damage: str) -> None:
 def test_label_smoothing_changes_training_only(train: Train) -> None:
     """At a rate of almost 0, evaluation gives the loss of the initial model."""
     changes: dict[str, Any] = {"data": {"eval_fraction": 0.2}, "adapter": {"dropout": 0.0}}
-    training = {"max_steps": 1, "learning_rate": 1e-30}
+    # NEFTune turns sharing off, which rounds differently.
+    training = {"max_steps": 1, "learning_rate": 1e-30, "share_prefixes": False}
     plain = train("plain", training=training, **changes)
     knobs = train("knobs", training=training | {"label_smoothing": 0.2, "neftune_alpha": 50.0}, **changes)
     losses = [[line["eval_loss"] for line in read_metrics(folder, "eval")][-1] for folder in (plain, knobs)]

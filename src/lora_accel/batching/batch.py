@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,19 +15,37 @@ from lora_accel.data.chat import Example
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """Lengths in tokens of the examples in a packed row, in order.
+    """Lengths in tokens of the segments of a packed row, in order: an example each, unless examples share tokens.
 
     A class, since torch.compile does not trace into it: for a tuple it would recompile for each number of examples.
     """
 
     lengths: tuple[int, ...]
+    parents: tuple[int | None, ...] = ()
+    """Of each segment: which earlier one holds the tokens before its own, None if it begins an example. Empty = all."""
     cu_seqlens: torch.Tensor | None = dataclasses.field(default=None, compare=False)
     """[N + 1] int32: where each example begins, and the end of the last one, on the device of the forward."""
+    visible: torch.Tensor | None = dataclasses.field(default=None, compare=False)
+    """[N, N] bool, if segments share tokens: whether the tokens of one (row) attend to those of another (column)."""
     block_masks: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     """Masks of FlexAttention, which the layers of a forward share; see model/gpu_attention.py."""
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.lengths)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a segment continues another one."""
+        return any(parent is not None for parent in self.parents)
+
+    def earlier_ranges(self, index: int) -> list[tuple[int, int]]:
+        """Return the positions of the tokens before a segment's own, in order: ranges [first, last) of the row."""
+        starts = [0, *itertools.accumulate(self.lengths)]
+        ranges: list[tuple[int, int]] = []
+        while self.parents and (parent := self.parents[index]) is not None:
+            index = parent
+            ranges.append((starts[index], starts[index + 1]))
+        return ranges[::-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,20 +61,22 @@ class MicroBatch:
     targets: torch.Tensor
     """[B, P]: the token that follows each logit position; `IGNORE_INDEX` where it is not supervised."""
     token_keys: torch.Tensor
-    """[B, T] int32, odd: keys of dropout, a function of (seed, step, example, position)."""
+    """[B, T] int32, odd: keys of dropout, a function of (seed, step, the tokens up to it)."""
     position_ids: torch.Tensor | None = None
     """[1, T], packed only: positions within each example."""
     segments: Segments | None = None
     """Packed only."""
     cu_seqlens: torch.Tensor | None = None
     """[N + 1] int32, packed only: see `Segments`. A field, so that it moves to the device with the other tensors."""
+    visible: torch.Tensor | None = None
+    """[N, N] bool: see `Segments`."""
 
     @property
     def inputs(self) -> dict[str, Any]:
         """Return the keyword arguments of the model's forward."""
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         if self.segments is not None:
-            segments = dataclasses.replace(self.segments, cu_seqlens=self.cu_seqlens)
+            segments = dataclasses.replace(self.segments, cu_seqlens=self.cu_seqlens, visible=self.visible)
             inputs |= {"position_ids": self.position_ids, "segments": segments}
         return inputs
 
@@ -92,6 +113,8 @@ class StepBatch:
     num_tokens: int
     """Without padding."""
     num_supervised_tokens: int
+    num_computed_tokens: int
+    """Without padding: fewer than `num_tokens` if examples share the tokens with which they begin."""
     examples: Sequence[Example]
     """The examples of all ranks."""
 

@@ -12,9 +12,16 @@ import dataclasses
 from collections.abc import Sequence
 
 from lora_accel.batching.batch import MicroBatch, StepBatch
-from lora_accel.batching.grouping import balance_by_tokens, group_packed, group_padded
+from lora_accel.batching.grouping import (
+    balance_by_tokens,
+    group_packed,
+    group_padded,
+    group_shared,
+    keep_prefixes_together,
+)
 from lora_accel.batching.order import epoch_order
 from lora_accel.batching.packing import empty_example, pack, pad
+from lora_accel.batching.prefixes import Node, num_computed, separate_nodes, shared_nodes
 from lora_accel.config.plan import Plan
 from lora_accel.config.schema import TrainingSection
 from lora_accel.data.chat import Example
@@ -33,15 +40,26 @@ class BatchOptions:
     """Tokens in a micro-batch (`training.micro_batch_tokens`)."""
     max_examples: int | None = None
     """Examples in a micro-batch instead (`training.micro_batch_size`)."""
+    min_saving: float | None = None
+    """Share of a micro-batch's tokens that has to be saved for examples to share those with which they begin
+    (batching/prefixes.py); packed only. None = they never do."""
     rank: int = 0
     num_ranks: int = 1
 
     @classmethod
     def from_config(
-        cls, training: TrainingSection, *, pad_id: int, packed: bool = False, rank: int = 0, num_ranks: int = 1
+        cls,
+        training: TrainingSection,
+        *,
+        pad_id: int,
+        packed: bool = False,
+        min_saving: float | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> BatchOptions:
         """Return the options that a run config sets."""
-        return cls(pad_id, packed, training.micro_batch_tokens, training.micro_batch_size, rank, num_ranks)
+        tokens, examples = training.micro_batch_tokens, training.micro_batch_size
+        return cls(pad_id, packed, tokens, examples, min_saving if packed else None, rank, num_ranks)
 
 
 class Batches:
@@ -79,10 +97,7 @@ class Batches:
             self._epoch, self._order = epoch, epoch_order(self._sizes, self._weights, self._seed, epoch)
         start = step_in_epoch * self._plan.batch_size
         indices = self._order[start : start + self._plan.batch_size]
-        examples = [
-            self._dataset.example(index)._replace(key=derive_seed(self._seed, step, position))
-            for position, index in enumerate(indices)
-        ]
+        examples = [self._dataset.example(index)._replace(key=derive_seed(self._seed, step)) for index in indices]
         return step_batch(examples, self._options)
 
 
@@ -94,20 +109,41 @@ def step_batch(examples: Sequence[Example], options: BatchOptions) -> StepBatch:
     """
     # With a limit in examples, ranks get equally many examples; with a limit in tokens, about equally many tokens.
     most = len(examples) if options.max_examples is None else -(-len(examples) // options.num_ranks)
+    shares = balance_by_tokens(examples, options.num_ranks, most)
     group = group_packed if options.packed else group_padded
-    shares = [
-        group(share, options.max_tokens, options.max_examples)
-        for share in balance_by_tokens(examples, options.num_ranks, most)
-    ]
-    groups = shares[options.rank] + [[]] * (max(map(len, shares)) - len(shares[options.rank]))
+    if options.min_saving is not None:
+        # Whichever gives the busiest rank less to compute.
+        shares = min(shares, keep_prefixes_together(examples, options.num_ranks, most), key=_busiest)
+        group = group_shared
+    groups = [group(share, options.max_tokens, options.max_examples) for share in shares]
+    own = groups[options.rank] + [[]] * (max(map(len, groups)) - len(groups[options.rank]))
     return StepBatch(
-        [_micro_batch(group or [empty_example(options.pad_id)], options) for group in groups],
+        [_micro_batch(group or [empty_example(options.pad_id)], options) for group in own],
         num_examples=len(examples),
         num_tokens=sum(len(example.input_ids) for example in examples),
         num_supervised_tokens=sum(example.num_supervised for example in examples),
+        num_computed_tokens=sum(_num_computed(group, options) for share in groups for group in share),
         examples=examples,
     )
 
 
+def _busiest(shares: Sequence[Sequence[Example]]) -> int:
+    return max(num_computed(shared_nodes(share)) for share in shares)
+
+
+def _nodes(examples: Sequence[Example], options: BatchOptions) -> list[Node]:
+    """Return what a packed micro-batch holds: shared tokens once, if that saves enough."""
+    separate = separate_nodes(examples)
+    if options.min_saving is None:
+        return separate
+    shared = shared_nodes(examples)
+    return shared if num_computed(shared) <= (1 - options.min_saving) * num_computed(separate) else separate
+
+
+def _num_computed(examples: Sequence[Example], options: BatchOptions) -> int:
+    """Return the tokens of a micro-batch, without padding."""
+    return num_computed(_nodes(examples, options))
+
+
 def _micro_batch(examples: Sequence[Example], options: BatchOptions) -> MicroBatch:
-    return pack(examples) if options.packed else pad(examples, options.pad_id)
+    return pack(examples, _nodes(examples, options)) if options.packed else pad(examples, options.pad_id)

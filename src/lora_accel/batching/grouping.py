@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lora_accel.batching.prefixes import added_tokens, sorted_by_prefix
 from lora_accel.data.chat import Example
 
 
@@ -20,6 +21,65 @@ def balance_by_tokens(examples: Sequence[Example], num_shares: int, max_examples
         shares[share].append(example)
         tokens[share] += len(example.input_ids)
     return shares
+
+
+def keep_prefixes_together(examples: Sequence[Example], num_shares: int, max_examples: int) -> list[list[Example]]:
+    """Divide examples into shares that compute about as many tokens each, if those they share are computed once.
+
+    In the order of their prefixes, they are cut into consecutive shares, the largest of which is as small as possible.
+
+    Args:
+        max_examples: limit of a share's examples; `num_shares` times it is at least the number of examples.
+    """
+    if not examples:
+        return [[] for _ in range(num_shares)]
+    order = sorted_by_prefix(examples)
+    added, lengths = added_tokens(examples, order), [len(examples[number].input_ids) for number in order]
+    low, high = max(lengths), sum(lengths)
+    while low < high:  # the smallest limit with which the shares suffice
+        limit = (low + high) // 2
+        if len(_cut(added, lengths, limit, max_examples)) <= num_shares:
+            high = limit
+        else:
+            low = limit + 1
+    starts = _cut(added, lengths, low, max_examples)
+    shares = [
+        [examples[number] for number in order[a:b]] for a, b in zip(starts, [*starts[1:], len(order)], strict=True)
+    ]
+    return shares + [[] for _ in range(num_shares - len(shares))]
+
+
+def _cut(added: Sequence[int], lengths: Sequence[int], limit: int, max_examples: int) -> list[int]:
+    """Return where shares of at most `limit` computed tokens begin, each as long as possible."""
+    starts: list[int] = []
+    tokens = size = 0
+    for position, (more, length) in enumerate(zip(added, lengths, strict=True)):
+        if starts and tokens + more <= limit and size < max_examples:
+            tokens, size = tokens + more, size + 1
+        else:
+            starts.append(position)
+            tokens, size = length, 1
+    return starts
+
+
+def group_shared(examples: Sequence[Example], max_tokens: int, max_examples: int | None) -> list[list[Example]]:
+    """Group examples into as few packed micro-batches as possible, in which shared tokens are computed once.
+
+    Args:
+        max_tokens, max_examples: see `group_packed`. Tokens are those that are computed.
+    """
+    if not examples:
+        return []
+    if max_examples is not None:
+        return [
+            group
+            for group in keep_prefixes_together(examples, -(-len(examples) // max_examples), max_examples)
+            if group
+        ]
+    order = sorted_by_prefix(examples)
+    lengths = [len(examples[number].input_ids) for number in order]
+    count = len(_cut(added_tokens(examples, order), lengths, max(max_tokens, *lengths), len(examples)))
+    return [group for group in keep_prefixes_together(examples, count, len(examples)) if group]
 
 
 def group_packed(examples: Sequence[Example], max_tokens: int, max_examples: int | None) -> list[list[Example]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from lora_accel.batching.batch import MicroBatch, Segments
 from lora_accel.batching.grouping import longest
+from lora_accel.batching.prefixes import Node, separate_nodes
 from lora_accel.data.chat import Example
 from lora_accel.labels import IGNORE_INDEX
 from lora_accel.randomness import token_keys
@@ -22,20 +23,66 @@ def empty_example(pad_id: int) -> Example:
     return Example([pad_id], [IGNORE_INDEX])
 
 
-def pack(examples: Sequence[Example]) -> MicroBatch:
-    """Concatenate examples into one row."""
-    lengths = tuple(len(example.input_ids) for example in examples)
-    input_ids = np.concatenate([np.asarray(example.input_ids, np.int64) for example in examples])
-    # The last token of an example would predict the first of the next one: it has no target.
-    targets = np.concatenate([np.asarray([*example.labels[1:], IGNORE_INDEX], np.int64) for example in examples])
-    keys = np.concatenate([token_keys(example.key, length) for example, length in zip(examples, lengths, strict=True)])
+def pack(examples: Sequence[Example], nodes: Sequence[Node] | None = None) -> MicroBatch:
+    """Concatenate examples into one row.
+
+    Args:
+        nodes: of batching/prefixes.py, what the row holds of them; None = each as it is.
+    """
+    nodes = separate_nodes(examples) if nodes is None else nodes
+    lengths = [node.last - node.first for node in nodes]
+    starts = [0, *itertools.accumulate(lengths)]
+    slices = [(examples[node.example], slice(node.first, node.last)) for node in nodes]
+    keys = {number: token_keys(example.key, example.input_ids) for number, example in enumerate(examples)}
+    is_shared = any(node.parent is not None for node in nodes)
+    columns, targets = _columns(examples, nodes, starts)
     # transformers passes a 4-D mask through unchanged. Packed attention ignores it and uses `segments`; if any layer
     # did read it, the loss would be NaN.
     mask = np.full((1, 1, 1, 1), np.nan, np.float32)
-    positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])[None])
-    packed = _micro_batch(input_ids[None], mask, targets[None], keys[None])
-    cu_seqlens = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-    return dataclasses.replace(packed, position_ids=positions, segments=Segments(lengths), cu_seqlens=cu_seqlens)
+    return MicroBatch(
+        input_ids=torch.from_numpy(np.concatenate([example.input_ids[part] for example, part in slices])[None]),
+        attention_mask=torch.from_numpy(mask),
+        logit_positions=torch.from_numpy(columns),
+        targets=torch.from_numpy(targets[None]),
+        token_keys=torch.from_numpy(np.concatenate([keys[n.example][n.first : n.last] for n in nodes])[None]),
+        position_ids=torch.from_numpy(np.concatenate([np.arange(node.first, node.last) for node in nodes])[None]),
+        segments=Segments(tuple(lengths), tuple(node.parent for node in nodes) if is_shared else ()),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        visible=_visible(nodes) if is_shared else None,
+    )
+
+
+def _visible(nodes: Sequence[Node]) -> torch.Tensor:
+    """Return whether the tokens of a node (row) attend to those of another one (column): itself and its parents."""
+    visible = torch.eye(len(nodes), dtype=torch.bool)
+    for index, node in enumerate(nodes):
+        if node.parent is not None:
+            visible[index] |= visible[node.parent]
+    return visible
+
+
+def _columns(
+    examples: Sequence[Example], nodes: Sequence[Node], starts: Sequence[int]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the positions in the row that predict supervised tokens, and these tokens.
+
+    A position predicts once for each example that continues there.
+    """
+    pairs: list[tuple[int, int]] = []
+    parents = {node.parent for node in nodes}
+    for index, node in enumerate(nodes):
+        if index in parents:
+            continue
+        labels = examples[node.example].labels
+        # A leaf's first token is predicted from the last token of its parent.
+        before = None if node.parent is None else starts[node.parent + 1] - 1
+        for position in range(max(node.first, 1), node.last):
+            if labels[position] != IGNORE_INDEX:
+                column = before if position == node.first else starts[index] + position - node.first - 1
+                pairs.append((column, labels[position]))  # type: ignore[arg-type]
+    pairs.sort(key=lambda pair: pair[0])
+    columns, targets = np.array(pairs or [(0, IGNORE_INDEX)], dtype=np.int64).T
+    return np.ascontiguousarray(columns), np.ascontiguousarray(targets)
 
 
 def pad(examples: Sequence[Example], pad_id: int) -> MicroBatch:
@@ -50,7 +97,7 @@ def pad(examples: Sequence[Example], pad_id: int) -> MicroBatch:
         input_ids[i, :length] = example.input_ids
         attention_mask[i, :length] = 1
         targets[i, : length - 1] = example.labels[1:]
-        keys[i, :length] = token_keys(example.key, length)
+        keys[i, :length] = token_keys(example.key, example.input_ids)
     return _micro_batch(input_ids, attention_mask, targets, keys)
 
 

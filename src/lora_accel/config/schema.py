@@ -412,6 +412,10 @@ class TrainingSection(Section):
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto = bf16 or fp16 if accelerate launch sets it; else bf16 if the device computes it natively; else fp16 on GPUs
     with native float16; else no (float32). A resumed run keeps the mixed precision of its checkpoint."""
+    share_prefixes: bool | Literal["auto"] = "auto"
+    """Whether the examples of a micro-batch share the unsupervised tokens with which they begin: each is computed once.
+    Results do not change, apart from rounding. Packed rows only. auto = where the model supports it; on a GPU, only if
+    it saves a quarter of the tokens."""
     activation_checkpointing: bool | Literal["auto"] = "auto"
     """Whether to recompute activations in the backward pass: less memory, up to a third more time. true = those of all
     layers. auto = measured: those of as many layers as do not fit into memory; none with aLoRA."""

@@ -96,6 +96,7 @@ def evaluate(
     from accelerate import Accelerator
 
     from lora_accel.batching.batches import BatchOptions, step_batch
+    from lora_accel.model.sharing import min_saving_of
     from lora_accel.setup.recipe import complete_config
     from lora_accel.setup.sizes import resolve_rope_scaling
     from lora_accel.training.evaluator import evaluate as evaluate_batch
@@ -114,7 +115,9 @@ def evaluate(
         way_out="set model.name_or_path to that base",
     )
     for name, model, packed in candidates:
-        options = BatchOptions.from_config(config.training, pad_id=data.pad_id, packed=packed and config.data.packing)
+        packed = packed and config.data.packing
+        min_saving = min_saving_of(config.training, model, accelerator.device, packed=packed)
+        options = BatchOptions.from_config(config.training, pad_id=data.pad_id, packed=packed, min_saving=min_saving)
         batches = {path: step_batch(source, options) for path, source in data.sources.items()}
         with Stage(f"{name}: loss"):
             losses = evaluate_sources(accelerator, model, batches, data.num_bytes)

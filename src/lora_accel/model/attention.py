@@ -35,11 +35,25 @@ BLOCK = 128
 
 
 class Block(NamedTuple):
-    """Queries [first, last) of a row; they attend to keys [first_key, last)."""
+    """Queries [first, last) of a row; they attend to keys [first_key, last), and to those of earlier ranges."""
 
     first: int
     last: int
     first_key: int
+    earlier: tuple[tuple[int, int], ...] = ()
+    """Ranges [first, last) of shared tokens, in order."""
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the rows [G, M, D] of the block's keys, of those of all tokens [G, T, D]."""
+        own = rows[:, self.first_key : self.last]
+        return torch.cat([*(rows[:, a:b] for a, b in self.earlier), own], dim=1) if self.earlier else own
+
+    def add(self, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Add values [G, M, D] to the rows that `take` returns, in place."""
+        start = 0
+        for first, last in (*self.earlier, (self.first_key, self.last)):
+            rows[:, first:last] += values[:, start : start + last - first]
+            start += last - first
 
 
 class AttentionOptions(NamedTuple):
@@ -220,6 +234,7 @@ def packed_attention(
         softcap=softcap,
         window=sliding_window,
         has_varlen=flash_kernel() is not None,
+        is_shared=getattr(segments, "is_shared", False),
     )
     if kernel == "varlen":
         return varlen_attention(query, key, value, segments, scaling=scaling, window=sliding_window)[None]
@@ -235,11 +250,15 @@ def packed_attention(
 
 
 def _blocks(segments: Iterable[int], window: int | None) -> Iterator[Block]:
+    earlier_ranges = getattr(segments, "earlier_ranges", None)  # of batching.Segments
     start = 0
-    for length in segments:
+    for index, length in enumerate(segments):
+        earlier, first_of_keys = tuple(earlier_ranges(index)) if earlier_ranges else (), start
+        while earlier and earlier[-1][1] == first_of_keys:  # it is directly before
+            first_of_keys, earlier = earlier[-1][0], earlier[:-1]
         for first in range(start, start + length, BLOCK):
-            first_key = start if window is None else max(start, first - window + 1)
-            yield Block(first, min(first + BLOCK, start + length), first_key)
+            first_key = first_of_keys if window is None else max(start, first - window + 1)
+            yield Block(first, min(first + BLOCK, start + length), first_key, earlier)
         start += length
 
 
@@ -259,21 +278,21 @@ class _Blockwise(torch.autograd.Function):
         ctx.blocks, ctx.options = blocks, options
         output = query.new_empty((query.shape[1], query.shape[0], value.shape[-1]))  # [T, H, D]
         with torch.autocast(query.device.type, enabled=False):
-            for first, last, first_key in blocks:
-                q, k, v = query[:, first:last], key[:, first_key:last], value[:, first_key:last]
-                output[first:last] = _attend(q, k, v, options)
+            for block in blocks:
+                q, k, v = query[:, block.first : block.last], block.take(key), block.take(value)
+                output[block.first : block.last] = _attend(q, k, v, options)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         query, key, value = ctx.saved_tensors
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for first, last, first_key in ctx.blocks:
-            q, k, v = query[:, first:last], key[:, first_key:last], value[:, first_key:last]
-            grads = _attend_backward(q, k, v, grad[first:last], ctx.options)
-            grad_query[:, first:last] = grads[0]
-            grad_key[:, first_key:last] += grads[1]
-            grad_value[:, first_key:last] += grads[2]
+        for block in ctx.blocks:
+            q, k, v = query[:, block.first : block.last], block.take(key), block.take(value)
+            grads = _attend_backward(q, k, v, grad[block.first : block.last], ctx.options)
+            grad_query[:, block.first : block.last] = grads[0]
+            block.add(grad_key, grads[1])
+            block.add(grad_value, grads[2])
         return grad_query, grad_key, grad_value, None, None
 
 

@@ -100,6 +100,7 @@ def attention_kernel(
     softcap: float | None = None,
     window: int | None = None,
     has_varlen: bool = True,
+    is_shared: bool = False,
 ) -> str:
     """Return the kernel of packed attention: varlen, efficient, flex (model/gpu_attention.py) or blockwise.
 
@@ -116,6 +117,7 @@ def attention_kernel(
         head_size, value_size: last dimension of query and key, and of value.
         window: of keys that a query attends to.
         has_varlen: whether torch has the kernel.
+        is_shared: whether segments continue others, whose keys only flex and blockwise find.
     """
     if device.kind != "cuda" or device.capability is None or dtype not in native_dtypes(device):
         return "blockwise"
@@ -129,9 +131,9 @@ def attention_kernel(
         and head_size <= 256
         and not (192 < head_size <= 224 and (device.capability in ((8, 6), (8, 9)) or device.capability[0] == 12))
     )
-    if supports_varlen:
+    if supports_varlen and not is_shared:
         return "varlen"
-    if softcap is None and window is None:
+    if softcap is None and window is None and not is_shared:
         return "efficient"
     supports_flex = has_package("triton") and device.capability >= (7, 0) and max(head_size, value_size) <= 256
     return "flex" if supports_flex else "blockwise"

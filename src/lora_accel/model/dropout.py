@@ -1,4 +1,4 @@
-"""Keyed dropout: the mask is a pure function of (seed, step, example, position, layer, feature).
+"""Keyed dropout: the mask is a pure function of (seed, step, tokens up to it, layer, feature).
 
 nn.Dropout draws from a generator, so a token's mask depends on all earlier draws: on micro-batches, padding and the
 number of ranks. Here each token and each feature of a layer has a key, and the mask is a hash of the two. It does not

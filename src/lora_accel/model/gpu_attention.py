@@ -141,10 +141,14 @@ def _block_mask(segments: Iterable[int], window: int | None, device: torch.devic
     if (window, device) not in masks:
         offsets = segment_offsets(segments, device)
         num_tokens = sum(segments)
-        numbers = torch.bucketize(torch.arange(num_tokens, device=device), offsets, right=True)  # of each segment
+        numbers = torch.bucketize(torch.arange(num_tokens, device=device), offsets[1:], right=True)  # of each segment
+        visible = getattr(segments, "visible", None)  # of batching.Segments that share tokens
 
         def mask_mod(b: Any, h: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            is_visible = (numbers[query] == numbers[key]) & (key <= query)
+            if visible is None:
+                is_visible = (numbers[query] == numbers[key]) & (key <= query)
+            else:
+                is_visible = visible[numbers[query], numbers[key]] & (key <= query)
             return is_visible if window is None else is_visible & (query - key < window)
 
         masks[window, device] = create_block_mask(mask_mod, None, None, num_tokens, num_tokens, device=device)

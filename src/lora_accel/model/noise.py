@@ -1,4 +1,4 @@
-"""NEFTune: noise on the embeddings in training, as a function of (seed, step, example, position, feature).
+"""NEFTune: noise on the embeddings in training, as a function of (seed, step, tokens up to it, feature).
 
 Jain et al., NEFTune: Noisy Embeddings Improve Instruction Finetuning, arXiv 2310.05914. The noise is keyed, as dropout
 is (model/dropout.py), and its size depends on the length of the token's example. So neither depends on how a step is

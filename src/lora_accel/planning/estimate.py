@@ -116,7 +116,7 @@ def make_estimate(
     device = torch.device("cpu" if available.kind == "cpu" else "cuda" if available.kind == "rocm" else available.kind)
     skeleton = build_skeleton(config, mixed_precision, device)
     parameters = count_by_kind(skeleton.model)
-    batch = choose_micro_batches(config, data, packed=skeleton.packed).largest
+    batch = choose_micro_batches(config, data, packed=skeleton.packed, min_saving=skeleton.min_saving).largest
     variants = [(config.quantization.bits, skeleton)]
     four_bits = with_4_bits(config) if has_4_bits and not skeleton.quantized else None
     if four_bits is not None:

@@ -124,7 +124,7 @@ def measure(config: RunConfig) -> Measurement:
     memory = _MemoryMeter(accelerator.device)
     prepared = prepare_model(config, accelerator)
     enable_activation_checkpointing(config, data, accelerator, prepared, 1)
-    batches = choose_micro_batches(config, data, packed=prepared.packed)
+    batches = choose_micro_batches(config, data, packed=prepared.packed, min_saving=prepared.min_saving)
     loaded = memory.begin()
     _update(accelerator, prepared, batches.typical, config)  # warms up, and creates the optimizer's state
     seconds = [_update(accelerator, prepared, batch, config) for batch in batches]

@@ -24,10 +24,16 @@ class MicroBatches(NamedTuple):
     """The median by number of tokens, padding included."""
 
 
-def choose_micro_batches(config: RunConfig, data: PreparedData, *, packed: bool) -> MicroBatches:
-    """Return the largest of a run's micro-batches on one rank, and a typical one."""
+def choose_micro_batches(
+    config: RunConfig, data: PreparedData, *, packed: bool, min_saving: float | None
+) -> MicroBatches:
+    """Return the largest of a run's micro-batches on one rank, and a typical one.
+
+    Args:
+        packed, min_saving: see `BatchOptions`.
+    """
     options = BatchOptions.from_config(
-        config.training, pad_id=data.pad_id, packed=packed, num_ranks=data.plan.num_ranks
+        config.training, pad_id=data.pad_id, packed=packed, min_saving=min_saving, num_ranks=data.plan.num_ranks
     )
     batches = Batches(data.dataset, data.plan, options, seed=config.seed)
     num_steps = min(data.plan.total_steps, data.plan.steps_per_epoch)

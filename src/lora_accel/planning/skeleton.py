@@ -23,6 +23,7 @@ from lora_accel.model.headers import main_dtype
 from lora_accel.model.kernels import patch_base
 from lora_accel.model.kernels.adapters import dense_weight, patch_adapters
 from lora_accel.model.new_tokens import extend_vocabulary, train_new_tokens
+from lora_accel.model.sharing import min_saving_of
 from lora_accel.model.sizes import load_config
 from lora_accel.model.tokenizer import load_tokenizer
 from lora_accel.planning.memory import quantized_bytes
@@ -35,6 +36,7 @@ class Skeleton:
     model: PeftModel
     dropout_keys: DropoutKeys
     packed: bool
+    min_saving: float | None
     autocast: torch.dtype | None
     """dtype of mixed precision; None = off."""
     quantized: dict[str, int]
@@ -80,6 +82,7 @@ def build_skeleton(config: RunConfig, mixed_precision: str, device: torch.device
         adapter = train_new_tokens(adapter, base, config.model.add_tokens, load_tokenizer(config.model))
     weights = {} if bits is None else {name: base.get_parameter(name) for name in sorted(quantized_names(base))}
     packed = config.data.packing and can_pack(base)
+    min_saving = min_saving_of(config.training, base, device, packed=packed)
     if packed:
         pack_attention(base)
     if not config.training.compile:
@@ -101,7 +104,7 @@ def build_skeleton(config: RunConfig, mixed_precision: str, device: torch.device
         for weight in weights.values()
         if id(weight) in names
     }
-    return Skeleton(model.train(), keys, packed, AUTOCAST_DTYPES.get(mixed_precision), quantized)
+    return Skeleton(model.train(), keys, packed, min_saving, AUTOCAST_DTYPES.get(mixed_precision), quantized)
 
 
 def _read_base(config: RunConfig) -> tuple[PretrainedConfig, torch.dtype]:

@@ -49,7 +49,7 @@ MAY_CHANGE_ON_RESUME = re.compile(
     r"|data\.(train|eval|overlong|max_dropped|packing|cache_dir|num_workers)"
     r"|training\.(epochs|max_steps|warmup_ratio|warmup_steps|batch_size|micro_batch_tokens|micro_batch_size"
     r"|gradient_accumulation_steps|mixed_precision|activation_checkpointing"  # compared by their effect on the plan
-    r"|compile|deterministic|max_hours|skip_nonfinite)"
+    r"|compile|deterministic|share_prefixes|max_hours|skip_nonfinite)"
     r"|(checkpoint|evaluation|logging)\..*"
 )
 LOCATION_KEYS = ("path", "revision", "streaming")

@@ -37,6 +37,7 @@ from lora_accel.model.new_tokens import extend_vocabulary, train_new_tokens
 from lora_accel.model.noise import add_embedding_noise
 from lora_accel.model.prequantized import check_modules_to_save
 from lora_accel.model.recompute import can_recompute, recompute_layers
+from lora_accel.model.sharing import min_saving_of
 from lora_accel.model.tokenizer import load_tokenizer
 from lora_accel.processes import return_freed_memory
 from lora_accel.saving.adapter import saved_config, unwrap_peft_model
@@ -70,6 +71,8 @@ class PreparedModel:
     """Where the adapter's dropout reads the keys of the current tokens."""
     packed: bool
     """Whether examples are packed: the config asks for it and the model supports it."""
+    min_saving: float | None
+    """Share of the tokens of a micro-batch that has to be saved for examples to share them; None = they never do."""
 
 
 def prepare_model(
@@ -103,6 +106,7 @@ def prepare_model(
         pad_attention(base)
     elif config.data.packing:
         logger.info(f"note: padding rows: {base.config.model_type} does not support packing with this attention")
+    min_saving = min_saving_of(config.training, base, accelerator.device, packed=packed)
     if config.training.compile:
         compile_layers(base, accelerator.device)
     else:  # torch.compile fuses the same operations itself
@@ -129,7 +133,7 @@ def prepare_model(
     if initial is not None and initial.data is not None:
         begin_with_adapter(unwrap_peft_model(accelerator, model), initial.data, initial.name, backend)
     trainable = list(trainable_parameters(model).values())
-    return PreparedModel(model, optimizer, trainable, backend, dropout_keys, packed)
+    return PreparedModel(model, optimizer, trainable, backend, dropout_keys, packed, min_saving)
 
 
 def _load_base(config: RunConfig, accelerator: Accelerator, checkpoint_dtype: str | None) -> PreTrainedModel:

@@ -42,6 +42,7 @@ def make_run(
         config.training,
         pad_id=data.pad_id,
         packed=prepared.packed,
+        min_saving=prepared.min_saving,
         rank=accelerator.process_index,
         num_ranks=data.plan.num_ranks,
     )

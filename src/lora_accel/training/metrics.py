@@ -268,6 +268,7 @@ class Metrics:
                 "grad_norm": result.grad_norm,
                 "examples": batch.num_examples,
                 "tokens": batch.num_tokens,
+                "computed_tokens": batch.num_computed_tokens,
                 "supervised_tokens": batch.num_supervised_tokens,
                 "tokens_per_second": tokens_per_second,
                 "elapsed_seconds": now - self._start_time,

@@ -1,0 +1,43 @@
+"""Whether the examples of a packed row may share the tokens with which they begin (batching/prefixes.py)."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from lora_accel.config.schema import TrainingSection
+from lora_accel.errors import ConfigError
+from lora_accel.model.attention import is_flash_package
+
+MIN_SAVING_ON_GPU = 0.25
+"""Attention that finds shared keys (FlexAttention) is slower than FlashAttention."""
+
+
+def min_saving_of(
+    training: TrainingSection, base: PreTrainedModel, device: torch.device, *, packed: bool
+) -> float | None:
+    """Return from which share of saved tokens on the examples of a micro-batch share them; None = they never do.
+
+    Raises:
+        ConfigError: share_prefixes is true, and not supported.
+    """
+    reason = None if packed else "rows are padded"
+    if training.neftune_alpha is not None:
+        reason = "the noise of neftune_alpha depends on the length of each example"
+    reason = reason or why_not_shared(base)
+    if training.share_prefixes is True and reason is not None:
+        raise ConfigError(f"training.share_prefixes: {reason}; set it to auto")
+    if training.share_prefixes is False or reason is not None:
+        return None
+    return 0.0 if training.share_prefixes is True or device.type == "cpu" else MIN_SAVING_ON_GPU
+
+
+def why_not_shared(model: PreTrainedModel) -> str | None:
+    """Return why the examples of a packed row cannot share the tokens with which they begin; None = they can."""
+    config = model.config
+    layers = set(getattr(config, "layer_types", None) or ())
+    if layers - {"full_attention"} or (not layers and getattr(config, "sliding_window", None) is not None):
+        return f"layers of {config.model_type} attend to a window of tokens only"
+    if is_flash_package(config._attn_implementation):
+        return f"{config._attn_implementation} does not support it"
+    return None

@@ -1,0 +1,141 @@
+"""Shared prefixes: the trie of examples, how they are grouped, and what a row then holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_accel.batching.batches import BatchOptions, step_batch
+from lora_accel.batching.grouping import group_shared, keep_prefixes_together
+from lora_accel.batching.packing import pack
+from lora_accel.batching.prefixes import Node, num_computed, shared_nodes
+from lora_accel.data.chat import Example
+from lora_accel.labels import IGNORE_INDEX
+
+
+def example(prompt: list[int], answer: list[int], key: int = 0) -> Example:
+    return Example(prompt + answer, [IGNORE_INDEX] * len(prompt) + answer, key)
+
+
+@st.composite
+def families(draw: st.DrawFn) -> list[Example]:
+    """Examples that begin with few different parts, with answers that are supervised, or none."""
+    parts = st.lists(st.sampled_from([[1] * 3, [1, 2, 1], [2] * 5, [1] * 20, [3]]), min_size=1, max_size=4)
+    prompts = draw(st.lists(parts.map(lambda chosen: [token for part in chosen for token in part]), max_size=8))
+    return [example(prompt, draw(st.lists(st.integers(1, 3), max_size=4))) for prompt in prompts]
+
+
+def chain(nodes: list[Node], index: int) -> list[Node]:
+    parent = nodes[index].parent
+    return [*(chain(nodes, parent) if parent is not None else []), nodes[index]]
+
+
+@given(families(), st.integers(1, 8))
+def test_each_example_is_a_chain_of_nodes(examples: list[Example], min_shared: int) -> None:
+    nodes = shared_nodes(examples, min_shared)
+    parents = {node.parent for node in nodes}
+    leaves = [index for index in range(len(nodes)) if index not in parents]
+    assert sorted(nodes[leaf].example for leaf in leaves) == list(range(len(examples)))
+    for leaf in leaves:
+        path = chain(nodes, leaf)
+        number = nodes[leaf].example
+        tokens = [token for node in path for token in examples[node.example].input_ids[node.first : node.last]]
+        assert tokens == examples[number].input_ids
+        assert [node.first for node in path] == [0, *(node.last for node in path[:-1])]
+        for node in path[:-1]:
+            assert node.last - node.first >= min_shared
+            assert set(examples[number].labels[node.first : node.last]) == {IGNORE_INDEX}, "no answer is shared"
+    assert all(node.parent is None or node.parent < index for index, node in enumerate(nodes))
+
+
+def test_more_than_one_level() -> None:
+    instruction, documents = [1] * 20, ([2] * 20, [3] * 20)
+    examples = [example([*instruction, *document, 9, n], [5]) for document in documents for n in (4, 6, 7)]
+    nodes = shared_nodes(examples)
+    assert [(node.last - node.first, node.parent) for node in nodes] == [
+        (20, None),
+        *((21, 0), (2, 1), (2, 1), (2, 1)),
+        *((21, 0), (2, 5), (2, 5), (2, 5)),
+    ]
+    assert num_computed(nodes) == 20 + 2 * 21 + 6 * 2
+
+
+def test_a_short_common_beginning_is_not_shared_and_a_longer_one_below_it_is() -> None:
+    examples = [example([1] * 5 + [2] * 30, [7]), example([1] * 5 + [2] * 30, [8]), example([1] * 5 + [3] * 30, [9])]
+    assert [(node.first, node.last, node.parent) for node in shared_nodes(examples)] == [
+        (0, 35, None),
+        (35, 36, 0),
+        (35, 36, 0),
+        (0, 36, None),
+    ]
+
+
+@given(families())
+def test_a_row_predicts_the_supervised_tokens_of_each_example(examples: list[Example]) -> None:
+    if not examples:
+        return
+    nodes = shared_nodes(examples, 2)
+    batch = pack(examples, nodes)
+    assert batch.input_ids.shape[1] == num_computed(nodes)
+    row = batch.input_ids[0].tolist()
+    predicted = Counter(
+        (row[column], target)
+        for column, target in zip(batch.logit_positions.tolist(), batch.targets[0].tolist(), strict=True)
+        if target != IGNORE_INDEX
+    )
+    expected = Counter(
+        (one.input_ids[i - 1], label) for one in examples for i, label in enumerate(one.labels) if label != IGNORE_INDEX
+    )
+    assert predicted == expected
+
+
+def test_equal_beginnings_have_equal_dropout_keys_in_any_batch() -> None:
+    prompt = list(range(1, 40))
+    alone = pack([example(prompt, [5, 6], key=7)]).token_keys[0]
+    together = pack([example(prompt, [5, 6], key=7), example(prompt, [8], key=7)])
+    assert together.token_keys[0, :41].tolist() == alone.tolist()
+    assert together.token_keys[0, 41:80].tolist() == alone[:39].tolist()
+    assert together.token_keys[0, 80] != alone[39], "another token"
+    assert pack([example(prompt, [5, 6], key=8)]).token_keys[0, 0] != alone[0], "another step"
+
+
+@given(families(), st.integers(1, 4))
+def test_shares_hold_each_example_once(examples: list[Example], num_shares: int) -> None:
+    most = -(-len(examples) // num_shares)
+    shares = keep_prefixes_together(examples, num_shares, max(most, 1))
+    assert len(shares) == num_shares
+    assert Counter(id(x) for share in shares for x in share) == Counter(map(id, examples))
+    assert all(len(share) <= max(most, 1) for share in shares)
+
+
+def test_examples_of_one_prefix_are_grouped_together() -> None:
+    prompts = ([1] * 50, [2] * 50)
+    examples = [example([*prompts[i % 2], 10 + i], [5]) for i in range(8)]
+    assert {frozenset(x.input_ids[0] for x in share) for share in keep_prefixes_together(examples, 2, 8)} == {
+        frozenset({1}),
+        frozenset({2}),
+    }
+    groups = group_shared(examples, 60, None)
+    assert [num_computed(shared_nodes(group)) for group in groups] == [58, 58]
+    assert len(group_shared(examples, 1000, None)) == 1
+    assert sorted(len(group) for group in group_shared(examples, 60, 3)) == [2, 3, 3]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_steps_count_what_is_computed(num_ranks: int) -> None:
+    examples = [example([1] * 100 + [i], [5, 6]) for i in range(12)]
+
+    def batches(min_saving: float | None) -> list[int]:
+        options = [BatchOptions(0, True, 4096, None, min_saving, rank, num_ranks) for rank in range(num_ranks)]
+        steps = [step_batch(examples, option) for option in options]
+        assert len({step.num_computed_tokens for step in steps}) == 1, "ranks agree"
+        computed = sum(batch.input_ids.numel() for step in steps for batch in step.micro_batches)
+        assert {step.num_tokens for step in steps} == {12 * 103}
+        return [steps[0].num_computed_tokens, computed]
+
+    assert batches(None) == [12 * 103] * 2
+    assert batches(0.0) == [100 * num_ranks + 12 * 3] * 2
+    assert batches(0.95) == [12 * 103] * 2, "it saves less"

@@ -1,0 +1,147 @@
+"""Examples that share the tokens with which they begin: the same results, and no token that sees a sibling's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from lora_accel.batching.batch import MicroBatch
+from lora_accel.batching.packing import pack, pad
+from lora_accel.batching.prefixes import shared_nodes
+from lora_accel.config.schema import AdapterSection, TrainingSection
+from lora_accel.data.chat import Example
+from lora_accel.errors import ConfigError
+from lora_accel.labels import IGNORE_INDEX
+from lora_accel.model.adapter import add_adapter, key_dropout, trainable_parameters
+from lora_accel.model.attention import AttentionOptions, _blocks, _Blockwise, pack_attention
+from lora_accel.model.fused_loss import patch_fused_loss
+from lora_accel.model.gpu_attention import flex_attention
+from lora_accel.model.kernels.adapters import patch_adapters
+from lora_accel.model.sharing import MIN_SAVING_ON_GPU, min_saving_of
+from lora_accel.training.loss import summed_token_loss
+from tests.families import model_of
+
+FAMILIES = ["llama", "qwen3", "gemma", "gpt2", "opt", "phi", "mixtral", "olmo2"]
+OWN_DROPOUT = {"opt": {"dropout": 0.0}, "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0}}
+"""Of these models, which depends on earlier draws."""
+CPU = torch.device("cpu")
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    return torch.randint(1, 90, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def examples_of(depth: int) -> list[Example]:
+    """Examples with `depth` levels of shared tokens, some answers directly after them, and one example without."""
+    prompts = [tokens(20, 0)] if depth else [[]]
+    for level in range(1, depth):
+        prompts = [[*prompt, *tokens(17, 10 * level + branch)] for branch in range(2) for prompt in prompts]
+    examples = []
+    for number, prompt in enumerate(prompts):
+        for own in range(3):
+            question, answer = tokens(own, 100 + 7 * number + own), tokens(3 + own, 200 + 7 * number + own)
+            ids = [*prompt, *question] or [1]
+            examples.append(Example(ids + answer, [IGNORE_INDEX] * len(ids) + answer, key=3))
+    return [*examples, Example(tokens(9, 300), [IGNORE_INDEX] * 5 + tokens(4, 301), key=3)]
+
+
+def prepared(family: str, dropout: float) -> tuple[PeftModel, Any]:
+    base = model_of(family, max_position_embeddings=512, **OWN_DROPOUT.get(family, {})).requires_grad_(False)
+    pack_attention(base)
+    # PEFT adapts Mixtral's experts, which have no dropout.
+    targets = "all-linear" if family != "mixtral" else ["q_proj", "k_proj", "v_proj", "o_proj"]
+    section = AdapterSection(target_modules=targets, r=4, dropout=dropout)
+    model = add_adapter(base, section, seed=0, autocast=False)
+    patch_fused_loss(model.get_base_model())
+    keys = key_dropout(model)
+    patch_adapters(model)
+    for seed, (name, parameter) in enumerate(trainable_parameters(model).items()):
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.1
+    return model.train(), keys
+
+
+def step(family: str, batch: MicroBatch, dropout: float) -> tuple[float, torch.Tensor]:
+    model, keys = prepared(family, dropout)
+    keys.keys = batch.token_keys
+    loss = summed_token_loss(model, batch)
+    loss.backward()
+    gradients = [p.grad.flatten() for p in trainable_parameters(model).values() if p.grad is not None]
+    return loss.item(), torch.cat(gradients)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_separate_examples(family: str, depth: int, dropout: float) -> None:
+    examples = examples_of(depth)
+    shared = pack(examples, shared_nodes(examples))
+    assert shared.input_ids.numel() < 0.7 * sum(len(example.input_ids) for example in examples)
+    loss, gradient = step(family, shared, dropout)
+    packed_loss, packed = step(family, pack(examples), dropout)
+    padded_loss, padded = step(family, pad(examples, 0), dropout)
+    assert loss == pytest.approx(packed_loss, rel=1e-6) == pytest.approx(padded_loss, rel=1e-6)
+    assert (gradient - packed).norm() <= 2e-6 * packed.norm() + 2 * (packed - padded).norm(), "rounding"
+
+
+def test_a_changed_example_changes_no_bit_of_its_siblings() -> None:
+    examples = examples_of(2)
+    changed = [*examples]
+    last = examples[-2]
+    changed[-2] = last._replace(input_ids=[*last.input_ids[:-1], 91], labels=[*last.labels[:-1], 91])
+    model, keys = prepared("llama", 0.1)
+    logits = []
+    for these in (examples, changed):
+        nodes = shared_nodes(these)
+        batch = pack(these, nodes)
+        keys.keys = batch.token_keys
+        with torch.no_grad():
+            logits.append(model(**batch.inputs, use_cache=False).logits[0])
+    differs = (logits[0] != logits[1]).any(dim=1).nonzero().flatten().tolist()
+    ends = torch.tensor([node.last - node.first for node in nodes]).cumsum(0).tolist()
+    leaf = next(
+        i for i, node in enumerate(nodes) if node.example == len(examples) - 2 and node.last == len(last.input_ids)
+    )
+    assert differs == [ends[leaf] - 1], "its last token only"
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_flex_attention_sees_the_same_keys(softcap: float | None) -> None:
+    examples = examples_of(3)
+    batch = pack(examples, shared_nodes(examples))
+    segments = batch.inputs["segments"]
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(h, batch.input_ids.numel(), 16, generator=generator) for h in (4, 2, 2))
+    options = AttentionOptions(0.25, None, softcap)
+    expected = _Blockwise.apply(query, key, value, list(_blocks(segments, None)), options)  # type: ignore[no-untyped-call]
+    output = flex_attention(query, key, value, segments, scaling=0.25, window=None, softcap=softcap)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+
+
+def saving(family: str = "llama", device: torch.device = CPU, *, packed: bool = True, **training: Any) -> float | None:
+    return min_saving_of(TrainingSection.model_validate(training), model_of(family), device, packed=packed)
+
+
+def test_where_prefixes_are_shared() -> None:
+    assert saving() == 0.0
+    assert saving(device=torch.device("cuda")) == MIN_SAVING_ON_GPU
+    assert saving(device=torch.device("cuda"), share_prefixes=True) == 0.0
+    for unsupported in (saving("gemma2"), saving("mistral"), saving(packed=False), saving(neftune_alpha=5)):
+        assert unsupported is None
+    assert saving(share_prefixes=False) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"family": "gemma2"}, "layers of gemma2 attend to a window of tokens only"),
+        ({"packed": False}, "rows are padded"),
+        ({"neftune_alpha": 5}, "the noise of neftune_alpha depends on the length of each example"),
+    ],
+)
+def test_what_does_not_support_it_is_an_error_if_asked_for(arguments: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"training.share_prefixes: {reason}; set it to auto"):
+        saving(share_prefixes=True, **arguments)
