@@ -80,6 +80,8 @@ def test_a_row_predicts_the_supervised_tokens_of_each_example(examples: list[Exa
     nodes = shared_nodes(examples, 2)
     batch = pack(examples, nodes)
     assert batch.input_ids.shape[1] == num_computed(nodes)
+    assert batch.segments is not None
+    assert batch.segments.num_tokens == sum(len(one.input_ids) for one in examples)
     row = batch.input_ids[0].tolist()
     predicted = Counter(
         (row[column], target)

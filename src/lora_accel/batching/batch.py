@@ -34,6 +34,15 @@ class Segments:
         return iter(self.lengths)
 
     @property
+    def num_tokens(self) -> int:
+        """The tokens of all examples: those that several share count for each."""
+        ends: list[int] = []
+        for index, length in enumerate(self.lengths):
+            parent = self.parents[index] if self.parents else None
+            ends.append(length + (0 if parent is None else ends[parent]))
+        return sum(end for index, end in enumerate(ends) if index not in self.parents)
+
+    @property
     def is_shared(self) -> bool:
         """Whether a segment continues another one."""
         return any(parent is not None for parent in self.parents)

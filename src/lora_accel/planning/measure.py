@@ -128,7 +128,7 @@ def measure(config: RunConfig) -> Measurement:
     loaded = memory.begin()
     _update(accelerator, prepared, batches.typical, config)  # warms up, and creates the optimizer's state
     seconds = [_update(accelerator, prepared, batch, config) for batch in batches]
-    tokens = [sum(batch.segments) if batch.segments else int(batch.attention_mask.sum()) for batch in batches]
+    tokens = [batch.segments.num_tokens if batch.segments else int(batch.attention_mask.sum()) for batch in batches]
     return Measurement(memory.peak(), loaded, tokens, seconds, accelerator.device.type)
 
 
