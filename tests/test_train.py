@@ -78,7 +78,8 @@ def test_run_folder_contents(make_config: Callable[..., RunConfig], tmp_path: Pa
     train = read_metrics(folder)
     assert [line["step"] for line in train] == [1, 2, 3, 4, 5, 6]
     assert sum(line["examples"] for line in train) == 21
-    others = {"kind", "supervised_tokens", "tokens_per_second", "elapsed_seconds", "peak_memory_bytes"}
+    others = {"kind", "supervised_tokens", "tokens_per_second", "elapsed_seconds"}
+    others |= {"peak_memory_bytes", "peak_process_bytes"}
     assert set(EXACT) | others == set(train[0])
     assert train[-1]["loss"] < train[0]["loss"]
     evaluation = read_metrics(folder, "eval")
@@ -241,9 +242,9 @@ def test_by_default_the_layers_that_do_not_fit_recompute_their_activations(
     message: str,
 ) -> None:
     estimates = iter([1000, 200])  # bytes if no layer recomputes its activations, and if all do
-    monkeypatch.setattr("lora_accel.setup.model.estimate_activation_bytes", lambda *_: next(estimates))
-    monkeypatch.setattr("lora_accel.setup.model.free_bytes", lambda *_: free)
-    monkeypatch.setattr("lora_accel.setup.model.update_bytes", lambda *_: 0)
+    monkeypatch.setattr("lora_accel.training.memory.ActivationCost.num_bytes", lambda *_: next(estimates))
+    monkeypatch.setattr("lora_accel.setup.memory.free_bytes", lambda *_: free)
+    monkeypatch.setattr("lora_accel.setup.memory.update_bytes", lambda *_: 0)
     recompute: list[bool] = []
     monkeypatch.setattr(
         "lora_accel.training.loop.train",

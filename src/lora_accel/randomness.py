@@ -39,15 +39,22 @@ def permutation(count: int, *key: int) -> Order:
 def token_keys(key: int, input_ids: Sequence[int]) -> npt.NDArray[np.int32]:
     """Return an odd int32 key for each token, a hash of `key` and of the tokens up to and including it, [T].
 
-    The keys of dropout (model/dropout.py). Equal beginnings have equal keys, wherever they are computed. The sum of
-    hashed tokens times powers of an odd number is a polynomial hash; SplitMix64 mixes it.
+    The keys of dropout (model/dropout.py). Equal beginnings have equal keys, wherever they are computed.
+    """
+    hashes = prefix_hashes(key, input_ids) >> np.uint64(32)
+    keys: npt.NDArray[np.int32] = hashes.astype(np.uint32).view(np.int32)
+    keys |= 1
+    return keys
+
+
+def prefix_hashes(key: int, input_ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """Return a hash of `key` and of the tokens up to and including each one, [T].
+
+    The sum of hashed tokens times powers of an odd number is a polynomial hash; SplitMix64 mixes it.
     """
     tokens = _mix(np.asarray(input_ids, dtype=np.uint64) + np.uint64(1))
     powers = np.cumprod(np.full(len(tokens), _ODD, dtype=np.uint64))
-    hashes = _mix(np.cumsum(tokens * powers, dtype=np.uint64) + np.uint64(key))
-    keys: npt.NDArray[np.int32] = (hashes >> np.uint64(32)).astype(np.uint32).view(np.int32)
-    keys |= 1
-    return keys
+    return _mix(np.cumsum(tokens * powers, dtype=np.uint64) + np.uint64(key))
 
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)

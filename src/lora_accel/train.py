@@ -168,14 +168,16 @@ def load_and_train(
     """
     from lora_accel.saving.checkpoint import check_disk_space
     from lora_accel.saving.run_folder import write_run_folder
-    from lora_accel.setup.model import enable_activation_checkpointing, prepare_model
+    from lora_accel.setup.memory import fit_into_memory
+    from lora_accel.setup.model import prepare_model
     from lora_accel.setup.provenance import make_provenance
     from lora_accel.setup.resume import resume_run
 
     folder, is_main, checkpoint_dtype = Path(config.output_dir), accelerator.is_main_process, kept and kept.base_dtype
     prepared = prepare_model(config, accelerator, checkpoint_dtype=checkpoint_dtype, initial=initial)
     num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    enable_activation_checkpointing(config, data, accelerator, prepared, num_local_ranks)
+    kept_tokens = kept and kept.micro_batch_tokens
+    config = fit_into_memory(config, data, accelerator, prepared, num_local_ranks, kept_tokens=kept_tokens)
     provenance = make_provenance(config, data, accelerator, prepared, initial)
     start = resume_run(config, accelerator, prepared, provenance, data.plan)
     create_folder()

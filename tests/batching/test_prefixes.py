@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_accel.batching.batches import BatchOptions, step_batch
 from lora_accel.batching.grouping import group_shared, keep_prefixes_together
+from lora_accel.batching.order import epoch_order, group_order
 from lora_accel.batching.packing import pack
-from lora_accel.batching.prefixes import Node, num_computed, shared_nodes
+from lora_accel.batching.prefixes import Node, num_computed, prefix_ranks, shared_nodes
 from lora_accel.data.chat import Example
 from lora_accel.labels import IGNORE_INDEX
 
@@ -31,6 +33,27 @@ def families(draw: st.DrawFn) -> list[Example]:
 def chain(nodes: list[Node], index: int) -> list[Node]:
     parent = nodes[index].parent
     return [*(chain(nodes, parent) if parent is not None else []), nodes[index]]
+
+
+def test_ranks_put_examples_that_begin_alike_beside_each_other() -> None:
+    begin, doc_a, doc_b = list(range(100, 140)), list(range(200, 240)), list(range(300, 340))
+    prefixes = [begin + doc_a, [9] * 40, begin + doc_b, begin + doc_a, [9] * 40, begin + doc_b, begin + doc_a]
+    ranks = prefix_ranks(example(prefix, [7 + number]) for number, prefix in enumerate(prefixes))
+    equal = [np.flatnonzero(ranks == rank).tolist() for rank in dict.fromkeys(ranks.tolist())]
+    assert equal == [[0, 3, 6], [1, 4], [2, 5]]
+    assert abs(int(ranks[0]) - int(ranks[2])) == 1, "the same instruction, and another document"
+    assert prefix_ranks([Example([5], [5])]).tolist() == [0], "nothing is unsupervised"
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 21])
+def test_group_order_contains_each_example_once_and_keeps_prefixes_together(count: int) -> None:
+    ranks = np.arange(count) % 3
+    orders = [group_order(epoch_order([count], [1.0], 0, epoch), ranks, 4, 0, epoch) for epoch in range(3)]
+    assert all(sorted(order.tolist()) == list(range(count)) for order in orders)
+    if count == 21:
+        kinds = [len(set(ranks[order[start : start + 4]].tolist())) for order in orders for start in range(0, 20, 4)]
+        assert max(kinds) <= 2, "neighbors in rank"
+        assert orders[0].tolist() != orders[1].tolist() != orders[2].tolist()
 
 
 @given(families(), st.integers(1, 8))

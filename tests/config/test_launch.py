@@ -123,7 +123,7 @@ def test_default_is_one_process() -> None:
         ("gradient accumulation", "as needed per step", "run config"),
         ("gradient clipping", "1", "run config"),
         ("batch size", "16 examples per step", "run config"),
-        ("micro-batch", "4096 tokens per device", "run config"),
+        ("micro-batch", "auto: before the first step", "run config"),
     ]
 
 
@@ -426,7 +426,7 @@ def test_rows_name_the_json_as_source(write_json: WriteJson) -> None:
         ("gradient accumulation", "as needed per step", "run config"),
         ("gradient clipping", "1", "run config"),
         ("batch size", "16 examples per step", "run config"),
-        ("micro-batch", "4096 tokens per device", "run config"),
+        ("micro-batch", "auto: before the first step", "run config"),
     ]
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from lora_accel.training.memory import MAX_TOKENS
 from tests.conftest import PATIENCE_SECONDS, ROOT, chat_rows, write_jsonl
 from tests.families import model_of
 
@@ -195,6 +196,11 @@ def test_mixed_precision_computes_in_16_bits(result: Result, case: Case) -> None
         products = [product for product in result[part]["products"] if "bmm" not in product]
         assert {product.split(", ")[1] for product in products} == {dtype}
     assert result["hidden_dtypes"] == [dtype]
+
+
+def test_micro_batches_fill_the_memory(result: Result) -> None:
+    """The models are tiny, and 80 GB are free."""
+    assert result["chosen_tokens"] == MAX_TOKENS
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.control) for case in MISTAKES])

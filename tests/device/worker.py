@@ -30,7 +30,8 @@ from lora_accel.config.schema import RunConfig
 from lora_accel.model import base
 from lora_accel.setup import model as setup_model
 from lora_accel.setup.data import PreparedData, prepare_data
-from lora_accel.setup.model import PreparedModel, enable_activation_checkpointing
+from lora_accel.setup.memory import fit_into_memory
+from lora_accel.setup.model import PreparedModel
 from lora_accel.setup.provenance import make_provenance
 from lora_accel.setup.resume import ResumePoint, resume_run
 from lora_accel.setup.run import make_run
@@ -72,7 +73,9 @@ def run_case(case: dict[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
     assert accelerator.device.type == "cuda"
     data = prepare_data(config)
     prepared = prepare_on_gpu(config, accelerator, mode, case["control"])
-    enable_activation_checkpointing(config, data, accelerator, prepared, num_local_ranks=1)
+    unlimited = config.training.model_copy(update={"micro_batch_tokens": "auto"})
+    chosen = fit_into_memory(config.model_copy(update={"training": unlimited}), data, accelerator, prepared, 1)
+    config = fit_into_memory(config, data, accelerator, prepared, num_local_ranks=1)
     start = ResumePoint(Progress(), loss_scale=LossScale() if config.training.mixed_precision == "fp16" else None)
     stop = SimpleNamespace(cause=lambda: None)
     Path(config.output_dir).mkdir(parents=True)
@@ -106,6 +109,7 @@ def run_case(case: dict[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
     }
     outcome: dict[str, Any] = {
         **counts,
+        "chosen_tokens": chosen.training.micro_batch_tokens,
         "packed": prepared.packed,
         "batches": batches,
         "hidden_dtypes": sorted(hidden_dtypes),

@@ -24,7 +24,7 @@ from tests.conftest import write_jsonl
 
 def test_measuring_runs_the_largest_micro_batch_and_writes_nothing(make_config: Callable[..., RunConfig]) -> None:
     config = make_config(training={"neftune_alpha": 5.0, "label_smoothing": 0.1})
-    largest, typical = choose_micro_batches(config, prepare_data(config), packed=True, min_saving=None)
+    largest, typical, _ = choose_micro_batches(config, prepare_data(config), packed=True, min_saving=None)
     measured = measure(config)
     assert measured.tokens == [largest.input_ids.numel(), typical.input_ids.numel()]
     assert measured.tokens_per_second == measured.tokens[1] / measured.seconds[1] > 0
@@ -80,7 +80,7 @@ def ended(code: int, stdout: str = "", stderr: str = "") -> Callable[..., Any]:
 
 
 def test_results_of_the_child_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = Measurement(3, 2, [5, 4], [0.5, 0.5], "cpu")
+    measured = Measurement(3, 2, [5, 4], [0.5, 0.5], "cpu", 7)
     monkeypatch.setattr(module.subprocess, "run", ended(0, "a line\n" + json.dumps(vars(measured)) + "\n"))
     assert measure_in_child(Path("run.yaml"), []) == measured
     for code in (OUT_OF_MEMORY, -signal.SIGKILL):

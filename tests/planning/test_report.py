@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lora_accel.batching.batch import MicroBatch
+from lora_accel.batching.packing import pack
 from lora_accel.config.schema import RunConfig
+from lora_accel.data.chat import Example
 from lora_accel.planning import estimate, report
 from lora_accel.planning.measure import Measurement
 from lora_accel.planning.memory import Usage
 from lora_accel.planning.remedies import find_remedies
+from lora_accel.planning.skeleton import build_skeleton
 from lora_accel.planning.tables import estimate_tables
 from lora_accel.setup.data import prepare_data
+from lora_accel.training.memory import HEADROOM, LOGITS, MAX_TOKENS, MIN_TOKENS
 from tests.conftest import CommandResult, write_jsonl
 
 Command = Callable[..., CommandResult]
@@ -43,10 +48,25 @@ def test_plan_as_json(command: Command, make_config: Callable[..., RunConfig], c
     assert not Path(config.output_dir).exists(), "planning writes nothing"
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_micro_batches_on_a_gpu_fill_its_memory(make_config: Callable[..., RunConfig], precision: str) -> None:
+    config = make_config(training={"micro_batch_tokens": "auto"}, data={"max_length": 512})
+    data, free = prepare_data(config), 300_000_000
+    available = estimate.Available("cuda", 1, free, host_bytes=10**9, framework=0)
+    skeleton = build_skeleton(config, precision, torch.device("cpu"))
+    limit = estimate._token_limit(config, data, skeleton, available, 1)
+    assert MIN_TOKENS < limit < MAX_TOKENS
+    ids = [1 + i % 90 for i in range(500)]
+    batch = pack([Example(ids, ids)] * (limit // 500))
+    skeleton = build_skeleton(config, precision, torch.device("cpu"))
+    saved = estimate.trace_usage(skeleton, batch, config).activations
+    assert HEADROOM * saved + LOGITS == pytest.approx(0.9 * free, rel=0.1)
+
+
 def test_plan_as_tables(
     command: Command, make_config: Callable[..., RunConfig], config_file: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = Measurement(10**6, 10**5, [200, 100], [2.0, 1.0], "cpu")
+    measured = Measurement(10**6, 10**5, [200, 100], [2.0, 1.0], "cpu", 10**7)
     monkeypatch.setattr(report, "measure_in_child", lambda *_: measured)
     result = command("plan", "--config", config_file(make_config()), "--measure")
     assert result.returncode == 0, result.stderr

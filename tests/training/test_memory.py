@@ -13,11 +13,16 @@ from lora_accel.batching.packing import pack
 from lora_accel.data.chat import Example
 from lora_accel.errors import ConfigError
 from lora_accel.model.attention import pack_attention
-from lora_accel.model.fused_loss import CHUNK_NUMEL, patch_fused_loss
+from lora_accel.model.fused_loss import patch_fused_loss
 from lora_accel.model.kernels import patch_base
 from lora_accel.model.recompute import recompute_layers
 from lora_accel.training.memory import (
-    estimate_activation_bytes,
+    HEADROOM,
+    LOGITS,
+    MAX_TOKENS,
+    MIN_TOKENS,
+    USED_SHARE,
+    ActivationCost,
     free_bytes,
     num_layers_to_recompute,
     saved_activation_bytes,
@@ -56,10 +61,21 @@ def test_frozen_model_saves_no_activations(model: nn.Module) -> None:
     assert saved_activation_bytes(model, batch_of(64)) == 0
 
 
-def test_estimate_scales_from_a_small_batch(model: nn.Module) -> None:
+def test_cost_extrapolates_from_two_small_batches(model: nn.Module) -> None:
     model.model.embed_tokens.requires_grad_(True)
-    activations = estimate_activation_bytes(model, batch_of(64), 256) - 3 * 4 * CHUNK_NUMEL
-    assert 1.0 <= activations / saved_activation_bytes(model, batch_of(256)) <= 1.5
+    small, large, expected = (saved_activation_bytes(model, batch_of(tokens)) for tokens in (32, 64, 256))
+    cost = ActivationCost.through(small, large, 32)
+    assert cost.fixed + 256 * cost.per_token == pytest.approx(expected, rel=0.02)
+    assert cost.num_bytes(256) == int(HEADROOM * (cost.fixed + 256 * cost.per_token)) + LOGITS
+
+
+def test_token_limit_is_what_fits() -> None:
+    cost = ActivationCost(fixed=1e8, per_token=1e6)
+    limits = {free: cost.token_limit(free) for free in (0, 1e9, 5e9, 1e10, 1e11)}
+    assert (limits[0], limits[1e9], limits[1e11]) == (MIN_TOKENS, MIN_TOKENS, MAX_TOKENS)
+    for free in (5e9, 1e10):
+        assert cost.num_bytes(limits[free]) <= USED_SHARE * free < cost.num_bytes(limits[free] + 2)
+    assert ActivationCost(0, 0).token_limit(0) == MAX_TOKENS, "a frozen model saves nothing"
 
 
 def test_layers_recompute_until_the_rest_fits() -> None:

@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+
 from lora_accel.batching.batch import MicroBatch, StepBatch
 from lora_accel.batching.grouping import (
     balance_by_tokens,
@@ -19,14 +21,17 @@ from lora_accel.batching.grouping import (
     group_shared,
     keep_prefixes_together,
 )
-from lora_accel.batching.order import epoch_order
+from lora_accel.batching.order import epoch_order, group_order
 from lora_accel.batching.packing import empty_example, pack, pad
-from lora_accel.batching.prefixes import Node, num_computed, separate_nodes, shared_nodes
+from lora_accel.batching.prefixes import Node, num_computed, prefix_ranks, separate_nodes, shared_nodes
 from lora_accel.config.plan import Plan
 from lora_accel.config.schema import TrainingSection
 from lora_accel.data.chat import Example
 from lora_accel.data.dataset import Dataset
-from lora_accel.randomness import derive_seed
+from lora_accel.randomness import Order, derive_seed
+
+DEFAULT_TOKENS = 4096
+"""Tokens in a micro-batch where nothing else chooses them: in `lora-accel evaluate`, which saves no activations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,22 +62,31 @@ class BatchOptions:
         rank: int = 0,
         num_ranks: int = 1,
     ) -> BatchOptions:
-        """Return the options that a run config sets."""
+        """Return the options that a run config sets; `micro_batch_tokens: auto` counts as `DEFAULT_TOKENS`."""
         tokens, examples = training.micro_batch_tokens, training.micro_batch_size
+        tokens = DEFAULT_TOKENS if tokens == "auto" else tokens
         return cls(pad_id, packed, tokens, examples, min_saving if packed else None, rank, num_ranks)
 
 
 class Batches:
     """The training examples, step by step."""
 
-    def __init__(self, dataset: Dataset, plan: Plan, options: BatchOptions, *, seed: int) -> None:
+    def __init__(
+        self, dataset: Dataset, plan: Plan, options: BatchOptions, *, seed: int, group_by_prefix: bool = False
+    ) -> None:
+        """Compute the order of the first epoch.
+
+        Args:
+            group_by_prefix: whether a step uses examples that begin alike (`data.group_by_prefix`). Reads all of them.
+        """
         self._dataset = dataset
         self._plan = plan
         self._options = options
         self._seed = seed
         self._sizes = [len(source.examples) for source in dataset.sources]
         self._weights = [source.weight for source in dataset.sources]
-        self._epoch, self._order = 0, epoch_order(self._sizes, self._weights, seed, 0)
+        self._ranks = prefix_ranks(map(dataset.example, range(dataset.num_examples))) if group_by_prefix else None
+        self._epoch, self._order = 0, self._order_of(0)
         self._prepared: dict[int, StepBatch] = {}
         """The batch of at most one step."""
 
@@ -92,13 +106,27 @@ class Batches:
                 self._prepared[step] = self._build(step)
 
     def _build(self, step: int) -> StepBatch:
+        return step_batch(self.examples(step), self._options)
+
+    def step_of(self, index: int) -> int:
+        """Return the first step that uses an example; of one that the first epoch omits, 0."""
+        positions = np.flatnonzero(self._order_of(0) == index)
+        return int(positions[0]) // self._plan.batch_size if len(positions) else 0
+
+    def examples(self, step: int) -> list[Example]:
+        """Return the examples of the 0-based step, of all ranks."""
         epoch, step_in_epoch = self._plan.position(step)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(self._sizes, self._weights, self._seed, epoch)
+            self._epoch, self._order = epoch, self._order_of(epoch)
         start = step_in_epoch * self._plan.batch_size
         indices = self._order[start : start + self._plan.batch_size]
-        examples = [self._dataset.example(index)._replace(key=derive_seed(self._seed, step)) for index in indices]
-        return step_batch(examples, self._options)
+        return [self._dataset.example(index)._replace(key=derive_seed(self._seed, step)) for index in indices]
+
+    def _order_of(self, epoch: int) -> Order:
+        order = epoch_order(self._sizes, self._weights, self._seed, epoch)
+        if self._ranks is None:
+            return order
+        return group_order(order, self._ranks, self._plan.batch_size, self._seed, epoch)
 
 
 def step_batch(examples: Sequence[Example], options: BatchOptions) -> StepBatch:
@@ -107,6 +135,25 @@ def step_batch(examples: Sequence[Example], options: BatchOptions) -> StepBatch:
     Every rank gets the same number of micro-batches; the last ones may be placeholders without a target. Forward and
     backward may run collectives, which all ranks must join.
     """
+    groups = _groups(examples, options)
+    own = groups[options.rank] + [[]] * (max(map(len, groups)) - len(groups[options.rank]))
+    return StepBatch(
+        [_micro_batch(group or [empty_example(options.pad_id)], options) for group in own],
+        num_examples=len(examples),
+        num_tokens=sum(len(example.input_ids) for example in examples),
+        num_supervised_tokens=sum(example.num_supervised for example in examples),
+        num_computed_tokens=_num_computed(groups, options),
+        examples=examples,
+    )
+
+
+def num_computed_tokens(examples: Sequence[Example], options: BatchOptions) -> int:
+    """Return `StepBatch.num_computed_tokens` without building tensors."""
+    return _num_computed(_groups(examples, options), options)
+
+
+def _groups(examples: Sequence[Example], options: BatchOptions) -> list[list[list[Example]]]:
+    """Return the micro-batches of each rank."""
     # With a limit in examples, ranks get equally many examples; with a limit in tokens, about equally many tokens.
     most = len(examples) if options.max_examples is None else -(-len(examples) // options.num_ranks)
     shares = balance_by_tokens(examples, options.num_ranks, most)
@@ -115,16 +162,7 @@ def step_batch(examples: Sequence[Example], options: BatchOptions) -> StepBatch:
         # Whichever gives the busiest rank less to compute.
         shares = min(shares, keep_prefixes_together(examples, options.num_ranks, most), key=_busiest)
         group = group_shared
-    groups = [group(share, options.max_tokens, options.max_examples) for share in shares]
-    own = groups[options.rank] + [[]] * (max(map(len, groups)) - len(groups[options.rank]))
-    return StepBatch(
-        [_micro_batch(group or [empty_example(options.pad_id)], options) for group in own],
-        num_examples=len(examples),
-        num_tokens=sum(len(example.input_ids) for example in examples),
-        num_supervised_tokens=sum(example.num_supervised for example in examples),
-        num_computed_tokens=sum(_num_computed(group, options) for share in groups for group in share),
-        examples=examples,
-    )
+    return [group(share, options.max_tokens, options.max_examples) for share in shares]
 
 
 def _busiest(shares: Sequence[Sequence[Example]]) -> int:
@@ -140,9 +178,9 @@ def _nodes(examples: Sequence[Example], options: BatchOptions) -> list[Node]:
     return shared if num_computed(shared) <= (1 - options.min_saving) * num_computed(separate) else separate
 
 
-def _num_computed(examples: Sequence[Example], options: BatchOptions) -> int:
-    """Return the tokens of a micro-batch, without padding."""
-    return num_computed(_nodes(examples, options))
+def _num_computed(groups: Sequence[Sequence[Sequence[Example]]], options: BatchOptions) -> int:
+    """Return the tokens of the micro-batches of all ranks, without padding."""
+    return sum(num_computed(_nodes(group, options)) for share in groups for group in share)
 
 
 def _micro_batch(examples: Sequence[Example], options: BatchOptions) -> MicroBatch:

@@ -7,7 +7,7 @@ example. Only tokens before an example's first supervised one are shared.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +15,13 @@ import numpy.typing as npt
 
 from lora_accel.data.chat import Example
 from lora_accel.labels import IGNORE_INDEX
+from lora_accel.randomness import prefix_hashes
 
 MIN_SHARED = 16
 """Tokens of a shared node, at least: attention has to look up their keys elsewhere."""
+
+HASH_LEVELS = 16
+"""Lengths at which prefixes are compared to order examples, up to 2^19 tokens."""
 
 Prefix = npt.NDArray[np.int64]
 
@@ -69,6 +73,21 @@ def sorted_by_prefix(examples: Sequence[Example]) -> list[int]:
     """Return the numbers of examples in the order of their unsupervised beginnings: neighbors share the most tokens."""
     keys = [_prefix(example).astype(">u4").tobytes() for example in examples]  # sorts as the tokens do
     return sorted(range(len(examples)), key=lambda number: (keys[number], number))
+
+
+def prefix_ranks(examples: Iterable[Example]) -> npt.NDArray[np.int64]:
+    """Return a number for each example, such that examples of near numbers begin with the same unsupervised tokens.
+
+    They are the ranks of the hashes of the first 16, 32, 64, … tokens, so that no prefix has to be kept in memory.
+    Equal numbers mean equal prefixes.
+    """
+    hashes = []
+    for example in examples:
+        chain = prefix_hashes(0, _prefix(example))
+        ends = [min(MIN_SHARED << level, len(chain)) for level in range(HASH_LEVELS)]
+        hashes.append(chain[np.array(ends) - 1] if len(chain) else np.zeros(HASH_LEVELS, np.uint64))
+    _, ranks = np.unique(np.array(hashes).reshape(-1, HASH_LEVELS), axis=0, return_inverse=True)
+    return ranks.reshape(-1).astype(np.int64)
 
 
 def num_computed(nodes: Sequence[Node]) -> int:

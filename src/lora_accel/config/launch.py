@@ -379,7 +379,9 @@ def _rows(config: RunConfig, launch: Launch, precision: Precision) -> list[tuple
         micro_batch = f"{training.micro_batch_size} examples per device"
         accumulation = f"{training.gradient_accumulation_steps or 1} micro-batches"
     else:
-        micro_batch, accumulation = f"{training.micro_batch_tokens} tokens per device", "as needed per step"
+        tokens = training.micro_batch_tokens
+        micro_batch = "auto: before the first step" if tokens == "auto" else f"{tokens} tokens per device"
+        accumulation = "as needed per step"
     rows += [
         ("mixed precision", f"{precision.value}{precision.reason and f' ({precision.reason})'}", precision.decided_by),
         ("gradient accumulation", accumulation, RUN_CONFIG),

@@ -324,6 +324,9 @@ class DataSection(Section):
     packing: bool = True
     """Whether to pack examples into one row without padding; each example attends only to itself. Models that do not
     support packing get padded rows, and the run prints a note."""
+    group_by_prefix: bool = False
+    """Whether each step uses examples that begin with the same tokens, so that it computes fewer (share_prefixes). This
+    changes the order: the examples of a step are less varied."""
     max_dropped: float = Field(0.05, ge=0, le=1)
     """Maximum share of unusable rows. Above it the run stops before it loads the model."""
     cache_dir: PathText | None = None
@@ -375,8 +378,9 @@ class TrainingSection(Section):
     """Number of steps; overrides epochs. null = use epochs."""
     batch_size: int | None = Field(16, ge=1, le=1_000_000)
     """Examples per step, over all ranks."""
-    micro_batch_tokens: int = Field(4096, ge=1, le=MAX_TOKENS)
-    """Maximum tokens per forward on one device, padding included."""
+    micro_batch_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | Literal["auto"] = "auto"
+    """Maximum tokens per forward on one device, padding included. auto = on a CPU 1,024, or more where examples share
+    prefixes; on a GPU as many as fit, by measurement. A resumed run keeps the number of its checkpoint."""
     micro_batch_size: int | None = Field(None, ge=1, le=1_000_000)
     """Per-device batch size: examples per forward on one device. Replaces batch_size and micro_batch_tokens."""
     gradient_accumulation_steps: int | None = Field(None, ge=1, le=1_000_000)

@@ -21,7 +21,8 @@ from lora_accel.planning.parameters import ParameterCount, count_by_kind
 from lora_accel.planning.skeleton import Skeleton, build_skeleton
 from lora_accel.planning.trace import Tracer, UntraceableError
 from lora_accel.setup.data import PreparedData
-from lora_accel.training.memory import free_bytes
+from lora_accel.setup.memory import probe_batches, token_limit_by_data, with_tokens
+from lora_accel.training.memory import MIN_TOKENS, ActivationCost, free_bytes
 
 CONTEXT_BYTES = 600_000_000
 """What a process takes of a GPU beside tensors: its context and the workspaces of libraries. About, by experience."""
@@ -63,8 +64,12 @@ class Estimate:
     parameters: list[ParameterCount]
     options: list[Option]
     available: Available
+    micro_batch_tokens: int
+    """Limit of a micro-batch, also where the config leaves it to `auto`."""
     micro_batch: tuple[int, int]
     """Rows and tokens per row of the largest micro-batch."""
+    computed_share: float
+    """Share of the run's tokens that are computed: below 1 if examples share prefixes."""
     recomputes: bool
     """Whether all layers recompute their activations. Then training returns freed memory, see `HEAP_FACTOR`."""
     untraced: str | None
@@ -116,7 +121,11 @@ def make_estimate(
     device = torch.device("cpu" if available.kind == "cpu" else "cuda" if available.kind == "rocm" else available.kind)
     skeleton = build_skeleton(config, mixed_precision, device)
     parameters = count_by_kind(skeleton.model)
-    batch = choose_micro_batches(config, data, packed=skeleton.packed, min_saving=skeleton.min_saving).largest
+    limit = config.training.micro_batch_tokens
+    if limit == "auto":
+        limit = _token_limit(config, data, skeleton, available, num_ranks)
+        config = with_tokens(config, limit)
+    batch, _, computed = choose_micro_batches(config, data, packed=skeleton.packed, min_saving=skeleton.min_saving)
     variants = [(config.quantization.bits, skeleton)]
     four_bits = with_4_bits(config) if has_4_bits and not skeleton.quantized else None
     if four_bits is not None:
@@ -135,7 +144,23 @@ def make_estimate(
             options.append(Option(layout, bits if variant.quantized else None, memory))
     rows, width = batch.input_ids.shape
     recomputes = config.training.activation_checkpointing is True
-    return Estimate(parameters, options, available, (rows, width), recomputes, untraced)
+    return Estimate(parameters, options, available, limit, (rows, width), computed, recomputes, untraced)
+
+
+def _token_limit(
+    config: RunConfig, data: PreparedData, skeleton: Skeleton, available: Available, num_ranks: int
+) -> int:
+    """Return the tokens of a micro-batch as training would choose them (setup/memory.py), from traces."""
+    if available.kind == "cpu" or config.training.micro_batch_size is not None:
+        return token_limit_by_data(config, data, packed=skeleton.packed, min_saving=skeleton.min_saving)
+    free = available.bytes - available.framework
+    free -= device_memory(model_sizes(config, skeleton), Layout(num_ranks)).total
+    small, large = probe_batches(data, packed=skeleton.packed)
+    try:
+        saved = [trace_usage(skeleton, batch, config).activations for batch in (small, large)]
+    except UntraceableError:
+        return MIN_TOKENS
+    return ActivationCost.through(saved[0], saved[1], small.input_ids.numel()).token_limit(free)
 
 
 def with_4_bits(config: RunConfig) -> RunConfig | None:
@@ -172,7 +197,7 @@ def model_sizes(config: RunConfig, skeleton: Skeleton) -> Sizes:
 
 
 def trace_usage(skeleton: Skeleton, batch: Any, config: RunConfig) -> Usage:
-    """Return what a micro-batch allocates. Consumes the skeleton.
+    """Return what a micro-batch allocates. Replaces the parameters of the skeleton.
 
     Raises:
         UntraceableError: the model's code needs the values of its tensors.
@@ -194,7 +219,9 @@ def as_dict(estimate: Estimate) -> dict[str, Any]:
         },
         "memory": {
             "available": dataclasses.asdict(estimate.available),
+            "micro_batch_tokens": estimate.micro_batch_tokens,
             "micro_batch": {"rows": estimate.micro_batch[0], "tokens": estimate.micro_batch[1]},
+            "computed_share": estimate.computed_share,
             "recomputes_activations": estimate.recomputes,
             "untraced": estimate.untraced,
             "options": [

@@ -46,6 +46,8 @@ class Measurement:
     seconds: list[float]
     """Forward, backward and update, for each."""
     device: str
+    process_bytes: int
+    """Peak of the process in the host's memory."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -111,7 +113,8 @@ def measure(config: RunConfig) -> Measurement:
     from lora_accel.planning.micro_batches import choose_micro_batches
     from lora_accel.planning.skeleton import build_skeleton
     from lora_accel.setup.data import prepare_data
-    from lora_accel.setup.model import enable_activation_checkpointing, prepare_model
+    from lora_accel.setup.memory import fit_into_memory
+    from lora_accel.setup.model import prepare_model
     from lora_accel.setup.recipe import complete_config
     from lora_accel.setup.sizes import resolve_rope_scaling
 
@@ -123,13 +126,14 @@ def measure(config: RunConfig) -> Measurement:
     build_skeleton(config, accelerator.mixed_precision, accelerator.device)  # imports what loading imports
     memory = _MemoryMeter(accelerator.device)
     prepared = prepare_model(config, accelerator)
-    enable_activation_checkpointing(config, data, accelerator, prepared, 1)
+    config = fit_into_memory(config, data, accelerator, prepared, 1)
     batches = choose_micro_batches(config, data, packed=prepared.packed, min_saving=prepared.min_saving)
     loaded = memory.begin()
     _update(accelerator, prepared, batches.typical, config)  # warms up, and creates the optimizer's state
-    seconds = [_update(accelerator, prepared, batch, config) for batch in batches]
-    tokens = [batch.segments.num_tokens if batch.segments else int(batch.attention_mask.sum()) for batch in batches]
-    return Measurement(memory.peak(), loaded, tokens, seconds, accelerator.device.type)
+    seconds = [_update(accelerator, prepared, batch, config) for batch in (batches.largest, batches.typical)]
+    tokens = [batch.segments.num_tokens if batch.segments else int(batch.attention_mask.sum()) for batch in batches[:2]]
+    kind = accelerator.device.type
+    return Measurement(memory.peak(), loaded, tokens, seconds, kind, _process_memory().peak)
 
 
 def _update(accelerator: Accelerator, prepared: PreparedModel, batch: MicroBatch, config: RunConfig) -> float:

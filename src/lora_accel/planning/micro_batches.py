@@ -8,7 +8,6 @@ import numpy as np
 
 from lora_accel.batching.batch import MicroBatch
 from lora_accel.batching.batches import Batches, BatchOptions
-from lora_accel.batching.order import epoch_order
 from lora_accel.config.schema import RunConfig
 from lora_accel.setup.data import PreparedData
 
@@ -17,11 +16,13 @@ MAX_STEPS = 200
 
 
 class MicroBatches(NamedTuple):
-    """Two micro-batches of a run."""
+    """Two micro-batches of a run, and the share of its tokens that are computed."""
 
     largest: MicroBatch
     typical: MicroBatch
     """The median by number of tokens, padding included."""
+    computed_share: float
+    """Without padding; below 1 if examples share the tokens with which they begin."""
 
 
 def choose_micro_batches(
@@ -35,19 +36,17 @@ def choose_micro_batches(
     options = BatchOptions.from_config(
         config.training, pad_id=data.pad_id, packed=packed, min_saving=min_saving, num_ranks=data.plan.num_ranks
     )
-    batches = Batches(data.dataset, data.plan, options, seed=config.seed)
+    batches = Batches(data.dataset, data.plan, options, seed=config.seed, group_by_prefix=config.data.group_by_prefix)
     num_steps = min(data.plan.total_steps, data.plan.steps_per_epoch)
     spread = {number * num_steps // MAX_STEPS for number in range(MAX_STEPS)}
-    steps = sorted(spread | {min(_step_of_longest(config, data), num_steps - 1)})
-    found = [batch for step in steps for batch in batches.step(step).micro_batches]
+    steps = sorted(spread | {min(batches.step_of(_longest(data)), num_steps - 1)})
+    built = [batches.step(step) for step in steps]
+    found = [micro_batch for batch in built for micro_batch in batch.micro_batches]
     found.sort(key=lambda batch: (batch.input_ids.numel(), batch.targets.numel()))
-    return MicroBatches(found[-1], found[len(found) // 2])
+    share = sum(batch.num_computed_tokens for batch in built) / sum(batch.num_tokens for batch in built)
+    return MicroBatches(found[-1], found[len(found) // 2], share)
 
 
-def _step_of_longest(config: RunConfig, data: PreparedData) -> int:
-    """Return the first step that uses the longest example; of an example that the first epoch omits, 0."""
-    sources = data.dataset.sources
-    order = epoch_order([len(x.examples) for x in sources], [x.weight for x in sources], config.seed, 0)
-    longest = int(np.concatenate([source.examples.lengths for source in sources]).argmax())
-    positions = np.flatnonzero(np.asarray(order) == longest)
-    return int(positions[0]) // data.plan.batch_size if len(positions) else 0
+def _longest(data: PreparedData) -> int:
+    """Return the index of the longest example."""
+    return int(np.concatenate([source.examples.lengths for source in data.dataset.sources]).argmax())

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from lora_accel.config.schema import RunConfig
 from lora_accel.planning.estimate import Estimate, is_supported, make_estimate, with_4_bits
 from lora_accel.setup.data import PreparedData
+from lora_accel.setup.memory import with_tokens
 
 
 class Remedy(NamedTuple):
@@ -43,19 +44,20 @@ def find_remedies(config: RunConfig, data: PreparedData, mixed_precision: str, e
 
 def cheaper_options(config: RunConfig, data: PreparedData, mixed_precision: str) -> list[tuple[list[str], int]]:
     """Return overrides that would take less memory, from the mildest to the strongest, each with the bytes less."""
-    totals = [
-        (overrides, total)
-        for overrides, changed in [([], config), *_changes(config, longest=_longest(data))]
-        if is_supported(changed) and (total := _total(changed, data, mixed_precision)) is not None
-    ]
-    if not totals or totals[0][0]:
-        return []  # that of the run itself is unknown
-    return [(overrides, totals[0][1] - total) for overrides, total in totals[1:] if total < totals[0][1]]
-
-
-def _total(config: RunConfig, data: PreparedData, mixed_precision: str) -> int | None:
-    """Return the bytes on one device; None = unknown."""
     estimate = make_estimate(config, data, mixed_precision, 1, has_4_bits=False)
+    own = _total(estimate)
+    if own is None:
+        return []
+    totals = [
+        (overrides, _total(make_estimate(changed, data, mixed_precision, 1, has_4_bits=False)))
+        for overrides, changed in _changes(with_tokens(config, estimate.micro_batch_tokens), longest=_longest(data))
+        if is_supported(changed)
+    ]
+    return [(overrides, own - total) for overrides, total in totals if total is not None and total < own]
+
+
+def _total(estimate: Estimate) -> int | None:
+    """Return the bytes on one device; None = unknown."""
     memory = estimate.options[0].memory
     return None if memory is None or estimate.untraced else memory.total
 
@@ -67,9 +69,11 @@ def _longest(data: PreparedData) -> int:
 def _changes(config: RunConfig, *, longest: int) -> Iterator[tuple[list[str], RunConfig]]:
     """Yield overrides and the config with them: smaller micro-batches, recomputed activations, 4 bits, and all."""
     training = config.training
-    smaller = max(longest, training.micro_batch_tokens // 4)
+    limit = training.micro_batch_tokens
+    assert limit != "auto"
+    smaller = max(longest, limit // 4)
     changes: list[str] = []
-    if training.micro_batch_size is None and smaller < training.micro_batch_tokens:
+    if training.micro_batch_size is None and smaller < limit:
         changes.append(f"training.micro_batch_tokens={smaller}")
         training = training.model_copy(update={"micro_batch_tokens": smaller})
         yield [*changes], config.model_copy(update={"training": training})

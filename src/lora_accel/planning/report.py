@@ -73,12 +73,14 @@ def make_forecast(
         UserError: the base or the adapter is wrong.
     """
     from lora_accel.distributed.launch import resolve_launch
+    from lora_accel.setup.memory import with_tokens
     from lora_accel.setup.sizes import resolve_rope_scaling
 
     config = resolve_rope_scaling(config)
     precision = resolve_launch(config, None)[1].mixed_precision
     with Stage("estimating memory"):
         estimate = make_estimate(config, data, precision, num_ranks)
+        config = with_tokens(config, estimate.micro_batch_tokens)
         if config.training.activation_checkpointing == "auto" and estimate.fits(estimate.options[0]) is False:
             training = config.training.model_copy(update={"activation_checkpointing": True})
             config = config.model_copy(update={"training": training})
@@ -138,6 +140,7 @@ def _measured(forecast: Forecast, measurement: Measurement) -> str:
         ("micro-batches", f"{tokens} tokens, in {' and '.join(map(format_seconds, measurement.seconds))}"),
         ("peak memory", f"{format_bytes(measurement.peak_bytes)} on {measurement.device}"),
         ("estimate", f"{format_bytes(memory.total)} ({error})"),
+        ("process", f"{format_bytes(measurement.process_bytes)} of host memory"),
         ("throughput", f"{measurement.tokens_per_second:,.0f} tokens/s, without padding"),
     ]
     if seconds is not None:

@@ -10,6 +10,9 @@ from lora_accel.planning.memory import PARTS
 def estimate_tables(estimate: Estimate) -> list[str]:
     """Return the tables of an estimate, and notes on what it assumes and what in it is unknown."""
     tables = [_parameters(estimate), _parts(estimate), _layouts(estimate), *_device_notes(estimate)]
+    if estimate.computed_share < 1:
+        share = estimate.computed_share
+        tables.append(f"shared prefixes: {share:.0%} of the tokens are computed, a factor of {1 / share:.2f}")
     if estimate.untraced:
         tables.append(
             f"note: activations and temporaries are unknown: {estimate.untraced}. lora-accel plan --measure runs them"
@@ -42,6 +45,9 @@ def _parts(estimate: Estimate) -> str:
     rows.append(("total", *(format_bytes(option.memory.total) for option in options if option.memory)))
     framework = format_bytes(estimate.available.framework)
     rows.append(("libraries", *(framework for _ in options)))
+    num_sharing = last.num_ranks if estimate.available.kind == "cpu" else 1
+    totals = [estimate.needed_bytes(option) // num_sharing for option in options if option.memory]
+    rows.append(("process", *map(format_bytes, totals)))
     num_rows, width = estimate.micro_batch
     title = f"memory per device ({last.name}), for a micro-batch of {num_rows} x {width:,} tokens"
     title += ", activations recomputed" if estimate.recomputes else ""

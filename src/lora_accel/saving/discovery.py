@@ -61,6 +61,8 @@ class KeptSettings(NamedTuple):
     base_dtype: str
     """Name of the dtype; `auto` = as stored, for older checkpoints that do not record it."""
     warmup_from_zero: bool
+    micro_batch_tokens: int | None = None
+    """None = not known."""
     begun_with_adapter: dict[str, Any] | None = None
     """Provenance of a run that began with an adapter (adapter.init_from); None = it began with a new one."""
 
@@ -196,11 +198,13 @@ def kept_settings(folder: Path, resume: str) -> KeptSettings | None:
             precision = provenance["mixed_precision"]
             descends = named in (None, candidate) or state.get("begun_at") == resume
             if descends and precision in ("no", "bf16", "fp16"):
-                warmup_from_zero = with_defaults(provenance["config"])["training"]["warmup_from_zero"]
+                training = with_defaults(provenance["config"])["training"]
+                tokens = training["micro_batch_tokens"]
                 return KeptSettings(
                     precision,
                     str(provenance.get("base_dtype", "auto")),
-                    warmup_from_zero is True,
+                    training["warmup_from_zero"] is True,
+                    tokens if isinstance(tokens, int) else None,
                     provenance if provenance.get("init_from") else None,
                 )
     return None

@@ -261,7 +261,7 @@ adapter:
 training:
   epochs: {values.epochs}
   batch_size: {values.batch_size}               # examples per optimizer step, over all devices
-  micro_batch_tokens: {max(2048, values.max_length)}    # per forward pass; lower it if memory runs out
+  micro_batch_tokens: auto    # per forward pass: as many as fit; a number limits memory
   learning_rate: {values.learning_rate}       # for models {size} a billion parameters
   activation_checkpointing: auto
 

@@ -9,11 +9,9 @@ from accelerate import Accelerator
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from lora_accel.batching.batches import BatchOptions, step_batch
 from lora_accel.config.optimizers import OPTIMIZERS
 from lora_accel.config.schema import AdapterSection, RunConfig
 from lora_accel.console import Stage, short_names
-from lora_accel.data.chat import Example
 from lora_accel.distributed.backend import Backend, backend_of
 from lora_accel.errors import ConfigError
 from lora_accel.logs import logger
@@ -36,26 +34,14 @@ from lora_accel.model.kernels.adapters import patch_adapters
 from lora_accel.model.new_tokens import extend_vocabulary, train_new_tokens
 from lora_accel.model.noise import add_embedding_noise
 from lora_accel.model.prequantized import check_modules_to_save
-from lora_accel.model.recompute import can_recompute, recompute_layers
 from lora_accel.model.sharing import min_saving_of
 from lora_accel.model.tokenizer import load_tokenizer
-from lora_accel.processes import return_freed_memory
 from lora_accel.saving.adapter import saved_config, unwrap_peft_model
 from lora_accel.saving.attach import begin_with_adapter
 from lora_accel.saving.names import check_all_trained_is_saved, saved_shapes
 from lora_accel.saving.serving import serving_note
-from lora_accel.setup.data import PreparedData
 from lora_accel.setup.initial import InitialAdapter, check_vocabulary, fits_base
-from lora_accel.training.memory import (
-    estimate_activation_bytes,
-    free_bytes,
-    num_layers_to_recompute,
-    update_bytes,
-)
 from lora_accel.training.optimizer import learning_rate_factors, make_optimizer
-
-PROBE_TOKENS = 256
-"""Length of the forward that measures activation memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,72 +166,3 @@ def _add_adapter(
     logger.info(f"serving: {serving}")
     check_all_trained_is_saved(model)
     return model
-
-
-def enable_activation_checkpointing(
-    config: RunConfig, data: PreparedData, accelerator: Accelerator, prepared: PreparedModel, num_local_ranks: int
-) -> None:
-    """Recompute activations in the backward pass if the config asks for it; with `auto`, those that do not fit.
-
-    Args:
-        num_local_ranks: processes that share this machine's memory.
-    """
-    option, model = config.training.activation_checkpointing, accelerator.unwrap_model(prepared.model)
-    if option == "auto" and not config.adapter.alora_invocation_tokens:  # see RunConfig's checks
-        option = _recompute_what_does_not_fit(config, data, accelerator, prepared, num_local_ranks)
-    elif option is True:
-        recompute_layers(model)
-    if option is True:
-        return_freed_memory()  # else glibc's heap would keep what is saved here
-
-
-def _recompute_what_does_not_fit(
-    config: RunConfig, data: PreparedData, accelerator: Accelerator, prepared: PreparedModel, num_local_ranks: int
-) -> bool:
-    """Measure the memory of activations, and recompute those of as many layers as lack it, the same on every rank.
-
-    Returns:
-        Whether any layer recomputes its activations.
-    """
-    longest = max(int(source.examples.lengths.max()) for source in data.dataset.sources)
-    options = BatchOptions.from_config(config.training, pad_id=data.pad_id, packed=prepared.packed)
-    probe = step_batch([_probe(data.dataset.example(0), longest)], options).micro_batches[0].to(accelerator.device)
-    prepared.dropout_keys.keys, prepared.dropout_keys.lengths = probe.token_keys, probe.example_lengths
-    prepared.model.train()
-    per_forward = config.training.micro_batch_size
-    tokens = per_forward * longest if per_forward else max(longest, config.training.micro_batch_tokens)
-    model = accelerator.unwrap_model(prepared.model)
-    free = free_bytes(accelerator.device, num_local_ranks) - update_bytes(prepared.trainable, config.training.optimizer)
-    with Stage("measuring activation memory", enabled=accelerator.is_local_main_process):
-        kept = estimate_activation_bytes(prepared.model, probe, tokens)
-        ranks = accelerator.gather(torch.tensor([[float(kept), float(free)]], device=accelerator.device)).tolist()
-        rank, (most, least) = max(enumerate(ranks), key=lambda entry: entry[1][0] - entry[1][1])
-        lacks_memory = most > least and can_recompute(model)
-        total = recompute_layers(model) if lacks_memory else 0
-        recomputed = estimate_activation_bytes(prepared.model, probe, tokens) if lacks_memory else kept
-    where = f" on rank {rank}" if rank else ""
-    needed = f"activation memory: {_gb(most)} needed, {_gb(least)} free{where}"
-    if not lacks_memory:
-        logger.info(f"{needed}: no activation checkpointing")
-        return False
-    count = num_layers_to_recompute(kept, recomputed, free, total)
-    count = int(accelerator.gather(torch.tensor([count], device=accelerator.device)).max())
-    recompute_layers(model, count)
-    layers = f"{count} of {total} layers" if total else "all layers"
-    logger.info(f"{needed}: enabling activation checkpointing in {layers}")
-    return True
-
-
-def _probe(example: Example, longest: int) -> Example:
-    """Repeat the tokens of an example: in a short one, what does not grow with its length would count for each token.
-
-    Args:
-        longest: tokens of the longest example, which the model supports.
-    """
-    size = min(PROBE_TOKENS, longest)
-    times = -(-size // len(example.input_ids))
-    return Example((example.input_ids * times)[:size], (example.labels * times)[:size])
-
-
-def _gb(num_bytes: float) -> str:
-    return f"{max(0, num_bytes) / 1e9:.1f} GB"

@@ -26,6 +26,9 @@ from lora_accel.training.replies import ReplyGenerator
 from lora_accel.training.step import Run
 from lora_accel.training.stopping import Stop
 
+REPLY_FACTOR = 4
+"""Tokens of a batch of replies relative to a micro-batch: keys and values take less than what training saves."""
+
 
 def make_run(
     config: RunConfig,
@@ -58,7 +61,9 @@ def make_run(
         plan=data.plan,
         seed=config.seed,
         learning_rate=_learning_rate(config, data.plan),
-        batches=Batches(data.dataset, data.plan, options, seed=config.seed),
+        batches=Batches(
+            data.dataset, data.plan, options, seed=config.seed, group_by_prefix=config.data.group_by_prefix
+        ),
         evaluator=_evaluator(config, data, accelerator, prepared, options),
         checkpointer=Checkpointer(
             accelerator=accelerator,
@@ -114,7 +119,7 @@ def _evaluator(
             ends=data.template.end_ids,
             max_new_tokens=evaluation.max_new_tokens,
             sampling=evaluation.generation,
-            max_tokens=config.training.micro_batch_tokens,
+            max_tokens=REPLY_FACTOR * options.max_tokens,
             is_sharded=prepared.backend.shards_parameters,
         ),
         prompts=evaluation.prompts,

@@ -1,10 +1,11 @@
-"""Estimate activation memory: measure what a forward of a few tokens saves for backward, and extrapolate."""
+"""Estimate activation memory: measure what forwards of a few tokens save for backward, and extrapolate."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -15,7 +16,36 @@ from lora_accel.model.fused_loss import CHUNK_NUMEL
 from lora_accel.training.loss import summed_token_loss
 
 HEADROOM = 1.25
-"""Factor on the measured bytes per token: temporaries of a layer, and fragmentation."""
+"""Factor on the measured bytes: temporaries of a layer, and fragmentation."""
+LOGITS = 3 * 4 * CHUNK_NUMEL
+"""Bytes of a chunk of float32 logits, with their gradient and temporaries."""
+USED_SHARE = 0.9
+"""Share of the free memory that a micro-batch may take if its size is chosen."""
+MIN_TOKENS, MAX_TOKENS = 2048, 32_768
+"""Of a micro-batch on a GPU whose size is chosen: fewer do not fill it, and more are hardly faster."""
+
+
+class ActivationCost(NamedTuple):
+    """The bytes that a forward saves for backward, as a line through two measurements."""
+
+    fixed: float
+    per_token: float
+
+    @classmethod
+    def through(cls, small: int, large: int, num_tokens: int) -> ActivationCost:
+        """Return the line through the bytes of `num_tokens` and of twice as many tokens."""
+        per_token = max(0.0, (large - small) / num_tokens)
+        return cls(max(0.0, small - per_token * num_tokens), per_token)
+
+    def num_bytes(self, num_tokens: int) -> int:
+        """Return the activation memory of a micro-batch, with temporaries."""
+        return int(HEADROOM * (self.fixed + self.per_token * num_tokens)) + LOGITS
+
+    def token_limit(self, free: float) -> int:
+        """Return how many tokens of a micro-batch fit into `free` bytes, within `MIN_TOKENS` and `MAX_TOKENS`."""
+        available = (USED_SHARE * free - LOGITS) / HEADROOM - self.fixed
+        fitting = available / self.per_token if self.per_token else MAX_TOKENS
+        return int(min(MAX_TOKENS, max(MIN_TOKENS, fitting)))
 
 
 def saved_activation_bytes(model: torch.nn.Module, batch: MicroBatch) -> int:
@@ -33,13 +63,6 @@ def saved_activation_bytes(model: torch.nn.Module, batch: MicroBatch) -> int:
     for tensor in (*model.parameters(), *model.buffers()):
         saved.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(storage.nbytes() for storage in saved.values())
-
-
-def estimate_activation_bytes(model: torch.nn.Module, probe_batch: MicroBatch, num_tokens: int) -> int:
-    """Return the activation memory of a micro-batch of `num_tokens`, extrapolated from a smaller one."""
-    logits = 3 * 4 * CHUNK_NUMEL  # float32, with their gradient and temporaries
-    per_batch = saved_activation_bytes(model, probe_batch)
-    return int(HEADROOM * per_batch * num_tokens / probe_batch.input_ids.numel()) + logits
 
 
 def num_layers_to_recompute(kept: int, recomputed: int, free: int, num_layers: int) -> int:

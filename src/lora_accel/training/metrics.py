@@ -273,6 +273,7 @@ class Metrics:
                 "tokens_per_second": tokens_per_second,
                 "elapsed_seconds": now - self._start_time,
                 "peak_memory_bytes": peak_memory_bytes(self._accelerator.device),
+                "peak_process_bytes": peak_memory_bytes(torch.device("cpu")),
             }
         )
         self.loss = result.loss

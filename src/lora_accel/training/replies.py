@@ -37,7 +37,7 @@ class ReplyGenerator:
     max_new_tokens: int
     sampling: GenerationSection
     max_tokens: int
-    """Tokens in a batch, with padding, the longest reply and all beams (`training.micro_batch_tokens`)."""
+    """Tokens in a batch, with padding, the longest reply and all beams: several micro-batches' worth."""
     is_sharded: bool
     """Whether a forward gathers weights from all ranks (ZeRO-3). Then every rank generates all replies."""
 
