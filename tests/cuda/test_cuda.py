@@ -6,6 +6,7 @@ They were written without a GPU and have not run yet.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from lora_accel.model.kernels import patch_base
 from lora_accel.model.kernels.adapters import patch_adapters
 from lora_accel.model.kernels.table import MIN_CAPABILITY
 from lora_accel.training.loss import summed_token_loss
+from lora_accel.training.memory import MAX_TOKENS
 from tests.conftest import PATIENCE_SECONDS, ROOT, read_metrics, reset_accelerator, write_jsonl
 from tests.families import model_of
 
@@ -270,6 +272,15 @@ def test_out_of_memory_names_what_takes_less(make_config: Callable[..., RunConfi
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "training.activation_checkpointing=true: " in str(caught.value)
+
+
+def test_chosen_micro_batches_fill_the_memory_and_give_the_same_losses(make_config: Callable[..., RunConfig]) -> None:
+    expected = losses(make_config(training={"max_steps": 3}))
+    config = make_config(training={"max_steps": 3, "micro_batch_tokens": "auto"})
+    config = config.model_copy(update={"output_dir": f"{config.output_dir}-auto"})
+    assert losses(config) == pytest.approx(expected, rel=1e-4)
+    provenance = json.loads((Path(config.output_dir) / "provenance.json").read_text(encoding="utf-8"))
+    assert provenance["config"]["training"]["micro_batch_tokens"] == MAX_TOKENS, "the model is tiny"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

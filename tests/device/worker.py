@@ -74,7 +74,8 @@ def run_case(case: dict[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
     data = prepare_data(config)
     prepared = prepare_on_gpu(config, accelerator, mode, case["control"])
     unlimited = config.training.model_copy(update={"micro_batch_tokens": "auto"})
-    chosen = fit_into_memory(config.model_copy(update={"training": unlimited}), data, accelerator, prepared, 1)
+    with fake_cuda.Recorder():
+        chosen = fit_into_memory(config.model_copy(update={"training": unlimited}), data, accelerator, prepared, 1)
     config = fit_into_memory(config, data, accelerator, prepared, num_local_ranks=1)
     start = ResumePoint(Progress(), loss_scale=LossScale() if config.training.mixed_precision == "fp16" else None)
     stop = SimpleNamespace(cause=lambda: None)

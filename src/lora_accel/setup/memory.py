@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from lora_accel.batching.batch import MicroBatch
 from lora_accel.batching.batches import Batches, BatchOptions, step_batch
@@ -127,13 +128,6 @@ class _Meter:
         free = free_bytes(self._accelerator.device, self._num_local_ranks)
         return free - update_bytes(self._prepared.trainable, self._optimizer)
 
-    def gather(self, *values: float) -> list[list[float]]:
-        """Return the values of each rank."""
-        rows: list[list[float]] = self._accelerator.gather(
-            torch.tensor([values], dtype=torch.float64, device=self._accelerator.device)
-        ).tolist()
-        return rows
-
     def most_tokens(self, config: RunConfig) -> int:
         """Return the tokens of the largest micro-batch, padding included."""
         longest, per_forward = longest_example(self._data), config.training.micro_batch_size
@@ -151,9 +145,8 @@ def _token_limit(
         reason = ""
     else:
         cost, free = meter.cost(), meter.free()
-        ranks = meter.gather(cost.token_limit(free), cost.per_token, free)
-        rank, (fitting, per_token, least) = min(enumerate(ranks), key=lambda entry: entry[1][0])
-        limit = int(fitting)
+        ranks = gather_object([(cost.token_limit(free), cost.per_token, free)])
+        rank, (limit, per_token, least) = min(enumerate(ranks), key=lambda entry: entry[1][0])
         reason = f": a token saves {per_token / 1e6:.1f} MB for backward, {_gb(least)} free{_on(rank)}"
     if config.training.micro_batch_size is None:
         logger.info(f"micro-batches: at most {limit:,} tokens{reason}")
@@ -170,7 +163,7 @@ def _recompute_what_does_not_fit(
     """
     tokens, free = meter.most_tokens(config), meter.free()
     kept = meter.cost().num_bytes(tokens)
-    rank, (most, least) = max(enumerate(meter.gather(kept, free)), key=lambda entry: entry[1][0] - entry[1][1])
+    rank, (most, least) = max(enumerate(gather_object([(kept, free)])), key=lambda entry: entry[1][0] - entry[1][1])
     lacks_memory = most > least and can_recompute(model)
     needed = f"activation memory: {_gb(most)} needed, {_gb(least)} free{_on(rank)}"
     if not lacks_memory:
@@ -178,7 +171,7 @@ def _recompute_what_does_not_fit(
         return False
     total = recompute_layers(model)
     recomputed = meter.cost().num_bytes(tokens)
-    count = int(max(row[0] for row in meter.gather(num_layers_to_recompute(kept, recomputed, free, total))))
+    count = max(gather_object([num_layers_to_recompute(kept, recomputed, free, total)]))
     recompute_layers(model, count)
     layers = f"{count} of {total} layers" if total else "all layers"
     logger.info(f"{needed}: enabling activation checkpointing in {layers}")
