@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lora_accel.batching.batches import BatchOptions, step_batch
 from lora_accel.batching.grouping import group_shared, keep_prefixes_together
 from lora_accel.batching.packing import pack
-from lora_accel.batching.prefixes import Node, num_computed, shared_nodes
+from lora_accel.batching.prefixes import MIN_SHARED, Node, num_computed, shared_nodes
 from lora_accel.data.chat import Example
 from lora_accel.labels import IGNORE_INDEX
 
@@ -141,3 +141,55 @@ def test_steps_count_what_is_computed(num_ranks: int) -> None:
     assert batches(None) == [12 * 103] * 2
     assert batches(0.0) == [100 * num_ranks + 12 * 3] * 2
     assert batches(0.95) == [12 * 103] * 2, "it saves less"
+
+
+@pytest.mark.parametrize("step", [1, 17])
+def test_prefixes_of_any_depth(step: int) -> None:
+    """More levels than Python's calls may be nested."""
+    examples = [example([1] * (20 + step * i), [2]) for i in range(1200)]
+    nodes = shared_nodes(examples)
+    assert sorted(node.example for index, node in enumerate(nodes) if index not in {n.parent for n in nodes}) == list(
+        range(1200)
+    )
+    depths: list[int] = []
+    for node in nodes:
+        depths.append(0 if node.parent is None else depths[node.parent] + 1)
+    assert max(depths) == (1199 * step + 4) // 16 if step == 1 else 1200
+
+
+EDGES = {
+    "one token": [example([1], []), example([1], [])],
+    "supervised from the first token": [example([], [1] * 30), example([], [1] * 30)],
+    "nothing is supervised": [example([1] * 30, []), example([1] * 30, []), example([1] * 40, [])],
+    "identical": [example([1] * 30, [2, 3])] * 3,
+    "one is a prefix of another": [example([1] * 30, [2]), example([1] * 50, [2])],
+    "several answers": [Example([1] * 20 + [2, 3] + [1] * 20 + [4], [-100] * 20 + [2, -100] + [-100] * 20 + [4])] * 2,
+    "one example": [example([1] * 30, [2])],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("one token", 2),
+        ("supervised from the first token", 60),
+        ("nothing is supervised", 29 + 1 + 1 + 11),
+        ("identical", 30 + 3 * 2),
+        ("one is a prefix of another", 30 + 1 + 21),
+        ("several answers", 20 + 2 * 23),
+        ("one example", 31),
+    ],
+)
+def test_unusual_examples(name: str, tokens: int) -> None:
+    examples = EDGES[name]
+    batch = pack(examples, shared_nodes(examples))
+    assert batch.input_ids.numel() == tokens
+    assert int((batch.targets != IGNORE_INDEX).sum()) == sum(
+        label != IGNORE_INDEX for one in examples for label in one.labels[1:]
+    )
+
+
+@pytest.mark.parametrize(("common", "tokens"), [(MIN_SHARED - 1, 2 * (MIN_SHARED + 1)), (MIN_SHARED, MIN_SHARED + 4)])
+def test_the_fewest_tokens_that_are_shared(common: int, tokens: int) -> None:
+    examples = [example([1] * common + [2 + i], [9]) for i in range(2)]
+    assert num_computed(shared_nodes(examples)) == tokens
