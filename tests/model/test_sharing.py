@@ -116,9 +116,17 @@ def test_flex_attention_sees_the_same_keys(softcap: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(h, batch.input_ids.numel(), 16, generator=generator) for h in (4, 2, 2))
     options = AttentionOptions(0.25, None, softcap)
-    expected = _Blockwise.apply(query, key, value, list(_blocks(segments, None)), options)  # type: ignore[no-untyped-call]
+    expected = _Blockwise.apply(query, key, value, _blocks(segments, None), options)  # type: ignore[no-untyped-call]
     output = flex_attention(query, key, value, segments, scaling=0.25, window=None, softcap=softcap)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_layers_of_a_forward_share_their_blocks() -> None:
+    examples = examples_of(3)
+    segments = pack(examples, shared_nodes(examples)).inputs["segments"]
+    assert _blocks(segments, None) is _blocks(segments, None)
+    with pytest.raises(AssertionError):
+        _blocks(segments, 7)  # whose keys would be too early ones
 
 
 def saving(family: str = "llama", device: torch.device = CPU, *, packed: bool = True, **training: Any) -> float | None:
@@ -140,6 +148,9 @@ def test_where_prefixes_are_shared() -> None:
         ({"family": "gemma2"}, "layers of gemma2 attend to a window of tokens only"),
         ({"packed": False}, "rows are padded"),
         ({"neftune_alpha": 5}, "the noise of neftune_alpha depends on the length of each example"),
+        (
+            {"family": "gpt2"},
+        ),
     ],
 )
 def test_what_does_not_support_it_is_an_error_if_asked_for(arguments: dict[str, Any], reason: str) -> None:
