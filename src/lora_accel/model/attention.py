@@ -297,14 +297,18 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         query, key, value = ctx.saved_tensors
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        # In 16 bits, the sum over many blocks that share a key would lose most of them.
+        is_shared = any(block.earlier for block in ctx.blocks)
+        dtype = torch.promote_types(key.dtype, torch.float32) if is_shared else key.dtype
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = (torch.zeros_like(x, dtype=dtype) for x in (key, value))
         for block in ctx.blocks:
             q, k, v = query[:, block.first : block.last], block.take(key), block.take(value)
             grads = _attend_backward(q, k, v, grad[block.first : block.last], ctx.options)
             grad_query[:, block.first : block.last] = grads[0]
             block.add(grad_key, grads[1])
             block.add(grad_value, grads[2])
-        return grad_query, grad_key, grad_value, None, None
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
