@@ -148,8 +148,10 @@ def test_where_prefixes_are_shared() -> None:
         ({"family": "gemma2"}, "layers of gemma2 attend to a window of tokens only"),
         ({"packed": False}, "rows are padded"),
         ({"neftune_alpha": 5}, "the noise of neftune_alpha depends on the length of each example"),
+        ({"family": "opt"}, r"opt draws random numbers for each token it computes \(dropout=0.1\)"),
         (
             {"family": "gpt2"},
+            r"gpt2 draws random numbers for each token it computes \(embd_pdrop=0.1, resid_pdrop=0.1\)",
         ),
     ],
 )
