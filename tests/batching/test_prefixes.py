@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 
 import numpy as np
@@ -13,7 +14,15 @@ from lora_accel.batching.batches import BatchOptions, step_batch
 from lora_accel.batching.grouping import group_shared, keep_prefixes_together
 from lora_accel.batching.order import epoch_order, group_order
 from lora_accel.batching.packing import pack
-from lora_accel.batching.prefixes import Node, num_computed, prefix_ranks, shared_nodes
+from lora_accel.batching.prefixes import (
+    MIN_SHARED,
+    Node,
+    Prefix,
+    PrefixedExample,
+    num_computed,
+    prefix_ranks,
+    shared_nodes,
+)
 from lora_accel.data.chat import Example
 from lora_accel.labels import IGNORE_INDEX
 
@@ -164,3 +173,97 @@ def test_steps_count_what_is_computed(num_ranks: int) -> None:
     assert batches(None) == [12 * 103] * 2
     assert batches(0.0) == [100 * num_ranks + 12 * 3] * 2
     assert batches(0.95) == [12 * 103] * 2, "it saves less"
+
+
+@pytest.mark.parametrize("step", [1, 17])
+def test_prefixes_of_any_depth(step: int) -> None:
+    """More levels than Python's calls may be nested."""
+    examples = [example([1] * (20 + step * i), [2]) for i in range(1200)]
+    nodes = shared_nodes(examples)
+    assert sorted(node.example for index, node in enumerate(nodes) if index not in {n.parent for n in nodes}) == list(
+        range(1200)
+    )
+    depths: list[int] = []
+    for node in nodes:
+        depths.append(0 if node.parent is None else depths[node.parent] + 1)
+    assert max(depths) == (1199 * step + 4) // 16 if step == 1 else 1200
+
+
+@given(families(), st.integers(1, 60), st.sampled_from([0.0, 0.25, 0.6]))
+def test_no_micro_batch_exceeds_the_limit(examples: list[Example], max_tokens: int, min_saving: float) -> None:
+    """Neither where prefixes continue others by few tokens, nor where examples save too little to share any."""
+    if not examples:
+        return
+    step = step_batch(examples, BatchOptions(0, True, max_tokens, None, min_saving))
+    limit = max(max_tokens, *(len(one.input_ids) for one in examples))
+    assert all(batch.input_ids.numel() <= limit for batch in step.micro_batches)
+    assert sum(batch.segments.num_tokens for batch in step.micro_batches if batch.segments) == step.num_tokens
+    assert sum(batch.input_ids.numel() for batch in step.micro_batches) == step.num_computed_tokens
+
+
+@pytest.mark.parametrize(
+    ("examples", "min_saving"),
+    [
+        ([example([1] * (20 + 5 * (i % 4)) + [2 + i], [9]) for i in range(40)], 0.0),
+        ([example([1] * 20 + [i] * 80, [9]) for i in range(2, 42)], 0.25),
+    ],
+    ids=["few more tokens", "too little saved"],
+)
+def test_what_is_not_shared_after_all_counts_for_the_limit(examples: list[Example], min_saving: float) -> None:
+    step = step_batch(examples, BatchOptions(0, True, 300, None, min_saving))
+    assert max(batch.input_ids.numel() for batch in step.micro_batches) <= 300
+
+
+def test_examples_are_read_once_for_their_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a step of long examples this is most of the time of building it."""
+    read = Counter[int]()
+    original = PrefixedExample.prefix.func
+
+    def prefix(one: PrefixedExample) -> Prefix:
+        read[one.input_ids[-1]] += 1
+        return original(one)
+
+    cached = functools.cached_property(prefix)
+    cached.__set_name__(PrefixedExample, "prefix")
+    monkeypatch.setattr(PrefixedExample, "prefix", cached)
+    examples = [example([1] * 50 + [i % 5], [100 + i]) for i in range(40)]
+    step_batch(examples, BatchOptions(0, True, 200, None, 0.0, 0, 2))
+    assert read == Counter(range(100, 140))
+
+
+EDGES = {
+    "one token": [example([1], []), example([1], [])],
+    "supervised from the first token": [example([], [1] * 30), example([], [1] * 30)],
+    "nothing is supervised": [example([1] * 30, []), example([1] * 30, []), example([1] * 40, [])],
+    "identical": [example([1] * 30, [2, 3])] * 3,
+    "one is a prefix of another": [example([1] * 30, [2]), example([1] * 50, [2])],
+    "several answers": [Example([1] * 20 + [2, 3] + [1] * 20 + [4], [-100] * 20 + [2, -100] + [-100] * 20 + [4])] * 2,
+    "one example": [example([1] * 30, [2])],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("one token", 2),
+        ("supervised from the first token", 60),
+        ("nothing is supervised", 29 + 1 + 1 + 11),
+        ("identical", 30 + 3 * 2),
+        ("one is a prefix of another", 30 + 1 + 21),
+        ("several answers", 20 + 2 * 23),
+        ("one example", 31),
+    ],
+)
+def test_unusual_examples(name: str, tokens: int) -> None:
+    examples = EDGES[name]
+    batch = pack(examples, shared_nodes(examples))
+    assert batch.input_ids.numel() == tokens
+    assert int((batch.targets != IGNORE_INDEX).sum()) == sum(
+        label != IGNORE_INDEX for one in examples for label in one.labels[1:]
+    )
+
+
+@pytest.mark.parametrize(("common", "tokens"), [(MIN_SHARED - 1, 2 * (MIN_SHARED + 1)), (MIN_SHARED, MIN_SHARED + 4)])
+def test_the_fewest_tokens_that_are_shared(common: int, tokens: int) -> None:
+    examples = [example([1] * common + [2 + i], [9]) for i in range(2)]
+    assert num_computed(shared_nodes(examples)) == tokens

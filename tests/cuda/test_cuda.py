@@ -55,7 +55,7 @@ KERNELS: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def blockwise(query: Any, key: Any, value: Any, options: AttentionOptions) -> torch.Tensor:
-    blocks = list(_blocks(LENGTHS, options.sliding_window))
+    blocks = _blocks(LENGTHS, options.sliding_window)
     output: torch.Tensor = _Blockwise.apply(query, key, value, blocks, options)  # type: ignore[no-untyped-call]
     return output
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from lora_accel.batching.packing import pack
+from lora_accel.batching.prefixes import shared_nodes
 from lora_accel.data.chat import Example
 from lora_accel.errors import ConfigError
 from lora_accel.model.attention import pack_attention
@@ -59,6 +60,30 @@ def test_layers_are_compiled_once_for_all_lengths() -> None:
         torch.testing.assert_close(parameter.grad, reference.grad, rtol=1e-4, atol=1e-5)
     assert num_graphs[1] > 0
     assert num_graphs[1:] == num_graphs[1:2] * 4
+
+
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.13"), reason="as above")
+def test_rows_with_shared_tokens_are_compiled_once() -> None:
+    """For any trie, and no more often than rows without."""
+    model, eager = (
+        model_of("llama", max_position_embeddings=512).train(),
+        model_of("llama", max_position_embeddings=512),
+    )
+    pack_attention(model)
+    pack_attention(eager)
+    compile_layers(model, CPU)
+    num_graphs = []
+    for count in (2, 3, 5, 4):
+        examples = [
+            Example([1] * (20 + 17 * (i % 2)) + [2 + i], [-100] * (20 + 17 * (i % 2)) + [2 + i]) for i in range(count)
+        ]
+        inputs = pack(examples, shared_nodes(examples)).inputs
+        assert inputs["segments"].is_shared
+        logits, expected = (m(**inputs, use_cache=False).logits for m in (model, eager))
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
+        logits.square().sum().backward()
+        num_graphs.append(counters["stats"]["unique_graphs"])
+    assert num_graphs[1:] == num_graphs[1:2] * 3
 
 
 def test_only_training_is_compiled() -> None:

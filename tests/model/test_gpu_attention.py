@@ -5,8 +5,12 @@ FlexAttention runs on a CPU without a backward pass. tests/device traces the for
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_accel.batching.batch import Segments
 from lora_accel.model import gpu_attention
@@ -55,3 +59,40 @@ def test_schema_of_the_efficient_kernel() -> None:
     assert names[4:8] == ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
     assert names[8:11] == ["dropout_p", "custom_mask_type", "compute_log_sumexp"]
     assert "scale" in names
+
+
+@pytest.mark.parametrize("window", [None, 50, 300])
+@pytest.mark.parametrize("num_tokens", [1, 128, 1000, 1024])
+def test_the_blocks_of_a_mask_are_those_of_its_values(num_tokens: int, window: int | None) -> None:
+    """Of segments that continue others, and of some that do not."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    ends = torch.full((num_tokens,), num_tokens, dtype=torch.int32)
+    for start in sorted(torch.randint(0, num_tokens, (9,), generator=generator).tolist()):
+        length = int(torch.randint(1, 400, (), generator=generator))
+        ends[start : start + length] = ends[start : start + length].clamp(max=start + length)
+    mask = gpu_attention._mask_of(ends, window)
+    expected = create_block_mask(mask.mask_mod, None, None, num_tokens, num_tokens, device="cpu")
+    assert (mask.to_dense() >= expected.to_dense()).all()
+    if window is None:  # else a block may have keys within the window, and others that are visible
+        assert torch.equal(mask.to_dense(), expected.to_dense())
+    assert torch.equal(mask.full_kv_num_blocks, expected.full_kv_num_blocks)
+    assert torch.equal(mask.full_q_num_blocks, expected.full_q_num_blocks)
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records the number of values of the largest tensor."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation."""
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor):
+            self.numel = max(self.numel, output.numel())
+        return output
+
+
+def test_a_mask_is_never_materialized() -> None:
+    with Largest() as largest:
+        gpu_attention._mask_of(torch.full((16384,), 16384, dtype=torch.int32), None)
+    assert 16384 <= largest.numel <= 2 * 128**2

@@ -116,9 +116,17 @@ def test_flex_attention_sees_the_same_keys(softcap: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(h, batch.input_ids.numel(), 16, generator=generator) for h in (4, 2, 2))
     options = AttentionOptions(0.25, None, softcap)
-    expected = _Blockwise.apply(query, key, value, list(_blocks(segments, None)), options)  # type: ignore[no-untyped-call]
+    expected = _Blockwise.apply(query, key, value, _blocks(segments, None), options)  # type: ignore[no-untyped-call]
     output = flex_attention(query, key, value, segments, scaling=0.25, window=None, softcap=softcap)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_layers_of_a_forward_share_their_blocks() -> None:
+    examples = examples_of(3)
+    segments = pack(examples, shared_nodes(examples)).inputs["segments"]
+    assert _blocks(segments, None) is _blocks(segments, None)
+    with pytest.raises(AssertionError):
+        _blocks(segments, 7)  # whose keys would be too early ones
 
 
 def saving(family: str = "llama", device: torch.device = CPU, *, packed: bool = True, **training: Any) -> float | None:
@@ -140,8 +148,54 @@ def test_where_prefixes_are_shared() -> None:
         ({"family": "gemma2"}, "layers of gemma2 attend to a window of tokens only"),
         ({"packed": False}, "rows are padded"),
         ({"neftune_alpha": 5}, "the noise of neftune_alpha depends on the length of each example"),
+        ({"family": "opt"}, r"opt draws random numbers for each token it computes \(dropout=0.1\)"),
+        (
+            {"family": "gpt2"},
+            r"gpt2 draws random numbers for each token it computes \(embd_pdrop=0.1, resid_pdrop=0.1\)",
+        ),
     ],
 )
 def test_what_does_not_support_it_is_an_error_if_asked_for(arguments: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=f"training.share_prefixes: {reason}; set it to auto"):
         saving(share_prefixes=True, **arguments)
+
+
+def test_many_examples_of_one_prefix_add_up_in_16_bits() -> None:
+    """In 16 bits, a sum over the blocks of 1,000 examples would lose most of the gradient of the keys that they share.
+
+    Compared are the gradients in float32, of the same rounded values.
+    """
+    prompt = tokens(32, 0)
+    examples = [Example([*prompt, 1 + i % 90], [IGNORE_INDEX] * 32 + [1]) for i in range(1000)]
+    batch = pack(examples, shared_nodes(examples))
+    generator = torch.Generator().manual_seed(0)
+    length = batch.input_ids.numel()
+    query, key, value = ((torch.rand(2, length, 16, generator=generator) - 0.2).bfloat16() for _ in range(3))
+    grad = torch.rand(length, 2, 16, generator=generator).bfloat16()
+    blocks, gradients = _blocks(batch.inputs["segments"], None), []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
+        output = _Blockwise.apply(*leaves, blocks, AttentionOptions(0.25, None, None))  # type: ignore[no-untyped-call]
+        output.backward(grad.to(dtype))
+        gradients.append([leaf.grad[:, :32].float() for leaf in leaves[1:] if leaf.grad is not None])
+    for rounded, exact in zip(*gradients, strict=True):
+        assert (rounded - exact).norm() <= 0.02 * exact.norm()
+
+
+def test_many_answers_to_one_token_add_up_in_16_bits() -> None:
+    """The gradient of the token that they all follow is their number times that of one."""
+    prompt, gradients = tokens(32, 0), []
+    for count in (1, 1000):
+        examples = [Example([*prompt, 7], [IGNORE_INDEX] * 32 + [7])] * count
+        model = model_of("llama").bfloat16()
+        pack_attention(model)
+        patch_fused_loss(model)
+        model.requires_grad_(requires_grad=False)
+        model.model.norm.weight.requires_grad_()
+        outputs: list[torch.Tensor] = []
+        model.model.norm.register_forward_hook(lambda *args, outputs=outputs: outputs.append(args[-1]))
+        batch = pack(examples, shared_nodes(examples))
+        loss = summed_token_loss(model, batch)
+        (gradient,) = torch.autograd.grad(loss, outputs)
+        gradients.append(gradient[0, 31].float())
+    assert (gradients[1] - 1000 * gradients[0]).norm() <= 0.02 * gradients[1].norm()

@@ -25,10 +25,11 @@ class Segments:
     """Of each segment: which earlier one holds the tokens before its own, None if it begins an example. Empty = all."""
     cu_seqlens: torch.Tensor | None = dataclasses.field(default=None, compare=False)
     """[N + 1] int32: where each example begins, and the end of the last one, on the device of the forward."""
-    visible: torch.Tensor | None = dataclasses.field(default=None, compare=False)
-    """[N, N] bool, if segments share tokens: whether the tokens of one (row) attend to those of another (column)."""
-    block_masks: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
-    """Masks of FlexAttention, which the layers of a forward share; see model/gpu_attention.py."""
+    seen_until: torch.Tensor | None = dataclasses.field(default=None, compare=False)
+    """[T] int32, if segments share tokens: the position after the last token that attends to each token. Those from
+    there on do not; a segment and all that continue it are consecutive."""
+    cache: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    """Blocks and masks of attention, which the layers of a forward share."""
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.lengths)
@@ -40,21 +41,21 @@ class Segments:
         for index, length in enumerate(self.lengths):
             parent = self.parents[index] if self.parents else None
             ends.append(length + (0 if parent is None else ends[parent]))
-        return sum(end for index, end in enumerate(ends) if index not in self.parents)
+        parents = set(self.parents)
+        return sum(end for index, end in enumerate(ends) if index not in parents)
 
     @property
     def is_shared(self) -> bool:
         """Whether a segment continues another one."""
         return any(parent is not None for parent in self.parents)
 
-    def earlier_ranges(self, index: int) -> list[tuple[int, int]]:
-        """Return the positions of the tokens before a segment's own, in order: ranges [first, last) of the row."""
+    def earlier_ranges(self) -> list[tuple[tuple[int, int], ...]]:
+        """Return of each segment where the tokens before its own are, in order: ranges [first, last) of the row."""
         starts = [0, *itertools.accumulate(self.lengths)]
-        ranges: list[tuple[int, int]] = []
-        while self.parents and (parent := self.parents[index]) is not None:
-            index = parent
-            ranges.append((starts[index], starts[index + 1]))
-        return ranges[::-1]
+        ranges: list[tuple[tuple[int, int], ...]] = []
+        for parent in self.parents or (None,) * len(self.lengths):
+            ranges.append(() if parent is None else (*ranges[parent], (starts[parent], starts[parent + 1])))
+        return ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +78,15 @@ class MicroBatch:
     """Packed only."""
     cu_seqlens: torch.Tensor | None = None
     """[N + 1] int32, packed only: see `Segments`. A field, so that it moves to the device with the other tensors."""
-    visible: torch.Tensor | None = None
-    """[N, N] bool: see `Segments`."""
+    seen_until: torch.Tensor | None = None
+    """[T] int32: see `Segments`."""
 
     @property
     def inputs(self) -> dict[str, Any]:
         """Return the keyword arguments of the model's forward."""
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         if self.segments is not None:
-            segments = dataclasses.replace(self.segments, cu_seqlens=self.cu_seqlens, visible=self.visible)
+            segments = dataclasses.replace(self.segments, cu_seqlens=self.cu_seqlens, seen_until=self.seen_until)
             inputs |= {"position_ids": self.position_ids, "segments": segments}
         return inputs
 

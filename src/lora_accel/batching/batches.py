@@ -23,7 +23,14 @@ from lora_accel.batching.grouping import (
 )
 from lora_accel.batching.order import epoch_order, group_order
 from lora_accel.batching.packing import empty_example, pack, pad
-from lora_accel.batching.prefixes import Node, num_computed, prefix_ranks, separate_nodes, shared_nodes
+from lora_accel.batching.prefixes import (
+    Node,
+    PrefixedExample,
+    num_computed,
+    prefix_ranks,
+    separate_nodes,
+    shared_nodes,
+)
 from lora_accel.config.plan import Plan
 from lora_accel.config.schema import TrainingSection
 from lora_accel.data.chat import Example
@@ -135,7 +142,7 @@ def step_batch(examples: Sequence[Example], options: BatchOptions) -> StepBatch:
     Every rank gets the same number of micro-batches; the last ones may be placeholders without a target. Forward and
     backward may run collectives, which all ranks must join.
     """
-    groups = _groups(examples, options)
+    groups = _groups_of_ranks(examples, options)
     own = groups[options.rank] + [[]] * (max(map(len, groups)) - len(groups[options.rank]))
     return StepBatch(
         [_micro_batch(group or [empty_example(options.pad_id)], options) for group in own],
@@ -149,33 +156,47 @@ def step_batch(examples: Sequence[Example], options: BatchOptions) -> StepBatch:
 
 def num_computed_tokens(examples: Sequence[Example], options: BatchOptions) -> int:
     """Return `StepBatch.num_computed_tokens` without building tensors."""
-    return _num_computed(_groups(examples, options), options)
+    return _num_computed(_groups_of_ranks(examples, options), options)
 
 
-def _groups(examples: Sequence[Example], options: BatchOptions) -> list[list[list[Example]]]:
+def _groups_of_ranks(examples: Sequence[Example], options: BatchOptions) -> list[list[list[Example]]]:
     """Return the micro-batches of each rank."""
     # With a limit in examples, ranks get equally many examples; with a limit in tokens, about equally many tokens.
     most = len(examples) if options.max_examples is None else -(-len(examples) // options.num_ranks)
-    shares = balance_by_tokens(examples, options.num_ranks, most)
-    group = group_packed if options.packed else group_padded
+    prefixed = examples if options.min_saving is None else [PrefixedExample(*example) for example in examples]
+    shares = balance_by_tokens(prefixed, options.num_ranks, most)
     if options.min_saving is not None:
+
+        def busiest(shares: Sequence[Sequence[Example]]) -> int:
+            return max(_num_computed([[share]], options) for share in shares)
+
         # Whichever gives the busiest rank less to compute.
-        shares = min(shares, keep_prefixes_together(examples, options.num_ranks, most), key=_busiest)
-        group = group_shared
-    return [group(share, options.max_tokens, options.max_examples) for share in shares]
+        shares = min(shares, keep_prefixes_together(prefixed, options.num_ranks, most), key=busiest)
+    return [_groups(share, options) for share in shares]
 
 
-def _busiest(shares: Sequence[Sequence[Example]]) -> int:
-    return max(num_computed(shared_nodes(share)) for share in shares)
+def _groups(examples: Sequence[Example], options: BatchOptions) -> list[list[Example]]:
+    """Return the micro-batches of a rank."""
+    limits = options.max_tokens, options.max_examples
+    if options.min_saving is None:
+        return group_packed(examples, *limits) if options.packed else group_padded(examples, *limits)
+    groups = group_shared(examples, *limits)
+    if options.max_examples is not None:
+        return groups
+    # Groups that share nothing after all hold more tokens than the limit, so their examples are grouped again.
+    separate = [example for group in groups if not _saves_enough(group, options.min_saving) for example in group]
+    return [group for group in groups if _saves_enough(group, options.min_saving)] + group_packed(separate, *limits)
+
+
+def _saves_enough(examples: Sequence[Example], min_saving: float) -> bool:
+    return num_computed(shared_nodes(examples)) <= (1 - min_saving) * num_computed(separate_nodes(examples))
 
 
 def _nodes(examples: Sequence[Example], options: BatchOptions) -> list[Node]:
     """Return what a packed micro-batch holds: shared tokens once, if that saves enough."""
-    separate = separate_nodes(examples)
-    if options.min_saving is None:
-        return separate
-    shared = shared_nodes(examples)
-    return shared if num_computed(shared) <= (1 - options.min_saving) * num_computed(separate) else separate
+    if options.min_saving is not None and _saves_enough(examples, options.min_saving):
+        return shared_nodes(examples)
+    return separate_nodes(examples)
 
 
 def _num_computed(groups: Sequence[Sequence[Sequence[Example]]], options: BatchOptions) -> int:

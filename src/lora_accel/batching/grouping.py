@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_accel.batching.prefixes import added_tokens, sorted_by_prefix
+from lora_accel.batching.prefixes import added_tokens, num_computed, shared_nodes, sorted_by_prefix
 from lora_accel.data.chat import Example
 
 
@@ -76,10 +76,22 @@ def group_shared(examples: Sequence[Example], max_tokens: int, max_examples: int
             for group in keep_prefixes_together(examples, -(-len(examples) // max_examples), max_examples)
             if group
         ]
-    order = sorted_by_prefix(examples)
+    order, limit = sorted_by_prefix(examples), max(max_tokens, longest(examples))
     lengths = [len(examples[number].input_ids) for number in order]
-    count = len(_cut(added_tokens(examples, order), lengths, max(max_tokens, *lengths), len(examples)))
-    return [group for group in keep_prefixes_together(examples, count, len(examples)) if group]
+    count = len(_cut(added_tokens(examples, order), lengths, limit, len(examples)))
+    groups = keep_prefixes_together(examples, count, len(examples))
+    return [part for group in groups if group for part in _divided(group, limit)]
+
+
+def _divided(group: Sequence[Example], limit: int) -> list[list[Example]]:
+    """Halve a group in the order of prefixes until each part has at most `limit` computed tokens.
+
+    Rarely needed: `added_tokens` counts too few where prefixes continue others by less than a shared node's tokens.
+    """
+    if len(group) == 1 or num_computed(shared_nodes(group)) <= limit:
+        return [list(group)]
+    half = len(group) // 2
+    return _divided(group[:half], limit) + _divided(group[half:], limit)
 
 
 def group_packed(examples: Sequence[Example], max_tokens: int, max_examples: int | None) -> list[list[Example]]:

@@ -48,17 +48,18 @@ def pack(examples: Sequence[Example], nodes: Sequence[Node] | None = None) -> Mi
         position_ids=torch.from_numpy(np.concatenate([np.arange(node.first, node.last) for node in nodes])[None]),
         segments=Segments(tuple(lengths), tuple(node.parent for node in nodes) if is_shared else ()),
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
-        visible=_visible(nodes) if is_shared else None,
+        seen_until=torch.from_numpy(_seen_until(nodes, starts)) if is_shared else None,
     )
 
 
-def _visible(nodes: Sequence[Node]) -> torch.Tensor:
-    """Return whether the tokens of a node (row) attend to those of another one (column): itself and its parents."""
-    visible = torch.eye(len(nodes), dtype=torch.bool)
-    for index, node in enumerate(nodes):
-        if node.parent is not None:
-            visible[index] |= visible[node.parent]
-    return visible
+def _seen_until(nodes: Sequence[Node], starts: Sequence[int]) -> npt.NDArray[np.int32]:
+    """Return for each token the end of the last node below its own one, [T]."""
+    ends = list(starts[1:])
+    for index in range(len(nodes) - 1, -1, -1):
+        parent = nodes[index].parent
+        if parent is not None:
+            ends[parent] = max(ends[parent], ends[index])
+    return np.repeat(np.array(ends, dtype=np.int32), np.diff(starts))
 
 
 def _columns(

@@ -6,6 +6,7 @@ example. Only tokens before an example's first supervised one are shared.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -36,42 +37,56 @@ class Node(NamedTuple):
     """Index of the node that holds the tokens before them; None = they begin an example."""
 
 
+class PrefixedExample(Example):
+    """An example that keeps its prefix: grouping and packing compare it several times."""
+
+    @functools.cached_property
+    def prefix(self) -> Prefix:
+        """The tokens before the first supervised one; without one, all but the last."""
+        first = next((i for i, label in enumerate(self.labels) if label != IGNORE_INDEX), len(self.labels))
+        return np.asarray(self.input_ids[: min(first, len(self.input_ids) - 1)], dtype=np.int64)
+
+    @functools.cached_property
+    def sort_key(self) -> bytes:
+        """Sorts as the tokens of the prefix do."""
+        return self.prefix.astype(">u4").tobytes()
+
+
 def separate_nodes(examples: Sequence[Example]) -> list[Node]:
     """Return a node for each example: nothing is shared."""
     return [Node(number, 0, len(example.input_ids), None) for number, example in enumerate(examples)]
 
 
 def shared_nodes(examples: Sequence[Example], min_shared: int = MIN_SHARED) -> list[Node]:
-    """Return the trie of examples in the order in which its nodes are packed: each parent before its children.
+    """Return the trie of examples in the order in which its nodes are packed: each node before all that are below it.
 
     Each example has one leaf, which holds at least its last token.
 
     Args:
         min_shared: tokens of a node that is no leaf, at least.
     """
-    prefixes = [_prefix(example) for example in examples]
+    order = sorted_by_prefix(examples)
+    common = np.array(_common_lengths(examples, order), dtype=np.int64)
     nodes: list[Node] = []
-
-    def add(group: Sequence[int], start: int, parent: int | None) -> None:
-        """Add examples whose prefixes are equal before `start`; the group is sorted by prefix."""
-        if len(group) == 1:
-            nodes.append(Node(group[0], start, len(examples[group[0]].input_ids), parent))
-            return
-        common = _common_length(prefixes[group[0]], prefixes[group[-1]])
-        if common - start >= min_shared:
-            nodes.append(Node(group[0], start, common, parent))
-            start, parent = common, len(nodes) - 1
-        for run in _runs(group, [prefixes[number][common : common + 1] for number in group]):
-            add(run, start, parent)
-
-    if examples:
-        add(sorted_by_prefix(examples), 0, None)
+    groups: list[tuple[int, int, int, int | None]] = [(0, len(order), 0, None)] if order else []
+    while groups:  # a stack, since a trie may be deeper than Python's calls
+        first, end, start, parent = groups.pop()  # order[first:end] are equal before `start`
+        if end - first == 1:
+            nodes.append(Node(order[first], start, len(examples[order[first]].input_ids), parent))
+            continue
+        inner = common[first + 1 : end]
+        depth = int(inner.min())
+        if depth - start >= min_shared:
+            nodes.append(Node(order[first], start, depth, parent))
+            start, parent = depth, len(nodes) - 1
+        bounds = [first, *(np.flatnonzero(inner == depth) + first + 1).tolist(), end]
+        groups += [(a, b, start, parent) for a, b in itertools.pairwise(bounds)][::-1]
     return nodes
 
 
 def sorted_by_prefix(examples: Sequence[Example]) -> list[int]:
     """Return the numbers of examples in the order of their unsupervised beginnings: neighbors share the most tokens."""
-    keys = [_prefix(example).astype(">u4").tobytes() for example in examples]  # sorts as the tokens do
+    keys = [_prefixed(example).sort_key for example in examples]
     return sorted(range(len(examples)), key=lambda number: (keys[number], number))
 
 
@@ -83,7 +98,7 @@ def prefix_ranks(examples: Iterable[Example]) -> npt.NDArray[np.int64]:
     """
     hashes = []
     for example in examples:
-        chain = prefix_hashes(0, _prefix(example))
+        chain = prefix_hashes(0, _prefixed(example).prefix)
         ends = [min(MIN_SHARED << level, len(chain)) for level in range(HASH_LEVELS)]
         hashes.append(chain[np.array(ends) - 1] if len(chain) else np.zeros(HASH_LEVELS, np.uint64))
     _, ranks = np.unique(np.array(hashes).reshape(-1, HASH_LEVELS), axis=0, return_inverse=True)
@@ -96,19 +111,17 @@ def num_computed(nodes: Sequence[Node]) -> int:
 
 
 def added_tokens(examples: Sequence[Example], order: Sequence[int]) -> list[int]:
-    """Return for each example of an order how many tokens a row gets if it follows the one before."""
-    prefixes = [_prefix(examples[number]) for number in order]
-    shared = [0, *(_common_length(*pair) for pair in itertools.pairwise(prefixes))]
+    """Return for each example of an order how many tokens a row gets if it follows the one before, at least."""
     return [
         len(examples[number].input_ids) - (common if common >= MIN_SHARED else 0)
-        for number, common in zip(order, shared, strict=True)
+        for number, common in zip(order, _common_lengths(examples, order), strict=True)
     ]
 
 
-def _prefix(example: Example) -> Prefix:
-    """Return the tokens before the first supervised one; without one, all but the last."""
-    first = next((i for i, label in enumerate(example.labels) if label != IGNORE_INDEX), len(example.labels))
-    return np.asarray(example.input_ids[: min(first, len(example.input_ids) - 1)], dtype=np.int64)
+def _common_lengths(examples: Sequence[Example], order: Sequence[int]) -> list[int]:
+    """Return with how many equal tokens the prefixes of each example of an order and of the one before begin."""
+    prefixes = [_prefixed(examples[number]).prefix for number in order]
+    return [0, *(_common_length(*pair) for pair in itertools.pairwise(prefixes))][: len(order)]
 
 
 def _common_length(left: Prefix, right: Prefix) -> int:
@@ -117,14 +130,5 @@ def _common_length(left: Prefix, right: Prefix) -> int:
     return int(differs[0]) if len(differs) else length
 
 
-def _runs(group: Sequence[int], next_tokens: Sequence[Prefix]) -> list[list[int]]:
-    """Divide a sorted group by the token that follows; an example whose prefix ends there is alone."""
-    runs: list[list[int]] = []
-    previous: int | None = None
-    for number, token in zip(group, (int(x[0]) if len(x) else None for x in next_tokens), strict=True):
-        if token is not None and token == previous:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-        previous = token
-    return runs
+def _prefixed(example: Example) -> PrefixedExample:
+    return example if isinstance(example, PrefixedExample) else PrefixedExample(*example)

@@ -243,17 +243,28 @@ def packed_attention(
     if kernel == "flex":
         output = flex_attention(query, key, value, segments, scaling=scaling, window=sliding_window, softcap=softcap)
         return output[None]
-    blocks, options = list(_blocks(segments, sliding_window)), AttentionOptions(scaling, sliding_window, softcap)
+    blocks, options = _blocks(segments, sliding_window), AttentionOptions(scaling, sliding_window, softcap)
     output = _Blockwise.apply(query, key, value, blocks, options)  # type: ignore[no-untyped-call]
     assert isinstance(output, torch.Tensor)
     return output[None]
 
 
-def _blocks(segments: Iterable[int], window: int | None) -> Iterator[Block]:
-    earlier_ranges = getattr(segments, "earlier_ranges", None)  # of batching.Segments
+def _blocks(segments: Iterable[int], window: int | None) -> list[Block]:
+    """Return the blocks of a row. All layers of a forward share them: they are kept with the segments."""
+    cache: dict[Any, list[Block]] = getattr(segments, "cache", {})  # of batching.Segments
+    if window not in cache:
+        cache[window] = list(_find_blocks(segments, window))
+    return cache[window]
+
+
+def _find_blocks(segments: Iterable[int], window: int | None) -> Iterator[Block]:
+    is_shared = getattr(segments, "is_shared", False)
+    assert window is None or not is_shared  # model/sharing.py
+    lengths = list(segments)
+    ranges = segments.earlier_ranges() if is_shared else [()] * len(lengths)  # type: ignore[attr-defined]
     start = 0
-    for index, length in enumerate(segments):
-        earlier, first_of_keys = tuple(earlier_ranges(index)) if earlier_ranges else (), start
+    for length, earlier in zip(lengths, ranges, strict=True):
+        first_of_keys = start
         while earlier and earlier[-1][1] == first_of_keys:  # it is directly before
             first_of_keys, earlier = earlier[-1][0], earlier[:-1]
         for first in range(start, start + length, BLOCK):
@@ -286,14 +297,18 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         query, key, value = ctx.saved_tensors
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        # In 16 bits, the sum over many blocks that share a key would lose most of them.
+        is_shared = any(block.earlier for block in ctx.blocks)
+        dtype = torch.promote_types(key.dtype, torch.float32) if is_shared else key.dtype
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = (torch.zeros_like(x, dtype=dtype) for x in (key, value))
         for block in ctx.blocks:
             q, k, v = query[:, block.first : block.last], block.take(key), block.take(value)
             grads = _attend_backward(q, k, v, grad[block.first : block.last], ctx.options)
             grad_query[:, block.first : block.last] = grads[0]
             block.add(grad_key, grads[1])
             block.add(grad_value, grads[2])
-        return grad_query, grad_key, grad_value, None, None
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions) -> torch.Tensor:

@@ -59,7 +59,10 @@ def patch_fused_loss(base: Any) -> bool:
         if logit_positions is None or targets is None:
             return original(*args, **kwargs)
         hidden = base.base_model(*args, **kwargs)[0]  # [B, T, H]
-        hidden, targets = hidden[:, logit_positions].flatten(0, 1), targets.flatten()  # [N, H], [N]
+        # Many examples may continue one token. In 16 bits, the sum of their gradients would lose most of them.
+        source = hidden.float() if getattr(kwargs.get("segments"), "is_shared", False) else hidden
+        hidden = source[:, logit_positions].to(hidden.dtype).flatten(0, 1)  # [N, H]
+        targets = targets.flatten()  # [N]
         if is_frozen:
             return head(hidden, targets, label_smoothing)
         # A trained head needs its own gradients, so its logits are recomputed in backward.

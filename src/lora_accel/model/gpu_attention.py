@@ -26,6 +26,9 @@ CAUSAL_FROM_TOP_LEFT = 1
 ALIGNMENT = {torch.float16: 8, torch.bfloat16: 8, torch.float32: 4}
 """Head sizes of the memory-efficient kernel are multiples of 16 bytes."""
 
+MASK_BLOCK = 128
+"""Queries, and keys, of a block of FlexAttention's mask: torch's own size."""
+
 
 @functools.cache
 def flash_kernel() -> Callable[..., Any] | None:
@@ -135,24 +138,60 @@ def _softcap(softcap: float) -> Callable[..., torch.Tensor]:
 
 def _block_mask(segments: Iterable[int], window: int | None, device: torch.device) -> Any:
     """Return FlexAttention's mask. All layers of a forward share it: it is kept with the segments."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    masks: dict[Any, Any] = getattr(segments, "block_masks", {})
+    masks: dict[Any, Any] = getattr(segments, "cache", {})
     if (window, device) not in masks:
-        offsets = segment_offsets(segments, device)
         num_tokens = sum(segments)
-        numbers = torch.bucketize(torch.arange(num_tokens, device=device), offsets[1:], right=True)  # of each segment
-        visible = getattr(segments, "visible", None)  # of batching.Segments that share tokens
-
-        def mask_mod(b: Any, h: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            if visible is None:
-                is_visible = (numbers[query] == numbers[key]) & (key <= query)
-            else:
-                is_visible = visible[numbers[query], numbers[key]] & (key <= query)
-            return is_visible if window is None else is_visible & (query - key < window)
-
-        masks[window, device] = create_block_mask(mask_mod, None, None, num_tokens, num_tokens, device=device)
+        ends = getattr(segments, "seen_until", None)  # of batching.Segments that share tokens
+        if ends is None:
+            last = segment_offsets(segments, device)[1:]
+            ends = last[torch.bucketize(torch.arange(num_tokens, device=device), last, right=True)]
+        masks[window, device] = _mask_of(ends, window)
     return masks[window, device]
+
+
+def _mask_of(ends: torch.Tensor, window: int | None) -> Any:
+    """Return FlexAttention's mask, in which queries [key, ends[key]) attend to a key.
+
+    torch's `create_block_mask` would compute [T, T] values, to find which blocks of them are empty
+    or full. Here both follow from the smallest and the largest end in a block of keys.
+
+    Args:
+        ends: [T] int32.
+        window: maximum number of keys that a query attends to; None = all.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    num_tokens, device = len(ends), ends.device
+
+    def mask_mod(b: Any, h: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        is_visible = (key <= query) & (query < ends[key])
+        return is_visible if window is None else is_visible & (query - key < window)
+
+    num_blocks = -(-num_tokens // MASK_BLOCK)
+    blocks = F.pad(ends, (0, num_blocks * MASK_BLOCK - num_tokens)).view(num_blocks, MASK_BLOCK)
+    first = torch.arange(num_blocks, device=device) * MASK_BLOCK
+    last = first + MASK_BLOCK - 1
+    query_first, query_last = first[:, None], last[:, None]
+    is_later = query_first > first
+    has_any = (is_later & (query_first < blocks.amax(dim=1))) | (query_first == first)
+    is_full = is_later & (query_last < blocks.amin(dim=1))
+    if window is not None:
+        has_any &= query_first - last < window
+        is_full &= query_last - first < window
+    partial, full = (
+        (is_chosen.sum(dim=1), torch.argsort(is_chosen.int(), dim=1, descending=True, stable=True))
+        for is_chosen in (has_any & ~is_full, is_full)
+    )
+    kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices = (x.int()[None, None] for x in (*partial, *full))
+    return BlockMask.from_kv_blocks(
+        kv_num_blocks,
+        kv_indices,
+        full_kv_num_blocks,
+        full_kv_indices,
+        BLOCK_SIZE=MASK_BLOCK,
+        mask_mod=mask_mod,
+        seq_lengths=(num_tokens, num_tokens),
+    )
 
 
 def segment_offsets(segments: Iterable[int], device: torch.device) -> torch.Tensor:

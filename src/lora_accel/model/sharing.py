@@ -13,6 +13,13 @@ MIN_SAVING_ON_GPU = 0.25
 """Attention that finds shared keys (FlexAttention) is slower than FlashAttention."""
 
 
+RANDOM_OPTIONS = (
+    *("dropout", "embd_pdrop", "resid_pdrop", "hidden_dropout", "residual_dropout", "embedding_dropout"),
+    *("layerdrop", "router_jitter_noise"),
+)
+"""Names in configs of what a base draws itself. Attention dropout is not among them: such a base is not packed."""
+
+
 def min_saving_of(
     training: TrainingSection, base: PreTrainedModel, device: torch.device, *, packed: bool
 ) -> float | None:
@@ -21,10 +28,7 @@ def min_saving_of(
     Raises:
         ConfigError: share_prefixes is true, and not supported.
     """
-    reason = None if packed else "rows are padded"
-    if training.neftune_alpha is not None:
-        reason = "the noise of neftune_alpha depends on the length of each example"
-    reason = reason or why_not_shared(base)
+    reason = why_not_shared(training, base, packed=packed)
     if training.share_prefixes is True and reason is not None:
         raise ConfigError(f"training.share_prefixes: {reason}; set it to auto")
     if training.share_prefixes is False or reason is not None:
@@ -32,12 +36,19 @@ def min_saving_of(
     return 0.0 if training.share_prefixes is True or device.type == "cpu" else MIN_SAVING_ON_GPU
 
 
-def why_not_shared(model: PreTrainedModel) -> str | None:
-    """Return why the examples of a packed row cannot share the tokens with which they begin; None = they can."""
-    config = model.config
+def why_not_shared(training: TrainingSection, base: PreTrainedModel, *, packed: bool) -> str | None:
+    """Return why examples cannot share the tokens with which they begin; None = they can."""
+    config = base.config
     layers = set(getattr(config, "layer_types", None) or ())
+    if not packed:
+        return "rows are padded"
+    if training.neftune_alpha is not None:
+        return "the noise of neftune_alpha depends on the length of each example"
     if layers - {"full_attention"} or (not layers and getattr(config, "sliding_window", None) is not None):
         return f"layers of {config.model_type} attend to a window of tokens only"
     if is_flash_package(config._attn_implementation):
         return f"{config._attn_implementation} does not support it"
+    random = [f"{name}={value}" for name in RANDOM_OPTIONS if (value := getattr(config, name, None))]
+    if random:
+        return f"{config.model_type} draws random numbers for each token it computes ({', '.join(random)})"
     return None

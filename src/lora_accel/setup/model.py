@@ -34,7 +34,7 @@ from lora_accel.model.kernels.adapters import patch_adapters
 from lora_accel.model.new_tokens import extend_vocabulary, train_new_tokens
 from lora_accel.model.noise import add_embedding_noise
 from lora_accel.model.prequantized import check_modules_to_save
-from lora_accel.model.sharing import min_saving_of
+from lora_accel.model.sharing import min_saving_of, why_not_shared
 from lora_accel.model.tokenizer import load_tokenizer
 from lora_accel.saving.adapter import saved_config, unwrap_peft_model
 from lora_accel.saving.attach import begin_with_adapter
@@ -93,6 +93,9 @@ def prepare_model(
     elif config.data.packing:
         logger.info(f"note: padding rows: {base.config.model_type} does not support packing with this attention")
     min_saving = min_saving_of(config.training, base, accelerator.device, packed=packed)
+    reason = why_not_shared(config.training, base, packed=packed)
+    if packed and reason is not None and config.training.share_prefixes == "auto":
+        logger.info(f"note: examples share no prefixes: {reason}")
     if config.training.compile:
         compile_layers(base, accelerator.device)
     else:  # torch.compile fuses the same operations itself
