@@ -41,11 +41,13 @@ class Case(NamedTuple):
     activations: str = "saved"
     capability: tuple[int, int] = (9, 0)
     control: str = "none"
+    is_shared: bool = False
+    """Whether examples share the tokens with which they begin."""
 
     @property
     def name(self) -> str:
         """The test's id."""
-        return "-".join(map(str, (*self[:5], *self.capability, self.control)))
+        return "-".join(map(str, (*self[:5], *self.capability, self.control, *["shared"] * self.is_shared)))
 
 
 MATRIX = [Case(*values) for values in itertools.product(FAMILIES, BASES, PRECISIONS, LAYOUTS, ACTIVATIONS)]
@@ -56,7 +58,13 @@ SELECTED = [
 ]
 T4 = [Case(family, precision="fp16", capability=(7, 5)) for family in ("llama", "gemma2")]
 """On a GPU without bfloat16 and FlashAttention."""
-ORDINARY = [*SELECTED, *T4]
+SHARED = [
+    Case("llama", is_shared=True),
+    Case("qwen3", "nf4", activations="checkpointed", is_shared=True),
+    Case("mixtral", precision="no", is_shared=True),
+    Case("llama", precision="fp16", capability=(7, 5), is_shared=True),
+]
+ORDINARY = [*SELECTED, *T4, *SHARED]
 MISTAKES = [Case("llama", control=control) for control in CONTROLS]
 TOKENS_PER_REPLY = 2
 """After which the worker lets `generate` stop."""
@@ -68,7 +76,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give tests their cases: all of the matrix with `--faults`, those that every run has without."""
     if "case" not in metafunc.fixturenames or any(metafunc.definition.iter_markers("parametrize")):
         return
-    cases = [*MATRIX, *T4] if metafunc.config.getoption("--faults") else ORDINARY
+    cases = [*MATRIX, *T4, *SHARED] if metafunc.config.getoption("--faults") else ORDINARY
     if metafunc.function in (test_packed_attention_is_one_kernel_per_layer, test_a_checkpoint_is_restored_onto_the_gpu):
         cases = [case for case in cases if case.layout == "packed"]
     metafunc.parametrize("case", [pytest.param(case, id=case.name) for case in cases])
@@ -84,6 +92,9 @@ def results(
     """Run the cases of the selected tests in one process; return the result of each."""
     root = tmp_path_factory.mktemp("device")
     rows = write_jsonl(root / "rows.jsonl", chat_rows(21))
+    system = {"role": "system", "content": "Answer each of the following questions in one word that is in it. " * 2}
+    shared_rows = [{"messages": [system, *row["messages"]]} for row in chat_rows(21)]
+    shared = write_jsonl(root / "shared.jsonl", shared_rows)
     tests = [
         item for item in request.session.items if isinstance(item, pytest.Function) and item.path == Path(__file__)
     ]
@@ -101,12 +112,14 @@ def results(
             "quantization": {"bits": BASES[case.base]},
             # PEFT's LoRA on experts has no dropout.
             "adapter": {"target_modules": "all-linear", "dropout": 0.0 if case.family == "mixtral" else 0.1},
-            "data": {"train": [{"path": str(rows)}], "eval": [{"path": str(rows), "limit": 2}], "max_length": 200}
+            "data": {"train": [{"path": str(shared if case.is_shared else rows)}], "max_length": 300}
+            | {"eval": [{"path": str(shared if case.is_shared else rows), "limit": 2}]}
             | {"packing": case.layout == "packed"},
             "training": {
                 "epochs": 1,
-                "batch_size": 3,
-                "micro_batch_tokens": 150 if case.layout == "packed" else 200,
+                "batch_size": 8 if case.is_shared else 3,
+                "share_prefixes": "auto",
+                "micro_batch_tokens": 450 if case.is_shared else 150 if case.layout == "packed" else 200,
                 "mixed_precision": case.precision,
             }
             | {"activation_checkpointing": case.activations == "checkpointed"},
@@ -225,9 +238,20 @@ def test_packed_attention_is_one_kernel_per_layer(result: Result, case: Case) ->
         "_efficient_attention": 0 if has_varlen else 2 - flex,
         "flex_attention": flex,
     }
+    if case.is_shared:  # the other two find no keys of earlier segments
+        expected = dict.fromkeys(expected, 0) | {"flex_attention": 2}
     forward = {"_efficient_attention": "_efficient_attention_forward"}
     recomputed = 2 if case.activations == "checkpointed" else 1
     for kernel, num_layers in expected.items():
         total = num_layers * result["step"]["micro_batches"]
         assert result["step"]["kernels"].get(forward.get(kernel, kernel), 0) == total * recomputed
         assert result["step"]["kernels"].get(f"{kernel}_backward", 0) == total
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in SHARED])
+def test_the_layers_of_a_forward_share_one_mask(result: Result, case: Case) -> None:
+    """Of shared prefixes, also if activations are recomputed. It is made of tensors of the batch: no wait, no copy."""
+    for step in (result["step"], result["next_step"]):
+        assert step["computed_tokens"] < 0.75 * step["tokens"], "the limit of model/sharing.py"
+        assert step["masks"] == step["micro_batches"]
+    assert result["fields"] == 8, "those of a row without shared tokens, and seen_until"

@@ -5,12 +5,14 @@ LD_PRELOAD=fake_cuda.so python -m tests.device.worker CASES.json RESULTS.json
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import GradientAccumulationPlugin
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import flex_attention
 from transformers.generation.utils import StopCheck
 
 from lora_accel.config.schema import RunConfig
@@ -36,7 +39,7 @@ from lora_accel.setup.provenance import make_provenance
 from lora_accel.setup.resume import ResumePoint, resume_run
 from lora_accel.setup.run import make_run
 from lora_accel.training.loss_scale import LossScale
-from lora_accel.training.progress import Progress
+from lora_accel.training.progress import Progress, StepResult
 from lora_accel.training.step import Run, train_step
 from tests.device import controls, fake_cuda
 
@@ -94,7 +97,7 @@ def run_case(case: dict[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
         prepare_batch(number)
 
     run.batches.prepare = prepare_and_record  # type: ignore[method-assign]
-    with fake_cuda.Recorder() as step:
+    with fake_cuda.Recorder() as step, counted_masks() as masks:
         result = train_step(run, 0)
     if case["control"] != "none":
         return {"step": recorded(step)}
@@ -114,7 +117,7 @@ def run_case(case: dict[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
         "packed": prepared.packed,
         "batches": batches,
         "hidden_dtypes": sorted(hidden_dtypes),
-        "step": recorded(step) | {"micro_batches": len(result.batch.micro_batches)},
+        "step": recorded(step) | described(result, masks),
         "evaluation": recorded(evaluation),
         "replies": recorded(replies),
         "replied": replied,
@@ -141,14 +144,38 @@ def resume_after_save(
         start = resume_run(config, accelerator, prepared, run.checkpointer.provenance, data.plan)
     restored = layout(prepared)
     run.model.train()
-    with fake_cuda.Recorder() as step:
+    with fake_cuda.Recorder() as step, counted_masks() as masks:
         result = train_step(run, start.progress.step)
     return {
         "trained": trained,
         "restored": restored,
         "resumed_step": start.progress.step,
         "save": recorded(save),
-        "next_step": recorded(step) | {"micro_batches": len(result.batch.micro_batches)},
+        "next_step": recorded(step) | described(result, masks),
+    }
+
+
+@contextlib.contextmanager
+def counted_masks() -> Iterator[list[None]]:
+    """Yield a list with an entry for each mask of FlexAttention."""
+    create, masks = flex_attention.BlockMask.from_kv_blocks, list[None]()
+
+    def create_and_count(*args: Any, **kwargs: Any) -> Any:
+        masks.append(None)
+        return create(*args, **kwargs)
+
+    with patch.object(flex_attention.BlockMask, "from_kv_blocks", create_and_count):
+        yield masks
+
+
+def described(result: StepResult, masks: list[None]) -> dict[str, int]:
+    """Return the sizes of a step, for JSON."""
+    batch = result.batch
+    return {
+        "micro_batches": len(batch.micro_batches),
+        "masks": len(masks),
+        "tokens": batch.num_tokens,
+        "computed_tokens": batch.num_computed_tokens,
     }
 
 
