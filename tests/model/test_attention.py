@@ -132,10 +132,17 @@ def test_packed_attention_equals_masked_sdpa(window: int | None, dtype: torch.dt
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 4}, {"softcap": 2.0}], ids=str)
-def test_gradient_passes_gradcheck(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_gradient_passes_gradcheck(options: dict[str, Any], has_sinks: bool) -> None:
+    """Values may have another size than queries and keys."""
     torch.manual_seed(0)
-    inputs = [torch.randn(1, h, 14, 3, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
-    torch.autograd.gradcheck(lambda q, k, v: packed_attention(q, k, v, segments=(9, 1, 4), **options), inputs)
+    shapes = [(1, 4, 14, 3), (1, 2, 14, 3), (1, 2, 14, 5), *([(4,)] if has_sinks else [])]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def attend(query: Any, key: Any, value: Any, sinks: Any = None) -> torch.Tensor:
+        return packed_attention(query, key, value, segments=(9, 1, 4), s_aux=sinks, **options)
+
+    torch.autograd.gradcheck(attend, inputs)
 
 
 def test_backward_under_autocast_uses_the_autocast_dtype() -> None:

@@ -116,8 +116,9 @@ def test_flex_attention_sees_the_same_keys(softcap: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(h, batch.input_ids.numel(), 16, generator=generator) for h in (4, 2, 2))
     options = AttentionOptions(0.25, None, softcap)
-    expected = _Blockwise.apply(query, key, value, list(_blocks(segments, None)), options)  # type: ignore[no-untyped-call]
-    output = flex_attention(query, key, value, segments, scaling=0.25, window=None, softcap=softcap)
+    sinks, blocks = torch.linspace(-1, 3, 4), list(_blocks(segments, None))
+    expected = _Blockwise.apply(query, key, value, sinks, blocks, options)  # type: ignore[no-untyped-call]
+    output = flex_attention(query, key, value, segments, scaling=0.25, window=None, softcap=softcap, sinks=sinks)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -210,6 +210,7 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> torch.Tensor:
     """Return causal attention within each segment, [1, T, H, D].
@@ -221,10 +222,12 @@ def packed_attention(
         scaling: factor of query-key products; None = 1 / sqrt(D).
         sliding_window: maximum number of keys that a query attends to, its own included.
         softcap: limits products to ±softcap with tanh (Gemma 2).
+        s_aux: [H], attention sinks (gpt-oss): a product of each head that takes part in the softmax and has no value.
     """
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = (x.squeeze(0).to(dtype) for x in (query, key, value))
+    sinks = None if s_aux is None else s_aux.to(dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     kernel = attention_kernel(
         detect_device(query.device),
@@ -233,6 +236,7 @@ def packed_attention(
         value.shape[-1],
         softcap=softcap,
         window=sliding_window,
+        has_sinks=sinks is not None,
         has_varlen=flash_kernel() is not None,
         is_shared=getattr(segments, "is_shared", False),
     )
@@ -241,10 +245,11 @@ def packed_attention(
     if kernel == "efficient":
         return efficient_attention(query, key, value, segments, scaling=scaling)[None]
     if kernel == "flex":
-        output = flex_attention(query, key, value, segments, scaling=scaling, window=sliding_window, softcap=softcap)
-        return output[None]
+        return flex_attention(
+            query, key, value, segments, scaling=scaling, window=sliding_window, softcap=softcap, sinks=sinks
+        )[None]
     blocks, options = list(_blocks(segments, sliding_window)), AttentionOptions(scaling, sliding_window, softcap)
-    output = _Blockwise.apply(query, key, value, blocks, options)  # type: ignore[no-untyped-call]
+    output = _Blockwise.apply(query, key, value, sinks, blocks, options)  # type: ignore[no-untyped-call]
     assert isinstance(output, torch.Tensor)
     return output[None]
 
@@ -263,7 +268,7 @@ def _blocks(segments: Iterable[int], window: int | None) -> Iterator[Block]:
 
 
 class _Blockwise(torch.autograd.Function):
-    """Saves query, key and value for backward, and recomputes the attention weights of each block there."""
+    """Saves its inputs for backward, and recomputes the attention weights of each block there."""
 
     @staticmethod
     def forward(
@@ -271,48 +276,63 @@ class _Blockwise(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        sinks: torch.Tensor | None,
         blocks: list[Block],
         options: AttentionOptions,
     ) -> torch.Tensor:
-        ctx.save_for_backward(query, key, value)
+        ctx.save_for_backward(query, key, value, sinks)
         ctx.blocks, ctx.options = blocks, options
         output = query.new_empty((query.shape[1], query.shape[0], value.shape[-1]))  # [T, H, D]
         with torch.autocast(query.device.type, enabled=False):
             for block in blocks:
                 q, k, v = query[:, block.first : block.last], block.take(key), block.take(value)
-                output[block.first : block.last] = _attend(q, k, v, options)
+                output[block.first : block.last] = _attend(q, k, v, sinks, options)
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
-        query, key, value = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, None, None]:
+        query, key, value, sinks = ctx.saved_tensors
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        grad_sinks = torch.zeros_like(sinks) if ctx.needs_input_grad[3] else None  # usually frozen
         for block in ctx.blocks:
             q, k, v = query[:, block.first : block.last], block.take(key), block.take(value)
-            grads = _attend_backward(q, k, v, grad[block.first : block.last], ctx.options)
+            grads = _attend_backward(q, k, v, sinks, grad[block.first : block.last], ctx.options, grad_sinks)
             grad_query[:, block.first : block.last] = grads[0]
             block.add(grad_key, grads[1])
             block.add(grad_value, grads[2])
-        return grad_query, grad_key, grad_value, None, None
+        return grad_query, grad_key, grad_value, grad_sinks, None, None
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, options: AttentionOptions
+) -> torch.Tensor:
     """Return the output [N, H, D] of queries [H, N, D] over keys [G, M, D]. The last N keys align with the queries."""
-    _, weights, _ = _attention_weights(query, key, options)
+    _, weights, _ = _attention_weights(query, key, sinks, options)
     return (weights @ value).view(*query.shape[:2], -1).transpose(0, 1)
 
 
 def _attend_backward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad: torch.Tensor, options: AttentionOptions
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    grad: torch.Tensor,
+    options: AttentionOptions,
+    grad_sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key and value.
 
     Args:
         grad: gradient of the output of `_attend`, [N, H, D].
+        grad_sinks: [H]; the gradient of the sinks is added to it.
     """
-    scaled, weights, slope = _attention_weights(query, key, options)
+    scaled, weights, slope = _attention_weights(query, key, sinks, options)
     grad = grad.transpose(0, 1).reshape(len(key), -1, value.shape[-1])  # [G, H / G * N, D]
     grad_products = torch.ops.aten._softmax_backward_data(grad @ value.mT, weights, -1, weights.dtype)
+    if grad_sinks is not None:  # the gradients of all inputs of a softmax sum to zero, and the sink is one of them
+        grad_sinks -= grad_products.sum(-1).view(query.shape[:2]).sum(1)
     if slope is not None:
         grad_products = grad_products * slope
     grad_query = (grad_products @ key).mul_(options.scaling)
@@ -320,7 +340,7 @@ def _attend_backward(
 
 
 def _attention_weights(
-    query: torch.Tensor, key: torch.Tensor, options: AttentionOptions
+    query: torch.Tensor, key: torch.Tensor, sinks: torch.Tensor | None, options: AttentionOptions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return the scaled queries [G, H / G * N, D], the weights [G, H / G * N, M], and the derivative of the softcap."""
     (heads, n, width), (groups, m, _) = query.shape, key.shape
@@ -333,7 +353,10 @@ def _attention_weights(
         products.view(groups, -1, n, m)[..., m - n :].add_(_causal_mask(BLOCK, query.dtype, query.device)[:n, :n])
     else:
         products.view(groups, -1, n, m).add_(_mask(n, m, options.sliding_window, query))
-    return scaled, torch.softmax(products, dim=-1), slope
+    if sinks is None:
+        return scaled, torch.softmax(products, dim=-1), slope
+    sink = sinks.repeat_interleave(n).view(groups, -1, 1)  # [G, H / G * N, 1]
+    return scaled, torch.softmax(torch.cat((products, sink), dim=-1), dim=-1)[..., :-1], slope
 
 
 @functools.lru_cache(maxsize=8)
