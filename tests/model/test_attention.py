@@ -17,7 +17,12 @@ from lora_accel.model import attention, gpu_attention
 from lora_accel.model.attention import can_pack, pack_attention, packed_attention
 from tests.families import PACKING, SIZES, model_of
 
-MOE_FAMILIES = {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
+MOE_FAMILIES = {
+    *("afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo"),
+    *("glm4_moe", "glm4_moe_lite", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"),
+    *("hunyuan_v1_moe", "jetmoe", "mimo_v2_flash", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
+    "solar_open",
+}
 """An expert multiplies all of its tokens at once, so rounding depends on their number."""
 LENGTHS = (5, 19, 1, 12)
 
@@ -61,8 +66,9 @@ def test_packed_logits_and_gradients_equal_those_of_single_examples(family: str)
     sum((logits * weights[: len(logits)]).sum() for logits in packed).backward()
     for name, parameter in model.named_parameters():
         if name in expected:
+            atol = max(5e-5, 1e-5 * expected[name].abs().max().item())  # sums of large gradients round
             torch.testing.assert_close(
-                parameter.grad, expected[name], rtol=1e-4, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}"
+                parameter.grad, expected[name], rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 
@@ -85,7 +91,9 @@ def test_examples_do_not_affect_each_other(family: str, dtype: torch.dtype) -> N
                 assert torch.equal(new, old), f"example {i} attends to example {changed}"
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize(
+    "family", [name for name in ("llama", "mistral", "gemma2", "gemma4", "gpt_oss") if name in PACKING]
+)
 def test_without_segments_the_original_attention_is_used(family: str) -> None:
     original, packing = model_of(family), model_of(family)
     pack_attention(packing)
@@ -111,6 +119,8 @@ def test_can_pack_rejects_unsupported_models() -> None:
     assert not can_pack(model_of("llama", attention_dropout=0.1)), "packed attention has no dropout"
     assert not can_pack(model_of("gpt2", attn_pdrop=0.1))
     assert not can_pack(model_of("bloom")), "bloom does not use the attention interface"
+    assert not can_pack(model_of("granitemoehybrid", layer_types=["mamba", "attention"])), "a state crosses examples"
+    assert not can_pack(model_of("gemma3_text", use_bidirectional_attention=True)), "not causal"
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 300])
@@ -160,10 +170,12 @@ def test_backward_under_autocast_uses_the_autocast_dtype() -> None:
     assert query.grad.isfinite().all()
 
 
-def test_activation_checkpointing_gives_equal_gradients() -> None:
+@pytest.mark.parametrize("family", [name for name in ("llama", "gpt_oss", "gemma3n_text") if name in PACKING])
+def test_activation_checkpointing_gives_equal_gradients(family: str) -> None:
+    """Also of sinks, and of layers that attend to the keys of another."""
     gradients = []
     for recompute in (False, True):
-        model = model_of("llama").train()
+        model = model_of(family).train()
         pack_attention(model)
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -171,4 +183,4 @@ def test_activation_checkpointing_gives_equal_gradients() -> None:
         model(**batch.inputs, use_cache=False).logits.square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     for saved, recomputed in zip(*gradients, strict=True):
-        assert torch.equal(saved, recomputed)
+        assert saved is recomputed is None or torch.equal(saved, recomputed)

@@ -34,6 +34,10 @@ BLOCK = 128
 """Queries per block. Smaller blocks compute fewer products that the causal mask discards; larger ones are faster."""
 
 
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "attention"})
+"""Layers that support packing, by their names in configs. Those of others, such as Mamba's, carry a state over rows."""
+
+
 class Block(NamedTuple):
     """Queries [first, last) of a row; they attend to keys [first_key, last), and to those of earlier ranges."""
 
@@ -65,12 +69,13 @@ class AttentionOptions(NamedTuple):
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether a model supports packing: its family does, and its attention does and is without dropout."""
-    config = model.config
-    implementation = config._attn_implementation
+    """Whether a model supports packing: its family does, and its attention does, is causal and without dropout."""
+    config, implementation = model.config.get_text_config(), model.config._attn_implementation
     has_dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
     return (
-        family_of(config.model_type).supports_packing
+        family_of(model.config.model_type).supports_packing
+        and LAYER_TYPES.issuperset(getattr(config, "layer_types", None) or ())
+        and getattr(config, "use_bidirectional_attention", None) not in (True, "all")
         and (implementation in ("sdpa", "eager") or is_flash_package(implementation))
         and not has_dropout
     )
@@ -109,7 +114,12 @@ def pack_attention(model: PreTrainedModel) -> None:
         return
 
     def attention(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **options: Any,
     ) -> tuple[torch.Tensor, Any]:
         if options.get("segments") is not None and is_flash_package(implementation):
             return packed_flash_attention(original, module, query, key, value, **options), None
@@ -117,7 +127,7 @@ def pack_attention(model: PreTrainedModel) -> None:
             return packed_attention(query, key, value, **options), None
         # Eager attention is not registered; each model's module defines its own.
         attend = original or sys.modules[type(module).__module__].eager_attention_forward
-        output: tuple[torch.Tensor, Any] = attend(module, query, key, value, mask, **options)
+        output: tuple[torch.Tensor, Any] = attend(module, query, key, value, attention_mask, **options)
         return output
 
     if is_flash_package(implementation):  # transformers loads the package by this name

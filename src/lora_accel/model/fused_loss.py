@@ -38,9 +38,11 @@ def patch_fused_loss(base: Any) -> bool:
     Returns:
         Whether the head of this model family is known; otherwise nothing is patched.
     """
-    config, original, head = base.config, base.forward, base.get_output_embeddings()
-    if not family_of(config.model_type).supports_fused_loss:
+    config, original, head = base.config.get_text_config(), base.forward, base.get_output_embeddings()
+    if not family_of(base.config.model_type).supports_fused_loss:
         return False
+    # Llama 4 names its decoder unlike its `base_model_prefix`.
+    decoder = base.model if base.base_model is base else base.base_model
     # Cohere multiplies its logits, Granite divides them, Gemma caps them.
     scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
     softcap = getattr(config, "final_logit_softcapping", None)
@@ -58,7 +60,7 @@ def patch_fused_loss(base: Any) -> bool:
     ) -> Any:
         if logit_positions is None or targets is None:
             return original(*args, **kwargs)
-        hidden = base.base_model(*args, **kwargs)[0]  # [B, T, H]
+        hidden = decoder(*args, **kwargs)[0]  # [B, T, H]
         hidden, targets = hidden[:, logit_positions].flatten(0, 1), targets.flatten()  # [N, H], [N]
         if is_frozen:
             return head(hidden, targets, label_smoothing)

@@ -34,10 +34,10 @@ def min_saving_of(
 
 def why_not_shared(model: PreTrainedModel) -> str | None:
     """Return why the examples of a packed row cannot share the tokens with which they begin; None = they can."""
-    config = model.config
+    config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ())
     if layers - {"full_attention"} or (not layers and getattr(config, "sliding_window", None) is not None):
         return f"layers of {config.model_type} attend to a window of tokens only"
-    if is_flash_package(config._attn_implementation):
-        return f"{config._attn_implementation} does not support it"
+    if is_flash_package(model.config._attn_implementation):
+        return f"{model.config._attn_implementation} does not support it"
     return None
