@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lora_accel.model.families import FAMILIES
+from lora_accel.model.families import FAMILIES, RECURRENT_FROM, is_installed
 
 INSTALLED = {name: family for name, family in sorted(FAMILIES.items()) if name in CONFIG_MAPPING}
 """Those that the installed version of transformers has."""
-PACKING = [name for name, family in INSTALLED.items() if family.supports_packing]
+PACKING = [name for name, family in INSTALLED.items() if family.why_padded is None]
 FUSED_LOSS = [name for name, family in INSTALLED.items() if family.supports_fused_loss]
 PATCHED = [name for name, family in INSTALLED.items() if family.norm or family.gemma_norm or family.gate]
 
@@ -33,6 +33,8 @@ LATENT_ATTENTION = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8
 LATENT_ATTENTION |= {"v_head_dim": 6, "num_key_value_heads": 4, "head_dim": 4}
 LINEAR_ATTENTION = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8}
 LINEAR_ATTENTION |= {"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+SHARED_EXPERT = EXPERTS | {"shared_expert_intermediate_size": 16}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
 SHARED_KEYS = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 6}
 SHARED_KEYS |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
 LAYER_INPUTS = {"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8}
@@ -45,6 +47,25 @@ for _options in VISION.values():
 """Models that read images, too, by the options of their image encoder."""
 NO_OPTION = {"falcon": "head_dim"}
 FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
+    "axk1": LATENT_ATTENTION | ROUTED | {"n_group": 2},
+    "bamba": MAMBA | {"attn_layer_indices": [1]},
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 64},
+    "flint": SHARED_EXPERT | {"sliding_window": 6},
+    "gemma4_unified_text": {"global_head_dim": 16, "sliding_window": 6},
+    "hy_v3": EXPERTS,
+    "kimi_linear": LATENT_ATTENTION
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "linear_head_dim": 8}
+    | {"linear_num_heads": 2, "layer_types": ["linear_attention", "full_attention"]},
+    "kolibri1": SHARED_EXPERT | {"sliding_window": 6},
+    "laguna": SHARED_EXPERT | {"sliding_window": 6},
+    "lfm2_moe": EXPERTS | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "longcat_flash": LATENT_ATTENTION
+    | {"num_layers": 2, "ffn_hidden_size": 48, "moe_topk": 2, "n_routed_experts": 4, "zero_expert_num": 2}
+    | {"expert_ffn_hidden_size": 16, "qk_head_dim": 12},
+    "mellum": EXPERTS | {"sliding_window": 6},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp"], "num_hidden_layers": 3}
+    | {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
+    "olmo_hybrid": LINEAR_ATTENTION,
     "afmoe": EXPERTS | {"sliding_window": 6, "global_attn_every_n_layers": 2},
     "cohere2_moe": {"num_experts": 4, "sliding_window": 6},
     "cwm": {"sliding_window": 6},
@@ -67,8 +88,8 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "granite_swa": {"sliding_window": 6},
     "granitemoe": {"num_local_experts": 4},
     "granitemoe_swa": {"num_local_experts": 4, "sliding_window": 6},
-    "granitemoehybrid": {"num_local_experts": 4, "layer_types": ["attention"] * 2}
-    | {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8},
+    "granitemoehybrid": MAMBA
+    | {"num_local_experts": 4, "layer_types": ["mamba" if is_installed(RECURRENT_FROM) else "attention", "attention"]},
     "granitemoeshared": {"num_local_experts": 4, "shared_intermediate_size": 24},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "jetmoe": {"num_local_experts": 4},
@@ -104,6 +125,11 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
 }
+
+RECURRENT = {name for name, family in FAMILIES.items() if family.packed_from == RECURRENT_FROM} - {"ministral3"}
+RECURRENT.add("granitemoehybrid")
+ROUTING = {name for name, options in FAMILY_OPTIONS.items() if any("expert" in option for option in options)}
+"""Mixtures of experts. An expert multiplies all of its tokens at once, so rounding depends on their number."""
 
 
 def model_of(family: str, **options: Any) -> PreTrainedModel:

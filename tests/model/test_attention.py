@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from math import nan
 from typing import Any
 
 import pytest
@@ -13,17 +16,10 @@ from transformers import PreTrainedModel
 from lora_accel.batching.batch import MicroBatch
 from lora_accel.batching.packing import pack
 from lora_accel.data.chat import Example
-from lora_accel.model import attention, gpu_attention
-from lora_accel.model.attention import can_pack, pack_attention, packed_attention
-from tests.families import PACKING, SIZES, model_of
+from lora_accel.model import attention, gpu_attention, recurrence
+from lora_accel.model.attention import can_pack, pack_attention, packed_attention, why_padded
+from tests.families import PACKING, RECURRENT, ROUTING, SIZES, model_of
 
-MOE_FAMILIES = {
-    *("afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo"),
-    *("glm4_moe", "glm4_moe_lite", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"),
-    *("hunyuan_v1_moe", "jetmoe", "mimo_v2_flash", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
-    "solar_open",
-}
-"""An expert multiplies all of its tokens at once, so rounding depends on their number."""
 LENGTHS = (5, 19, 1, 12)
 
 
@@ -42,6 +38,7 @@ def logits_of(model: PreTrainedModel, batch: MicroBatch) -> list[torch.Tensor]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use small blocks, so that segments have several, some of them partial."""
     monkeypatch.setattr(attention, "BLOCK", 8)
+    monkeypatch.setattr(recurrence, "CHUNK", 8)
 
 
 def test_flash_kernel_needs_torch_2_12() -> None:
@@ -50,7 +47,7 @@ def test_flash_kernel_needs_torch_2_12() -> None:
 
 @pytest.mark.parametrize("family", PACKING)
 def test_packed_logits_and_gradients_equal_those_of_single_examples(family: str) -> None:
-    model = model_of(family)
+    model = model_of(family).train(family in RECURRENT)  # Mamba has a kernel for training; none of these has dropout
     torch.manual_seed(1)
     weights = torch.randn(max(LENGTHS), SIZES["vocab_size"])
     single = [model(input_ids=torch.tensor([x.input_ids]), use_cache=False).logits[0] for x in examples()]
@@ -85,14 +82,14 @@ def test_examples_do_not_affect_each_other(family: str, dtype: torch.dtype) -> N
         for i, (new, old) in enumerate(zip(after, before, strict=True)):
             if i == changed:
                 assert not torch.equal(new, old)
-            elif family in MOE_FAMILIES:
+            elif family in ROUTING:
                 torch.testing.assert_close(new, old)
             else:
                 assert torch.equal(new, old), f"example {i} attends to example {changed}"
 
 
 @pytest.mark.parametrize(
-    "family", [name for name in ("llama", "mistral", "gemma2", "gemma4", "gpt_oss") if name in PACKING]
+    "family", [name for name in ("llama", "mistral", "gemma2", "gemma4", "gpt_oss", "qwen3_next") if name in PACKING]
 )
 def test_without_segments_the_original_attention_is_used(family: str) -> None:
     original, packing = model_of(family), model_of(family)
@@ -108,19 +105,38 @@ def test_without_segments_the_original_attention_is_used(family: str) -> None:
     torch.testing.assert_close(packing(ids).logits, original(ids).logits, rtol=0, atol=0)
 
 
+@pytest.mark.skipif("bamba" not in PACKING, reason="transformers does not pass segments to recurrent layers")
+def test_packed_rows_do_not_use_the_fused_kernel_of_mamba(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It multiplies by the weight of the output projection and would leave out its adapter."""
+    model = model_of("bamba").train()
+    module = sys.modules[type(model).__module__]
+    monkeypatch.setattr(
+        module, recurrence.FUSED, lambda states, *_, **__: states.new_full((1, len(states[0]), 32), nan)
+    )
+    pack_attention(model)
+    assert model(torch.tensor([[1, 2, 3]]), use_cache=False).logits.isnan().all()
+    assert all(logits.isfinite().all() for logits in logits_of(model, pack(examples())))
+
+
 def test_layer_that_ignores_segments_gives_nan() -> None:
     """An attention that uses the mask instead must not train on wrong values silently."""
     model = model_of("llama")  # not patched
     assert torch.stack([logits.isnan().all() for logits in logits_of(model, pack(examples()))]).all()
 
 
-def test_can_pack_rejects_unsupported_models() -> None:
-    assert can_pack(model_of("llama"))
-    assert not can_pack(model_of("llama", attention_dropout=0.1)), "packed attention has no dropout"
-    assert not can_pack(model_of("gpt2", attn_pdrop=0.1))
-    assert not can_pack(model_of("bloom")), "bloom does not use the attention interface"
-    assert not can_pack(model_of("granitemoehybrid", layer_types=["mamba", "attention"])), "a state crosses examples"
-    assert not can_pack(model_of("gemma3_text", use_bidirectional_attention=True)), "not causal"
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("llama", {"attention_dropout": 0.1}, "it drops attention weights at random"),
+        ("gpt2", {"attn_pdrop": 0.1}, "it drops attention weights at random"),
+        ("llama", {"layer_types": ["full_attention", "chunked_attention"]}, "no test proves .* type chunked_attention"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "its attention is not causal"),
+        ("bloom", {}, "its attention is not transformers' attention interface"),
+    ],
+)
+def test_unsupported_models_are_padded_and_named_why(family: str, options: dict[str, Any], reason: str) -> None:
+    assert re.fullmatch(reason, why_padded(model_of(family, **options)) or "")
+    assert not can_pack(model_of(family, **options))
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 300])
@@ -170,7 +186,9 @@ def test_backward_under_autocast_uses_the_autocast_dtype() -> None:
     assert query.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("family", [name for name in ("llama", "gpt_oss", "gemma3n_text") if name in PACKING])
+@pytest.mark.parametrize(
+    "family", [name for name in ("llama", "gpt_oss", "gemma3n_text", "qwen3_next") if name in PACKING]
+)
 def test_activation_checkpointing_gives_equal_gradients(family: str) -> None:
     """Also of sinks, and of layers that attend to the keys of another."""
     gradients = []

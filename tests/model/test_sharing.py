@@ -20,9 +20,9 @@ from lora_accel.model.attention import AttentionOptions, _blocks, _Blockwise, pa
 from lora_accel.model.fused_loss import patch_fused_loss
 from lora_accel.model.gpu_attention import flex_attention
 from lora_accel.model.kernels.adapters import patch_adapters
-from lora_accel.model.sharing import MIN_SAVING_ON_GPU, min_saving_of
+from lora_accel.model.sharing import MIN_SAVING_ON_GPU, min_saving_of, why_not_shared
 from lora_accel.training.loss import summed_token_loss
-from tests.families import model_of
+from tests.families import PACKING, model_of
 
 FAMILIES = ["llama", "qwen3", "gemma", "gpt2", "opt", "phi", "mixtral", "olmo2", "glm4"]
 OWN_DROPOUT = {"opt": {"dropout": 0.0}, "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0}}
@@ -87,6 +87,38 @@ def test_loss_and_gradients_are_those_of_separate_examples(family: str, depth: i
     assert (gradient - packed).norm() <= 2e-6 * packed.norm() + 2 * (packed - padded).norm(), "rounding"
 
 
+FULL_ATTENTION = {
+    "gpt_oss": {"layer_types": ["full_attention"] * 2},
+    "granitemoehybrid": {"layer_types": ["attention"] * 2},
+    "qwen2": {"use_sliding_window": False},
+}
+"""Of families whose tiny models share nothing."""
+
+
+@pytest.mark.parametrize(("family", "options"), [*((name, {}) for name in PACKING), *FULL_ATTENTION.items()])
+def test_each_packed_family_shares_or_names_why_not(family: str, options: dict[str, Any]) -> None:
+    """Losses and gradients of all weights; models that cannot share raise if they are made to."""
+    base = model_of(family, max_position_embeddings=512, **options)
+    pack_attention(base)
+    examples = examples_of(2)
+    shared, packed = pack(examples, shared_nodes(examples)), pack(examples)
+    if why_not_shared(base) is not None:
+        assert not options
+        with pytest.raises(AssertionError, match="why_not_shared"):
+            base(**shared.inputs, use_cache=False)
+        return
+    losses, gradients = [], []
+    for batch in (shared, packed):
+        base.zero_grad()
+        logits = base(**batch.inputs, use_cache=False).logits[0, batch.logit_positions]
+        losses.append(torch.nn.functional.cross_entropy(logits, batch.targets[0], reduction="none"))
+        losses[-1].sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in base.parameters() if p.grad is not None]))
+    # The rows hold the examples in another order.
+    torch.testing.assert_close(losses[0].sort()[0], losses[1].sort()[0], rtol=1e-6, atol=1e-6)
+    assert (gradients[0] - gradients[1]).norm() <= 1e-6 * gradients[1].norm()
+
+
 def test_a_changed_example_changes_no_bit_of_its_siblings() -> None:
     examples = examples_of(2)
     changed = [*examples]
@@ -130,8 +162,8 @@ def test_where_prefixes_are_shared() -> None:
     assert saving() == 0.0
     assert saving(device=torch.device("cuda")) == MIN_SAVING_ON_GPU
     assert saving(device=torch.device("cuda"), share_prefixes=True) == 0.0
-    for unsupported in ("gemma2", "gemma3", "mistral"):
-        assert saving(unsupported) is None, "layers with a window"
+    for unsupported in ("gemma2", "gemma3", "mistral", "lfm2"):
+        assert saving(unsupported) is None
     assert saving(packed=False) is saving(neftune_alpha=5) is None
     assert saving(share_prefixes=False) is None
 
@@ -140,6 +172,7 @@ def test_where_prefixes_are_shared() -> None:
     ("arguments", "reason"),
     [
         ({"family": "gemma2"}, "layers of gemma2 attend to a window of tokens only"),
+        ({"family": "lfm2"}, "layers of lfm2 carry a state from token to token"),
         ({"packed": False}, "rows are padded"),
         ({"neftune_alpha": 5}, "the noise of neftune_alpha depends on the length of each example"),
     ],

@@ -175,14 +175,20 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_NUMEL", 96 * 5)
 
 
+CAPPED = ("gemma2", "gemma3_text", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified_text", "nanochat")
+CAPPED += ("vaultgemma",)
+
+
 def original_and_fused(family: str, **options: Any) -> Any:
     """Return the same tiny model twice: the original, and with the fused loss. Scale and softcap have an effect."""
-    if family in ("gemma2", "gemma3_text", "gemma3n_text", "gemma4", "gemma4_text", "nanochat", "vaultgemma"):
+    if family in CAPPED:
         options["final_logit_softcapping"] = 1.5
     if family.startswith("granite"):
         options["logits_scaling"] = 3.0
     if family.startswith("cohere"):
         options["logit_scale"] = 0.3
+    if family == "falcon_h1":
+        options["lm_head_multiplier"] = 3.0
     original, fused = (model_of(family, **options).requires_grad_(False) for _ in range(2))
     assert patch_fused_loss(fused)
     for model in (original, fused):

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_accel.errors import ConfigError
 from lora_accel.model.device import attention_kernel, detect_device
-from lora_accel.model.families import family_of
+from lora_accel.model.families import RECURRENT_FROM, family_of, is_installed
 from lora_accel.model.gpu_attention import (
     efficient_attention,
     flash_kernel,
@@ -29,13 +29,16 @@ from lora_accel.model.gpu_attention import (
     segment_offsets,
     varlen_attention,
 )
+from lora_accel.model.recurrence import pack_recurrences
 
 BLOCK = 128
 """Queries per block. Smaller blocks compute fewer products that the causal mask discards; larger ones are faster."""
 
-
-LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "attention"})
-"""Layers that support packing, by their names in configs. Those of others, such as Mamba's, carry a state over rows."""
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
+"""Layers that support packing, by their names in configs."""
+RECURRENT_LAYERS = frozenset({"conv", "hybrid", "linear_attention", "mamba"})
+"""Layers that carry a state over the row; model/recurrence.py resets it."""
+OTHER_LAYERS = frozenset({"mlp", "moe"})
 
 
 class Block(NamedTuple):
@@ -69,16 +72,30 @@ class AttentionOptions(NamedTuple):
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether a model supports packing: its family does, and its attention does, is causal and without dropout."""
+    """Whether a model supports packing."""
+    return why_padded(model) is None
+
+
+def why_padded(model: PreTrainedModel) -> str | None:
+    """Return why a model does not support packing; None = it does.
+
+    Its family does, and its attention does, is causal and without dropout.
+    """
     config, implementation = model.config.get_text_config(), model.config._attn_implementation
-    has_dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
-    return (
-        family_of(model.config.model_type).supports_packing
-        and LAYER_TYPES.issuperset(getattr(config, "layer_types", None) or ())
-        and getattr(config, "use_bidirectional_attention", None) not in (True, "all")
-        and (implementation in ("sdpa", "eager") or is_flash_package(implementation))
-        and not has_dropout
-    )
+    layers = set(getattr(config, "layer_types", None) or ())
+    if (reason := family_of(model.config.model_type).why_padded) is not None:
+        return reason
+    if layers & RECURRENT_LAYERS and not is_installed(RECURRENT_FROM):
+        return f"packing its recurrent layers needs transformers {RECURRENT_FROM}"
+    if unknown := layers - ATTENTION_LAYERS - RECURRENT_LAYERS - OTHER_LAYERS:
+        return f"no test proves packed rows of layers of type {min(unknown)}"
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        return "its attention is not causal"
+    if getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0):
+        return "it drops attention weights at random"
+    if implementation not in ("sdpa", "eager") and not is_flash_package(implementation):
+        return f"model.attention={implementation} does not support packing"
+    return None
 
 
 def is_flash_package(implementation: str) -> bool:
@@ -108,6 +125,7 @@ def check_flash_dtype(model: PreTrainedModel, mixed_precision: str) -> None:
 
 def pack_attention(model: PreTrainedModel) -> None:
     """Make a model use packed attention if its forward gets `segments`, the lengths of a row's examples."""
+    pack_recurrences(model)
     implementation = model.config._attn_implementation
     original = ALL_ATTENTION_FUNCTIONS.get(implementation)
     if getattr(original, "is_packed", False):  # of another model
@@ -234,6 +252,8 @@ def packed_attention(
         softcap: limits products to ±softcap with tanh (Gemma 2).
         s_aux: [H], attention sinks (gpt-oss): a product of each head that takes part in the softmax and has no value.
     """
+    is_shared = getattr(segments, "is_shared", False)
+    assert sliding_window is None or not is_shared, "why_not_shared names models with windows"
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = (x.squeeze(0).to(dtype) for x in (query, key, value))
@@ -248,7 +268,7 @@ def packed_attention(
         window=sliding_window,
         has_sinks=sinks is not None,
         has_varlen=flash_kernel() is not None,
-        is_shared=getattr(segments, "is_shared", False),
+        is_shared=is_shared,
     )
     if kernel == "varlen":
         return varlen_attention(query, key, value, segments, scaling=scaling, window=sliding_window)[None]

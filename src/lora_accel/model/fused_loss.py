@@ -43,8 +43,9 @@ def patch_fused_loss(base: Any) -> bool:
         return False
     # Llama 4 names its decoder unlike its `base_model_prefix`.
     decoder = base.model if base.base_model is base else base.base_model
-    # Cohere multiplies its logits, Granite divides them, Gemma caps them.
-    scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
+    # Cohere and Falcon-H1 multiply their logits, Granite divides them, Gemma caps them.
+    multiplier = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
+    scale = multiplier or 1 / getattr(config, "logits_scaling", 1)
     softcap = getattr(config, "final_logit_softcapping", None)
     is_frozen = type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters())
     if is_frozen:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from lora_accel.config.schema import TrainingSection
 from lora_accel.errors import ConfigError
-from lora_accel.model.attention import is_flash_package
+from lora_accel.model.attention import RECURRENT_LAYERS, is_flash_package
 
 MIN_SAVING_ON_GPU = 0.25
 """Attention that finds shared keys (FlexAttention) is slower than FlashAttention."""
@@ -36,7 +36,10 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
     """Return why the examples of a packed row cannot share the tokens with which they begin; None = they can."""
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ())
-    if layers - {"full_attention"} or (not layers and getattr(config, "sliding_window", None) is not None):
+    if layers & RECURRENT_LAYERS:
+        return f"layers of {config.model_type} carry a state from token to token"
+    has_window = "sliding_attention" in layers if layers else getattr(config, "sliding_window", None) is not None
+    if has_window:
         return f"layers of {config.model_type} attend to a window of tokens only"
     if is_flash_package(model.config._attn_implementation):
         return f"{model.config._attn_implementation} does not support it"
