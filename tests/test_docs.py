@@ -107,6 +107,20 @@ def test_wrong_commands_are_found(code: str, expected: list[str]) -> None:
     assert list(command_problems(code)) == expected
 
 
+def test_the_table_of_packed_rows_is_that_of_the_families() -> None:
+    from lora_accel.model.families import FAMILIES
+
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name, family in sorted(FAMILIES.items()):
+        kind = "packed" if family.padded is None else f"padded: {family.padded}"
+        if family.packed_from is not None:
+            kind += f" from transformers {family.packed_from}"
+        rows.setdefault((kind, "fused" if family.supports_fused_loss else "of transformers"), []).append(f"`{name}`")
+    table = "".join(f"| {kind} | {loss} | {', '.join(names)} |\n" for (kind, loss), names in sorted(rows.items()))
+    section = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").split("## Packed rows")[1].split("\n## ")[0]
+    assert table in section, f"replace it by:\n{table}"
+
+
 def test_the_index_names_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= {

@@ -54,9 +54,9 @@ KERNELS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def blockwise(query: Any, key: Any, value: Any, options: AttentionOptions) -> torch.Tensor:
+def blockwise(query: Any, key: Any, value: Any, options: AttentionOptions, sinks: Any = None) -> torch.Tensor:
     blocks = _blocks(LENGTHS, options.sliding_window)
-    output: torch.Tensor = _Blockwise.apply(query, key, value, blocks, options)  # type: ignore[no-untyped-call]
+    output: torch.Tensor = _Blockwise.apply(query, key, value, sinks, blocks, options)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -119,6 +119,27 @@ def test_attention_kernels_equal_the_blockwise_one(
         assert one.grad is not None
         # The first token of a segment sums over up to 300 others.
         torch.testing.assert_close(one.grad.float().cpu(), other.grad, rtol=close["rtol"], atol=close["atol"] * 4)
+
+
+@pytest.mark.parametrize(("dtype", "window"), [(torch.bfloat16, 17), (torch.float32, None)])
+def test_attention_sinks_equal_those_of_the_blockwise_kernel(dtype: torch.dtype, window: int | None) -> None:
+    """Outputs and gradients, those of the sinks too, against float32 on the CPU."""
+    if not has_package("triton") or (dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0)):
+        pytest.skip("FlexAttention needs Triton, and bfloat16 compute capability 8.0")
+    torch.compiler.reset()
+    inputs = [*random_inputs(dtype, 64, 2), torch.linspace(-1, 3, 4).to(dtype)]
+    weights = torch.randn(sum(LENGTHS), 4, 64, generator=torch.Generator().manual_seed(1))
+    *exact, sinks = (x.float().requires_grad_() for x in inputs)
+    expected = blockwise(*exact, AttentionOptions(0.125, window, None), sinks)
+    (expected * weights).sum().backward()
+    *moved, moved_sinks = (x.to(GPU).requires_grad_() for x in inputs)
+    actual = flex_attention(*moved, LENGTHS, scaling=0.125, window=window, softcap=None, sinks=moved_sinks)
+    (actual.float() * weights.to(GPU)).sum().backward()
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(actual.float().cpu(), expected, rtol=tolerance, atol=tolerance)
+    for one, other in zip([*moved, moved_sinks], [*exact, sinks], strict=True):
+        assert one.grad is not None
+        assert (one.grad.float().cpu() - other.grad).norm() <= tolerance * other.grad.norm()
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ def test_kernel_of_packed_attention(
                 is_varlen = False  # no backward kernel
             expected = ["varlen", "varlen", flex, flex] if is_varlen else ["efficient", flex, flex, flex]
         assert kernels == expected, size
+        assert attention_kernel(gpu, dtype, size, size, has_sinks=True) == expected[2]
 
 
 def test_kernel_where_libraries_lack_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +110,7 @@ def test_kernel_where_libraries_lack_one(monkeypatch: pytest.MonkeyPatch) -> Non
     assert attention_kernel(gpu, BF16, 192, 128) == "efficient", "keys and values of different size"
     monkeypatch.setattr("lora_accel.model.device.has_package", lambda name: False)
     assert attention_kernel(gpu, BF16, 64, 64, softcap=50.0) == "blockwise"
+    assert attention_kernel(gpu, BF16, 64, 64, has_sinks=True) == "blockwise"
     assert attention_kernel(Device("cuda", (6, 1)), FP16, 64, 64) == "efficient"
     assert attention_kernel(Device("cuda", (6, 1)), FP16, 64, 64, softcap=50.0) == "blockwise"
     for kind in ("cpu", "rocm", "xpu", "npu", "mps"):

@@ -23,12 +23,13 @@ LENGTHS = (5, 130, 1, 60)
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("window", [None, 1, 7, 64])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_flex_equals_blockwise(groups: int, window: int | None, softcap: float | None) -> None:
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_flex_equals_blockwise(groups: int, window: int | None, softcap: float | None, has_sinks: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(heads, sum(LENGTHS), 16, generator=generator) for heads in (4, groups, groups))
-    segments = Segments(LENGTHS)
-    actual = flex_attention(query, key, value, segments, scaling=0.3, window=window, softcap=softcap)
-    options = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
+    segments, sinks = Segments(LENGTHS), torch.linspace(-1, 3, 4) if has_sinks else None
+    actual = flex_attention(query, key, value, segments, scaling=0.3, window=window, softcap=softcap, sinks=sinks)
+    options = {"scaling": 0.3, "sliding_window": window, "softcap": softcap, "s_aux": sinks}
     expected = packed_attention(query[None], key[None], value[None], segments=LENGTHS, **options)[0]  # type: ignore[arg-type]
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 

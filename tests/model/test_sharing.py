@@ -20,11 +20,11 @@ from lora_accel.model.attention import AttentionOptions, _blocks, _Blockwise, pa
 from lora_accel.model.fused_loss import patch_fused_loss
 from lora_accel.model.gpu_attention import flex_attention
 from lora_accel.model.kernels.adapters import patch_adapters
-from lora_accel.model.sharing import MIN_SAVING_ON_GPU, min_saving_of
+from lora_accel.model.sharing import MIN_SAVING_ON_GPU, min_saving_of, why_not_shared
 from lora_accel.training.loss import summed_token_loss
-from tests.families import model_of
+from tests.families import PACKING, model_of
 
-FAMILIES = ["llama", "qwen3", "gemma", "gpt2", "opt", "phi", "mixtral", "olmo2"]
+FAMILIES = ["llama", "qwen3", "gemma", "gpt2", "opt", "phi", "mixtral", "olmo2", "glm4"]
 OWN_DROPOUT = {"opt": {"dropout": 0.0}, "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0}}
 """Of these models, which depends on earlier draws."""
 CPU = torch.device("cpu")
@@ -87,6 +87,43 @@ def test_loss_and_gradients_are_those_of_separate_examples(family: str, depth: i
     assert (gradient - packed).norm() <= 2e-6 * packed.norm() + 2 * (packed - padded).norm(), "rounding"
 
 
+SHARING_OPTIONS = {
+    "gpt2": {"embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    "gpt_oss": {"layer_types": ["full_attention"] * 2},
+    "granitemoehybrid": {"layer_types": ["attention"] * 2},
+    "opt": {"dropout": 0.0},
+    "qwen2": {"use_sliding_window": False},
+}
+"""Of families whose tiny models share nothing."""
+
+
+@pytest.mark.parametrize(("family", "options"), [*((name, {}) for name in PACKING), *SHARING_OPTIONS.items()])
+def test_each_packed_family_shares_or_names_why_not(family: str, options: dict[str, Any]) -> None:
+    """Losses and gradients of all weights; models that cannot share raise if they are made to."""
+    base = model_of(family, max_position_embeddings=512, **options)
+    pack_attention(base)
+    examples = examples_of(2)
+    shared, packed = pack(examples, shared_nodes(examples)), pack(examples)
+    reason = why_not_shared(TrainingSection(), base, packed=True)
+    if reason is not None:
+        assert not options
+        if "draws random numbers" in reason:
+            return
+        with pytest.raises(AssertionError, match="why_not_shared"):
+            base(**shared.inputs, use_cache=False)
+        return
+    losses, gradients = [], []
+    for batch in (shared, packed):
+        base.zero_grad()
+        logits = base(**batch.inputs, use_cache=False).logits[0, batch.logit_positions]
+        losses.append(torch.nn.functional.cross_entropy(logits, batch.targets[0], reduction="none"))
+        losses[-1].sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in base.parameters() if p.grad is not None]))
+    # The rows hold the examples in another order.
+    torch.testing.assert_close(losses[0].sort()[0], losses[1].sort()[0], rtol=1e-6, atol=1e-6)
+    assert (gradients[0] - gradients[1]).norm() <= 1e-6 * gradients[1].norm()
+
+
 def test_a_changed_example_changes_no_bit_of_its_siblings() -> None:
     examples = examples_of(2)
     changed = [*examples]
@@ -116,8 +153,9 @@ def test_flex_attention_sees_the_same_keys(softcap: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(h, batch.input_ids.numel(), 16, generator=generator) for h in (4, 2, 2))
     options = AttentionOptions(0.25, None, softcap)
-    expected = _Blockwise.apply(query, key, value, _blocks(segments, None), options)  # type: ignore[no-untyped-call]
-    output = flex_attention(query, key, value, segments, scaling=0.25, window=None, softcap=softcap)
+    sinks, blocks = torch.linspace(-1, 3, 4), _blocks(segments, None)
+    expected = _Blockwise.apply(query, key, value, sinks, blocks, options)  # type: ignore[no-untyped-call]
+    output = flex_attention(query, key, value, segments, scaling=0.25, window=None, softcap=softcap, sinks=sinks)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -137,8 +175,9 @@ def test_where_prefixes_are_shared() -> None:
     assert saving() == 0.0
     assert saving(device=torch.device("cuda")) == MIN_SAVING_ON_GPU
     assert saving(device=torch.device("cuda"), share_prefixes=True) == 0.0
-    for unsupported in (saving("gemma2"), saving("mistral"), saving(packed=False), saving(neftune_alpha=5)):
-        assert unsupported is None
+    for unsupported in ("gemma2", "gemma3", "mistral", "lfm2"):
+        assert saving(unsupported) is None
+    assert saving(packed=False) is saving(neftune_alpha=5) is None
     assert saving(share_prefixes=False) is None
 
 
@@ -146,6 +185,7 @@ def test_where_prefixes_are_shared() -> None:
     ("arguments", "reason"),
     [
         ({"family": "gemma2"}, "layers of gemma2 attend to a window of tokens only"),
+        ({"family": "lfm2"}, "layers of lfm2 carry a state from token to token"),
         ({"packed": False}, "rows are padded"),
         ({"neftune_alpha": 5}, "the noise of neftune_alpha depends on the length of each example"),
         ({"family": "opt"}, r"opt draws random numbers for each token it computes \(dropout=0.1\)"),

@@ -175,14 +175,20 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_NUMEL", 96 * 5)
 
 
+CAPPED = ("gemma2", "gemma3_text", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified_text", "nanochat")
+CAPPED += ("vaultgemma",)
+
+
 def original_and_fused(family: str, **options: Any) -> Any:
     """Return the same tiny model twice: the original, and with the fused loss. Scale and softcap have an effect."""
-    if family in ("gemma2", "gemma3_text"):
+    if family in CAPPED:
         options["final_logit_softcapping"] = 1.5
-    if family == "granite":
+    if family.startswith("granite"):
         options["logits_scaling"] = 3.0
-    if family in ("cohere", "cohere2"):
+    if family.startswith("cohere"):
         options["logit_scale"] = 0.3
+    if family == "falcon_h1":
+        options["lm_head_multiplier"] = 3.0
     original, fused = (model_of(family, **options).requires_grad_(False) for _ in range(2))
     assert patch_fused_loss(fused)
     for model in (original, fused):
@@ -190,6 +196,12 @@ def original_and_fused(family: str, **options: Any) -> Any:
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(30)  # as sharp as a trained head
     return original, fused
+
+
+def assert_gradients_close(model: Any, gradient: torch.Tensor) -> None:
+    """Assert that the gradient of a model's embeddings is `gradient`, up to the rounding of large sums."""
+    atol = max(1e-5, 1e-5 * gradient.abs().max().item())
+    torch.testing.assert_close(model.get_input_embeddings().weight.grad, gradient, rtol=1e-4, atol=atol)
 
 
 def within_vocabulary(examples: list[Example]) -> list[Example]:
@@ -216,7 +228,7 @@ def test_label_smoothing_equals_that_of_torch(family: str) -> None:
         loss = summed_token_loss(model, batch, 0.2)
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
         (loss * 0.37).backward()
-        torch.testing.assert_close(model.get_input_embeddings().weight.grad, gradient, rtol=1e-4, atol=1e-5)
+        assert_gradients_close(model, gradient)
     assert summed_token_loss(fused, batch).item() != pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -231,7 +243,7 @@ def test_fused_loss_equals_the_original_loss(family: str) -> None:
     (expected * 0.37).backward()
     (loss * 0.37).backward()
     gradient = original.get_input_embeddings().weight.grad
-    torch.testing.assert_close(fused.get_input_embeddings().weight.grad, gradient, rtol=1e-4, atol=1e-5)
+    assert_gradients_close(fused, gradient)
     assert "logits" in fused(input_ids=batch.input_ids), "without targets the model returns logits"
 
 

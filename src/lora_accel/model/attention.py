@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_accel.errors import ConfigError
 from lora_accel.model.device import attention_kernel, detect_device
-from lora_accel.model.families import family_of
+from lora_accel.model.families import RECURRENT_FROM, family_of, is_installed
 from lora_accel.model.gpu_attention import (
     efficient_attention,
     flash_kernel,
@@ -29,9 +29,16 @@ from lora_accel.model.gpu_attention import (
     segment_offsets,
     varlen_attention,
 )
+from lora_accel.model.recurrence import pack_recurrences
 
 BLOCK = 128
 """Queries per block. Smaller blocks compute fewer products that the causal mask discards; larger ones are faster."""
+
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
+"""Layers that support packing, by their names in configs."""
+RECURRENT_LAYERS = frozenset({"conv", "hybrid", "linear_attention", "mamba"})
+"""Layers that carry a state over the row; model/recurrence.py resets it."""
+OTHER_LAYERS = frozenset({"mlp", "moe"})
 
 
 class Block(NamedTuple):
@@ -65,15 +72,30 @@ class AttentionOptions(NamedTuple):
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether a model supports packing: its family does, and its attention does and is without dropout."""
-    config = model.config
-    implementation = config._attn_implementation
-    has_dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
-    return (
-        family_of(config.model_type).supports_packing
-        and (implementation in ("sdpa", "eager") or is_flash_package(implementation))
-        and not has_dropout
-    )
+    """Whether a model supports packing."""
+    return why_padded(model) is None
+
+
+def why_padded(model: PreTrainedModel) -> str | None:
+    """Return why a model does not support packing; None = it does.
+
+    Its family does, and its attention does, is causal and without dropout.
+    """
+    config, implementation = model.config.get_text_config(), model.config._attn_implementation
+    layers = set(getattr(config, "layer_types", None) or ())
+    if (reason := family_of(model.config.model_type).why_padded) is not None:
+        return reason
+    if layers & RECURRENT_LAYERS and not is_installed(RECURRENT_FROM):
+        return f"packing its recurrent layers needs transformers {RECURRENT_FROM}"
+    if unknown := layers - ATTENTION_LAYERS - RECURRENT_LAYERS - OTHER_LAYERS:
+        return f"no test proves packed rows of layers of type {min(unknown)}"
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        return "its attention is not causal"
+    if getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0):
+        return "it drops attention weights at random"
+    if implementation not in ("sdpa", "eager") and not is_flash_package(implementation):
+        return f"model.attention={implementation} does not support packing"
+    return None
 
 
 def is_flash_package(implementation: str) -> bool:
@@ -103,13 +125,19 @@ def check_flash_dtype(model: PreTrainedModel, mixed_precision: str) -> None:
 
 def pack_attention(model: PreTrainedModel) -> None:
     """Make a model use packed attention if its forward gets `segments`, the lengths of a row's examples."""
+    pack_recurrences(model)
     implementation = model.config._attn_implementation
     original = ALL_ATTENTION_FUNCTIONS.get(implementation)
     if getattr(original, "is_packed", False):  # of another model
         return
 
     def attention(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **options: Any,
     ) -> tuple[torch.Tensor, Any]:
         if options.get("segments") is not None and is_flash_package(implementation):
             return packed_flash_attention(original, module, query, key, value, **options), None
@@ -117,7 +145,7 @@ def pack_attention(model: PreTrainedModel) -> None:
             return packed_attention(query, key, value, **options), None
         # Eager attention is not registered; each model's module defines its own.
         attend = original or sys.modules[type(module).__module__].eager_attention_forward
-        output: tuple[torch.Tensor, Any] = attend(module, query, key, value, mask, **options)
+        output: tuple[torch.Tensor, Any] = attend(module, query, key, value, attention_mask, **options)
         return output
 
     if is_flash_package(implementation):  # transformers loads the package by this name
@@ -210,6 +238,7 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> torch.Tensor:
     """Return causal attention within each segment, [1, T, H, D].
@@ -221,10 +250,14 @@ def packed_attention(
         scaling: factor of query-key products; None = 1 / sqrt(D).
         sliding_window: maximum number of keys that a query attends to, its own included.
         softcap: limits products to ±softcap with tanh (Gemma 2).
+        s_aux: [H], attention sinks (gpt-oss): a product of each head that takes part in the softmax and has no value.
     """
+    is_shared = getattr(segments, "is_shared", False)
+    assert sliding_window is None or not is_shared, "why_not_shared names models with windows"
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     query, key, value = (x.squeeze(0).to(dtype) for x in (query, key, value))
+    sinks = None if s_aux is None else s_aux.to(dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     kernel = attention_kernel(
         detect_device(query.device),
@@ -233,18 +266,20 @@ def packed_attention(
         value.shape[-1],
         softcap=softcap,
         window=sliding_window,
+        has_sinks=sinks is not None,
         has_varlen=flash_kernel() is not None,
-        is_shared=getattr(segments, "is_shared", False),
+        is_shared=is_shared,
     )
     if kernel == "varlen":
         return varlen_attention(query, key, value, segments, scaling=scaling, window=sliding_window)[None]
     if kernel == "efficient":
         return efficient_attention(query, key, value, segments, scaling=scaling)[None]
     if kernel == "flex":
-        output = flex_attention(query, key, value, segments, scaling=scaling, window=sliding_window, softcap=softcap)
-        return output[None]
+        return flex_attention(
+            query, key, value, segments, scaling=scaling, window=sliding_window, softcap=softcap, sinks=sinks
+        )[None]
     blocks, options = _blocks(segments, sliding_window), AttentionOptions(scaling, sliding_window, softcap)
-    output = _Blockwise.apply(query, key, value, blocks, options)  # type: ignore[no-untyped-call]
+    output = _Blockwise.apply(query, key, value, sinks, blocks, options)  # type: ignore[no-untyped-call]
     assert isinstance(output, torch.Tensor)
     return output[None]
 
@@ -259,7 +294,6 @@ def _blocks(segments: Iterable[int], window: int | None) -> list[Block]:
 
 def _find_blocks(segments: Iterable[int], window: int | None) -> Iterator[Block]:
     is_shared = getattr(segments, "is_shared", False)
-    assert window is None or not is_shared  # model/sharing.py
     lengths = list(segments)
     ranges = segments.earlier_ranges() if is_shared else [()] * len(lengths)  # type: ignore[attr-defined]
     start = 0
@@ -274,7 +308,7 @@ def _find_blocks(segments: Iterable[int], window: int | None) -> Iterator[Block]
 
 
 class _Blockwise(torch.autograd.Function):
-    """Saves query, key and value for backward, and recomputes the attention weights of each block there."""
+    """Saves its inputs for backward, and recomputes the attention weights of each block there."""
 
     @staticmethod
     def forward(
@@ -282,52 +316,67 @@ class _Blockwise(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        sinks: torch.Tensor | None,
         blocks: list[Block],
         options: AttentionOptions,
     ) -> torch.Tensor:
-        ctx.save_for_backward(query, key, value)
+        ctx.save_for_backward(query, key, value, sinks)
         ctx.blocks, ctx.options = blocks, options
         output = query.new_empty((query.shape[1], query.shape[0], value.shape[-1]))  # [T, H, D]
         with torch.autocast(query.device.type, enabled=False):
             for block in blocks:
                 q, k, v = query[:, block.first : block.last], block.take(key), block.take(value)
-                output[block.first : block.last] = _attend(q, k, v, options)
+                output[block.first : block.last] = _attend(q, k, v, sinks, options)
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
-        query, key, value = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, None, None]:
+        query, key, value, sinks = ctx.saved_tensors
         # In 16 bits, the sum over many blocks that share a key would lose most of them.
         is_shared = any(block.earlier for block in ctx.blocks)
         dtype = torch.promote_types(key.dtype, torch.float32) if is_shared else key.dtype
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (torch.zeros_like(x, dtype=dtype) for x in (key, value))
+        grad_sinks = torch.zeros_like(sinks) if ctx.needs_input_grad[3] else None  # usually frozen
         for block in ctx.blocks:
             q, k, v = query[:, block.first : block.last], block.take(key), block.take(value)
-            grads = _attend_backward(q, k, v, grad[block.first : block.last], ctx.options)
+            grads = _attend_backward(q, k, v, sinks, grad[block.first : block.last], ctx.options, grad_sinks)
             grad_query[:, block.first : block.last] = grads[0]
             block.add(grad_key, grads[1])
             block.add(grad_value, grads[2])
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_sinks, None, None
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions) -> torch.Tensor:
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, options: AttentionOptions
+) -> torch.Tensor:
     """Return the output [N, H, D] of queries [H, N, D] over keys [G, M, D]. The last N keys align with the queries."""
-    _, weights, _ = _attention_weights(query, key, options)
+    _, weights, _ = _attention_weights(query, key, sinks, options)
     return (weights @ value).view(*query.shape[:2], -1).transpose(0, 1)
 
 
 def _attend_backward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad: torch.Tensor, options: AttentionOptions
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    grad: torch.Tensor,
+    options: AttentionOptions,
+    grad_sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key and value.
 
     Args:
         grad: gradient of the output of `_attend`, [N, H, D].
+        grad_sinks: [H]; the gradient of the sinks is added to it.
     """
-    scaled, weights, slope = _attention_weights(query, key, options)
+    scaled, weights, slope = _attention_weights(query, key, sinks, options)
     grad = grad.transpose(0, 1).reshape(len(key), -1, value.shape[-1])  # [G, H / G * N, D]
     grad_products = torch.ops.aten._softmax_backward_data(grad @ value.mT, weights, -1, weights.dtype)
+    if grad_sinks is not None:  # the gradients of all inputs of a softmax sum to zero, and the sink is one of them
+        grad_sinks -= grad_products.sum(-1).view(query.shape[:2]).sum(1)
     if slope is not None:
         grad_products = grad_products * slope
     grad_query = (grad_products @ key).mul_(options.scaling)
@@ -335,7 +384,7 @@ def _attend_backward(
 
 
 def _attention_weights(
-    query: torch.Tensor, key: torch.Tensor, options: AttentionOptions
+    query: torch.Tensor, key: torch.Tensor, sinks: torch.Tensor | None, options: AttentionOptions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return the scaled queries [G, H / G * N, D], the weights [G, H / G * N, M], and the derivative of the softcap."""
     (heads, n, width), (groups, m, _) = query.shape, key.shape
@@ -348,7 +397,10 @@ def _attention_weights(
         products.view(groups, -1, n, m)[..., m - n :].add_(_causal_mask(BLOCK, query.dtype, query.device)[:n, :n])
     else:
         products.view(groups, -1, n, m).add_(_mask(n, m, options.sliding_window, query))
-    return scaled, torch.softmax(products, dim=-1), slope
+    if sinks is None:
+        return scaled, torch.softmax(products, dim=-1), slope
+    sink = sinks.repeat_interleave(n).view(groups, -1, 1)  # [G, H / G * N, 1]
+    return scaled, torch.softmax(torch.cat((products, sink), dim=-1), dim=-1)[..., :-1], slope
 
 
 @functools.lru_cache(maxsize=8)

@@ -99,15 +99,17 @@ def attention_kernel(
     *,
     softcap: float | None = None,
     window: int | None = None,
+    has_sinks: bool = False,
     has_varlen: bool = True,
     is_shared: bool = False,
 ) -> str:
     """Return the kernel of packed attention: varlen, efficient, flex (model/gpu_attention.py) or blockwise.
 
     - varlen is FlashAttention 2. It needs compute capability 8.0, 16 bits, a head size that is a multiple of 8 (it does
-      not pad) and at most 256, and no softcap. With head sizes of 193 to 224 there is no backward kernel on 8.6, 8.9
-      and 12.x (torch: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
-    - efficient is the memory-efficient kernel, for compute capability 5.0 and all sizes, without softcap or window.
+      not pad) and at most 256, and no softcap or sinks. With head sizes of 193 to 224 there is no backward kernel on
+      8.6, 8.9 and 12.x (torch: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+    - efficient is the memory-efficient kernel, for compute capability 5.0 and all sizes, without softcap, window or
+      sinks.
     - flex is compiled by Triton, for compute capability 7.0 and head sizes of at most 256.
     - blockwise is a loop in Python. On a GPU it would start thousands of kernels, so it is the last choice there.
 
@@ -116,6 +118,7 @@ def attention_kernel(
     Args:
         head_size, value_size: last dimension of query and key, and of value.
         window: of keys that a query attends to.
+        has_sinks: whether there are attention sinks.
         has_varlen: whether torch has the kernel.
         is_shared: whether segments continue others, whose keys only flex and blockwise find.
     """
@@ -126,6 +129,7 @@ def attention_kernel(
         and device.capability >= (8, 0)
         and dtype in (torch.float16, torch.bfloat16)
         and softcap is None
+        and not has_sinks
         and head_size == value_size
         and head_size % 8 == 0
         and head_size <= 256
@@ -133,7 +137,7 @@ def attention_kernel(
     )
     if supports_varlen and not is_shared:
         return "varlen"
-    if softcap is None and window is None and not is_shared:
+    if softcap is None and window is None and not has_sinks and not is_shared:
         return "efficient"
     supports_flex = has_package("triton") and device.capability >= (7, 0) and max(head_size, value_size) <= 256
     return "flex" if supports_flex else "blockwise"

@@ -38,11 +38,14 @@ def patch_fused_loss(base: Any) -> bool:
     Returns:
         Whether the head of this model family is known; otherwise nothing is patched.
     """
-    config, original, head = base.config, base.forward, base.get_output_embeddings()
-    if not family_of(config.model_type).supports_fused_loss:
+    config, original, head = base.config.get_text_config(), base.forward, base.get_output_embeddings()
+    if not family_of(base.config.model_type).supports_fused_loss:
         return False
-    # Cohere multiplies its logits, Granite divides them, Gemma caps them.
-    scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
+    # Llama 4 names its decoder unlike its `base_model_prefix`.
+    decoder = base.model if base.base_model is base else base.base_model
+    # Cohere and Falcon-H1 multiply their logits, Granite divides them, Gemma caps them.
+    multiplier = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
+    scale = multiplier or 1 / getattr(config, "logits_scaling", 1)
     softcap = getattr(config, "final_logit_softcapping", None)
     is_frozen = type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters())
     if is_frozen:
@@ -58,7 +61,7 @@ def patch_fused_loss(base: Any) -> bool:
     ) -> Any:
         if logit_positions is None or targets is None:
             return original(*args, **kwargs)
-        hidden = base.base_model(*args, **kwargs)[0]  # [B, T, H]
+        hidden = decoder(*args, **kwargs)[0]  # [B, T, H]
         # Many examples may continue one token. In 16 bits, the sum of their gradients would lose most of them.
         source = hidden.float() if getattr(kwargs.get("segments"), "is_shared", False) else hidden
         hidden = source[:, logit_positions].to(hidden.dtype).flatten(0, 1)  # [N, H]

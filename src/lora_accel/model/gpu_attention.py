@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | varlen | FlashAttention 2 with segment offsets | 16 bits, compute capability 8.0 |
 | efficient | memory-efficient attention with segment offsets | float32, older GPUs, any head size |
-| flex | a Triton kernel that torch.compile generates | softcap, and windows where varlen cannot run |
+| flex | a Triton kernel that torch.compile generates | softcap, sinks, and windows where varlen cannot run |
 
 `model/device.py: attention_kernel` chooses among them. Layouts here: query [H, T, D], key and value [G, T, D]; output
 [T, H, D].
@@ -104,17 +104,32 @@ def flex_attention(
     scaling: float,
     window: int | None,
     softcap: float | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return attention by FlexAttention: a mask of (segment, order, window), and the softcap on the products."""
-    mask = _block_mask(segments, window, query.device)
-    output: torch.Tensor = _flex_kernel(query.device.type)(
+    """Return attention by FlexAttention: a mask of (segment, order, window), and the softcap on the products.
+
+    Without a head's sink s, the weights of a query sum to one. With it they sum to
+    exp(lse) / (exp(lse) + exp(s)) = sigmoid(lse - s), where lse is the log-sum-exp of the query's products.
+
+    Args:
+        sinks: [H]; see `packed_attention`.
+    """
+    attend = functools.partial(
+        _flex_kernel(query.device.type),
         *(query[None], key[None], value[None]),
         score_mod=None if softcap is None else _softcap(softcap),
-        block_mask=mask,
+        block_mask=_block_mask(segments, window, query.device),
         scale=scaling,
         enable_gqa=len(query) != len(key),
     )
-    return output[0].transpose(0, 1)
+    if sinks is None:
+        output: torch.Tensor = attend()
+        return output[0].transpose(0, 1)
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    output, aux = attend(return_aux=AuxRequest(lse=True))
+    weight = torch.sigmoid(aux.lse[0] - sinks[:, None].float())  # [H, T]
+    return (output[0] * weight[..., None].to(output.dtype)).transpose(0, 1)
 
 
 @functools.cache

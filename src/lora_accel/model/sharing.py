@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from lora_accel.config.schema import TrainingSection
 from lora_accel.errors import ConfigError
-from lora_accel.model.attention import is_flash_package
+from lora_accel.model.attention import RECURRENT_LAYERS, is_flash_package
 
 MIN_SAVING_ON_GPU = 0.25
 """Attention that finds shared keys (FlexAttention) is slower than FlashAttention."""
@@ -38,16 +38,19 @@ def min_saving_of(
 
 def why_not_shared(training: TrainingSection, base: PreTrainedModel, *, packed: bool) -> str | None:
     """Return why examples cannot share the tokens with which they begin; None = they can."""
-    config = base.config
+    config = base.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ())
     if not packed:
         return "rows are padded"
     if training.neftune_alpha is not None:
         return "the noise of neftune_alpha depends on the length of each example"
-    if layers - {"full_attention"} or (not layers and getattr(config, "sliding_window", None) is not None):
+    if layers & RECURRENT_LAYERS:
+        return f"layers of {config.model_type} carry a state from token to token"
+    has_window = "sliding_attention" in layers if layers else getattr(config, "sliding_window", None) is not None
+    if has_window:
         return f"layers of {config.model_type} attend to a window of tokens only"
-    if is_flash_package(config._attn_implementation):
-        return f"{config._attn_implementation} does not support it"
+    if is_flash_package(base.config._attn_implementation):
+        return f"{base.config._attn_implementation} does not support it"
     random = [f"{name}={value}" for name in RANDOM_OPTIONS if (value := getattr(config, name, None))]
     if random:
         return f"{config.model_type} draws random numbers for each token it computes ({', '.join(random)})"

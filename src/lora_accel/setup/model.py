@@ -23,7 +23,7 @@ from lora_accel.model.adapter import (
     skipped_experts,
     trainable_parameters,
 )
-from lora_accel.model.attention import can_pack, check_flash_dtype, pack_attention, pad_attention
+from lora_accel.model.attention import can_pack, check_flash_dtype, pack_attention, pad_attention, why_padded
 from lora_accel.model.base import check_zero3_dtype, load_base_model
 from lora_accel.model.compile import compile_layers
 from lora_accel.model.device import detect_device, has_fused_adamw
@@ -91,7 +91,7 @@ def prepare_model(
     elif can_pack(base):
         pad_attention(base)
     elif config.data.packing:
-        logger.info(f"note: padding rows: {base.config.model_type} does not support packing with this attention")
+        logger.info(f"note: padding rows of {base.config.model_type}: {why_padded(base)}")
     min_saving = min_saving_of(config.training, base, accelerator.device, packed=packed)
     reason = why_not_shared(config.training, base, packed=packed)
     if packed and reason is not None and config.training.share_prefixes == "auto":
