@@ -16,6 +16,7 @@ A call continues the measurements in the file of `--json`; with `--minutes`, it 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -328,46 +329,46 @@ def supervised_share(config: dict[str, Any]) -> float:
 
 
 def plan_of(config: dict[str, Any]) -> Plan:
-    """Return the plan of a run in one process."""
+    """Return the plan of a run's data: one epoch in one process."""
+    return _plan(json.dumps({"model": config["model"], "data": config["data"], "output_dir": "unused"}))
+
+
+@functools.cache
+def _plan(config: str) -> Plan:
     from lora_accel import RunConfig
     from lora_accel.setup.data import prepare_data
 
-    return prepare_data(RunConfig.model_validate(config | {"output_dir": "unused"}), num_ranks=1).plan
+    return prepare_data(RunConfig.model_validate_json(config), num_ranks=1).plan
 
 
-def table_lines(table: Table, measured: dict[str, list[Result]], settings: dict[str, dict[str, Any]]) -> list[str]:
-    """Return a table's results as Markdown.
+def table_lines(table: Table, rounds: list[dict[str, Result]], settings: dict[str, dict[str, Any]]) -> list[str]:
+    """Return a table's results as Markdown: of each case in the rounds that have it.
 
     Args:
-        measured: the results of each case, round by round.
+        rounds: the result of each case; the table's reference is in each.
         settings: the fastest candidate of each case that has candidates.
     """
     lines = [
-        f"| {table.title} | real tokens/s: median (min-max) | relative to {table.reference} | computed / real tokens | "
-        "supervised tokens/s | peak memory of the process | above the loaded model | first step |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| {table.title} | rounds | real tokens/s: median (min-max) | relative to {table.reference} | "
+        "computed / real tokens | supervised tokens/s | peak memory of the process | above the loaded model | "
+        "first step |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for case in table.cases:
-        runs = measured[case.name]
-        rates = [run.tokens_per_second for run in runs]
-        ratios = [
-            mine.tokens_per_second / other.tokens_per_second
-            for mine, other in zip(runs, measured[table.reference], strict=True)
-        ]
-        computed, supervised, peak, above, first = (
-            statistics.median(values)
-            for values in zip(
-                *(
-                    (x.computed_share, x.supervised_per_second, x.process_peak, x.peak_above_model, x.first_step)
-                    for x in runs
-                ),
-                strict=True,
-            )
-        )
+        runs = [(one[case.name], one[table.reference]) for one in rounds if case.name in one]
+        if not runs:
+            continue
+        rates = [run.tokens_per_second for run, _ in runs]
+        ratios = [run.tokens_per_second / reference.tokens_per_second for run, reference in runs]
+        computed = statistics.median(run.computed_share for run, _ in runs)
+        supervised = statistics.median(run.supervised_per_second for run, _ in runs)
+        peak = statistics.median(run.process_peak for run, _ in runs) / 1e9
+        above = statistics.median(run.peak_above_model for run, _ in runs) / 1e9
+        first = statistics.median(run.first_step for run, _ in runs)
         lines.append(
-            f"| {case.name}{settings_text(settings.get(case.name, {}))} | {spread(rates, '.0f')} | "
-            f"{spread(ratios, '.2f')} | {computed:.2f} | {supervised:.0f} | {peak / 1e9:.2f} GB | "
-            f"{above / 1e9:.2f} GB | {first:.1f} s |"
+            f"| {case.name}{settings_text(settings.get(case.name, {}))} | {len(runs)} | {spread(rates, '.0f')} | "
+            f"{spread(ratios, '.2f')} | {computed:.2f} | {supervised:.0f} | {peak:.2f} GB | {above:.2f} GB | "
+            f"{first:.1f} s |"
         )
     return lines
 
@@ -380,11 +381,11 @@ def settings_text(candidate: dict[str, Any]) -> str:
     return f" ({candidate['per_device_train_batch_size']} per device{kind})"
 
 
-def curve_lines(results: dict[str, list[Result]]) -> list[str]:
+def curve_lines(results: dict[str, Result]) -> list[str]:
     """Return the losses of two trainers as a Markdown table."""
     lines = ["| step | lora_accel | TRL | difference |", "| --- | --- | --- | --- |"]
     for step, (mine, other) in enumerate(
-        zip(results["lora_accel"][0].losses, results["TRL"][0].losses, strict=True), start=1
+        zip(results["lora_accel"].losses, results["TRL"].losses, strict=True), start=1
     ):
         lines.append(f"| {step} | {mine:.4f} | {other:.4f} | {mine - other:+.4f} |")
     return lines
@@ -487,18 +488,16 @@ def main() -> None:
 
 
 def part_lines(part: str, table: Table, args: argparse.Namespace, measured: dict[str, Any]) -> list[str]:
-    """Return the results of a table as Markdown: of the cases that were measured in every round."""
-    rounds = measured["rounds"]
-    table = table._replace(cases=[case for case in table.cases if all(case.name in one for one in rounds)])
-    results = {case.name: [Result(**one[case.name]) for one in rounds] for case in table.cases}
+    """Return the results of a table as Markdown."""
+    rounds = [{name: Result(**result) for name, result in one.items()} for one in measured["rounds"]]
     if part == "profile":
-        return ["```", results["lora_accel"][0].profile, "```"]
+        return ["```", rounds[0]["lora_accel"].profile, "```"]
     if part == "curves":
-        return curve_lines(results)
-    lines = table_lines(table, results, measured["settings"])
+        return curve_lines(rounds[0])
+    lines = table_lines(table, rounds, measured["settings"])
     if part == "trainers":
         share = supervised_share(table.cases[0].config)
-        ceiling = ceiling_line(args, measured["matmul"], share, results["lora_accel"])
+        ceiling = ceiling_line(args, measured["matmul"], share, [one["lora_accel"] for one in rounds])
         lines += ["", *textwrap.wrap(ceiling, 120)]
     return lines
 

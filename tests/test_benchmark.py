@@ -150,11 +150,19 @@ def test_a_call_continues_the_measurements(
     call("--rounds", "2", "--cases", "micro-batches of 512", "--docs", str(docs))
     assert len(measured) == 4
     lines = capsys.readouterr().out.splitlines()
-    row = "| micro-batches of 512 | 200 (100-300) | 0.62 (0.50-0.75) | 1.00 | 50 | 3.00 GB | 1.00 GB | 2.0 s |"
+    row = "| micro-batches of 512 | 2 | 200 (100-300) | 0.62 (0.50-0.75) | 1.00 | 50 | 3.00 GB | 1.00 GB | 2.0 s |"
     assert row in lines
-    assert any(line.startswith("| TRL, packing (1 per device) | 300 (200-400) | 1.00 (1.00-1.00) |") for line in lines)
+    assert any(
+        line.startswith("| TRL, packing (1 per device) | 2 | 300 (200-400) | 1.00 (1.00-1.00) |") for line in lines
+    )
     assert row in docs.read_text()
     assert docs.read_text().startswith("<!-- memory -->\nComputed in float32; this CPU ")
+    call("--rounds", "3", "--cases", "micro-batches of 1,024")  # in one round only
+    capsys.readouterr()
+    call("--rounds", "0")
+    lines = capsys.readouterr().out.splitlines()
+    assert row in lines
+    assert any(line.startswith("| micro-batches of 1,024 | 1 | 500 (500-500) | 0.83 (0.83-0.83)") for line in lines)
     with pytest.raises(SystemExit, match="has measurements of other arguments"):
         call("--rows", "32")
 
