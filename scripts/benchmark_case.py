@@ -1,8 +1,9 @@
 """Run one training of `scripts/benchmark.py` in this process and write its measurements to rank-RANK.json.
 
 Every trainer gets the same tokenized rows in the same order and makes the same steps: 16 examples, AdamW, one adapter.
-Tokens are counted at the model's input, and time from one optimizer step to the next; a GPU is synchronized there.
-Memory is measured from when the model is loaded and every weight has been read once.
+Time is measured from one optimizer step to the next; a GPU is synchronized there. Computed tokens are those of the
+model's input, with padding; real tokens are those of the examples, so one that several examples share counts for each.
+Memory is that of the process, and its peak above what it had when the model was loaded and each weight read once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from lora_accel import RunConfig
+from lora_accel.batching.batch import MicroBatch
 from lora_accel.batching.order import epoch_order
 from lora_accel.console import silence_libraries
 from lora_accel.setup.data import prepare_data
@@ -33,7 +35,7 @@ from lora_accel.training.step import Run
 
 
 class Monitor:
-    """Records seconds, real tokens and loss of each step, and the peak memory.
+    """Records seconds, tokens and loss of each step, and the peak memory.
 
     Args:
         device: cpu or cuda.
@@ -42,13 +44,16 @@ class Monitor:
     def __init__(self, device: str = "cpu") -> None:
         self.seconds: list[float] = []
         self.tokens: list[int] = []
+        """Real tokens of each step."""
+        self.computed: list[int] = []
+        """Computed tokens of each step."""
         self.losses: list[float] = []
         self.probed: dict[str, Any] = {}
         """What one step of each kind showed; see `Case.probe`."""
         self._on_gpu = device == "cuda"
-        self._step_tokens = 0
+        self._step_tokens = self._step_computed = 0
         self._step_start = 0.0
-        self._model_bytes = 0
+        self._model_bytes = self._loading_peak = 0
 
     def begin(self, model: torch.nn.Module) -> None:
         """Start to measure. The model is loaded."""
@@ -59,23 +64,30 @@ class Monitor:
             for parameter in model.parameters():
                 parameter.data.view(torch.uint8).sum()  # reads a weight file that is only mapped
             ctypes.CDLL(None).malloc_trim(0)  # return what loading freed
+            self._loading_peak = _status("VmHWM")
             Path("/proc/self/clear_refs").write_text("5")  # reset the peak
             self._model_bytes = _status("VmRSS")
         model.register_forward_pre_hook(self._count, with_kwargs=True)
         self._step_start = time.perf_counter()
 
-    def step(self) -> None:
-        """Record the end of a step."""
+    def step(self, num_tokens: int | None = None) -> None:
+        """Record the end of a step.
+
+        Args:
+            num_tokens: its real tokens; None = those of the model's input that are no padding.
+        """
         if self._on_gpu:
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds.append(now - self._step_start)
-        self.tokens.append(self._step_tokens)
-        self._step_start, self._step_tokens = now, 0
+        self.tokens.append(self._step_tokens if num_tokens is None else num_tokens)
+        self.computed.append(self._step_computed)
+        self._step_start, self._step_tokens, self._step_computed = now, 0, 0
 
     def _count(self, _: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         ids: torch.Tensor = inputs["input_ids"]
         mask: torch.Tensor | None = inputs.get("attention_mask")
+        self._step_computed += ids.numel()
         # Packed rows have no padding, and no mask of their shape.
         self._step_tokens += ids.numel() if mask is None or mask.shape != ids.shape else int(mask.sum())
 
@@ -85,8 +97,10 @@ class Monitor:
         return {
             "seconds": self.seconds,
             "tokens": self.tokens,
+            "computed": self.computed,
             "losses": self.losses,
-            "peak": peak,
+            "peak": peak,  # since the model was loaded
+            "process_peak": max(peak, self._loading_peak),
             "peak_above_model": peak - self._model_bytes,
             **self.probed,
         }
@@ -129,13 +143,19 @@ def train_with_lora_accel(config: RunConfig, monitor: Monitor, profile: Path | N
                 result = train_step(run, step)
         else:
             result = train_step(run, step)
-        monitor.step()
+        monitor.step(sum(map(num_real_tokens, result.batch.micro_batches)))
         monitor.losses.append(result.loss)
         return result
 
     loop.train = monitored_train
     vars(loop)["train_step"] = monitored_step
     run_training(config)
+
+
+def num_real_tokens(micro_batch: MicroBatch) -> int:
+    """Return the tokens of a micro-batch's examples, without padding."""
+    segments = micro_batch.segments
+    return int(micro_batch.attention_mask.sum()) if segments is None else segments.num_tokens
 
 
 @contextlib.contextmanager
@@ -216,7 +236,8 @@ def train_with_other(
     Args:
         kind: `fastchat` (float32 base, padded to `data.max_length`), `trainer` (16-bit base, padded to the longest
             example of the batch) or `trl`.
-        options: additional arguments of the trainer.
+        options: additional arguments of the trainer. Without `gradient_accumulation_steps`, a step has
+            `training.batch_size` examples, or, of packed rows, as many as hold about so many examples.
         device: cpu or cuda.
     """
     import datasets
@@ -231,18 +252,18 @@ def train_with_other(
     examples = [data.dataset.examples[i] for i in order]
     columns = {name: [list(map(int, getattr(x, name))) for x in examples] for name in ("input_ids", "labels")}
     training, name = config.training, config.model.name_or_path
+    has_bf16 = training.mixed_precision == "bf16"
     arguments: dict[str, Any] = {
         "output_dir": config.output_dir,
         "max_steps": training.max_steps or -1,
         "num_train_epochs": 1,
         "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 4,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": data.plan.warmup_steps,
         "max_grad_norm": training.max_grad_norm,
         "train_sampling_strategy": "sequential",
-        "bf16": True,
+        "bf16": has_bf16,
         "use_cpu": device == "cpu",
         "dataloader_pin_memory": device != "cpu",
         "logging_steps": 1,
@@ -250,6 +271,12 @@ def train_with_other(
         "report_to": "none",
         "disable_tqdm": True,
     } | options
+    if "gradient_accumulation_steps" not in arguments:
+        rows: float = data.plan.batch_size
+        if arguments.get("packing"):
+            lengths = [len(ids) for ids in columns["input_ids"]]
+            rows *= num_packed(lengths, config.data.max_length) / len(lengths)
+        arguments["gradient_accumulation_steps"] = max(1, round(rows / arguments["per_device_train_batch_size"]))
     tokenizer = data.template.tokenizer
     torch.manual_seed(config.seed)  # the adapter's first weights
     if kind == "trl":
@@ -260,13 +287,14 @@ def train_with_other(
             loading["quantization_config"] = _bitsandbytes_config(config.quantization, DTYPES[loading["dtype"]])
         trainer = SFTTrainer(
             name,
-            args=SFTConfig(max_length=config.data.max_length, **arguments),
+            args=SFTConfig(**{"max_length": config.data.max_length} | arguments),
             train_dataset=datasets.Dataset.from_dict(columns),
             processing_class=tokenizer,
             peft_config=lora_config(config.adapter),
         )
     else:
-        dtype, padding = (torch.float32, "max_length") if kind == "fastchat" else (torch.bfloat16, True)
+        dtype = torch.bfloat16 if has_bf16 and kind == "trainer" else torch.float32
+        padding = "max_length" if kind == "fastchat" else True
         trainer = Trainer(
             get_peft_model(AutoModelForCausalLM.from_pretrained(name, dtype=dtype), lora_config(config.adapter)),
             args=TrainingArguments(**arguments),
@@ -277,8 +305,20 @@ def train_with_other(
     trainer.train()
 
 
-def matmul_rate(model: str, tokens: int = 4096) -> float:
-    """Return the FLOP/s of bfloat16 matrix products with the shapes of a model's linear layers.
+def num_packed(lengths: Sequence[int], row_length: int) -> int:
+    """Return the rows into which best-fit decreasing, as in TRL, packs examples; a longer one is truncated."""
+    free: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [number for number, left in enumerate(free) if left >= length]
+        if fitting:
+            free[min(fitting, key=free.__getitem__)] -= length
+        else:
+            free.append(max(0, row_length - length))
+    return len(free)
+
+
+def matmul_rate(model: str, dtype: torch.dtype, tokens: int = 4096) -> float:
+    """Return the FLOP/s of matrix products with the shapes of a model's linear layers.
 
     Args:
         tokens: rows of the input.
@@ -286,7 +326,7 @@ def matmul_rate(model: str, tokens: int = 4096) -> float:
     shapes = [tuple(x.weight.shape) for x in _on_meta(model).modules() if isinstance(x, torch.nn.Linear)]
     flops = seconds = 0.0
     for shape in sorted(set(shapes)):
-        weight, x = torch.randn(shape, dtype=torch.bfloat16), torch.randn(tokens, shape[1], dtype=torch.bfloat16)
+        weight, x = torch.randn(shape, dtype=dtype), torch.randn(tokens, shape[1], dtype=dtype)
         fastest = float("inf")
         for _ in range(10):
             start = time.perf_counter()

@@ -32,6 +32,8 @@ class Case(NamedTuple):
     """A run config without `output_dir`."""
     options: dict[str, Any] | None = None
     """Additional arguments of another trainer."""
+    candidates: Sequence[dict[str, Any]] = ()
+    """Further arguments, of which the ones that are fastest in a short run are used."""
     preset: str | None = None
     """A file of accelerate_configs/; None = one process without a launcher."""
     threads: int = os.cpu_count() or 1
