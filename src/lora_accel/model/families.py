@@ -59,7 +59,8 @@ FAMILIES: dict[str, Family] = {
     "cwm": Family(norm="CwmRMSNorm", gate="CwmMLP"),
     "deepseek_v2": Family(norm="DeepseekV2RMSNorm", gate="DeepseekV2MLP"),
     "deepseek_v3": Family(norm="DeepseekV3RMSNorm", gate="DeepseekV3MLP"),
-    "diffllama": Family(norm="DiffLlamaRMSNorm", gate="DiffLlamaMLP"),
+    # 5.0 reads the mask instead of calling the attention interface.
+    "diffllama": Family(packed_from="5.23", norm="DiffLlamaRMSNorm", gate="DiffLlamaMLP"),
     "dots1": Family(norm="Dots1RMSNorm", gate="Dots1MLP"),
     "ernie4_5": Family(norm="Ernie4_5RMSNorm", gate="Ernie4_5MLP"),
     "ernie4_5_moe": Family(norm="Ernie4_5_MoeRMSNorm", gate="Ernie4_5_MoeMLP"),
