@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from lora_accel.config.schema import AdapterSection
 from lora_accel.errors import ConfigError
 from lora_accel.model.adapter import add_adapter, key_dropout
-from lora_accel.model.dropout import DropoutKeys, KeyedDropout, keep_mask
+from lora_accel.model.dropout import DropoutKeys, KeyedDropout, keep_mask, make_selection, select
 from lora_accel.randomness import derive_seed, token_keys
 
 TOKENS, FEATURES = 4096, 576
@@ -65,6 +65,17 @@ def test_values_are_scaled_and_gradients_follow_the_mask() -> None:
     assert x.grad is not None
     assert torch.equal(x.grad, y.detach() / 3)
     assert dropout.eval()(x) is x
+
+
+@pytest.mark.parametrize("p", [1e-12, 0.05, 0.5, 0.97])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_selected_values_are_those_of_the_mask(dtype: torch.dtype, p: float) -> None:
+    keys = torch.from_numpy(token_keys(7, range(200)))
+    features = KeyedDropout(p, 0, FEATURES, DropoutKeys()).feature_keys
+    x = torch.randn(FEATURES, 200).t().to(dtype)  # with other strides
+    expected = torch.where(keep_mask(keys, features, p).bool(), x, 0)
+    assert torch.equal(select(x, make_selection(keys, features, p, dtype), p), expected)
+    assert (expected == 0).any() == (p > 1e-3)
 
 
 def test_mask_of_a_token_does_not_depend_on_the_batch() -> None:

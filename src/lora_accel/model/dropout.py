@@ -108,7 +108,33 @@ def keep_mask(token_keys: torch.Tensor, feature_keys: torch.Tensor, p: float) ->
     the upper bits of the wrapped product of the two keys. The mask is int32, since multiplying by bool takes twice as
     long on CPU.
     """
-    return (token_keys[..., None] * feature_keys).ge_(round(p * 2**32) - 2**31)
+    return _hashes(token_keys, feature_keys).ge_(round(p * 2**32) - 2**31)
+
+
+def make_selection(token_keys: torch.Tensor, feature_keys: torch.Tensor, p: float, dtype: torch.dtype) -> torch.Tensor:
+    """Return integers [..., F] of the size of a dtype, for `select`.
+
+    In 32 bits they are the hashes themselves, in 16 bits the mask.
+    """
+    if dtype.itemsize == 4:
+        return _hashes(token_keys, feature_keys)
+    return keep_mask(token_keys, feature_keys, p).to(torch.int16 if dtype.itemsize == 2 else torch.int64)
+
+
+def select(x: torch.Tensor, selection: torch.Tensor, p: float) -> torch.Tensor:
+    """Return x [..., F] with values zeroed, by one operation on its bits. The rest is not scaled.
+
+    Args:
+        selection: `make_selection` for the dtype of x.
+    """
+    # where(selection <= limit, 0, x). No hash is -2**31, since products of odd keys are odd.
+    limit = max(round(p * 2**32) - 2**31 - 1, -(2**31)) if x.dtype.itemsize == 4 else 0
+    bits: torch.Tensor = torch.ops.aten.threshold_backward(x.view(selection.dtype), selection, limit)
+    return bits.view(x.dtype)
+
+
+def _hashes(token_keys: torch.Tensor, feature_keys: torch.Tensor) -> torch.Tensor:
+    return token_keys[..., None] * feature_keys
 
 
 class _Drop(torch.autograd.Function):
@@ -130,4 +156,4 @@ def _dropped(x: torch.Tensor, keys: torch.Tensor, features: torch.Tensor, p: flo
     if has_kernel("drop", x):
         dropped: torch.Tensor = torch.ops.lora_accel.drop(x, keys, features, p)
         return dropped
-    return (x * keep_mask(keys, features, p)).mul_(1 / (1 - p))
+    return select(x, make_selection(keys, features, p, x.dtype), p).mul_(1 / (1 - p))

@@ -135,7 +135,7 @@ class _AdaptedLinear(torch.autograd.Function):
         x, a, b, down = ctx.saved_tensors
         layer = ctx.layer
         grad, flat = grad.to(layer.dtype), x.to(layer.dtype)  # [T, N], [T, F]
-        dropout = None if layer.dropout is None else layer.dropout.with_mask(flat, len(a))
+        dropout = None if layer.dropout is None else layer.dropout.with_selection(flat, len(a))
         grad_down = scaled_product(grad, b, layer.scale)
         grad_b = scaled_product(grad.t(), down, layer.scale)
         grad_a = matrix_gradient(grad_down, flat, dropout)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from lora_accel.model.dropout import keep_mask
+from lora_accel.model.dropout import make_selection, select
 from lora_accel.model.kernels.table import has_kernel
 
 MAX_RANK = 128
@@ -26,27 +26,30 @@ class Dropout(NamedTuple):
     """[F] int32."""
     p: float
     """Probability of zeroing a value."""
-    mask: torch.Tensor | None = None
-    """1 = keep, [T, F] int32; None = computed at each use."""
+    selection: torch.Tensor | None = None
+    """`make_selection` of the tokens and features, [T, F]; None = computed at each use."""
 
-    def with_mask(self, x: torch.Tensor, rank: int) -> Dropout:
-        """Return the dropout with its mask, for several uses; without it, where kernels compute it themselves."""
-        return self if self.has_kernels(x, rank) else self._replace(mask=self._mask())
+    def with_selection(self, x: torch.Tensor, rank: int) -> Dropout:
+        """Return the dropout with its selection, for several uses; without it, where kernels compute it themselves."""
+        return self if self.has_kernels(x, rank) else self._replace(selection=self._selection(x.dtype))
 
     def has_kernels(self, x: torch.Tensor, rank: int) -> bool:
         """Whether kernels multiply a dropped x on its device."""
         return rank <= MAX_RANK and has_kernel("project_down", x)
 
-    def drop(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x with values zeroed, and the rest scaled by 1 / (1 - p)."""
-        return (x * self._mask()).mul_(1 / (1 - self.p))
+    @property
+    def scale(self) -> float:
+        """The factor 1 / (1 - p) of the values that are kept."""
+        return 1 / (1 - self.p)
 
-    def drop_(self, x: torch.Tensor) -> torch.Tensor:
-        """Zero values of x, in place; scale nothing."""
-        return x.mul_(self._mask())
+    def zero(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x with values zeroed; products apply `scale` to their smaller operand or result."""
+        return select(x, self._selection(x.dtype), self.p)
 
-    def _mask(self) -> torch.Tensor:
-        return keep_mask(self.token_keys, self.feature_keys, self.p) if self.mask is None else self.mask
+    def _selection(self, dtype: torch.dtype) -> torch.Tensor:
+        if self.selection is not None:
+            return self.selection
+        return make_selection(self.token_keys, self.feature_keys, self.p, dtype)
 
 
 def project_down(x: torch.Tensor, a: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
@@ -61,7 +64,8 @@ def project_down(x: torch.Tensor, a: torch.Tensor, dropout: Dropout | None) -> t
             x, a, dropout.token_keys, dropout.feature_keys, dropout.p
         )
         return product
-    return (x if dropout is None else dropout.drop(x)) @ a.to(x.dtype).t()
+    a = a.to(x.dtype).t()
+    return x @ a if dropout is None else scaled_product(dropout.zero(x), a, dropout.scale)
 
 
 def add_gradient(output: torch.Tensor, down: torch.Tensor, a: torch.Tensor, dropout: Dropout | None) -> None:
@@ -76,7 +80,7 @@ def add_gradient(output: torch.Tensor, down: torch.Tensor, a: torch.Tensor, drop
     elif dropout.has_kernels(output, len(a)):
         torch.ops.lora_accel.add_gradient(output, down, a, dropout.token_keys, dropout.feature_keys, dropout.p)
     else:
-        output.add_(dropout.drop_(down @ a.to(down.dtype)), alpha=1 / (1 - dropout.p))
+        output.add_(dropout.zero(down @ a.to(down.dtype)), alpha=dropout.scale)
 
 
 def matrix_gradient(down: torch.Tensor, x: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
@@ -91,7 +95,7 @@ def matrix_gradient(down: torch.Tensor, x: torch.Tensor, dropout: Dropout | None
             down, x, dropout.token_keys, dropout.feature_keys, dropout.p
         )
         return gradient
-    return down.t() @ (x if dropout is None else dropout.drop(x))
+    return down.t() @ x if dropout is None else scaled_product(down.t(), dropout.zero(x), dropout.scale)
 
 
 def scaled_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
