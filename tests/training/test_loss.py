@@ -339,3 +339,21 @@ def test_packed_and_padded_losses_are_equal(tiny_model: Callable[..., Path]) -> 
     assert patch_fused_loss(model)
     torch.testing.assert_close(summed_token_loss(model, pack(EXAMPLES)), padded_loss, rtol=1e-6, atol=0)
     assert summed_token_loss(model, pack([empty_example(PAD)])).item() == 0.0
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_loss_of_probabilities_that_underflow_is_exact(overwrite: bool, smoothing: float) -> None:
+    """The probability of a target 300 below the largest logit is zero in float32; its loss is 300."""
+    torch.manual_seed(0)
+    logits = torch.randn(4, 50).index_put((torch.tensor([0, 1]), torch.tensor([3, 4])), torch.tensor(300.0))
+    targets = torch.tensor([5, 4, 6, IGNORE_INDEX])
+    expected_logits = logits.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(
+        expected_logits, targets, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=smoothing
+    )
+    expected.backward()
+    loss = loss_module._loss(logits, targets, 1.0, None, smoothing, overwrite=overwrite)
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=0)
+    if overwrite:
+        torch.testing.assert_close(logits[:3].double(), expected_logits.grad[:3], rtol=1e-6, atol=1e-8)

@@ -26,7 +26,7 @@ CHUNK_NUMEL = 2**24
 GPU_ROWS = 512
 """Rows of logits that a GPU computes at once, at least: fewer would not keep it busy. Of a 128k vocabulary, 131 MB."""
 
-SOFTMAX_NUMEL = 2**22
+SOFTMAX_NUMEL = 2**20
 """Logits that go through softmax at once on CPU, so that their float32 copy stays in the cache."""
 
 
@@ -200,13 +200,15 @@ def _loss(
     if softcap is not None:
         tanh = torch.tanh(exact / softcap)
         exact, slope = tanh * softcap, 1 - tanh.square()
-    log_p = torch.log_softmax(exact, dim=-1)
-    expected = log_p.gather(1, target)[:, 0]
+    # Relative to the largest logit, whose probability is exp(-log_total): softmax computes each exponential once.
+    peak = exact.amax(1)
+    gradient = torch.softmax(exact, dim=-1) if overwrite else None
+    log_total = (exact - peak[:, None]).logsumexp(1) if gradient is None else -gradient.amax(1).log_()
+    expected = exact.gather(1, target)[:, 0] - peak
     if smoothing:
-        expected = (1 - smoothing) * expected + smoothing * log_p.mean(dim=1)
-    loss = -(expected * (targets != IGNORE_INDEX)).sum()
-    if overwrite:
-        gradient = log_p.exp_()
+        expected = (1 - smoothing) * expected + smoothing * (exact.mean(dim=1) - peak)
+    loss = ((log_total - expected) * (targets != IGNORE_INDEX)).sum()
+    if gradient is not None:
         if smoothing:
             gradient -= smoothing / gradient.shape[1]
         gradient.scatter_add_(1, target, torch.full_like(target, smoothing - 1, dtype=gradient.dtype))
