@@ -112,7 +112,7 @@ def test_checkpoint_without_dtype_was_trained_as_stored(
     del state["provenance"]["base_dtype"], state["overflowed"], state["loss_scale"]
     state_file.write_text(json.dumps(state))
     write_manifest(state_file.parent)
-    assert kept_settings(state_file.parent.parent, "auto") == KeptSettings("no", "auto", warmup_from_zero=False)
+    assert kept_settings(state_file.parent.parent, "auto") == KeptSettings("no", "auto", False, 256)
     run_training(config)
     provenance = json.loads((Path(config.output_dir) / "provenance.json").read_text())
     assert provenance["base_dtype"] == "bfloat16"

@@ -47,7 +47,10 @@ def is_finished(
             return False
         finished_plan = {key: value for key, value in provenance["plan"].items() if key != "num_ranks"}
         tokens = [entry["tokens_sha256"] for entry in provenance["data"]]
-        settings, precision = provenance["config"], provenance["mixed_precision"]
+        settings, precision = with_defaults(provenance["config"]), provenance["mixed_precision"]
+        asked = config.model_dump()
+        if asked["training"]["micro_batch_tokens"] == "auto":  # what the run chose is recorded
+            asked["training"]["micro_batch_tokens"] = settings["training"]["micro_batch_tokens"]
         initial = (provenance.get("init_from") or [{"sha256": None}])[0]["sha256"]
         base, template_sha256 = provenance["base"], provenance["chat_template_sha256"]
         recorded = {
@@ -60,7 +63,7 @@ def is_finished(
     is_same = (
         finished_plan == {key: value for key, value in plan.as_dict().items() if key in finished_plan}
         and tokens == [ledger.tokens_sha256 for ledger in ledgers]
-        and with_defaults(settings) == config.model_dump()
+        and settings == asked
         and precision == mixed_precision
         and initial == initial_sha256
     )

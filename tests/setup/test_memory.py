@@ -50,7 +50,7 @@ def test_a_finished_run_with_auto_is_found_finished(
     run_training(config)
     capsys.readouterr()
     run_training(config)
-    assert "loading" not in capsys.readouterr().out
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_steps_of_examples_that_begin_alike_compute_fewer_tokens(make_config: MakeConfig, tmp_path: Path) -> None:
