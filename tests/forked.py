@@ -15,9 +15,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PRELOAD = [
@@ -56,6 +58,15 @@ def start(args: list[str], environment: dict[str, str], stdout: Path, stderr: Pa
     process = context().Process(target=_main, args=(args, environment, str(stdout), str(stderr), str(folder)))
     process.start()
     return process
+
+
+def run_process(
+    command: Sequence[str], environment: Mapping[str, str], timeout: float | None = None, **_: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a command as `benchmark_run.run_process` does, as a fork."""
+    from tests.conftest import PATIENCE_SECONDS  # which imports this module
+
+    return run([*command[1:]], dict(environment), timeout or PATIENCE_SECONDS)
 
 
 def run(

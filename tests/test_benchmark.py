@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 
 from lora_accel.model.device import Device
 from tests import forked
-from tests.conftest import PATIENCE_SECONDS, ROOT, write_jsonl
+from tests.conftest import ROOT, write_jsonl
 
 
 @pytest.fixture
@@ -26,12 +25,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     import benchmark_rows
     import benchmark_run
 
-    def run_process(
-        command: Sequence[str], environment: Mapping[str, str], timeout: float | None = None, **_: Any
-    ) -> subprocess.CompletedProcess[str]:
-        return forked.run([*command[1:]], dict(environment), timeout or PATIENCE_SECONDS)
-
-    monkeypatch.setattr(benchmark_run, "run_process", run_process)
+    monkeypatch.setattr(benchmark_run, "run_process", forked.run_process)
     return SimpleNamespace(main=benchmark, case=benchmark_case, rows=benchmark_rows, run=benchmark_run)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests import forked
-from tests.conftest import PATIENCE_SECONDS, ROOT
+from tests.conftest import ROOT
 from tests.device.budgets import BUDGETS
 
 PYTEST_OUTPUT = """\
@@ -34,13 +33,8 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     import benchmark_run
     import check_gpu
 
-    def run_process(
-        command: Sequence[str], environment: Mapping[str, str], timeout: float | None = None, **_: Any
-    ) -> subprocess.CompletedProcess[str]:
-        return forked.run([*command[1:]], dict(environment), timeout or PATIENCE_SECONDS)
-
-    monkeypatch.setattr(benchmark_run, "run_process", run_process)
-    monkeypatch.setattr(check_gpu, "run_process", run_process)
+    monkeypatch.setattr(benchmark_run, "run_process", forked.run_process)
+    monkeypatch.setattr(check_gpu, "run_process", forked.run_process)
     return {"check_gpu": check_gpu, "benchmark_run": benchmark_run}
 
 

@@ -40,9 +40,12 @@ def forward(model: nn.Module, lengths: Sequence[int]) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.skipif(
+compiles_once = pytest.mark.skipif(
     Version(torch.__version__) < Version("2.13"), reason="torch 2.9 recompiles for some lengths, which is only slower"
 )
+
+
+@compiles_once
 def test_layers_are_compiled_once_for_all_lengths() -> None:
     model, eager = model_of("llama").train(), model_of("llama").train()
     pack_attention(model)
@@ -62,7 +65,7 @@ def test_layers_are_compiled_once_for_all_lengths() -> None:
     assert num_graphs[1:] == num_graphs[1:2] * 4
 
 
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.13"), reason="as above")
+@compiles_once
 def test_rows_with_shared_tokens_are_compiled_once() -> None:
     """For any trie, and no more often than rows without."""
     model, eager = (

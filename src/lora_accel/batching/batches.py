@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from lora_accel.batching.batch import MicroBatch, StepBatch
+from lora_accel.batching.batch import StepBatch
 from lora_accel.batching.grouping import (
     balance_by_tokens,
     group_packed,
@@ -143,66 +144,71 @@ def step_batch(examples: Sequence[Example], options: BatchOptions) -> StepBatch:
     backward may run collectives, which all ranks must join.
     """
     groups = _groups_of_ranks(examples, options)
-    own = groups[options.rank] + [[]] * (max(map(len, groups)) - len(groups[options.rank]))
+    own = groups[options.rank]
+    placeholders = [[empty_example(options.pad_id)]] * (max(map(len, groups)) - len(own))
+    own = own + [_Group(part, separate_nodes(part)) for part in placeholders]
     return StepBatch(
-        [_micro_batch(group or [empty_example(options.pad_id)], options) for group in own],
+        [pack(*group) if options.packed else pad(group.examples, options.pad_id) for group in own],
         num_examples=len(examples),
         num_tokens=sum(len(example.input_ids) for example in examples),
         num_supervised_tokens=sum(example.num_supervised for example in examples),
-        num_computed_tokens=_num_computed(groups, options),
+        num_computed_tokens=_num_computed(groups),
         examples=examples,
     )
 
 
 def num_computed_tokens(examples: Sequence[Example], options: BatchOptions) -> int:
     """Return `StepBatch.num_computed_tokens` without building tensors."""
-    return _num_computed(_groups_of_ranks(examples, options), options)
+    return _num_computed(_groups_of_ranks(examples, options))
 
 
-def _groups_of_ranks(examples: Sequence[Example], options: BatchOptions) -> list[list[list[Example]]]:
+class _Group(NamedTuple):
+    """The examples of a micro-batch, and what a packed row holds of them."""
+
+    examples: Sequence[Example]
+    nodes: Sequence[Node]
+
+
+def _groups_of_ranks(examples: Sequence[Example], options: BatchOptions) -> list[list[_Group]]:
     """Return the micro-batches of each rank."""
     # With a limit in examples, ranks get equally many examples; with a limit in tokens, about equally many tokens.
     most = len(examples) if options.max_examples is None else -(-len(examples) // options.num_ranks)
     prefixed = examples if options.min_saving is None else [PrefixedExample(*example) for example in examples]
     shares = balance_by_tokens(prefixed, options.num_ranks, most)
-    if options.min_saving is not None:
+    if options.min_saving is not None and options.num_ranks > 1:
 
         def busiest(shares: Sequence[Sequence[Example]]) -> int:
-            return max(_num_computed([[share]], options) for share in shares)
+            return max(num_computed(_nodes(share, options)) for share in shares)
 
         # Whichever gives the busiest rank less to compute.
         shares = min(shares, keep_prefixes_together(prefixed, options.num_ranks, most), key=busiest)
     return [_groups(share, options) for share in shares]
 
 
-def _groups(examples: Sequence[Example], options: BatchOptions) -> list[list[Example]]:
+def _groups(examples: Sequence[Example], options: BatchOptions) -> list[_Group]:
     """Return the micro-batches of a rank."""
     limits = options.max_tokens, options.max_examples
-    if options.min_saving is None:
-        return group_packed(examples, *limits) if options.packed else group_padded(examples, *limits)
-    groups = group_shared(examples, *limits)
-    if options.max_examples is not None:
-        return groups
-    # Groups that share nothing after all hold more tokens than the limit, so their examples are grouped again.
-    separate = [example for group in groups if not _saves_enough(group, options.min_saving) for example in group]
-    return [group for group in groups if _saves_enough(group, options.min_saving)] + group_packed(separate, *limits)
-
-
-def _saves_enough(examples: Sequence[Example], min_saving: float) -> bool:
-    return num_computed(shared_nodes(examples)) <= (1 - min_saving) * num_computed(separate_nodes(examples))
+    if options.min_saving is not None:
+        groups = [_Group(part, _nodes(part, options)) for part in group_shared(examples, *limits)]
+        if options.max_examples is not None or options.min_saving == 0:
+            return groups
+        # Groups that share nothing after all hold more tokens than the limit, so their examples are grouped again.
+        shared = [group for group in groups if len(group.nodes) > len(group.examples)]
+        separate = [x for group in groups if len(group.nodes) == len(group.examples) for x in group.examples]
+        return shared + [_Group(part, separate_nodes(part)) for part in group_packed(separate, *limits)]
+    group = group_packed if options.packed else group_padded
+    return [_Group(part, separate_nodes(part)) for part in group(examples, *limits)]
 
 
 def _nodes(examples: Sequence[Example], options: BatchOptions) -> list[Node]:
     """Return what a packed micro-batch holds: shared tokens once, if that saves enough."""
-    if options.min_saving is not None and _saves_enough(examples, options.min_saving):
-        return shared_nodes(examples)
-    return separate_nodes(examples)
+    separate = separate_nodes(examples)
+    if options.min_saving is None:
+        return separate
+    shared = shared_nodes(examples)
+    return shared if num_computed(shared) <= (1 - options.min_saving) * num_computed(separate) else separate
 
 
-def _num_computed(groups: Sequence[Sequence[Sequence[Example]]], options: BatchOptions) -> int:
+def _num_computed(groups: Sequence[Sequence[_Group]]) -> int:
     """Return the tokens of the micro-batches of all ranks, without padding."""
-    return sum(num_computed(_nodes(group, options)) for share in groups for group in share)
-
-
-def _micro_batch(examples: Sequence[Example], options: BatchOptions) -> MicroBatch:
-    return pack(examples, _nodes(examples, options)) if options.packed else pad(examples, options.pad_id)
+    return sum(num_computed(group.nodes) for share in groups for group in share)
