@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from lora_accel.batching.batch import MicroBatch
+from lora_accel.batching.batch import MicroBatch, Segments
 from lora_accel.batching.packing import pack, pad
 from lora_accel.batching.prefixes import shared_nodes
 from lora_accel.config.schema import AdapterSection, TrainingSection
@@ -16,7 +16,7 @@ from lora_accel.data.chat import Example
 from lora_accel.errors import ConfigError
 from lora_accel.labels import IGNORE_INDEX
 from lora_accel.model.adapter import add_adapter, key_dropout, trainable_parameters
-from lora_accel.model.attention import AttentionOptions, _blocks, _Blockwise, pack_attention
+from lora_accel.model.attention import BLOCK, TILE, AttentionOptions, _blocks, _Blockwise, pack_attention, tile_size
 from lora_accel.model.fused_loss import patch_fused_loss
 from lora_accel.model.gpu_attention import flex_attention
 from lora_accel.model.kernels.adapters import patch_adapters
@@ -155,17 +155,78 @@ def test_flex_attention_sees_the_same_keys(softcap: float | None) -> None:
     segments = batch.inputs["segments"]
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(h, batch.input_ids.numel(), 16, generator=generator) for h in (4, 2, 2))
-    options = AttentionOptions(0.25, None, softcap)
-    sinks, blocks = torch.linspace(-1, 3, 4), _blocks(segments, None)
+    options = AttentionOptions(0.25, softcap)
+    sinks, blocks = torch.linspace(-1, 3, 4), _blocks(segments, None, query)
     expected = _Blockwise.apply(query, key, value, sinks, blocks, options)  # type: ignore[no-untyped-call]
     output = flex_attention(query, key, value, segments, scaling=0.25, window=None, softcap=softcap, sinks=sinks)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
 
 
+def attended(segments: Segments, window: int | None) -> torch.Tensor:
+    """Which keys each query attends to by definition, [T, T]: those of its segment and of all that it continues."""
+    own = [index for index, length in enumerate(segments.lengths) for _ in range(length)]
+    keys = torch.zeros(len(own), len(own), dtype=torch.bool)
+    for query, index in enumerate(own):
+        path: set[int | None] = {index}
+        parent = segments.parents[index] if segments.parents else None
+        while parent is not None:
+            path.add(parent)
+            parent = segments.parents[parent] if segments.parents else None
+        first = 0 if window is None else max(0, query - window + 1)
+        for key in range(first, query + 1):
+            keys[query, key] = own[key] in path
+    return keys
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("depth", "window"), [(0, None), (0, 50), (1, None), (2, None), (3, None)])
+def test_blocks_hold_the_keys_of_their_queries(depth: int, window: int | None, dtype: torch.dtype) -> None:
+    """In 16 bits on a CPU they begin and end at multiples of `TILE`."""
+    tile = tile_size(dtype, CPU)
+    assert tile == (1 if dtype == torch.float32 else TILE)
+    lengths = (1, 300, 30, 129, 64, 128, 7) if depth == 0 else (150, 2)
+    long = [Example(tokens(n, n), [IGNORE_INDEX, *tokens(n - 1, 1000 + n)]) for n in lengths]
+    examples = [*examples_of(depth), *long]
+    batch = pack(examples, shared_nodes(examples) if depth else None, multiple=tile)
+    segments = batch.inputs["segments"]
+    found = torch.zeros(batch.input_ids.numel(), batch.input_ids.numel(), dtype=torch.bool)
+    blocks = _blocks(segments, window, torch.zeros(1, dtype=dtype))
+    assert [0, *(block.last for block in blocks)] == [*(block.first for block in blocks), len(found)]
+    for block in blocks:
+        assert block.last - block.first <= BLOCK
+        assert all(bound % tile == 0 for bounds in ((block.first, block.last), *block.ranges) for bound in bounds)
+        keys = torch.cat([torch.arange(*bounds) for bounds in block.ranges])
+        visible = torch.ones(block.last - block.first, len(keys), dtype=torch.bool)
+        for start, mask in block.masks:
+            assert set(mask.unique().tolist()) <= {0.0, -torch.inf}
+            visible[:, start : start + mask.shape[1]] &= mask == 0
+        found[block.first : block.last, keys] = visible
+    assert torch.equal(found, attended(segments, window))
+    if depth == 3:
+        assert any(len(block.ranges) > 1 for block in blocks)
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_padding_of_a_row_changes_no_loss_and_no_gradient(*, shares: bool) -> None:
+    examples = examples_of(2)
+    nodes = shared_nodes(examples) if shares else None
+    exact, padded = pack(examples, nodes), pack(examples, nodes, pad_id=5, multiple=32)
+    assert exact.input_ids.numel() % 32
+    assert exact.targets.numel() % 32
+    assert padded.input_ids.numel() % 32 == padded.targets.numel() % 32 == 0
+    assert exact.segments is not None
+    assert padded.segments is not None
+    assert padded.segments.num_tokens == exact.segments.num_tokens
+    (loss, gradient), (expected_loss, expected) = step("llama", padded, 0.1), step("llama", exact, 0.1)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert (gradient - expected).norm() <= 2e-6 * expected.norm()
+
+
 def test_the_layers_of_a_forward_share_their_blocks() -> None:
     examples = examples_of(3)
     segments = pack(examples, shared_nodes(examples)).inputs["segments"]
-    assert _blocks(segments, None) is _blocks(segments, None)
+    like = torch.zeros(1)
+    assert _blocks(segments, None, like) is _blocks(segments, None, like)
 
 
 def saving(family: str = "llama", device: torch.device = CPU, *, packed: bool = True, **training: Any) -> float | None:
@@ -213,10 +274,11 @@ def test_many_examples_of_one_prefix_add_up_in_16_bits() -> None:
     length = batch.input_ids.numel()
     query, key, value = ((torch.rand(2, length, 16, generator=generator) - 0.2).bfloat16() for _ in range(3))
     grad = torch.rand(length, 2, 16, generator=generator).bfloat16()
-    blocks, gradients = _blocks(batch.inputs["segments"], None), []
+    gradients = []
     for dtype in (torch.bfloat16, torch.float32):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
-        output = _Blockwise.apply(*leaves, None, blocks, AttentionOptions(0.25, None, None))  # type: ignore[no-untyped-call]
+        blocks, options = _blocks(batch.inputs["segments"], None, leaves[0]), AttentionOptions(0.25, None)
+        output = _Blockwise.apply(*leaves, None, blocks, options)  # type: ignore[no-untyped-call]
         output.backward(grad.to(dtype))
         gradients.append([leaf.grad[:, :32].float() for leaf in leaves[1:] if leaf.grad is not None])
     for rounded, exact in zip(*gradients, strict=True):

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from lora_accel import RunConfig, run_training
 from lora_accel.batching.batch import MicroBatch
 from lora_accel.inference.evaluation import evaluate
-from lora_accel.training import evaluator
+from lora_accel.model.attention import TILE
+from lora_accel.training import evaluator, step
 from tests.conftest import chat_rows, read_metrics, write_jsonl
 
 Make = Callable[..., RunConfig]
@@ -118,3 +119,28 @@ def test_evaluation_shares(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(tokens) == 2
         results.append([*eval_losses, *(score.eval_loss for score in scores)])
     assert results[0] == pytest.approx(results[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", "bfloat16"), ("no", "float32")])
+def test_rows_are_padded_to_tiles_in_16_bits(
+    make: Make, monkeypatch: pytest.MonkeyPatch, precision: str, dtype: str
+) -> None:
+    """Each length of a row and each number of logits would take memory, which oneDNN keeps."""
+    sizes: list[int] = []
+
+    def record(original: Any) -> Any:
+        def recorded(model: Any, batch: MicroBatch, *args: Any) -> Any:
+            sizes.extend((batch.input_ids.numel(), batch.targets.numel()))
+            return original(model, batch, *args)
+
+        return recorded
+
+    for module in (evaluator, step):
+        monkeypatch.setattr(module, "summed_token_loss", record(module.summed_token_loss))
+    training = {"max_steps": 2, "mixed_precision": precision}
+    config = make(precision, training=training, model={"dtype": dtype}, evaluation={"at_start": True})
+    run_training(config)
+    evaluate(config, adapters=[Path(config.output_dir) / "adapter"], max_new_tokens=1)
+    assert all(size % TILE == 0 for size in sizes) is (dtype == "bfloat16")
+    counts = [line[name] for line in read_metrics(Path(config.output_dir)) for name in ("tokens", "computed_tokens")]
+    assert all(count % TILE for count in counts), "padding does not count"

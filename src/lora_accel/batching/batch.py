@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from lora_accel.data.audit import name_rows
@@ -23,6 +24,8 @@ class Segments:
     lengths: tuple[int, ...]
     parents: tuple[int | None, ...] = ()
     """Of each segment: which earlier one holds the tokens before its own, None if it begins an example. Empty = all."""
+    num_padding: int = 0
+    """Tokens of the last segment, if it is padding; see `pack`."""
     cu_seqlens: torch.Tensor | None = dataclasses.field(default=None, compare=False)
     """[N + 1] int32: where each example begins, and the end of the last one, on the device of the forward."""
     seen_until: torch.Tensor | None = dataclasses.field(default=None, compare=False)
@@ -36,26 +39,26 @@ class Segments:
 
     @property
     def num_tokens(self) -> int:
-        """The tokens of all examples: those that several share count for each."""
+        """The tokens of all examples, without padding: those that several share count for each."""
         ends: list[int] = []
         for index, length in enumerate(self.lengths):
             parent = self.parents[index] if self.parents else None
             ends.append(length + (0 if parent is None else ends[parent]))
         parents = set(self.parents)
-        return sum(end for index, end in enumerate(ends) if index not in parents)
+        return sum(end for index, end in enumerate(ends) if index not in parents) - self.num_padding
 
     @property
     def is_shared(self) -> bool:
         """Whether a segment continues another one."""
         return any(parent is not None for parent in self.parents)
 
-    def earlier_ranges(self) -> list[tuple[tuple[int, int], ...]]:
-        """Return of each segment where the tokens before its own are, in order: ranges [first, last) of the row."""
-        starts = [0, *itertools.accumulate(self.lengths)]
-        ranges: list[tuple[tuple[int, int], ...]] = []
-        for parent in self.parents or (None,) * len(self.lengths):
-            ranges.append(() if parent is None else (*ranges[parent], (starts[parent], starts[parent + 1])))
-        return ranges
+    def find_ends(self) -> npt.NDArray[np.int32]:
+        """Return `seen_until`."""
+        ends = np.cumsum(self.lengths, dtype=np.int32)
+        for index, parent in reversed([*enumerate(self.parents)]):
+            if parent is not None:
+                ends[parent] = max(ends[parent], ends[index])
+        return np.repeat(ends, self.lengths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,9 @@ class MicroBatch:
         """Return the keyword arguments of the model's forward."""
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         if self.segments is not None:
-            segments = dataclasses.replace(self.segments, cu_seqlens=self.cu_seqlens, seen_until=self.seen_until)
+            segments = dataclasses.replace(
+                self.segments, cu_seqlens=self.cu_seqlens, seen_until=self.seen_until, cache={}
+            )
             inputs |= {"position_ids": self.position_ids, "segments": segments}
         return inputs
 

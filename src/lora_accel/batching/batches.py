@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_accel.batching.batch import StepBatch
+from lora_accel.batching.batch import MicroBatch, StepBatch
 from lora_accel.batching.grouping import (
     balance_by_tokens,
     group_packed,
@@ -56,6 +56,8 @@ class BatchOptions:
     min_saving: float | None = None
     """Share of a micro-batch's tokens that has to be saved for examples to share those with which they begin
     (batching/prefixes.py); packed only. None = they never do."""
+    row_multiple: int = 1
+    """Of the tokens of a packed row, which is padded."""
     rank: int = 0
     num_ranks: int = 1
 
@@ -67,13 +69,14 @@ class BatchOptions:
         pad_id: int,
         packed: bool = False,
         min_saving: float | None = None,
+        row_multiple: int = 1,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> BatchOptions:
         """Return the options that a run config sets; `micro_batch_tokens: auto` counts as `DEFAULT_TOKENS`."""
         tokens, examples = training.micro_batch_tokens, training.micro_batch_size
         tokens = DEFAULT_TOKENS if tokens == "auto" else tokens
-        return cls(pad_id, packed, tokens, examples, min_saving if packed else None, rank, num_ranks)
+        return cls(pad_id, packed, tokens, examples, min_saving if packed else None, row_multiple, rank, num_ranks)
 
 
 class Batches:
@@ -148,13 +151,19 @@ def step_batch(examples: Sequence[Example], options: BatchOptions) -> StepBatch:
     placeholders = [[empty_example(options.pad_id)]] * (max(map(len, groups)) - len(own))
     own = own + [_Group(part, separate_nodes(part)) for part in placeholders]
     return StepBatch(
-        [pack(*group) if options.packed else pad(group.examples, options.pad_id) for group in own],
+        [_micro_batch(group, options) for group in own],
         num_examples=len(examples),
         num_tokens=sum(len(example.input_ids) for example in examples),
         num_supervised_tokens=sum(example.num_supervised for example in examples),
         num_computed_tokens=_num_computed(groups),
         examples=examples,
     )
+
+
+def _micro_batch(group: _Group, options: BatchOptions) -> MicroBatch:
+    if not options.packed:
+        return pad(group.examples, options.pad_id)
+    return pack(*group, pad_id=options.pad_id, multiple=options.row_multiple)
 
 
 def num_computed_tokens(examples: Sequence[Example], options: BatchOptions) -> int:

@@ -23,19 +23,30 @@ def empty_example(pad_id: int) -> Example:
     return Example([pad_id], [IGNORE_INDEX])
 
 
-def pack(examples: Sequence[Example], nodes: Sequence[Node] | None = None) -> MicroBatch:
+def pack(
+    examples: Sequence[Example], nodes: Sequence[Node] | None = None, *, pad_id: int = 0, multiple: int = 1
+) -> MicroBatch:
     """Concatenate examples into one row.
 
     Args:
         nodes: of batching/prefixes.py, what the row holds of them; None = each as it is.
+        pad_id: token of the padding.
+        multiple: of the row's tokens, and of its logit positions. The rest is padding: one more segment, and positions
+            without a supervised token.
     """
-    nodes = separate_nodes(examples) if nodes is None else nodes
+    nodes = list(separate_nodes(examples) if nodes is None else nodes)
+    num_padding = -sum(node.last - node.first for node in nodes) % multiple
+    if num_padding:
+        nodes.append(Node(len(examples), 0, num_padding, None))
+        examples = [*examples, Example([pad_id] * num_padding, [IGNORE_INDEX] * num_padding)]
     lengths = [node.last - node.first for node in nodes]
     starts = [0, *itertools.accumulate(lengths)]
     slices = [(examples[node.example], slice(node.first, node.last)) for node in nodes]
     keys = {number: token_keys(example.key, example.input_ids) for number, example in enumerate(examples)}
     is_shared = any(node.parent is not None for node in nodes)
-    columns, targets = _columns(examples, nodes, starts)
+    columns, targets = _columns(examples, nodes, starts, multiple)
+    parents = tuple(node.parent for node in nodes) if is_shared else ()
+    segments = Segments(tuple(lengths), parents, num_padding)
     # transformers passes a 4-D mask through unchanged. Packed attention ignores it and uses `segments`; if any layer
     # did read it, the loss would be NaN.
     mask = np.full((1, 1, 1, 1), np.nan, np.float32)
@@ -46,24 +57,14 @@ def pack(examples: Sequence[Example], nodes: Sequence[Node] | None = None) -> Mi
         targets=torch.from_numpy(targets[None]),
         token_keys=torch.from_numpy(np.concatenate([keys[n.example][n.first : n.last] for n in nodes])[None]),
         position_ids=torch.from_numpy(np.concatenate([np.arange(node.first, node.last) for node in nodes])[None]),
-        segments=Segments(tuple(lengths), tuple(node.parent for node in nodes) if is_shared else ()),
+        segments=segments,
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
-        seen_until=torch.from_numpy(_seen_until(nodes, starts)) if is_shared else None,
+        seen_until=torch.from_numpy(segments.find_ends()) if is_shared else None,
     )
 
 
-def _seen_until(nodes: Sequence[Node], starts: Sequence[int]) -> npt.NDArray[np.int32]:
-    """Return for each token the end of the last node below its own one, [T]."""
-    ends = list(starts[1:])
-    for index in range(len(nodes) - 1, -1, -1):
-        parent = nodes[index].parent
-        if parent is not None:
-            ends[parent] = max(ends[parent], ends[index])
-    return np.repeat(np.array(ends, dtype=np.int32), np.diff(starts))
-
-
 def _columns(
-    examples: Sequence[Example], nodes: Sequence[Node], starts: Sequence[int]
+    examples: Sequence[Example], nodes: Sequence[Node], starts: Sequence[int], multiple: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return the positions in the row that predict supervised tokens, and these tokens.
 
@@ -82,7 +83,8 @@ def _columns(
                 column = before if position == node.first else starts[index] + position - node.first - 1
                 pairs.append((column, labels[position]))  # type: ignore[arg-type]
     pairs.sort(key=lambda pair: pair[0])
-    columns, targets = np.array(pairs or [(0, IGNORE_INDEX)], dtype=np.int64).T
+    num_padding = -len(pairs) % multiple if pairs else multiple
+    columns, targets = np.array(pairs + [(0, IGNORE_INDEX)] * num_padding, dtype=np.int64).T
     return np.ascontiguousarray(columns), np.ascontiguousarray(targets)
 
 

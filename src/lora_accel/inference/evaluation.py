@@ -96,6 +96,7 @@ def evaluate(
     from accelerate import Accelerator
 
     from lora_accel.batching.batches import BatchOptions, step_batch
+    from lora_accel.model.attention import tile_size
     from lora_accel.model.sharing import min_saving_of
     from lora_accel.setup.recipe import complete_config
     from lora_accel.setup.sizes import resolve_rope_scaling
@@ -117,7 +118,13 @@ def evaluate(
     for name, model, packed in candidates:
         packed = packed and config.data.packing
         min_saving = min_saving_of(config.training, model, accelerator.device, packed=packed)
-        options = BatchOptions.from_config(config.training, pad_id=data.pad_id, packed=packed, min_saving=min_saving)
+        options = BatchOptions.from_config(
+            config.training,
+            pad_id=data.pad_id,
+            packed=packed,
+            min_saving=min_saving,
+            row_multiple=tile_size(next(model.parameters()).dtype, accelerator.device),
+        )
         batches = {path: step_batch(source, options) for path, source in data.sources.items()}
         with Stage(f"{name}: loss"):
             losses = evaluate_sources(accelerator, model, batches, data.num_bytes)

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -32,7 +34,14 @@ from lora_accel.model.gpu_attention import (
 from lora_accel.model.recurrence import pack_recurrences
 
 BLOCK = 128
-"""Queries per block. Smaller blocks compute fewer products that the causal mask discards; larger ones are faster."""
+"""Queries per block. Smaller blocks compute fewer products that the mask discards; larger ones are faster."""
+
+TILE = 32
+"""In 16 bits on a CPU, rows, blocks and their keys begin and end at multiples of so many tokens.
+
+oneDNN compiles each shape of a matrix product and keeps it. With arbitrary lengths that takes gigabytes over a run, and
+a few percent of the time. In float32, MKL computes any shape at once.
+"""
 
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
 """Layers that support packing, by their names in configs."""
@@ -42,23 +51,24 @@ OTHER_LAYERS = frozenset({"mlp", "moe"})
 
 
 class Block(NamedTuple):
-    """Queries [first, last) of a row; they attend to keys [first_key, last), and to those of earlier ranges."""
+    """Queries [first, last) of a row, N, and the keys to which any of them attends, M."""
 
     first: int
     last: int
-    first_key: int
-    earlier: tuple[tuple[int, int], ...] = ()
-    """Ranges [first, last) of shared tokens, in order."""
+    ranges: tuple[tuple[int, int], ...]
+    """Where the keys are: ranges [first, last) of the row, in order."""
+    masks: tuple[tuple[int, torch.Tensor], ...]
+    """For keys to which not all queries attend: the first of K keys, and an additive mask [N, K], -inf = does not."""
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the rows [G, M, D] of the block's keys, of those of all tokens [G, T, D]."""
-        own = rows[:, self.first_key : self.last]
-        return torch.cat([*(rows[:, a:b] for a, b in self.earlier), own], dim=1) if self.earlier else own
+        parts = [rows[:, first:last] for first, last in self.ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def add(self, rows: torch.Tensor, values: torch.Tensor) -> None:
         """Add values [G, M, D] to the rows that `take` returns, in place."""
         start = 0
-        for first, last in (*self.earlier, (self.first_key, self.last)):
+        for first, last in self.ranges:
             rows[:, first:last] += values[:, start : start + last - first]
             start += last - first
 
@@ -67,7 +77,6 @@ class AttentionOptions(NamedTuple):
     """Arguments of `packed_attention`."""
 
     scaling: float
-    sliding_window: int | None
     softcap: float | None
 
 
@@ -278,33 +287,98 @@ def packed_attention(
         return flex_attention(
             query, key, value, segments, scaling=scaling, window=sliding_window, softcap=softcap, sinks=sinks
         )[None]
-    blocks, options = _blocks(segments, sliding_window), AttentionOptions(scaling, sliding_window, softcap)
+    blocks = _blocks(segments, sliding_window, query)
+    options = AttentionOptions(scaling, softcap)
     output = _Blockwise.apply(query, key, value, sinks, blocks, options)  # type: ignore[no-untyped-call]
     assert isinstance(output, torch.Tensor)
     return output[None]
 
 
-def _blocks(segments: Iterable[int], window: int | None) -> list[Block]:
-    """Return the blocks of a row. All layers of a forward share them: they are kept with the segments."""
+def tile_size(dtype: torch.dtype, device: torch.device) -> int:
+    """Return the multiple of tokens to which rows are padded, and at which blocks begin; see `TILE`."""
+    return TILE if device.type == "cpu" and dtype.itemsize == 2 else 1
+
+
+def _blocks(segments: Iterable[int], window: int | None, like: torch.Tensor) -> list[Block]:
+    """Return the blocks of a row. All layers of a forward share them: they are kept with the segments.
+
+    Args:
+        like: has the dtype and the device of the masks.
+    """
     cache: dict[Any, list[Block]] = getattr(segments, "cache", {})  # of batching.Segments
-    if window not in cache:
-        cache[window] = list(_find_blocks(segments, window))
-    return cache[window]
+    key = window, like.dtype, like.device
+    if key not in cache:
+        cache[key] = list(_find_blocks(_seen_until(segments), window, tile_size(like.dtype, like.device), like))
+    return cache[key]
 
 
-def _find_blocks(segments: Iterable[int], window: int | None) -> Iterator[Block]:
-    is_shared = getattr(segments, "is_shared", False)
+def _seen_until(segments: Iterable[int]) -> npt.NDArray[np.int32]:
+    """Return for each token of a row the position after the last token that attends to it, [T]."""
+    if getattr(segments, "is_shared", False):
+        ends: npt.NDArray[np.int32] = segments.find_ends()  # type: ignore[attr-defined]
+        return ends
     lengths = list(segments)
-    ranges = segments.earlier_ranges() if is_shared else [()] * len(lengths)  # type: ignore[attr-defined]
-    start = 0
-    for length, earlier in zip(lengths, ranges, strict=True):
-        first_of_keys = start
-        while earlier and earlier[-1][1] == first_of_keys:  # it is directly before
-            first_of_keys, earlier = earlier[-1][0], earlier[:-1]
-        for first in range(start, start + length, BLOCK):
-            first_key = first_of_keys if window is None else max(start, first - window + 1)
-            yield Block(first, min(first + BLOCK, start + length), first_key, earlier)
-        start += length
+    return np.repeat(np.cumsum(lengths, dtype=np.int32), lengths)
+
+
+def _find_blocks(ends: npt.NDArray[np.int32], window: int | None, tile: int, like: torch.Tensor) -> Iterator[Block]:
+    """Divide a row into blocks that need few keys: they end where an example ends, at the next multiple of `tile`.
+
+    Args:
+        ends: of `_seen_until`.
+    """
+    num_tokens = len(ends)
+    stops = np.flatnonzero(ends == np.arange(1, num_tokens + 1)) + 1  # ends of examples
+    starts_of_tiles = np.arange(0, num_tokens, tile)
+    ends_of_tiles = np.maximum.reduceat(ends, starts_of_tiles)
+
+    def stop_after(position: int) -> int:
+        stop = int(stops[np.searchsorted(stops, position, side="right")])
+        return min(-(-stop // tile) * tile, num_tokens)
+
+    first = 0
+    while first < num_tokens:
+        last = min(stop_after(first), first + BLOCK)
+        # Several short examples fit into one block. With tiles, that saves more than the mask discards.
+        while tile > 1 and last < num_tokens and stop_after(last) <= first + BLOCK:
+            last = stop_after(last)
+        is_needed = (ends_of_tiles > first) & (starts_of_tiles < last)
+        if window is not None:
+            is_needed &= starts_of_tiles + tile + window > first + 1
+        tiles = np.flatnonzero(is_needed)
+        runs = np.split(tiles, np.flatnonzero(np.diff(tiles) > 1) + 1)
+        ranges = tuple((int(run[0]) * tile, min(int(run[-1] + 1) * tile, last)) for run in runs)
+        keys = np.concatenate([np.arange(*bounds) for bounds in ranges])
+        yield Block(first, last, ranges, tuple(_masks(np.arange(first, last), keys, ends[keys], window, like)))
+        first = last
+
+
+def _masks(
+    queries: npt.NDArray[np.int64],
+    keys: npt.NDArray[np.int64],
+    ends: npt.NDArray[np.int32],
+    window: int | None,
+    like: torch.Tensor,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Return `Block.masks`. On CPU, adding them is four times as fast as masked_fill_.
+
+    Args:
+        queries: positions in the row, [N].
+        keys: likewise, [M].
+        ends: of the keys, see `_seen_until`, [M].
+    """
+    queries = queries[:, None]
+
+    def is_hidden(first: npt.NDArray[np.int64], last: npt.NDArray[np.int64], part: slice) -> npt.NDArray[np.bool_]:
+        hidden = (keys[part] > first) | (ends[part] <= last)
+        return hidden if window is None else hidden | (keys[part] <= last - window)
+
+    columns = np.flatnonzero(is_hidden(queries[0], queries[-1], slice(None)))  # not all queries attend to these keys
+    for run in np.split(columns, np.flatnonzero(np.diff(columns) > TILE) + 1):
+        if len(run):
+            hidden = is_hidden(queries, queries, slice(int(run[0]), int(run[-1]) + 1))
+            mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+            yield int(run[0]), mask.masked_fill_(torch.tensor(hidden, device=like.device), float("-inf"))
 
 
 class _Blockwise(torch.autograd.Function):
@@ -320,13 +394,15 @@ class _Blockwise(torch.autograd.Function):
         blocks: list[Block],
         options: AttentionOptions,
     ) -> torch.Tensor:
+        query = query * options.scaling
         ctx.save_for_backward(query, key, value, sinks)
         ctx.blocks, ctx.options = blocks, options
         output = query.new_empty((query.shape[1], query.shape[0], value.shape[-1]))  # [T, H, D]
         with torch.autocast(query.device.type, enabled=False):
             for block in blocks:
-                q, k, v = query[:, block.first : block.last], block.take(key), block.take(value)
-                output[block.first : block.last] = _attend(q, k, v, sinks, options)
+                _, _, weights, _ = _attention_weights(block, query, key, sinks, options)
+                attended = torch.bmm(weights, block.take(value))  # [G, H / G * N, D]
+                output[block.first : block.last] = attended.view(len(query), -1, value.shape[-1]).transpose(0, 1)
         return output
 
     @staticmethod
@@ -335,29 +411,22 @@ class _Blockwise(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, None, None]:
         query, key, value, sinks = ctx.saved_tensors
         # In 16 bits, the sum over many blocks that share a key would lose most of them.
-        is_shared = any(block.earlier for block in ctx.blocks)
+        is_shared = any(len(block.ranges) > 1 for block in ctx.blocks)
         dtype = torch.promote_types(key.dtype, torch.float32) if is_shared else key.dtype
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (torch.zeros_like(x, dtype=dtype) for x in (key, value))
         grad_sinks = torch.zeros_like(sinks) if ctx.needs_input_grad[3] else None  # usually frozen
         for block in ctx.blocks:
-            q, k, v = query[:, block.first : block.last], block.take(key), block.take(value)
-            grads = _attend_backward(q, k, v, sinks, grad[block.first : block.last], ctx.options, grad_sinks)
-            grad_query[:, block.first : block.last] = grads[0]
+            grads = _gradients(block, query, key, value, sinks, grad, ctx.options, grad_sinks)
+            grad_query[:, block.first : block.last] = grads[0].view(len(query), -1, query.shape[-1])
             block.add(grad_key, grads[1])
             block.add(grad_value, grads[2])
+        grad_query.mul_(ctx.options.scaling)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_sinks, None, None
 
 
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, options: AttentionOptions
-) -> torch.Tensor:
-    """Return the output [N, H, D] of queries [H, N, D] over keys [G, M, D]. The last N keys align with the queries."""
-    _, weights, _ = _attention_weights(query, key, sinks, options)
-    return (weights @ value).view(*query.shape[:2], -1).transpose(0, 1)
-
-
-def _attend_backward(
+def _gradients(
+    block: Block,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -366,59 +435,41 @@ def _attend_backward(
     options: AttentionOptions,
     grad_sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of query, key and value.
+    """Return the gradients of a block's scaled queries [G, H / G * N, D], keys and values [G, M, D].
 
     Args:
-        grad: gradient of the output of `_attend`, [N, H, D].
+        grad: gradient of the output, [T, H, D].
         grad_sinks: [H]; the gradient of the sinks is added to it.
     """
-    scaled, weights, slope = _attention_weights(query, key, sinks, options)
-    grad = grad.transpose(0, 1).reshape(len(key), -1, value.shape[-1])  # [G, H / G * N, D]
-    grad_products = torch.ops.aten._softmax_backward_data(grad @ value.mT, weights, -1, weights.dtype)
+    queries, keys, weights, slope = _attention_weights(block, query, key, sinks, options)
+    grad = grad[block.first : block.last].transpose(0, 1).reshape(len(key), -1, value.shape[-1])  # [G, H / G * N, D]
+    grad_weights = torch.bmm(grad, block.take(value).mT)
+    grad_products = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
     if grad_sinks is not None:  # the gradients of all inputs of a softmax sum to zero, and the sink is one of them
-        grad_sinks -= grad_products.sum(-1).view(query.shape[:2]).sum(1)
+        grad_sinks -= grad_products.sum(-1).view(len(query), -1).sum(1)
     if slope is not None:
         grad_products = grad_products * slope
-    grad_query = (grad_products @ key).mul_(options.scaling)
-    return grad_query.view(query.shape), grad_products.mT @ scaled, weights.mT @ grad
+    return torch.bmm(grad_products, keys), torch.bmm(grad_products.mT, queries), torch.bmm(weights.mT, grad)
 
 
 def _attention_weights(
-    query: torch.Tensor, key: torch.Tensor, sinks: torch.Tensor | None, options: AttentionOptions
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return the scaled queries [G, H / G * N, D], the weights [G, H / G * N, M], and the derivative of the softcap."""
-    (heads, n, width), (groups, m, _) = query.shape, key.shape
-    scaled = (query * options.scaling).reshape(groups, heads // groups * n, width)
-    products, slope = scaled @ key.mT, None
+    block: Block, query: torch.Tensor, key: torch.Tensor, sinks: torch.Tensor | None, options: AttentionOptions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return a block's queries [G, H / G * N, D], its keys [G, M, D], their weights, and the softcap's derivative.
+
+    Args:
+        query: scaled, [H, T, D].
+    """
+    groups, n = len(key), block.last - block.first
+    queries = query[:, block.first : block.last].reshape(groups, -1, query.shape[-1])
+    keys = block.take(key)
+    products, slope = torch.bmm(queries, keys.mT), None  # [G, H / G * N, M]
     if options.softcap is not None:
         capped = torch.tanh(products / options.softcap)
         products, slope = capped * options.softcap, 1 - capped.square()
-    if options.sliding_window is None:
-        products.view(groups, -1, n, m)[..., m - n :].add_(_causal_mask(BLOCK, query.dtype, query.device)[:n, :n])
-    else:
-        products.view(groups, -1, n, m).add_(_mask(n, m, options.sliding_window, query))
+    for start, mask in block.masks:
+        products.view(groups, -1, n, keys.shape[1])[..., start : start + mask.shape[1]].add_(mask)
     if sinks is None:
-        return scaled, torch.softmax(products, dim=-1), slope
+        return queries, keys, torch.softmax(products, dim=-1), slope
     sink = sinks.repeat_interleave(n).view(groups, -1, 1)  # [G, H / G * N, 1]
-    return scaled, torch.softmax(torch.cat((products, sink), dim=-1), dim=-1)[..., :-1], slope
-
-
-@functools.lru_cache(maxsize=8)
-def _causal_mask(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return _mask(n, n, None, torch.empty(0, dtype=dtype, device=device))
-
-
-def clear_cached_masks() -> None:
-    """Forget the masks of earlier calls: those of fake tensors cannot be used with real ones, nor the reverse."""
-    _causal_mask.cache_clear()
-
-
-def _mask(n: int, m: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-    """Return an additive mask [N, M] for the last N of M tokens: -inf at later keys and outside the window.
-
-    On CPU, adding it is four times as fast as masked_fill_.
-    """
-    masked = torch.ones((n, m), dtype=torch.bool, device=like.device).triu_(m - n + 1)
-    if window is not None:
-        masked |= torch.ones_like(masked).tril_(m - n - window)
-    return torch.zeros((n, m), dtype=like.dtype, device=like.device).masked_fill_(masked, float("-inf"))
+    return queries, keys, torch.softmax(torch.cat((products, sink), dim=-1), dim=-1)[..., :-1], slope

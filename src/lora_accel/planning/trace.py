@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_leaves
 
 from lora_accel.batching.batch import MicroBatch
 from lora_accel.errors import LoraAccelError, first_line
-from lora_accel.model.attention import clear_cached_masks
 from lora_accel.planning.memory import Usage
 from lora_accel.planning.skeleton import Skeleton
 from lora_accel.training.loss import summed_token_loss
@@ -83,7 +82,7 @@ class Tracer:
         autocast = torch.autocast("cpu", self._autocast) if self._autocast else contextlib.nullcontext()
         known = [*self._model.parameters(), *self._model.buffers(), *fake.values()]
         try:
-            with _own_masks(), self._fake, _StorageCounter(known) as counter:
+            with self._fake, _StorageCounter(known) as counter:
                 with autocast:
                     loss = summed_token_loss(self._model, batch)
                 saved, forward_peak = counter.live, counter.peak
@@ -126,16 +125,6 @@ class _StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
-
-
-@contextlib.contextmanager
-def _own_masks() -> Iterator[None]:
-    """Keep the cached masks of real and fake tensors apart."""
-    clear_cached_masks()
-    try:
-        yield
-    finally:
-        clear_cached_masks()
 
 
 def _replace_tensors(model: nn.Module) -> None:

@@ -23,7 +23,14 @@ from lora_accel.model.adapter import (
     skipped_experts,
     trainable_parameters,
 )
-from lora_accel.model.attention import can_pack, check_flash_dtype, pack_attention, pad_attention, why_padded
+from lora_accel.model.attention import (
+    can_pack,
+    check_flash_dtype,
+    pack_attention,
+    pad_attention,
+    tile_size,
+    why_padded,
+)
 from lora_accel.model.base import check_zero3_dtype, load_base_model
 from lora_accel.model.compile import compile_layers
 from lora_accel.model.device import detect_device, has_fused_adamw
@@ -59,6 +66,8 @@ class PreparedModel:
     """Whether examples are packed: the config asks for it and the model supports it."""
     min_saving: float | None
     """Share of the tokens of a micro-batch that has to be saved for examples to share them; None = they never do."""
+    row_multiple: int = 1
+    """See `BatchOptions`."""
 
 
 def prepare_model(
@@ -96,6 +105,8 @@ def prepare_model(
     reason = why_not_shared(config.training, base, packed=packed)
     if packed and reason is not None and config.training.share_prefixes == "auto":
         logger.info(f"note: examples share no prefixes: {reason}")
+    dtype = base.dtype if accelerator.mixed_precision == "no" else torch.bfloat16  # float16 has the same size
+    row_multiple = tile_size(dtype, accelerator.device)
     if config.training.compile:
         compile_layers(base, accelerator.device)
     else:  # torch.compile fuses the same operations itself
@@ -122,7 +133,7 @@ def prepare_model(
     if initial is not None and initial.data is not None:
         begin_with_adapter(unwrap_peft_model(accelerator, model), initial.data, initial.name, backend)
     trainable = list(trainable_parameters(model).values())
-    return PreparedModel(model, optimizer, trainable, backend, dropout_keys, packed, min_saving)
+    return PreparedModel(model, optimizer, trainable, backend, dropout_keys, packed, min_saving, row_multiple)
 
 
 def _load_base(config: RunConfig, accelerator: Accelerator, checkpoint_dtype: str | None) -> PreTrainedModel:

@@ -46,6 +46,7 @@ def make_run(
         pad_id=data.pad_id,
         packed=prepared.packed,
         min_saving=prepared.min_saving,
+        row_multiple=prepared.row_multiple,
         rank=accelerator.process_index,
         num_ranks=data.plan.num_ranks,
     )
