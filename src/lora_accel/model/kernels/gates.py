@@ -40,7 +40,7 @@ class _Gate(torch.autograd.Function):
         if has_kernel("gate", gate):
             gated: torch.Tensor = torch.ops.lora_accel.gate(gate, up, is_gelu)
             return gated
-        return _activation(gate, is_gelu) * up
+        return _activation(gate, is_gelu).mul_(up)
 
     @staticmethod
     @once_differentiable
@@ -48,11 +48,12 @@ class _Gate(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         if has_kernel("gate_backward", gate):
             return *torch.ops.lora_accel.gate_backward(grad, gate, up, ctx.is_gelu), None
+        grad_gate = grad * up
         if ctx.is_gelu:
-            grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
+            torch.ops.aten.gelu_backward.grad_input(grad_gate, gate, approximate="tanh", grad_input=grad_gate)
         else:
-            grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, _activation(gate, ctx.is_gelu) * grad, None
+            torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+        return grad_gate, _activation(gate, ctx.is_gelu).mul_(grad), None
 
 
 def _activation(x: torch.Tensor, is_gelu: bool) -> torch.Tensor:

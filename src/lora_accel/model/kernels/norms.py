@@ -45,7 +45,7 @@ class _RMSNorm(torch.autograd.Function):
     """RMSNorm: Zhang & Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467.
 
     With n = x / rms, the output is n * weight; n is rounded first. Gemma's is n * (1 + weight), rounded last.
-    With d = grad * weight, the gradient of x is (d - n * mean(n * d)) / rms.
+    With d = grad * weight, the gradient of x is (d - n * mean(n * d)) / rms = (d - x * mean(x * d) / rms^2) / rms.
     """
 
     @staticmethod
@@ -84,9 +84,10 @@ def _gradient(
     """Return the gradient of x, [N, H]."""
     grad_x = torch.empty_like(x)
     for rows in _rows(x):
-        n = x[rows] * scale[rows]
+        exact, s = x[rows].float(), scale[rows]
         d = grad[rows].float() * (1.0 + weight.float()) if is_gemma else (grad[rows] * weight).float()
-        grad_x[rows] = d.sub_(n.mul_((n * d).mean(-1, keepdim=True))).mul_(scale[rows])
+        mean = (exact * d).mean(-1, keepdim=True).mul_(s.square())
+        grad_x[rows] = d.addcmul_(exact, mean, value=-1).mul_(s)
     return grad_x
 
 
