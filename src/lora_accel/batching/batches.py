@@ -56,10 +56,10 @@ class BatchOptions:
     min_saving: float | None = None
     """Share of a micro-batch's tokens that has to be saved for examples to share those with which they begin
     (batching/prefixes.py); packed only. None = they never do."""
-    row_multiple: int = 1
-    """Of the tokens of a packed row, which is padded."""
     rank: int = 0
     num_ranks: int = 1
+    row_multiple: int = 1
+    """Of the tokens of a packed row, which is padded."""
 
     @classmethod
     def from_config(
@@ -76,7 +76,7 @@ class BatchOptions:
         """Return the options that a run config sets; `micro_batch_tokens: auto` counts as `DEFAULT_TOKENS`."""
         tokens, examples = training.micro_batch_tokens, training.micro_batch_size
         tokens = DEFAULT_TOKENS if tokens == "auto" else tokens
-        return cls(pad_id, packed, tokens, examples, min_saving if packed else None, row_multiple, rank, num_ranks)
+        return cls(pad_id, packed, tokens, examples, min_saving if packed else None, rank, num_ranks, row_multiple)
 
 
 class Batches:
