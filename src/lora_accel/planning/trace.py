@@ -153,12 +153,14 @@ def _find_layers(model: Any) -> nn.ModuleList | None:
 def _kinds(layers: nn.ModuleList) -> list[tuple[Any, ...]]:
     """Return what layers have in common whose forwards save the same.
 
-    A frozen layer saves nothing unless a layer before it is trained.
+    A frozen layer saves nothing unless a layer before it is trained. The first layer of each window makes the masks of
+    attention, which all with that window share.
     """
     kinds, is_after_trained = [], False
     for layer in layers:
         parameters = tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters())
         is_trained = any(parameter.requires_grad for parameter in layer.parameters())
         is_after_trained |= is_trained
-        kinds.append((type(layer), getattr(layer, "attention_type", None), parameters, is_after_trained))
+        windows = tuple(module.sliding_window for module in layer.modules() if hasattr(module, "sliding_window"))
+        kinds.append((type(layer), getattr(layer, "attention_type", None), windows, parameters, is_after_trained))
     return kinds
