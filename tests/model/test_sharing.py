@@ -268,7 +268,8 @@ def test_many_examples_of_one_prefix_add_up_in_16_bits() -> None:
     Compared are the gradients in float32, of the same rounded values.
     """
     prompt = tokens(32, 0)
-    examples = [Example([*prompt, 1 + i % 90], [IGNORE_INDEX] * 32 + [1]) for i in range(1000)]
+    own = [[1 + i % 90, *tokens(100, i)] for i in range(1000)]  # long enough for a block each
+    examples = [Example(prompt + ids, [IGNORE_INDEX] * 32 + [1] * 101) for ids in own]
     batch = pack(examples, shared_nodes(examples))
     generator = torch.Generator().manual_seed(0)
     length = batch.input_ids.numel()

@@ -28,7 +28,7 @@ from tests.families import model_of
 
 CPU = torch.device("cpu")
 MASK_BYTES = 4 * BLOCK * BLOCK
-"""Of the masks of attention, at most, for each window: they are allocated once, and neither saved nor freed."""
+"""Of the masks of attention, at most: they are allocated once for each window, and neither saved nor freed."""
 
 
 @pytest.fixture
@@ -75,7 +75,8 @@ def check_activations(config: RunConfig, batch: MicroBatch) -> None:
     model, keys = real_model(config)
     keys.keys = batch.token_keys
     saved = saved_activation_bytes(model, batch)
-    assert saved == pytest.approx(usage.activations, abs=2.1 * MASK_BYTES)
+    windows = {module.sliding_window for module in model.modules() if hasattr(module, "sliding_window")}
+    assert saved == pytest.approx(usage.activations, abs=1.05 * MASK_BYTES * max(1, len(windows)))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2", "gemma3_text", "phi3"])
