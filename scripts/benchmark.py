@@ -1,14 +1,14 @@
 """Compare training throughput and memory with other trainers on the same rows.
 
     python scripts/benchmark.py --model models/SmolLM2-135M-Instruct --data rows.json [--rows 256] [--rounds 3]
-        [--conversations rows.json] [--parts trainers prefixes memory …] [--cases NAME …] [--precision bf16]
+        [--conversations rows.json] [--parts trainers prefixes pairs memory …] [--cases NAME …] [--precision bf16]
         [--json results.json [--minutes 4]] [--docs docs/benchmarks.md]
 
 Prints a table for each part; `--docs` also writes it between that part's markers in a Markdown file. Each training runs
-in a separate process, and the trainers alternate. A ratio compares two runs of one round, so a machine that slows down
-for a while slows down both. The precision is the one that `training.mixed_precision: auto` selects on this CPU. Other
-trainers use the candidates of their settings that are fastest in a short run. Needs the extra `bench`. Everything runs
-on the CPU.
+in a separate process, and the trainers alternate; the part `pairs` has two trainings in one process, which make each
+step in turn. A ratio compares two runs of one round, so a machine that slows down for a while slows down both. The
+precision is the one that `training.mixed_precision: auto` selects on this CPU. Other trainers use the candidates of
+their settings that are fastest in a short run. Needs the extra `bench`. Everything runs on the CPU.
 
 A call continues the measurements in the file of `--json`; with `--minutes`, it begins no round after that time.
 """
@@ -135,15 +135,28 @@ def prefixes(args: argparse.Namespace, folder: Path) -> list[Table]:
         configs = {
             name: first_steps(args, data, micro_batch_tokens=size, share_prefixes=is_shared)
             for name, size, is_shared in (
-                ("separate", 4096, False),
-                ("shared", 4096, True),
-                ("shared, micro-batches of 1,024", 1024, True),
+                ("separate", "auto", False),
+                ("shared", "auto", True),
+                ("separate, micro-batches of 4,096", 4096, False),
+                ("shared, micro-batches of 4,096", 4096, True),
             )
         }
         cases = [Case(name, "lora_accel", config) for name, config in configs.items()]
         cases.append(trl("TRL, packing", first_steps(args, data, batch_size=4), packing=True))
         tables.append(Table(cases, "separate", rows.name))
     return tables
+
+
+def pairs(args: argparse.Namespace, folder: Path) -> list[Table]:
+    """Return the same steps with and without shared prefixes in one process, on several kinds of rows."""
+    cases = []
+    for rows in kinds_of_rows(args.data, args.conversations, args.model, folder):
+        data = {"train": [{"path": rows.path}], "max_length": rows.max_length}
+        separate, shared = (
+            first_steps(args, data, micro_batch_tokens="auto", share_prefixes=is_shared) for is_shared in (False, True)
+        )
+        cases.append(Case(rows.name, "lora_accel", separate, compared=shared))
+    return [Table(cases, "")]
 
 
 def memory(args: argparse.Namespace, _: Path) -> list[Table]:
@@ -247,7 +260,7 @@ def profile(args: argparse.Namespace, _: Path) -> list[Table]:
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], list[Table]]] = {
     make.__name__: make
-    for make in (trainers, prefixes, memory, processes, quantized, lengths, vocabulary, depth, curves, profile)
+    for make in (trainers, prefixes, pairs, memory, processes, quantized, lengths, vocabulary, depth, curves, profile)
 }
 
 
@@ -300,6 +313,12 @@ def measure(case: Case) -> Result:
         ranks[0]["losses"],
         operators,
     )
+
+
+def measure_pairs(case: Case) -> list[list[dict[str, Any]]]:
+    """Run two trainings in turn and return seconds, real and computed tokens of each one's steps, without the first."""
+    [rank] = finish(case).ranks
+    return [steps[1:] for steps in rank["runs"]]
 
 
 def tokens_per_second(ranks: list[dict[str, Any]]) -> float:
@@ -373,6 +392,31 @@ def table_lines(table: Table, rounds: list[dict[str, Result]], settings: dict[st
     return lines
 
 
+def pair_lines(table: Table, rounds: list[dict[str, Any]]) -> list[str]:
+    """Return the ratios of steps that were made in turn as a Markdown table.
+
+    Args:
+        rounds: the steps of each case's two runs; see `measure_pairs`.
+    """
+    lines = [
+        "| rows | pairs of steps | separate, real tokens/s | shared, real tokens/s | relative: median (min-max) | "
+        "computed / real tokens |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in table.cases:
+        steps = [pair for one in rounds if case.name in one for pair in zip(*one[case.name], strict=True)]
+        if not steps:
+            continue
+        rates = [[step["tokens"] / step["seconds"] for step in run] for run in zip(*steps, strict=True)]
+        ratios = [shared / separate for separate, shared in zip(*rates, strict=True)]
+        computed = sum(shared["computed"] for _, shared in steps) / sum(shared["tokens"] for _, shared in steps)
+        separate, shared = (statistics.median(run) for run in rates)
+        lines.append(
+            f"| {case.name} | {len(steps)} | {separate:.0f} | {shared:.0f} | {spread(ratios, '.2f')} | {computed:.2f} |"
+        )
+    return lines
+
+
 def settings_text(candidate: dict[str, Any]) -> str:
     """Return the settings of another trainer that were fastest, for a table."""
     if not candidate:
@@ -430,12 +474,15 @@ def measure_round(
         if case.name not in measured["settings"]:
             measured["settings"][case.name] = fastest(case)
             save()
-    ceiling, results = matmul_rate(model, dtype), {}
+    ceiling = matmul_rate(model, dtype)
+    results: dict[str, Any] = {}
     for case in table.cases:
         options = (case.options or {}) | measured["settings"][case.name]
-        result = measure(case._replace(options=options))
-        results[case.name] = result._asdict()
-        print(table.title, case.name, result[:6], file=sys.stderr, flush=True)
+        if case.compared is not None:
+            results[case.name] = measure_pairs(case)
+        else:
+            results[case.name] = measure(case._replace(options=options))._asdict()
+        print(table.title, case.name, results[case.name], file=sys.stderr, flush=True)
     measured["matmul"].append(ceiling)
     measured["rounds"].append(results)
     save()
@@ -489,6 +536,8 @@ def main() -> None:
 
 def part_lines(part: str, table: Table, args: argparse.Namespace, measured: dict[str, Any]) -> list[str]:
     """Return the results of a table as Markdown."""
+    if part == "pairs":
+        return pair_lines(table, measured["rounds"])
     rounds = [{name: Result(**result) for name, result in one.items()} for one in measured["rounds"]]
     if part == "profile":
         return ["```", rounds[0]["lora_accel"].profile, "```"]

@@ -30,8 +30,9 @@ from lora_accel.batching.order import epoch_order
 from lora_accel.console import silence_libraries
 from lora_accel.setup.data import prepare_data
 from lora_accel.train import run_training
+from lora_accel.training import loop
 from lora_accel.training.progress import Progress, StepResult
-from lora_accel.training.step import Run
+from lora_accel.training.step import Run, train_step
 
 
 class Monitor:
@@ -68,6 +69,10 @@ class Monitor:
             Path("/proc/self/clear_refs").write_text("5")  # reset the peak
             self._model_bytes = _status("VmRSS")
         model.register_forward_pre_hook(self._count, with_kwargs=True)
+        self.start_step()
+
+    def start_step(self) -> None:
+        """Measure the next step from now on."""
         self._step_start = time.perf_counter()
 
     def step(self, num_tokens: int | None = None) -> None:
@@ -90,6 +95,11 @@ class Monitor:
         self._step_computed += ids.numel()
         # Packed rows have no padding, and no mask of their shape.
         self._step_tokens += ids.numel() if mask is None or mask.shape != ids.shape else int(mask.sum())
+
+    def steps(self) -> list[dict[str, float]]:
+        """Return seconds, real tokens (`tokens`) and computed tokens (`computed`) of each step."""
+        columns = zip(self.seconds, self.tokens, self.computed, strict=True)
+        return [{"seconds": seconds, "tokens": tokens, "computed": computed} for seconds, tokens, computed in columns]
 
     def measurements(self) -> dict[str, Any]:
         """Return the measurements of this rank; memory in bytes."""
@@ -120,9 +130,6 @@ def train_with_lora_accel(config: RunConfig, monitor: Monitor, profile: Path | N
         profile: file for the operators of the second step and their time; None = no profile.
         probe: whether to count the kernels of the second step and the synchronizations of the third.
     """
-    from lora_accel.training import loop
-    from lora_accel.training.step import train_step
-
     train = loop.train
 
     def monitored_train(run: Run, progress: Progress) -> None:
@@ -150,6 +157,48 @@ def train_with_lora_accel(config: RunConfig, monitor: Monitor, profile: Path | N
     loop.train = monitored_train
     vars(loop)["train_step"] = monitored_step
     run_training(config)
+
+
+class _Prepared(BaseException):
+    """A run is ready to train."""
+
+
+def take_turns(configs: Sequence[RunConfig]) -> list[list[dict[str, float]]]:
+    """Make each step in several runs, in turn, in this process.
+
+    A machine that slows down for a while slows down all of them. The one that begins changes from step to step.
+
+    Returns:
+        The steps of each run; see `Monitor.steps`.
+    """
+    runs = [prepared_run(config) for config in configs]
+    monitors = [Monitor() for _ in runs]
+    for run, monitor in zip(runs, monitors, strict=True):
+        monitor.begin(run.model)
+    for step in range(runs[0].plan.total_steps):
+        for number in sorted(range(len(runs)), reverse=step % 2 == 1):
+            monitors[number].start_step()
+            result = train_step(runs[number], step)
+            monitors[number].step(sum(map(num_real_tokens, result.batch.micro_batches)))
+    return [monitor.steps() for monitor in monitors]
+
+
+def prepared_run(config: RunConfig) -> Run:
+    """Return a run before its first step."""
+    prepared: list[Run] = []
+
+    def stop(run: Run, progress: Progress) -> None:
+        prepared.append(run)
+        raise _Prepared
+
+    train, loop.train = loop.train, stop
+    try:
+        run_training(config)
+    except _Prepared:
+        pass
+    finally:
+        loop.train = train
+    return prepared[0]
 
 
 def num_real_tokens(micro_batch: MicroBatch) -> int:
@@ -366,6 +415,10 @@ def main() -> None:
     monitor = Monitor(device)
     folder = Path(case["folder"])
     config = RunConfig.model_validate(case["config"] | {"output_dir": str(folder / "run")})
+    if case["compared"] is not None:
+        other = RunConfig.model_validate(case["compared"] | {"output_dir": str(folder / "compared")})
+        (folder / "rank-0.json").write_text(json.dumps({"runs": take_turns([config, other])}))
+        return
     if case["trainer"] == "lora_accel":
         train_with_lora_accel(config, monitor, folder / "profile.txt" if case["profile"] else None, probe=probe)
     else:

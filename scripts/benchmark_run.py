@@ -44,6 +44,9 @@ class Case(NamedTuple):
     """Whether to list the operators of the second step."""
     probe: bool = False
     """Whether to count the kernels of the second step and the synchronizations of the third, and to estimate memory."""
+    compared: dict[str, Any] | None = None
+    """Config of a second run of lora_accel in the same process: both make each step in turn, and only steps are
+    measured."""
 
 
 class Finished(NamedTuple):

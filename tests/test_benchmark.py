@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lora_accel.model.device import Device
 from tests import forked
@@ -186,6 +187,36 @@ def test_shared_tokens_are_computed_once_and_count_for_each_example(
     assert results[True].computed_share < 0.5
     assert results[True].losses == pytest.approx(results[False].losses, rel=1e-5)
     assert results[True].process_peak > results[True].peak_above_model > 0
+
+
+@pytest.mark.launch
+def test_two_runs_make_their_steps_in_turn(
+    scripts: SimpleNamespace, tiny_model: Callable[..., Path], rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(tiny_model())
+    args = argparse.Namespace(model=model, data=str(rows_file), rows=32, precision="no", conversations=None)
+    rows = scripts.rows.Rows("rows", str(rows_file), 512)
+    monkeypatch.setattr(scripts.main, "kinds_of_rows", lambda *_: [rows])
+    [table] = scripts.main.pairs(args, Path("unused"))
+    measured: dict[str, Any] = {"settings": {}, "matmul": [], "rounds": []}
+    scripts.main.measure_round(table, model, torch.float32, measured, lambda: None)
+    [[separate, shared]] = [one["rows"] for one in measured["rounds"]]
+    assert len(separate) == len(shared) == table.cases[0].config["training"]["max_steps"] - 1 > 0
+    assert [step["tokens"] for step in separate] == [step["tokens"] for step in shared]
+    assert all(step["seconds"] > 0 for step in [*separate, *shared])
+
+
+def test_pairs_of_steps_are_compared_with_each_other(scripts: SimpleNamespace) -> None:
+    def steps(*seconds: float, computed: int) -> list[dict[str, float]]:
+        return [{"seconds": one, "tokens": 100, "computed": computed} for one in seconds]
+
+    rounds = [
+        {"rows": [steps(4, 2, computed=100), steps(2, 2, computed=75)]},
+        {"rows": [steps(3, computed=100), steps(2, computed=75)], "other": [[], []]},
+    ]
+    cases = [scripts.run.Case(name, "lora_accel", {}, compared={}) for name in ("rows", "other")]
+    [*_, line] = scripts.main.pair_lines(scripts.main.Table(cases, ""), rounds)
+    assert line == "| rows | 3 | 33 | 50 | 1.50 (1.00-2.00) | 0.75 |"
 
 
 @pytest.mark.slow
