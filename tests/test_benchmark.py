@@ -198,6 +198,10 @@ def test_two_runs_make_their_steps_in_turn(
     rows = scripts.rows.Rows("rows", str(rows_file), 512)
     monkeypatch.setattr(scripts.main, "kinds_of_rows", lambda *_: [rows])
     [table] = scripts.main.pairs(args, Path("unused"))
+    [case] = table.cases
+    assert [config["training"].pop("share_prefixes") for config in (case.config, case.compared)] == [False, True]
+    assert case.config == case.compared
+    [table] = scripts.main.pairs(args, Path("unused"))
     measured: dict[str, Any] = {"settings": {}, "matmul": [], "rounds": []}
     scripts.main.measure_round(table, model, torch.float32, measured, lambda: None)
     [[separate, shared]] = [one["rows"] for one in measured["rounds"]]
